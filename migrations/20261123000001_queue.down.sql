@@ -1,0 +1,11 @@
+DROP FUNCTION mq_commit(uuid[]);
+DROP FUNCTION mq_checkpoint(uuid, interval, text, bytea, int);
+DROP FUNCTION mq_keep_alive(uuid[], interval);
+DROP FUNCTION mq_delete(uuid[]);
+DROP FUNCTION mq_insert(mq_new_t[]);
+DROP TYPE mq_new_t;
+DROP FUNCTION mq_poll(text[], int);
+DROP FUNCTION enqueue(uuid, text, text, boolean, interval, text, text, bytea, uuid, boolean, boolean);
+DROP TABLE mq_payloads;
+DROP SEQUENCE mq_seq;
+DROP TABLE mq_msgs;

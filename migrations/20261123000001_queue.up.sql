@@ -1,0 +1,338 @@
+-- The queue that sqlxmq's runner drives. Names and signatures are sqlxmq 0.6's; columns and bodies are requeuest's.
+--
+-- Every function carries the search_path of its installation: it works from any connection, and never touches a
+-- sqlxmq that lives in another schema.
+
+-- Hot and narrow: only unfinished requests. No foreign key points here, because each delete would look for referrers.
+CREATE TABLE mq_msgs (
+    id uuid PRIMARY KEY,
+    channel_name text COLLATE "C" NOT NULL,
+    -- The group: `hhhh|o|key` for an ordering key, `hhhh|d|origin` else; hhhh is a hash that spreads the groups.
+    channel_args text COLLATE "C" NOT NULL,
+    -- When the next attempt is due; while one is made, the end of its lease.
+    attempt_at timestamptz NOT NULL,
+    -- The place among the requests of an ordering key, in commit order.
+    seq bigint,
+    -- The instance that waits for the outcome; nil: several do.
+    waiter uuid,
+    -- Rises with every change of owner and is the only fence.
+    claim_no int NOT NULL DEFAULT 0,
+    -- Transmissions begun.
+    attempts int NOT NULL DEFAULT 0,
+    -- 0 waiting, 1 being attempted, 2 held for the next attempt by the process that made the last one.
+    state smallint NOT NULL DEFAULT 0
+) WITH (
+    fillfactor = 70,
+    -- The table is small and all of it changes: shares of its size say nothing.
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_insert_scale_factor = 0,
+    autovacuum_vacuum_insert_threshold = 50000,
+    autovacuum_analyze_scale_factor = 0,
+    autovacuum_analyze_threshold = 50000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- What is due, and when the next one will be.
+CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, attempt_at);
+-- Skipping from group to group, and what is due in one.
+CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, channel_args, attempt_at);
+-- The head of an ordering key.
+CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_name, channel_args, seq) WHERE seq IS NOT NULL;
+
+CREATE SEQUENCE mq_seq;
+
+-- What is sent. Read once an attempt, so kept out of the hot table.
+CREATE TABLE mq_payloads (
+    id uuid PRIMARY KEY,
+    name text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    head text NOT NULL,
+    -- NULL: no body, which HTTP tells apart from an empty one.
+    body bytea,
+    -- The last response that was not final: what the caller gets if no better one comes.
+    response_status smallint,
+    response_head text,
+    response_body bytea
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+-- Most bodies don't compress well, and an uncompressed one can be measured and cut without being read.
+ALTER TABLE mq_payloads ALTER COLUMN body SET STORAGE EXTERNAL;
+ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
+
+-- Persists one request, in the caller's transaction: a commit sends it, a rollback never does. Returns false, with nothing
+-- done, if another transaction is about to add to the same ordering key and p_wait is not set.
+CREATE FUNCTION enqueue(
+    p_id uuid,
+    p_channel text,
+    p_group text,
+    p_ordered boolean,
+    p_delay interval,
+    p_name text,
+    p_head text,
+    p_body bytea,
+    p_waiter uuid,
+    p_notify boolean,
+    p_wait boolean
+) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_lock bigint;
+    v_seq bigint;
+BEGIN
+    IF p_ordered THEN
+        -- Held until the commit, so that the order of `seq` is the order of the commits. The number is drawn in a
+        -- later statement than the lock is taken in: drawn in the same one it could be older than the wait.
+        v_lock := hashtextextended(concat_ws('/', 'requeuest', current_schema(), p_channel, p_group), 0);
+        IF p_wait THEN
+            PERFORM pg_advisory_xact_lock(v_lock);
+        ELSIF NOT pg_try_advisory_xact_lock(v_lock) THEN
+            RETURN false;
+        END IF;
+        v_seq := nextval('mq_seq');
+    END IF;
+    INSERT INTO mq_payloads (id, name, head, body) VALUES (p_id, p_name, p_head, p_body);
+    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, waiter)
+    VALUES (p_id, p_channel, p_group, clock_timestamp() + p_delay, v_seq, p_waiter);
+    IF p_notify THEN
+        PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
+    END IF;
+    RETURN true;
+END;
+$$;
+
+-- Claims up to batch_size due requests. The lease is the session's `requeuest.lease`.
+--
+-- The cost doesn't grow with the backlog: a bounded number of due rows is read by due time; where there are more, groups
+-- are skipped through from a random start, so that one destination's backlog can't hide the others.
+CREATE FUNCTION mq_poll(channel_names text[], batch_size int DEFAULT 1)
+RETURNS TABLE (
+    id uuid,
+    is_committed boolean,
+    name text,
+    payload_json text,
+    payload_bytes bytea,
+    retry_backoff interval,
+    wait_time interval
+)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+DECLARE
+    c_wait_min CONSTANT interval := '50 milliseconds';
+    -- Never longer, so that a row whose notification was lost is found all the same.
+    c_wait_max CONSTANT interval := '1 second';
+    -- Larger bodies are fetched by the attempt, under a memory budget.
+    c_inline_body CONSTANT int := 65536;
+    v_now timestamptz := clock_timestamp();
+    v_lease interval := coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
+    v_window int := 4 * batch_size;
+    v_channels text[] := channel_names;
+    v_candidates uuid[];
+    v_picked uuid[] := '{}';
+    v_some uuid[];
+    v_claimed int;
+    v_next timestamptz;
+    v_wait interval;
+    v_channel text;
+    v_group text;
+    v_start text;
+    v_cursor text;
+    v_wrapped boolean;
+    v_share int := greatest(1, batch_size / 16);
+    v_visits int := 0;
+BEGIN
+    IF v_channels IS NULL THEN
+        WITH RECURSIVE present(channel) AS (
+            (SELECT m.channel_name FROM mq_msgs m ORDER BY m.channel_name LIMIT 1)
+            UNION ALL
+            SELECT (
+                SELECT m.channel_name FROM mq_msgs m
+                WHERE m.channel_name > present.channel ORDER BY m.channel_name LIMIT 1
+            )
+            FROM present WHERE present.channel IS NOT NULL
+        )
+        SELECT array_agg(channel) INTO v_channels FROM present WHERE channel IS NOT NULL;
+    END IF;
+
+    SELECT array_agg(due.id ORDER BY due.attempt_at) INTO v_candidates
+    FROM unnest(v_channels) AS wanted(channel), LATERAL (
+        SELECT m.id, m.attempt_at FROM mq_msgs m
+        WHERE m.channel_name = wanted.channel AND m.attempt_at <= v_now
+        ORDER BY m.attempt_at LIMIT v_window
+    ) due;
+
+    IF coalesce(cardinality(v_candidates), 0) >= v_window THEN
+        -- A backlog: a share for each group that is met, until the batch is full or enough groups were looked at.
+        v_start := lpad(to_hex((random() * 65535)::int), 4, '0');
+        <<channels>>
+        FOR v_channel IN SELECT wanted.channel FROM unnest(v_channels) AS wanted(channel) ORDER BY random() LOOP
+            v_cursor := v_start;
+            v_wrapped := false;
+            LOOP
+                EXIT channels WHEN cardinality(v_picked) >= batch_size OR v_visits >= batch_size;
+                SELECT m.channel_args INTO v_group FROM mq_msgs m
+                WHERE m.channel_name = v_channel AND m.channel_args > v_cursor
+                ORDER BY m.channel_args LIMIT 1;
+                IF NOT FOUND THEN
+                    EXIT WHEN v_wrapped;
+                    v_wrapped := true;
+                    v_cursor := '';
+                    CONTINUE;
+                END IF;
+                EXIT WHEN v_wrapped AND v_group > v_start;
+                v_cursor := v_group;
+                v_visits := v_visits + 1;
+                IF substr(v_group, 5, 3) = '|o|' THEN
+                    SELECT array_agg(locked.id) INTO v_some FROM (
+                        SELECT m.id FROM mq_msgs m
+                        WHERE m.id = (
+                            SELECT head.id FROM mq_msgs head
+                            WHERE head.channel_name = v_channel AND head.channel_args = v_group
+                                AND head.seq IS NOT NULL
+                            ORDER BY head.seq LIMIT 1
+                        ) AND m.attempt_at <= v_now
+                        FOR UPDATE SKIP LOCKED
+                    ) locked;
+                ELSE
+                    SELECT array_agg(locked.id) INTO v_some FROM (
+                        SELECT m.id FROM mq_msgs m
+                        WHERE m.channel_name = v_channel AND m.channel_args = v_group AND m.attempt_at <= v_now
+                        ORDER BY m.attempt_at LIMIT least(v_share, batch_size - cardinality(v_picked))
+                        FOR UPDATE SKIP LOCKED
+                    ) locked;
+                END IF;
+                v_picked := v_picked || coalesce(v_some, '{}');
+            END LOOP;
+        END LOOP;
+    END IF;
+
+    -- The oldest ones fill what is left. Of an ordering key only the head may go, leased or not.
+    SELECT array_agg(locked.id) INTO v_some FROM (
+        SELECT m.id FROM mq_msgs m
+        WHERE m.id = ANY (v_candidates) AND NOT m.id = ANY (v_picked) AND m.attempt_at <= v_now
+            AND (m.seq IS NULL OR NOT EXISTS (
+                SELECT FROM mq_msgs ahead
+                WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
+                    AND ahead.seq < m.seq
+            ))
+        ORDER BY m.attempt_at LIMIT greatest(0, batch_size - cardinality(v_picked))
+        FOR UPDATE SKIP LOCKED
+    ) locked;
+    v_picked := v_picked || coalesce(v_some, '{}');
+    v_claimed := cardinality(v_picked);
+
+    IF v_claimed < batch_size THEN
+        SELECT min(upcoming.attempt_at) INTO v_next
+        FROM unnest(v_channels) AS wanted(channel), LATERAL (
+            SELECT m.attempt_at FROM mq_msgs m
+            WHERE m.channel_name = wanted.channel AND m.attempt_at > v_now
+            ORDER BY m.attempt_at LIMIT 1
+        ) upcoming;
+        v_wait := least(greatest(coalesce(v_next - v_now, c_wait_max), c_wait_min), c_wait_max);
+    ELSE
+        v_wait := '0';
+    END IF;
+
+    IF v_claimed = 0 THEN
+        RETURN QUERY SELECT NULL::uuid, NULL::boolean, NULL::text, NULL::text, NULL::bytea, NULL::interval, v_wait;
+        RETURN;
+    END IF;
+
+    RETURN QUERY
+    WITH claimed AS (
+        UPDATE mq_msgs m
+        SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1, state = 1
+        WHERE m.id = ANY (v_picked)
+        RETURNING m.id, m.claim_no, m.attempts
+    )
+    SELECT
+        c.id,
+        true,
+        -- The runner loses rows without a name; one without a payload has to reach the code that ends it.
+        coalesce(p.name, ''),
+        concat(
+            '{"claim_no":', c.claim_no,
+            ',"attempts":', c.attempts,
+            ',"age_ms":', coalesce((extract(epoch FROM v_now - p.created_at) * 1000)::bigint, 0),
+            ',"fetch_body":', CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
+            ',"head":', coalesce(p.head, 'null'),
+            '}'
+        ),
+        CASE WHEN octet_length(p.body) <= c_inline_body THEN p.body END,
+        v_lease,
+        v_wait
+    FROM claimed c LEFT JOIN mq_payloads p ON p.id = c.id;
+END;
+$$;
+
+-- sqlxmq's remaining entry points, for tools that speak its language.
+
+CREATE TYPE mq_new_t AS (
+    id uuid,
+    delay interval,
+    retries int,
+    retry_backoff interval,
+    channel_name text,
+    channel_args text,
+    commit_interval interval,
+    ordered boolean,
+    name text,
+    payload_json text,
+    payload_bytes bytea
+);
+
+CREATE FUNCTION mq_insert(new_messages mq_new_t[]) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    PERFORM enqueue(
+        m.id, m.channel_name, m.channel_args, coalesce(m.ordered, false), coalesce(m.delay, '0'),
+        m.name, m.payload_json, m.payload_bytes, NULL, true, true
+    )
+    FROM unnest(new_messages) WITH ORDINALITY AS m ORDER BY m.ordinality;
+END;
+$$;
+
+CREATE FUNCTION mq_delete(msg_ids uuid[]) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    DELETE FROM mq_msgs WHERE id = ANY (msg_ids);
+    DELETE FROM mq_payloads WHERE id = ANY (msg_ids);
+END;
+$$;
+
+CREATE FUNCTION mq_keep_alive(msg_ids uuid[], duration interval) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    UPDATE mq_msgs SET attempt_at = clock_timestamp() + duration
+    WHERE id IN (SELECT m.id FROM mq_msgs m WHERE m.id = ANY (msg_ids) ORDER BY m.id FOR UPDATE SKIP LOCKED)
+        AND attempt_at < clock_timestamp() + duration;
+$$;
+
+CREATE FUNCTION mq_checkpoint(
+    msg_id uuid, duration interval, new_payload_json text, new_payload_bytes bytea, extra_retries int
+) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    SELECT mq_keep_alive(ARRAY[msg_id], duration);
+    UPDATE mq_payloads
+    SET head = coalesce(new_payload_json, head), body = coalesce(new_payload_bytes, body)
+    WHERE id = msg_id;
+$$;
+
+-- Rows are committed by their transaction; there is no second phase.
+CREATE FUNCTION mq_commit(msg_ids uuid[]) RETURNS void
+LANGUAGE sql
+AS $$ SELECT NULL::void $$;

@@ -1,0 +1,9 @@
+DROP FUNCTION mq_clear_all();
+DROP FUNCTION mq_clear(text[]);
+DROP FUNCTION cancel_channels(text[], interval);
+DROP TABLE destinations;
+DROP TABLE request_keys;
+DROP TABLE attempts;
+DROP FUNCTION prune_outcomes(interval);
+DROP FUNCTION outcome_slot(timestamptz, interval);
+DROP TABLE outcomes;

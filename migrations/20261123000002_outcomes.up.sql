@@ -1,0 +1,138 @@
+-- How requests ended.
+
+-- One row a finished request, in a ring of partitions by time. A slot whose rows have all outlived their retention is
+-- truncated: no row-by-row deletes, no vacuum debt, no partition that is missing when it is needed, and no right
+-- to change the schema needed at run time. Slot -1 keeps what must not go by itself: discarded and ambiguous requests.
+CREATE TABLE outcomes (
+    slot smallint NOT NULL,
+    id uuid NOT NULL,
+    channel_name text COLLATE "C" NOT NULL,
+    channel_args text COLLATE "C" NOT NULL,
+    status text NOT NULL CHECK (status IN ('completed', 'discarded', 'cancelled', 'ambiguous')),
+    attempts int NOT NULL,
+    created_at timestamptz NOT NULL,
+    finished_at timestamptz NOT NULL,
+    -- NULL: until purged.
+    expires_at timestamptz,
+    http_status smallint,
+    head text,
+    body bytea,
+    -- Why there is no response, or not all of it.
+    error_class text,
+    error text
+) PARTITION BY LIST (slot);
+ALTER TABLE outcomes ALTER COLUMN body SET STORAGE EXTERNAL;
+
+DO $$
+BEGIN
+    EXECUTE 'CREATE TABLE outcomes_kept PARTITION OF outcomes FOR VALUES IN (-1)';
+    FOR slot IN 0..15 LOOP
+        EXECUTE format('CREATE TABLE outcomes_%s PARTITION OF outcomes FOR VALUES IN (%s)', slot, slot);
+    END LOOP;
+END;
+$$;
+CREATE INDEX outcomes_id ON outcomes (id);
+
+-- The slot of an outcome that ends now. Twelve slots span the retention; the others give the pruning time.
+CREATE FUNCTION outcome_slot(p_at timestamptz, p_retention interval) RETURNS smallint
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    SELECT (floor(extract(epoch FROM p_at) / greatest(extract(epoch FROM p_retention) / 12, 1))::bigint % 16)::smallint;
+$$;
+
+-- Empties the slots that no outcome will enter soon and whose rows have all expired. Returns how many it emptied.
+CREATE FUNCTION prune_outcomes(p_retention interval) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_current int := outcome_slot(clock_timestamp(), p_retention);
+    v_slot int;
+    v_live boolean;
+    v_emptied int := 0;
+BEGIN
+    -- One process at a time; the others have nothing to wait for.
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(concat_ws('/', 'requeuest', current_schema(), 'prune'), 0)) THEN
+        RETURN 0;
+    END IF;
+    FOR ahead IN 1..3 LOOP
+        v_slot := (v_current + ahead) % 16;
+        CONTINUE WHEN pg_relation_size(format('outcomes_%s', v_slot)::regclass) = 0;
+        EXECUTE format(
+            'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
+        ) INTO v_live;
+        CONTINUE WHEN v_live;
+        EXECUTE format('TRUNCATE outcomes_%s', v_slot);
+        v_emptied := v_emptied + 1;
+    END LOOP;
+    RETURN v_emptied;
+END;
+$$;
+
+-- Failed attempts only: the way of a request that is answered at once needs no telling.
+CREATE TABLE attempts (
+    id uuid NOT NULL,
+    number int NOT NULL,
+    ended_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    duration_ms int NOT NULL,
+    http_status smallint,
+    error_class text NOT NULL,
+    error text NOT NULL,
+    PRIMARY KEY (id, number)
+);
+CREATE INDEX attempts_ended_at ON attempts (ended_at);
+
+-- A caller's key for a request: a second call with the same key attaches to the first.
+CREATE TABLE request_keys (
+    channel_name text COLLATE "C" NOT NULL,
+    key text COLLATE "C" NOT NULL,
+    id uuid NOT NULL,
+    fingerprint bytea NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (channel_name, key)
+);
+
+-- What the whole fleet knows of an origin.
+CREATE TABLE destinations (
+    origin text COLLATE "C" PRIMARY KEY,
+    paused_until timestamptz,
+    breaker json,
+    limits json,
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- Ends every unfinished request of the given channels (NULL: all) as cancelled. Returns their ids.
+CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval) RETURNS SETOF uuid
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    WITH locked AS MATERIALIZED (
+        SELECT m.id FROM mq_msgs m
+        WHERE channel_names IS NULL OR m.channel_name = ANY (channel_names)
+        ORDER BY m.id FOR UPDATE
+    ), removed AS (
+        DELETE FROM mq_msgs m USING locked WHERE m.id = locked.id
+        RETURNING m.id, m.channel_name, m.channel_args, m.attempts
+    ), payloads AS (
+        DELETE FROM mq_payloads p USING locked WHERE p.id = locked.id RETURNING p.id, p.created_at
+    )
+    INSERT INTO outcomes (
+        slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at
+    )
+    SELECT
+        outcome_slot(clock_timestamp(), p_retention), r.id, r.channel_name, r.channel_args, 'cancelled', r.attempts,
+        coalesce(p.created_at, clock_timestamp()), clock_timestamp(), clock_timestamp() + p_retention
+    FROM removed r LEFT JOIN payloads p ON p.id = r.id
+    RETURNING outcomes.id;
+$$;
+
+CREATE FUNCTION mq_clear(channel_names text[]) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$ SELECT count(*) FROM cancel_channels(coalesce(channel_names, '{}'), '1 day'); SELECT NULL::void $$;
+
+CREATE FUNCTION mq_clear_all() RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$ SELECT count(*) FROM cancel_channels(NULL, '1 day'); SELECT NULL::void $$;

@@ -1,0 +1,57 @@
+//! The groups among which runners share their attention.
+//!
+//! A group is the second part of a row's queue (`channel_args`): `hhhh|o|key` for requests that must go out one after
+//! another, `hhhh|d|origin` for the others. The four hexadecimal digits are a hash of the rest: they spread the groups
+//! evenly over the index, so that a runner can start its round anywhere and skip from group to group.
+
+use http::Uri;
+
+/// The group of requests with an ordering key.
+pub(crate) fn ordered_group(key: &str) -> String {
+    group('o', key)
+}
+
+/// The group of requests that may go out in any order, by a name of the caller's.
+pub(crate) fn named_group(name: &str) -> String {
+    group('d', name)
+}
+
+/// The group of requests that may go out in any order: their destination (scheme, host and port).
+pub(crate) fn destination_group(uri: &Uri) -> String {
+    let scheme = uri.scheme_str().unwrap_or("http");
+    let host = uri.host().unwrap_or_default().to_ascii_lowercase();
+    let port = uri
+        .port_u16()
+        .unwrap_or(if scheme == "https" { 443 } else { 80 });
+    group('d', &format!("{scheme}://{host}:{port}"))
+}
+
+fn group(kind: char, name: &str) -> String {
+    format!("{:04x}|{kind}|{name}", fnv1a(name.as_bytes()) as u16)
+}
+
+/// FNV-1a. Stored rows carry its result, so it must never change; the standard library's hashers may.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destination_is_scheme_host_and_port() {
+        let group = |uri: &'static str| destination_group(&Uri::from_static(uri));
+        assert_eq!(group("http://A.example/x?y"), group("http://a.example:80/"));
+        assert_ne!(group("http://a.example/"), group("https://a.example/"));
+        assert!(group("https://user:pw@a.example/").ends_with("|d|https://a.example:443"));
+    }
+
+    #[test]
+    fn the_stored_hash_never_changes() {
+        assert_eq!(ordered_group("invoice-42"), "90e1|o|invoice-42");
+        assert_eq!(ordered_group(""), "2325|o|");
+    }
+}

@@ -1,0 +1,232 @@
+//! One attempt after another, until the request has ended or somebody else goes on with it.
+//!
+//! An attempt reads from top to bottom: [`make`] sends and reads within the attempt's time, [`Judged::judge`] decides what its
+//! result means, the claim settles it. No database connection is held while it is sent.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{Extensions, Uri};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use tower::ServiceExt;
+
+use crate::body::Body;
+use crate::classify::{FailureClass, Verdict, classify};
+use crate::codec::Delivery;
+use crate::engine::runner::claim::Claim;
+use crate::engine::transport::{ResponseUrl, Transport, describe};
+use crate::error::BoxError;
+use crate::id::RequestId;
+use crate::outcome::Outcome;
+use crate::request::{Request, redacted};
+use crate::response::Response;
+use crate::store::BoxFuture;
+use crate::store::settle::Failure;
+
+/// A longer wait is not spent holding the claim: the request goes back into the queue.
+const MAX_HOLD: Duration = Duration::from_secs(60);
+
+/// What is sent, and how. Shared by all attempts of one claim.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    pub(crate) id: RequestId,
+    pub(crate) request: Arc<Request>,
+    pub(crate) uri: Uri,
+    pub(crate) delivery: Arc<Delivery>,
+    /// What the live caller attached to the request. Each attempt gets a copy of its own.
+    pub(crate) extensions: Extensions,
+}
+
+/// Transmits one attempt.
+pub(crate) trait Sender: Send {
+    fn send(
+        &mut self,
+        request: http::Request<Body>,
+    ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>>;
+}
+
+/// Sends with a client that belongs to the engine.
+struct ByEngine(Transport);
+
+impl Sender for ByEngine {
+    fn send(
+        &mut self,
+        request: http::Request<Body>,
+    ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>> {
+        // A service may only be called where it was ready: the clone is waited for and called.
+        Box::pin(self.0.clone().oneshot(request))
+    }
+}
+
+/// As [`drive`], with a client that belongs to the engine.
+pub(crate) async fn drive_by_engine(claim: Claim, transport: Transport) {
+    drive(claim, &mut ByEngine(transport)).await;
+}
+
+/// Makes attempts until the request has ended or is back in the queue.
+pub(crate) async fn drive(mut claim: Claim, sender: &mut dyn Sender) {
+    loop {
+        claim.begin().await;
+        let max_response_body = claim.engine().config().max_response_body;
+        let made = make(claim.job(), sender, max_response_body).await;
+        match Judged::judge(made, &claim) {
+            Judged::Ended(outcome) => return claim.finish(outcome).await,
+            Judged::Again { delay, failure } => {
+                let hold = delay <= MAX_HOLD && claim.is_awaited();
+                match claim.again(delay, hold, failure).await {
+                    Some(held) => claim = held,
+                    None => return,
+                }
+                claim.wait().await;
+            }
+        }
+    }
+}
+
+/// What a transmission brought.
+struct Made {
+    took: Duration,
+    result: Result<Answer, (FailureClass, String)>,
+}
+
+enum Answer {
+    Whole(Response),
+    /// The body is over the limit and was not kept.
+    TooLarge(Response),
+}
+
+async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> Made {
+    let mut request = job.request.to_http(job.uri.clone());
+    *request.extensions_mut() = job.extensions.clone();
+    let began = Instant::now();
+    let exchange = async {
+        let response = sender
+            .send(request)
+            .await
+            .map_err(|error| failed(job, error))?;
+        read(job, response, max_response_body).await
+    };
+    let timeout = job.delivery.attempt_timeout;
+    let result = tokio::time::timeout(timeout, exchange)
+        .await
+        .unwrap_or_else(|_elapsed| {
+            Err((
+                FailureClass::Timeout,
+                format!("no full response within {timeout:?}"),
+            ))
+        });
+    Made {
+        took: began.elapsed(),
+        result,
+    }
+}
+
+/// Reads a response up to the limit; what is over it is not read.
+async fn read(
+    job: &Job,
+    response: http::Response<Body>,
+    limit: usize,
+) -> Result<Answer, (FailureClass, String)> {
+    let (mut parts, body) = response.into_parts();
+    let url = parts.extensions.remove::<ResponseUrl>().map(|url| url.0);
+    let collected = Limited::new(body, limit).collect().await;
+    let (body, trailers, whole) = match collected {
+        Ok(collected) => {
+            let trailers = collected.trailers().cloned();
+            (collected.to_bytes(), trailers, true)
+        }
+        Err(error) if error.is::<LengthLimitError>() => Default::default(),
+        Err(error) => return Err(failed(job, error)),
+    };
+    let response = Response {
+        id: job.id,
+        status: parts.status,
+        version: parts.version,
+        headers: parts.headers,
+        body,
+        trailers,
+        url,
+        extensions: parts.extensions,
+    };
+    Ok(if whole {
+        Answer::Whole(response)
+    } else {
+        Answer::TooLarge(response)
+    })
+}
+
+fn failed(job: &Job, error: BoxError) -> (FailureClass, String) {
+    let class = class_of(&*error);
+    let text = describe(error);
+    // Other clients put the URL into their errors too, with the secrets in it.
+    let text = text.replace(&job.uri.to_string(), &redacted(&job.uri));
+    // The database's text holds no NUL.
+    (class, text.replace('\0', "\u{fffd}"))
+}
+
+fn class_of(error: &(dyn std::error::Error + 'static)) -> FailureClass {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<reqwest::Error>() {
+            if error.is_connect() {
+                return FailureClass::Connect;
+            }
+            if error.is_timeout() {
+                return FailureClass::Timeout;
+            }
+        }
+        if error.is::<tower::timeout::error::Elapsed>() {
+            return FailureClass::Timeout;
+        }
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            match error.kind() {
+                std::io::ErrorKind::ConnectionRefused => return FailureClass::Connect,
+                std::io::ErrorKind::TimedOut => return FailureClass::Timeout,
+                _ => {}
+            }
+        }
+        cause = error.source();
+    }
+    FailureClass::Transport
+}
+
+/// What an attempt's result means for its request.
+enum Judged {
+    Ended(Outcome),
+    Again { delay: Duration, failure: Failure },
+}
+
+impl Judged {
+    fn judge(made: Made, claim: &Claim) -> Self {
+        let job = claim.job();
+        let (response, class, text) = match made.result {
+            // Judged before anything else: it was delivered, whatever its status.
+            Ok(Answer::TooLarge(response)) => {
+                let limit = claim.engine().config().max_response_body;
+                return Self::Ended(Outcome::too_large(response, limit));
+            }
+            Ok(Answer::Whole(response)) => {
+                match classify(job.delivery.accept.as_deref(), response.status) {
+                    Verdict::Final => return Self::Ended(Outcome::completed(response)),
+                    Verdict::Retry => {
+                        let text = format!("answered with {}", response.status);
+                        (Some(response), FailureClass::Status, text)
+                    }
+                }
+            }
+            Err((class, text)) => (None, class, text),
+        };
+        match claim.next_delay() {
+            Some(delay) => Self::Again {
+                delay,
+                failure: Failure {
+                    class,
+                    text,
+                    duration: made.took,
+                    response,
+                },
+            },
+            None => Self::Ended(Outcome::discarded(job.id, response, class.as_str(), text)),
+        }
+    }
+}

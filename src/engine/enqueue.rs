@@ -1,0 +1,250 @@
+//! Persisting requests, many at a time.
+//!
+//! Whatever arrives while one insert is under way goes into the next: no timer, so no added latency. What the
+//! database refuses is split down to the one bad row, which alone fails.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use crate::engine::attempt::{self, Job};
+use crate::engine::runner::claim::Claim;
+use crate::engine::transport::Transport;
+use crate::engine::{Engine, Shared};
+use crate::error::{Error, Kind};
+use crate::store::DbError;
+use crate::store::enqueue::{self, InsertOne, NewRequest};
+
+const MAX_BATCH: usize = 256;
+const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
+const ORDERED_RETRY_MIN: Duration = Duration::from_millis(2);
+const ORDERED_RETRY_MAX: Duration = Duration::from_millis(100);
+
+/// A request on its way into the database.
+pub(crate) struct Submission {
+    pub(crate) row: NewRequest,
+    pub(crate) first_attempt: FirstAttempt,
+    /// Told after the commit: the claim, if the caller is to make the first attempt.
+    pub(crate) done: oneshot::Sender<Result<Option<Claim>, Error>>,
+}
+
+/// Who makes the first attempt.
+pub(crate) enum FirstAttempt {
+    /// Whichever runner claims it.
+    Runner,
+    /// This process, at once.
+    Engine { start: Start, transport: Transport },
+    /// The caller's own future.
+    Caller(Start),
+}
+
+/// What an attempt needs that follows the insert at once.
+pub(crate) struct Start {
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) slots: Vec<OwnedSemaphorePermit>,
+    pub(crate) job: Job,
+}
+
+impl Start {
+    fn claim(self) -> (Claim, Arc<Engine>) {
+        let claim = Claim::inline(&self.engine, self.job, self.slots);
+        (claim, self.engine)
+    }
+}
+
+/// Runs until the last sender is gone.
+pub(crate) async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Submission>) {
+    let mut batch = Vec::with_capacity(MAX_BATCH);
+    while incoming.recv_many(&mut batch, MAX_BATCH).await > 0 {
+        let mut rest = std::mem::take(&mut batch);
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = rest.iter().take_while(|submission| {
+                bytes += submission.row.size();
+                bytes <= MAX_BATCH_BYTES
+            });
+            let count = fits.count().max(1);
+            let next = rest.split_off(count);
+            write(&shared, rest).await;
+            rest = next;
+        }
+    }
+}
+
+type Parts = (FirstAttempt, oneshot::Sender<Result<Option<Claim>, Error>>);
+
+async fn write(shared: &Shared, batch: Vec<Submission>) {
+    if let Err(error) = shared.verify().await {
+        for submission in batch {
+            let _ = submission.done.send(Err(error.share()));
+        }
+        return;
+    }
+    let mut runners = Vec::new();
+    let mut stack = vec![batch];
+    while let Some(batch) = stack.pop() {
+        let (rows, mut parts): (Vec<NewRequest>, Vec<Parts>) = batch
+            .into_iter()
+            .map(|submission| (submission.row, (submission.first_attempt, submission.done)))
+            .unzip();
+        let (mut rows, written) = insert(shared, rows).await;
+        match written {
+            Ok(()) => {
+                let ready = rows.iter().filter(|row| row.is_ready());
+                runners.extend(ready.map(|row| Arc::clone(&row.channel)));
+                for (first_attempt, done) in parts {
+                    begin(first_attempt, done);
+                }
+            }
+            Err(error) if error.is_data() && rows.len() > 1 => {
+                let rest = rows.split_off(rows.len() / 2);
+                let rest_parts = parts.split_off(rows.len());
+                stack.push(rejoin(rest, rest_parts));
+                stack.push(rejoin(rows, parts));
+            }
+            Err(error) => {
+                let unknown = error.unknown;
+                let error = if unknown {
+                    Error::new(Kind::Indeterminate(Some(error.error)))
+                } else {
+                    let error = Error::from(error);
+                    if error.is_not_migrated() {
+                        shared.unverify();
+                    }
+                    error
+                };
+                for (row, (_, done)) in rows.iter().zip(parts) {
+                    let error = error.share();
+                    let error = if unknown {
+                        error.with_id(row.id)
+                    } else {
+                        error
+                    };
+                    let _ = done.send(Err(error));
+                }
+            }
+        }
+    }
+    notify(shared, runners).await;
+}
+
+fn rejoin(rows: Vec<NewRequest>, parts: Vec<Parts>) -> Vec<Submission> {
+    let submissions = rows.into_iter().zip(parts);
+    submissions
+        .map(|(row, (first_attempt, done))| Submission {
+            row,
+            first_attempt,
+            done,
+        })
+        .collect()
+}
+
+/// After a broken connection the insert is tried once more, where the rows are not there already and while the leases that they
+/// may have got still run: later, another runner could have taken them.
+async fn insert(shared: &Shared, rows: Vec<NewRequest>) -> (Vec<NewRequest>, Result<(), DbError>) {
+    let lease = shared.config.lease;
+    let began = Instant::now();
+    let rows = Arc::new(rows);
+    let try_once = |again: bool| {
+        let rows = Arc::clone(&rows);
+        shared.db.run(move |connection| {
+            Box::pin(async move { enqueue::insert(connection, &rows, lease, again).await })
+        })
+    };
+    let mut written = try_once(false).await;
+    if written.as_ref().is_err_and(|error| error.unknown) && began.elapsed() < lease / 2 {
+        if let Err(error) = try_once(true).await {
+            written = Err(DbError {
+                unknown: true,
+                ..error
+            });
+        } else {
+            written = Ok(());
+        }
+    }
+    // The statements are over, and with them the other handles.
+    let rows = Arc::try_unwrap(rows).unwrap_or_default();
+    (rows, written)
+}
+
+/// The request is persisted: its first attempt may begin.
+fn begin(first_attempt: FirstAttempt, done: oneshot::Sender<Result<Option<Claim>, Error>>) {
+    let claim = match first_attempt {
+        FirstAttempt::Runner => None,
+        FirstAttempt::Engine { start, transport } => {
+            let (claim, engine) = start.claim();
+            engine.spawn(attempt::drive_by_engine(claim, transport));
+            None
+        }
+        FirstAttempt::Caller(start) => Some(start.claim().0),
+    };
+    // A caller that is gone cancels nothing: a claim that comes back here gives itself up.
+    let _ = done.send(Ok(claim));
+}
+
+/// Inserts a request with an ordering key. It has a lane of its own, because a caller's transaction may hold the key for long:
+/// no connection is kept while it does, and no other request waits.
+pub(crate) async fn insert_ordered(shared: Arc<Shared>, submission: Submission) {
+    let mut pause = ORDERED_RETRY_MIN;
+    let row = Arc::new(submission.row);
+    let mut done = submission.done;
+    let result = loop {
+        if done.is_closed() {
+            return;
+        }
+        match try_ordered(&shared, &row).await {
+            Ok(true) => break Ok(None),
+            Ok(false) => {
+                tokio::select! {
+                    () = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())) => {}
+                    () = done.closed() => return,
+                }
+                pause = (pause * 2).min(ORDERED_RETRY_MAX);
+            }
+            Err(error) => break Err(error),
+        }
+    };
+    let _ = done.send(result);
+}
+
+async fn try_ordered(shared: &Shared, row: &Arc<NewRequest>) -> Result<bool, Error> {
+    shared.verify().await?;
+    let (schema, row) = (shared.config.schema.clone(), Arc::clone(row));
+    let id = row.id;
+    let how = InsertOne {
+        notify: row.delay.is_zero(),
+        wait: false,
+    };
+    let inserted = shared
+        .db
+        .run(move |connection| {
+            Box::pin(async move { enqueue::insert_one(connection, &schema, &row, how).await })
+        })
+        .await;
+    inserted.map_err(|error| {
+        if error.unknown {
+            Error::new(Kind::Indeterminate(Some(error.error))).with_id(id)
+        } else {
+            error.into()
+        }
+    })
+}
+
+async fn notify(shared: &Shared, mut runners: Vec<Arc<str>>) {
+    if runners.is_empty() {
+        return;
+    }
+    runners.sort_unstable();
+    runners.dedup();
+    let told = shared
+        .db
+        .run(move |connection| {
+            Box::pin(async move { enqueue::notify_runners(connection, &runners).await })
+        })
+        .await;
+    if let Err(error) = told {
+        // Runners look by themselves a moment later.
+        log::debug!("notifying runners failed: {}", error.error);
+    }
+}

@@ -1,0 +1,372 @@
+//! What drives persisted requests: one engine a handle, and the tasks that belong to it.
+//!
+//! ```text
+//!  fronts ─► enqueue lane ─► attempt ─► settle lane ─► waiters
+//!                              ▲            │
+//!             sqlxmq's runner ─┘            └─ due again
+//! ```
+
+pub(crate) mod attempt;
+pub(crate) mod enqueue;
+pub(crate) mod runner;
+pub(crate) mod runtime;
+pub(crate) mod transport;
+pub(crate) mod waiters;
+
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use sqlx::PgPool;
+use sqlx::postgres::PgConnectOptions;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+use crate::error::{Error, Kind, MigrationState};
+use crate::migrate::wanted_version;
+use crate::retry::RetryPolicy;
+use crate::store::inspect::{self, Schema};
+use crate::store::{BoxFuture, Db};
+
+use enqueue::Submission;
+use runner::lease::{self, Leases};
+use runner::settle::{self, Settlement};
+use runner::sweep;
+use runtime::Home;
+use transport::{Transport, TransportSlot};
+use waiters::Waiters;
+
+/// How many bodies that were too large to come with their claim are fetched at a time.
+const LARGE_BODIES: usize = 16;
+
+/// What the builder checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// Where requests go that name no channel.
+    pub(crate) channel: Arc<str>,
+    /// What the runner subscribes to; `None` for every channel.
+    pub(crate) channels: Option<Vec<Arc<str>>>,
+    pub(crate) concurrency: usize,
+    pub(crate) lease: Duration,
+    pub(crate) attempt_timeout: Duration,
+    pub(crate) retry_awaited: RetryPolicy,
+    pub(crate) retry_fired: RetryPolicy,
+    pub(crate) max_request_body: usize,
+    pub(crate) max_response_body: usize,
+    pub(crate) retention: Duration,
+    pub(crate) schema: String,
+    pub(crate) max_connections: u32,
+    pub(crate) notify_in_transactions: bool,
+    /// For the crate's own connections, where the caller's pool goes through a pooler.
+    pub(crate) connect: Option<PgConnectOptions>,
+}
+
+/// What the engine and its tasks share. It holds no sender, so the tasks end when the engine does.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) db: Db,
+    pub(crate) instance: Uuid,
+    pub(crate) waiters: Arc<Waiters>,
+    pub(crate) leases: Leases,
+    verified: AtomicBool,
+    /// When the engine went away.
+    left: Mutex<Option<Instant>>,
+}
+
+impl Shared {
+    /// Makes sure, once, that the schema is there and is the one that the statements were written for.
+    pub(crate) async fn verify(&self) -> Result<(), Error> {
+        if self.verified.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let schema = self.config.schema.clone();
+        let found = self
+            .db
+            .run(move |connection| {
+                Box::pin(async move { inspect::schema_version(connection, &schema).await })
+            })
+            .await?;
+        let wanted = wanted_version();
+        let state = match found {
+            Schema::Missing => MigrationState::Missing,
+            Schema::Elsewhere => MigrationState::Swallowed,
+            Schema::Version(found) if found < wanted => MigrationState::Older { found, wanted },
+            Schema::Version(found) if found > wanted => MigrationState::Newer { found, wanted },
+            Schema::Version(_) => {
+                self.verified.store(true, Ordering::Relaxed);
+                return Ok(());
+            }
+        };
+        Err(Error::new(Kind::Migrations(state)))
+    }
+
+    /// Something of the schema turned out to be gone: the next call looks again.
+    pub(crate) fn unverify(&self) {
+        self.verified.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the engine has been gone for so long that others have taken its requests over.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.is_some_and(|left| left.elapsed() > 2 * self.config.lease)
+    }
+}
+
+pub(crate) struct Engine {
+    shared: Arc<Shared>,
+    user_pool: PgPool,
+    home: Home,
+    enqueue: mpsc::UnboundedSender<Submission>,
+    settle: mpsc::UnboundedSender<Settlement>,
+    transport: TransportSlot,
+    slots: Arc<Semaphore>,
+    /// Half of the slots: new requests can't starve those that wait in the queue.
+    inline_slots: Arc<Semaphore>,
+    large_bodies: Semaphore,
+    /// Whether this process claims from its channels, and so may make first attempts.
+    running: AtomicBool,
+    closing: AtomicBool,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("config", &self.shared.config)
+            .field("instance", &self.shared.instance)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Starts the lanes and the tasks that look after leases, waiters and old outcomes.
+    pub(crate) fn start(user_pool: PgPool, config: Config) -> Result<Arc<Self>, Error> {
+        let home = Home::find().map_err(|error| Error::config("runtime", error.to_string()))?;
+        let _context = home.handle().enter();
+        let connect = connect_options(&user_pool, &config);
+        let shared = Arc::new(Shared {
+            db: Db::new(
+                &connect,
+                &config.schema,
+                config.lease,
+                config.max_connections,
+            ),
+            instance: Uuid::now_v7(),
+            waiters: Arc::default(),
+            leases: Leases::default(),
+            verified: AtomicBool::new(false),
+            left: Mutex::default(),
+            config,
+        });
+        let (enqueue, enqueued) = mpsc::unbounded_channel();
+        let (settle, settled) = mpsc::unbounded_channel();
+        // The lanes end by themselves when their senders are gone; the others have no end of their own.
+        home.handle()
+            .spawn(enqueue::run(Arc::clone(&shared), enqueued));
+        home.handle()
+            .spawn(settle::run(Arc::clone(&shared), settled));
+        let tasks = vec![
+            home.handle().spawn(lease::renew(Arc::clone(&shared))),
+            home.handle().spawn(waiters::watch(Arc::clone(&shared))),
+            home.handle().spawn(sweep::run(Arc::clone(&shared))),
+        ];
+        let concurrency = shared.config.concurrency;
+        Ok(Arc::new(Self {
+            shared,
+            user_pool,
+            enqueue,
+            settle,
+            transport: TransportSlot::default(),
+            slots: Arc::new(Semaphore::new(concurrency)),
+            inline_slots: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
+            large_bodies: Semaphore::new(LARGE_BODIES),
+            running: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            tasks,
+            home,
+        }))
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    pub(crate) fn user_pool(&self) -> &PgPool {
+        &self.user_pool
+    }
+
+    pub(crate) fn slots(&self) -> &Arc<Semaphore> {
+        &self.slots
+    }
+
+    pub(crate) fn large_bodies(&self) -> &Semaphore {
+        &self.large_bodies
+    }
+
+    pub(crate) fn transport(&self) -> Option<Transport> {
+        self.transport.get()
+    }
+
+    /// Sets the transport of background attempts unless one is set.
+    pub(crate) fn offer_transport(&self, transport: impl FnOnce() -> Transport) {
+        self.transport.offer(transport);
+    }
+
+    pub(crate) async fn transport_known(&self) {
+        self.transport.known().await;
+    }
+
+    pub(crate) fn set_running(&self, running: bool) {
+        self.running.store(running, Ordering::Release);
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn enqueue(&self, submission: Submission) -> Result<(), Error> {
+        // A pool that its owner closed takes nothing more, though this one would.
+        if self.is_closing() || self.user_pool.is_closed() {
+            return Err(Error::new(Kind::Closed));
+        }
+        if submission.row.ordered {
+            self.spawn(enqueue::insert_ordered(
+                Arc::clone(&self.shared),
+                submission,
+            ));
+            return Ok(());
+        }
+        self.enqueue
+            .send(submission)
+            .map_err(|_| Error::new(Kind::Closed))
+    }
+
+    pub(crate) fn settle(&self, settlement: Settlement) {
+        // Without a lane the runtime is ending; the lease will run out and others take over.
+        let _ = self.settle.send(settlement);
+    }
+
+    /// Slots for a first attempt by this process, if it may make one on this channel now.
+    pub(crate) fn inline_slots(
+        &self,
+        channel: &str,
+    ) -> Option<Vec<tokio::sync::OwnedSemaphorePermit>> {
+        let subscribed = match &self.config().channels {
+            None => true,
+            Some(channels) => channels.iter().any(|subscribed| **subscribed == *channel),
+        };
+        if !subscribed || !self.running.load(Ordering::Acquire) || self.is_closing() {
+            return None;
+        }
+        let inline = Arc::clone(&self.inline_slots).try_acquire_owned().ok()?;
+        let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
+        Some(vec![inline, slot])
+    }
+
+    /// Spawns on the engine's runtime.
+    pub(crate) fn spawn(
+        &self,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) -> JoinHandle<()> {
+        self.home.handle().spawn(future)
+    }
+
+    /// Runs a future on the engine's runtime and waits for it from any executor.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.home
+            .run(future)
+            .await
+            .unwrap_or_else(|| Err(Error::new(Kind::Closed)))
+    }
+
+    /// Runs statements on the crate's own pool, from any executor, after making sure of the schema.
+    pub(crate) async fn query<T: Send + 'static>(
+        &self,
+        statements: impl for<'c> FnOnce(
+            &'c mut sqlx::PgConnection,
+        ) -> BoxFuture<'c, Result<T, sqlx::Error>>
+        + Send
+        + 'static,
+    ) -> Result<T, Error> {
+        if self.user_pool.is_closed() {
+            return Err(Error::new(Kind::Closed));
+        }
+        let shared = Arc::clone(&self.shared);
+        self.run(async move {
+            shared.verify().await?;
+            let result = shared.db.run(statements).await.map_err(Error::from);
+            if result.as_ref().is_err_and(Error::is_not_migrated) {
+                shared.unverify();
+            }
+            result
+        })
+        .await
+    }
+
+    /// New connections use what the caller's pool uses now.
+    pub(crate) fn reconnect(&self) {
+        let connect = connect_options(&self.user_pool, self.config());
+        self.shared.db.reconnect_with(&connect);
+    }
+
+    /// No new claims and no new requests; waits for the attempts in flight, then gives back what is left.
+    pub(crate) async fn shutdown(self: Arc<Self>, grace: Duration) -> Result<(), Error> {
+        self.closing.store(true, Ordering::Release);
+        let drained = async {
+            while !self.shared.leases.is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(grace, drained).await.is_ok();
+        if !in_time {
+            for lease in self.shared.leases.all() {
+                let (done, settled) = tokio::sync::oneshot::channel();
+                self.settle(Settlement {
+                    lease,
+                    result: settle::Settling::Again {
+                        delay: Duration::ZERO,
+                        hold: false,
+                        uncounted: true,
+                        failure: None,
+                    },
+                    done,
+                });
+                let _ = tokio::time::timeout(self.config().lease, settled).await;
+            }
+        }
+        self.shared.waiters.close();
+        self.shared.db.pool().close().await;
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        let mut left = self
+            .shared
+            .left
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *left = Some(Instant::now());
+    }
+}
+
+fn connect_options(user_pool: &PgPool, config: &Config) -> PgConnectOptions {
+    match &config.connect {
+        Some(connect) => connect.clone(),
+        None => (*user_pool.connect_options()).clone(),
+    }
+}

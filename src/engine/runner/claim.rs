@@ -1,0 +1,308 @@
+//! Owning a due request.
+//!
+//! A [`Claim`] has one owner. Dropping it gives the request back: uncounted if nothing was sent, else as a failed attempt
+//! with its normal backoff, never as an instant second transmission.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use sqlxmq::CurrentJob;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use crate::classify::FailureClass;
+use crate::codec;
+use crate::engine::Engine;
+use crate::engine::attempt::{self, Job};
+use crate::engine::runner::lease::{Lease, Registered};
+use crate::engine::runner::settle::{Held, Settlement, Settling};
+use crate::error::Error;
+use crate::id::RequestId;
+use crate::outcome::Outcome;
+use crate::store::claim::{self, ClaimHead};
+use crate::store::settle::{Failure, Fence};
+
+/// An attempt's hard deadline is this much after its timeout: room for its result to be judged.
+const DEADLINE_GRACE: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub(crate) struct Claim {
+    engine: Arc<Engine>,
+    /// `None` once the claim is settled, or being settled.
+    lease: Option<Arc<Lease>>,
+    job: Job,
+    /// Transmissions begun, with this claim's.
+    attempts: u32,
+    /// When the request was enqueued, on this process's clock.
+    enqueued: Instant,
+    /// When the attempt is due.
+    due: Instant,
+    sending: Option<Instant>,
+}
+
+impl Claim {
+    /// The claim of a request that was inserted claimed.
+    pub(crate) fn inline(engine: &Arc<Engine>, job: Job, slots: Vec<OwnedSemaphorePermit>) -> Self {
+        let fence = Fence {
+            id: job.id,
+            claim_no: 1,
+        };
+        let lease = engine.shared().leases.insert(fence, slots);
+        Self::new(engine, lease, job, 1, Duration::ZERO)
+    }
+
+    fn new(
+        engine: &Arc<Engine>,
+        lease: Arc<Lease>,
+        job: Job,
+        attempts: u32,
+        age: Duration,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            engine: Arc::clone(engine),
+            lease: Some(lease),
+            job,
+            attempts,
+            enqueued: now.checked_sub(age).unwrap_or(now),
+            due: now,
+            sending: None,
+        }
+    }
+
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub(crate) fn job(&self) -> &Job {
+        &self.job
+    }
+
+    pub(crate) fn is_awaited(&self) -> bool {
+        !self.engine.is_closing() && self.engine.shared().waiters.contains(self.job.id)
+    }
+
+    /// Marks the attempt as begun: from here on the lease is renewed and a slot is taken.
+    pub(crate) async fn begin(&mut self) {
+        let Some(lease) = &self.lease else { return };
+        let timeout = self.job.delivery.attempt_timeout;
+        if !lease.has_slot() {
+            // Renewed while it waits for a slot, for as long as that takes: the attempt's own time has not begun.
+            lease.settling();
+            if let Ok(slot) = Arc::clone(self.engine.slots()).acquire_owned().await {
+                lease.take_slot(slot);
+            }
+        }
+        let now = Instant::now();
+        lease.sending(now + timeout + DEADLINE_GRACE);
+        self.sending = Some(now);
+    }
+
+    /// The delay until the next attempt after this one, or `None` to give up.
+    pub(crate) fn next_delay(&self) -> Option<Duration> {
+        let policy = &self.job.delivery.retry;
+        policy.delay(self.attempts, self.enqueued.elapsed(), fastrand::f64())
+    }
+
+    /// Whether the policy allows no attempt any more: one was lost with the process that made it.
+    fn is_exhausted(&self) -> bool {
+        // With this attempt left out, as it has not been made.
+        let before = self.attempts - 1;
+        before > 0
+            && self
+                .job
+                .delivery
+                .retry
+                .delay(before, Duration::ZERO, 0.0)
+                .is_none()
+    }
+
+    /// Waits until the attempt is due.
+    pub(crate) async fn wait(&self) {
+        tokio::time::sleep_until(self.due.into()).await;
+    }
+
+    /// Ends the request; returns after the commit.
+    pub(crate) async fn finish(mut self, outcome: Outcome) {
+        if let Some(done) = self.settle(Settling::Finish(outcome)) {
+            let _ = done.await;
+        }
+    }
+
+    /// Puts the request back, or holds it for the next attempt. Returns after the commit, with the claim to go on with.
+    pub(crate) async fn again(
+        mut self,
+        delay: Duration,
+        hold: bool,
+        failure: Failure,
+    ) -> Option<Self> {
+        let due = Instant::now() + delay;
+        let done = self.settle(Settling::Again {
+            delay,
+            hold,
+            uncounted: false,
+            failure: Some(failure),
+        })?;
+        let Held { lease, attempts } = done.await.ok().flatten()?;
+        self.lease = Some(lease);
+        self.attempts = attempts;
+        self.due = due;
+        self.sending = None;
+        Some(self)
+    }
+
+    fn settle(&mut self, result: Settling) -> Option<oneshot::Receiver<Option<Held>>> {
+        let lease = self.lease.take()?;
+        lease.settling();
+        let (done, receiver) = oneshot::channel();
+        self.engine.settle(Settlement {
+            lease,
+            result,
+            done,
+        });
+        Some(receiver)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let result = match self.sending {
+            None => Settling::Again {
+                delay: self.due.saturating_duration_since(Instant::now()),
+                hold: false,
+                uncounted: true,
+                failure: None,
+            },
+            Some(began) => {
+                let text = "its caller went away while it was sent".to_owned();
+                match self.next_delay() {
+                    Some(delay) => Settling::Again {
+                        delay,
+                        hold: false,
+                        uncounted: false,
+                        failure: Some(Failure {
+                            class: FailureClass::Abandoned,
+                            text,
+                            duration: began.elapsed(),
+                            response: None,
+                        }),
+                    },
+                    None => Settling::Finish(Outcome::discarded(
+                        self.job.id,
+                        None,
+                        FailureClass::Abandoned.as_str(),
+                        text,
+                    )),
+                }
+            }
+        };
+        // Nobody waits for it.
+        drop(self.settle(result));
+    }
+}
+
+/// Takes over what sqlxmq's runner claimed. The runner counts it as running until `current` is dropped, after the settle.
+pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
+    let id = RequestId::from(current.id());
+    let json = current.raw_json().unwrap_or_default();
+    let head = match ClaimHead::parse(json) {
+        Ok(head) => head,
+        Err(error) => {
+            log::error!("request {id}: {error}");
+            return;
+        }
+    };
+    let fence = Fence {
+        id,
+        claim_no: head.claim_no,
+    };
+    let lease = match engine.shared().leases.register(fence) {
+        Registered::New(lease) => lease,
+        Registered::Adopted => return,
+    };
+    let body = current.raw_bytes().map(Bytes::copy_from_slice);
+    match job(&engine, id, &head, body).await {
+        Ok(job) => {
+            let claim = Claim::new(&engine, lease, job, head.attempts, head.age());
+            drive(claim).await;
+        }
+        Err(Unusable::Corrupt(error)) => {
+            log::error!("request {id} is discarded: {error}");
+            let class = FailureClass::Unusable.as_str();
+            let outcome = Outcome::discarded(id, None, class, error.to_string());
+            settle(&engine, lease, Settling::Finish(outcome)).await;
+        }
+        Err(Unusable::Later(error)) => {
+            log::warn!("fetching the body of request {id} failed: {error}");
+            let later = Settling::Again {
+                delay: Duration::from_secs(1),
+                hold: false,
+                uncounted: true,
+                failure: None,
+            };
+            settle(&engine, lease, later).await;
+        }
+    }
+}
+
+async fn drive(claim: Claim) {
+    if claim.is_exhausted() {
+        let text = "the last allowed attempt was lost with the process that made it".to_owned();
+        let class = FailureClass::Abandoned.as_str();
+        let outcome = Outcome::discarded(claim.job.id, None, class, text);
+        return claim.finish(outcome).await;
+    }
+    // The runner polls only once a transport is known.
+    if let Some(transport) = claim.engine().transport() {
+        attempt::drive_by_engine(claim, transport).await;
+    }
+}
+
+async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {
+    let (done, receiver) = oneshot::channel();
+    lease.settling();
+    engine.settle(Settlement {
+        lease,
+        result,
+        done,
+    });
+    let _ = receiver.await;
+}
+
+enum Unusable {
+    Corrupt(Error),
+    Later(sqlx::Error),
+}
+
+async fn job(
+    engine: &Engine,
+    id: RequestId,
+    head: &ClaimHead<'_>,
+    mut body: Option<Bytes>,
+) -> Result<Job, Unusable> {
+    let stored = head
+        .head()
+        .ok_or_else(|| Unusable::Corrupt(Error::corrupt("its payload is gone")))?;
+    if head.fetch_body {
+        // A large body takes memory only once the attempt can be made soon.
+        let _budget = engine.large_bodies().acquire().await;
+        let fetched = engine
+            .shared()
+            .db
+            .run(move |connection| {
+                Box::pin(async move { claim::body(connection, id.into()).await })
+            })
+            .await
+            .map_err(|error| Unusable::Later(error.error))?;
+        body = fetched.map(Bytes::from);
+    }
+    let (request, uri, delivery) =
+        codec::decode_request(stored, body).map_err(Unusable::Corrupt)?;
+    Ok(Job {
+        id,
+        request: Arc::new(request),
+        uri,
+        delivery: Arc::new(delivery),
+        extensions: http::Extensions::new(),
+    })
+}

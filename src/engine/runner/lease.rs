@@ -1,0 +1,202 @@
+//! The claims that this process holds, and the one statement that renews them.
+//!
+//! A lease is renewed while its attempt is being sent or its result waits to be settled, and never past the attempt's hard
+//! deadline: a caller that keeps a future without polling it keeps neither the slot nor the lease.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::OwnedSemaphorePermit;
+use uuid::Uuid;
+
+use crate::engine::Shared;
+use crate::id::RequestId;
+use crate::store::claim;
+use crate::store::settle::Fence;
+
+/// One claim. Its number is read when it is settled, because the claim may have been renewed by a poll in between.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) id: RequestId,
+    claim_no: AtomicI32,
+    state: Mutex<LeaseState>,
+}
+
+#[derive(Debug)]
+struct LeaseState {
+    phase: Phase,
+    renewed: Instant,
+    /// Counts against the concurrency while an attempt is made.
+    slots: Vec<OwnedSemaphorePermit>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Not being sent: claimed a moment ago, or held until its next attempt.
+    Idle,
+    /// Being sent, until this hard deadline at most.
+    Sending(Instant),
+    /// Sent; the result waits for its commit.
+    Settling,
+}
+
+impl Lease {
+    pub(crate) fn fence(&self) -> Fence {
+        Fence {
+            id: self.id,
+            claim_no: self.claim_no.load(Ordering::Acquire),
+        }
+    }
+
+    pub(crate) fn sending(&self, deadline: Instant) {
+        self.lock().phase = Phase::Sending(deadline);
+    }
+
+    pub(crate) fn settling(&self) {
+        let mut state = self.lock();
+        state.phase = Phase::Settling;
+        state.slots.clear();
+    }
+
+    pub(crate) fn has_slot(&self) -> bool {
+        !self.lock().slots.is_empty()
+    }
+
+    pub(crate) fn take_slot(&self, slot: OwnedSemaphorePermit) {
+        self.lock().slots.push(slot);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, LeaseState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All claims of this process.
+#[derive(Debug, Default)]
+pub(crate) struct Leases {
+    held: Mutex<HashMap<RequestId, Arc<Lease>>>,
+}
+
+/// What a claim that came from a poll means here.
+pub(crate) enum Registered {
+    New(Arc<Lease>),
+    /// The request is in flight here already, and its lease had run out: the attempt goes on under the new number.
+    Adopted,
+}
+
+impl Leases {
+    /// Notes a claim of a request that no other claim of this process can be for.
+    pub(crate) fn insert(&self, fence: Fence, slots: Vec<OwnedSemaphorePermit>) -> Arc<Lease> {
+        let lease = Arc::new(Lease {
+            id: fence.id,
+            claim_no: AtomicI32::new(fence.claim_no),
+            state: Mutex::new(LeaseState {
+                phase: Phase::Idle,
+                renewed: Instant::now(),
+                slots,
+            }),
+        });
+        self.lock().insert(fence.id, Arc::clone(&lease));
+        lease
+    }
+
+    /// Notes a claim that a poll made.
+    pub(crate) fn register(&self, fence: Fence) -> Registered {
+        if let Some(lease) = self.lock().get(&fence.id) {
+            // A number further on was released by this process in between: then the old attempt has ended.
+            let follows = lease.claim_no.compare_exchange(
+                fence.claim_no - 1,
+                fence.claim_no,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            if follows.is_ok() {
+                lease.lock().renewed = Instant::now();
+                return Registered::Adopted;
+            }
+        }
+        Registered::New(self.insert(fence, Vec::new()))
+    }
+
+    pub(crate) fn remove(&self, lease: &Arc<Lease>) {
+        let mut held = self.lock();
+        if held
+            .get(&lease.id)
+            .is_some_and(|other| Arc::ptr_eq(other, lease))
+        {
+            held.remove(&lease.id);
+        }
+    }
+
+    /// Whether the request is in this process's hands.
+    pub(crate) fn is_driven(&self, id: RequestId) -> bool {
+        self.lock().contains_key(&id)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Lease>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// The claims whose leases are due for renewal, sorted. Those past their hard deadline are let go.
+    fn due(&self, after: Duration) -> Vec<(Uuid, i32)> {
+        let now = Instant::now();
+        let mut due = Vec::new();
+        let mut lapsed = Vec::new();
+        for lease in self.all() {
+            let mut state = lease.lock();
+            match state.phase {
+                Phase::Sending(deadline) if deadline <= now => {
+                    state.slots.clear();
+                    lapsed.push(Arc::clone(&lease));
+                }
+                Phase::Sending(_) | Phase::Settling if now - state.renewed >= after => {
+                    state.renewed = now;
+                    let fence = lease.fence();
+                    due.push((fence.id.into(), fence.claim_no));
+                }
+                _ => {}
+            }
+        }
+        for lease in lapsed {
+            self.remove(&lease);
+        }
+        due.sort_unstable();
+        due
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<RequestId, Arc<Lease>>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Renews leases for as long as the engine lives. A third of the lease leaves time for two more tries.
+pub(crate) async fn renew(shared: Arc<Shared>) {
+    let lease = shared.config.lease;
+    let interval = lease / 3;
+    // Looked at more often than renewed, so that no lease is a whole interval late.
+    let mut ticks = tokio::time::interval(interval / 3);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let due = shared.leases.due(interval);
+        if due.is_empty() {
+            continue;
+        }
+        let (ids, claim_nos): (Vec<_>, Vec<_>) = due.into_iter().unzip();
+        let renewed = shared
+            .db
+            .run(move |connection| {
+                Box::pin(async move { claim::renew(connection, &ids, &claim_nos, lease).await })
+            })
+            .await;
+        if let Err(error) = renewed {
+            log::warn!("renewing leases failed: {}", error.error);
+        }
+    }
+}

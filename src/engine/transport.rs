@@ -1,0 +1,212 @@
+//! Who sends: the wrapped service, the caller's own, or a plain reqwest client.
+
+use std::error::Error as StdError;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http_body::Body as HttpBody;
+use pin_project::pin_project;
+use tower::util::{BoxCloneService, MapErr};
+use tower::{Service, ServiceExt};
+use url::Url;
+
+use crate::body::Body;
+use crate::error::BoxError;
+
+/// Any HTTP client, with its type erased.
+pub(crate) type Transport = BoxCloneService<http::Request<Body>, http::Response<Body>, BoxError>;
+
+/// Erases a service's type.
+pub(crate) fn erase<S, B>(service: S) -> Transport
+where
+    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: HttpBody + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    let service: MapErr<_, fn(S::Error) -> BoxError> = service
+        .map_response(wrap_body::<B> as fn(_) -> _)
+        .map_err(Into::into);
+    BoxCloneService::new(service)
+}
+
+fn wrap_body<B>(response: http::Response<B>) -> http::Response<Body>
+where
+    B: HttpBody + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    response.map(Body::wrap)
+}
+
+/// The transport of attempts that no caller's own client makes. Until it is known, the runner claims nothing.
+#[derive(Default)]
+pub(crate) struct TransportSlot {
+    // `BoxCloneService` is not `Sync`.
+    transport: Mutex<Option<Transport>>,
+    known: tokio::sync::Notify,
+}
+
+impl TransportSlot {
+    /// Sets the transport unless one is set.
+    pub(crate) fn offer(&self, transport: impl FnOnce() -> Transport) {
+        let mut slot = self
+            .transport
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if slot.is_none() {
+            *slot = Some(transport());
+            self.known.notify_waiters();
+        }
+    }
+
+    pub(crate) fn get(&self) -> Option<Transport> {
+        self.transport
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Waits until there is one.
+    pub(crate) async fn known(&self) {
+        loop {
+            let known = self.known.notified();
+            if self.get().is_some() {
+                return;
+            }
+            known.await;
+        }
+    }
+}
+
+/// Adapts a [`reqwest::Client`] to `Service<http::Request<Body>>`, for
+/// [`DurableBuilder::transport`](crate::DurableBuilder::transport) and for tower stacks.
+///
+/// A user name and password in the URL become an `Authorization` header, as with reqwest itself.
+///
+/// # Examples
+///
+/// ```
+/// use requeuest::{Durable, ReqwestTransport};
+///
+/// # fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+/// let client = reqwest::Client::builder().user_agent("billing/1.0").build()?;
+/// let durable = Durable::builder(pool).transport(ReqwestTransport::new(client)).build()?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct ReqwestTransport {
+    client: reqwest::Client,
+}
+
+impl ReqwestTransport {
+    /// Sends with the given client, as it is configured.
+    pub fn new(client: reqwest::Client) -> Self {
+        Self { client }
+    }
+
+    /// The client that sends where nothing else was given. It follows no redirects, because the answer to a request is its
+    /// response; it has no hidden retries, because each transmission is to be counted; and it gives up connecting after ten seconds.
+    pub(crate) fn plain() -> Result<Self, reqwest::Error> {
+        let client = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .connect_timeout(Duration::from_secs(10))
+            .build()?;
+        Ok(Self::new(client))
+    }
+}
+
+impl From<reqwest::Client> for ReqwestTransport {
+    fn from(client: reqwest::Client) -> Self {
+        Self::new(client)
+    }
+}
+
+impl Service<http::Request<Body>> for ReqwestTransport {
+    type Response = http::Response<reqwest::Body>;
+    type Error = reqwest::Error;
+    type Future = ReqwestFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), reqwest::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> ReqwestFuture {
+        let (parts, body) = request.into_parts();
+        // Through the builder, which takes credentials out of the URL.
+        let mut builder = self
+            .client
+            .request(parts.method, parts.uri.to_string())
+            .headers(parts.headers)
+            .version(parts.version);
+        if !body.is_end_stream() {
+            builder = builder.body(body);
+        }
+        ReqwestFuture(match builder.build() {
+            Ok(request) => State::Sending(self.client.call(request)),
+            Err(error) => State::Refused(Some(error)),
+        })
+    }
+}
+
+/// The response future of [`ReqwestTransport`].
+#[pin_project]
+#[derive(Debug)]
+pub struct ReqwestFuture(#[pin] State);
+
+#[pin_project(project = StateProj)]
+#[derive(Debug)]
+enum State {
+    Sending(#[pin] <reqwest::Client as Service<reqwest::Request>>::Future),
+    Refused(Option<reqwest::Error>),
+}
+
+impl Future for ReqwestFuture {
+    type Output = reqwest::Result<http::Response<reqwest::Body>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().0.project() {
+            StateProj::Sending(sending) => sending.poll(cx).map_ok(from_reqwest),
+            StateProj::Refused(error) => match error.take() {
+                Some(error) => Poll::Ready(Err(error)),
+                None => Poll::Pending,
+            },
+        }
+    }
+}
+
+/// Where a response came from: the part of a [`reqwest::Response`] that an [`http::Response`] has no field for.
+#[derive(Clone, Debug)]
+pub(crate) struct ResponseUrl(pub(crate) Url);
+
+pub(crate) fn from_reqwest(response: reqwest::Response) -> http::Response<reqwest::Body> {
+    let url = ResponseUrl(response.url().clone());
+    let mut response = http::Response::from(response);
+    response.extensions_mut().insert(url);
+    response
+}
+
+/// What went wrong, in one line: an error with its causes, without the URL that reqwest puts into its own.
+pub(crate) fn describe(error: BoxError) -> String {
+    let error = match error.downcast::<reqwest::Error>() {
+        Ok(error) => Box::new(error.without_url()),
+        Err(error) => error,
+    };
+    let mut text = error.to_string();
+    let mut source: Option<&dyn StdError> = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

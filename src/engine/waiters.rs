@@ -1,0 +1,248 @@
+//! Who waits for which outcome in this process.
+//!
+//! Callers whose request is driven here are woken by the settle that committed it. The others are looked after by one task:
+//! it listens for word from other processes, and asks the database every [`POLL_INTERVAL`] all the same, because a
+//! notification is a hint and never the truth.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use sqlx::postgres::PgListener;
+use tokio::sync::{Notify, oneshot};
+use uuid::Uuid;
+
+use crate::engine::Shared;
+use crate::error::{Error, Kind};
+use crate::id::RequestId;
+use crate::outcome::Outcome;
+use crate::store::outcome::{self, Found};
+
+/// How long an outcome that another process settled can go unnoticed when its notification is lost.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How many ids one question to the database holds.
+const MAX_IDS: usize = 1000;
+
+/// What a waiter gets.
+pub(crate) type Waited = Result<Outcome, Error>;
+
+#[derive(Debug, Default)]
+pub(crate) struct Waiters {
+    waiting: Mutex<HashMap<RequestId, Vec<Entry>>>,
+    next_token: AtomicU64,
+    /// Somebody began to wait for a request that is not driven here.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Entry {
+    token: u64,
+    sender: oneshot::Sender<Waited>,
+    /// The request is known to be persisted: that the database doesn't know it is news.
+    armed: bool,
+}
+
+/// A place in the queue for an outcome; dropping it gives it up.
+#[derive(Debug)]
+pub(crate) struct Waiter {
+    waiters: Arc<Waiters>,
+    id: RequestId,
+    token: u64,
+    receiver: oneshot::Receiver<Waited>,
+}
+
+impl Waiters {
+    /// Begins to wait for an outcome. Not before [`Waiter::arm`] is the database asked for it.
+    pub(crate) fn subscribe(self: &Arc<Self>, id: RequestId) -> Waiter {
+        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        self.lock().entry(id).or_default().push(Entry {
+            token,
+            sender,
+            armed: false,
+        });
+        Waiter {
+            waiters: Arc::clone(self),
+            id,
+            token,
+            receiver,
+        }
+    }
+
+    /// Hands a committed outcome to everybody who waits for it.
+    pub(crate) fn wake(&self, outcome: &Outcome) {
+        let Some(entries) = self.lock().remove(&outcome.id) else {
+            return;
+        };
+        for entry in entries {
+            // A receiver that is gone wants nothing.
+            let _ = entry.sender.send(Ok(outcome.clone()));
+        }
+    }
+
+    /// Whether somebody here waits for the request.
+    pub(crate) fn contains(&self, id: RequestId) -> bool {
+        self.lock().contains_key(&id)
+    }
+
+    /// Has the database asked soon.
+    pub(crate) fn poke(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Nobody will be woken any more.
+    pub(crate) fn close(&self) {
+        for entry in self.lock().drain().flat_map(|(_, entries)| entries) {
+            let _ = entry.sender.send(Err(Error::new(Kind::Closed)));
+        }
+    }
+
+    fn fail(&self, id: RequestId, error: impl Fn() -> Error) {
+        let mut waiting = self.lock();
+        if let Some(entries) = waiting.remove(&id) {
+            let (gone, early): (Vec<_>, Vec<_>) =
+                entries.into_iter().partition(|entry| entry.armed);
+            for entry in gone {
+                let _ = entry.sender.send(Err(error()));
+            }
+            if !early.is_empty() {
+                waiting.insert(id, early);
+            }
+        }
+    }
+
+    fn armed(&self) -> Vec<RequestId> {
+        let waiting = self.lock();
+        waiting
+            .iter()
+            .filter(|(_, entries)| entries.iter().any(|entry| entry.armed))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<RequestId, Vec<Entry>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiter {
+    /// The request is persisted. If it is not driven here, `elsewhere`, the database is asked for its outcome.
+    pub(crate) fn arm(&self, elsewhere: bool) {
+        if let Some(entries) = self.waiters.lock().get_mut(&self.id) {
+            for entry in entries.iter_mut().filter(|entry| entry.token == self.token) {
+                entry.armed = true;
+            }
+        }
+        if elsewhere {
+            self.waiters.poke();
+        }
+    }
+}
+
+impl Future for Waiter {
+    type Output = Waited;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Waited> {
+        Pin::new(&mut self.receiver).poll(cx).map(|received| {
+            // The sender goes away unused only when the engine does.
+            received.unwrap_or_else(|_| Err(Error::new(Kind::Closed)))
+        })
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        let mut waiting = self.waiters.lock();
+        if let Some(entries) = waiting.get_mut(&self.id) {
+            entries.retain(|entry| entry.token != self.token);
+            if entries.is_empty() {
+                waiting.remove(&self.id);
+            }
+        }
+    }
+}
+
+/// Looks after waiters whose request is driven elsewhere, or nowhere yet.
+pub(crate) async fn watch(shared: Arc<Shared>) {
+    let mut listener: Option<PgListener> = None;
+    loop {
+        let ids: Vec<RequestId> = shared
+            .waiters
+            .armed()
+            .into_iter()
+            .filter(|id| !shared.leases.is_driven(*id))
+            .collect();
+        if ids.is_empty() {
+            if shared.waiters.lock().is_empty() {
+                // Nobody to listen for: the connection goes back.
+                listener = None;
+            }
+            tokio::select! {
+                () = shared.waiters.changed.notified() => {}
+                // A request that was driven here may have gone back into the queue.
+                () = tokio::time::sleep(POLL_INTERVAL), if !shared.waiters.lock().is_empty() => {}
+            }
+            continue;
+        }
+        // Listening comes before asking, so that nothing ends unnoticed in between.
+        if listener.is_none() {
+            listener = listen(&shared).await;
+        }
+        for ids in ids.chunks(MAX_IDS) {
+            ask(&shared, ids).await;
+        }
+        tokio::select! {
+            () = shared.waiters.changed.notified() => {}
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
+            alive = heard(&mut listener) => if !alive { listener = None },
+        }
+    }
+}
+
+async fn listen(shared: &Shared) -> Option<PgListener> {
+    let mut listener = PgListener::connect_with(shared.db.pool()).await.ok()?;
+    let own = outcome::notification_channel(shared.instance);
+    let all = outcome::notification_channel(Uuid::nil());
+    listener
+        .listen_all([own.as_str(), all.as_str()])
+        .await
+        .ok()?;
+    Some(listener)
+}
+
+/// Whether the listener is still of use after this.
+async fn heard(listener: &mut Option<PgListener>) -> bool {
+    match listener {
+        Some(listener) => listener.recv().await.is_ok(),
+        None => std::future::pending().await,
+    }
+}
+
+async fn ask(shared: &Shared, ids: &[RequestId]) {
+    let asked = ids.to_vec();
+    let found = shared
+        .db
+        .run(move |connection| Box::pin(async move { outcome::find(connection, &asked).await }))
+        .await;
+    let found = match found {
+        Ok(found) => found,
+        Err(error) => {
+            // The callers go on waiting: the database comes back, or they give up by themselves.
+            log::debug!("asking for outcomes failed: {}", error.error);
+            return;
+        }
+    };
+    for (id, found) in found {
+        match found {
+            Found::Pending => {}
+            Found::Finished(outcome) => shared.waiters.wake(&outcome),
+            Found::Unknown => shared
+                .waiters
+                .fail(id, || Error::new(Kind::UnknownId).with_id(id)),
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! The door for tower: a layer over any HTTP client service.
+//!
+//! The wrapped service makes every transmission; what the caller gets is the stored response. The service's error type can't
+//! be the caller's: after a restart only recorded text exists, so the layer's error is [`Error`].
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http_body::Body as HttpBody;
+use http_body_util::combinators::Collect;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use pin_project::pin_project;
+use sqlx::PgPool;
+use tokio::sync::oneshot;
+use tower::util::Oneshot;
+use tower::{Layer, Service, ServiceExt};
+
+use crate::body::Body;
+use crate::durable::{AwaitResponse, Durable, Mode, RequestHead, too_large};
+use crate::engine::runner::claim::Claim;
+use crate::engine::transport::erase;
+use crate::error::{BoxError, Error, Kind};
+use crate::id::RequestId;
+use crate::request::Request;
+
+/// The header that carries a fired request's id in the `202 Accepted` of the layer and the middleware: `requeuest-id`.
+pub const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("requeuest-id");
+
+/// Makes every request through a service durable.
+///
+/// # Examples
+///
+/// ```no_run
+/// use requeuest::{Body, DurableLayer, ReqwestTransport};
+/// use tower::{ServiceBuilder, ServiceExt};
+///
+/// # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+/// let client = ServiceBuilder::new()
+///     .layer(DurableLayer::new(pool))
+///     .service(ReqwestTransport::new(reqwest::Client::new()));
+///
+/// let request = http::Request::post("https://example.com/").body(Body::from("hello"))?;
+/// let response = client.clone().oneshot(request).await?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct DurableLayer {
+    durable: Durable,
+}
+
+impl DurableLayer {
+    /// A layer with the defaults of [`DurableBuilder`](crate::DurableBuilder). The first service that it wraps makes background
+    /// attempts too; until there is one, the runner delivers nothing. Starts the engine, as [`Durable::new`] does.
+    ///
+    /// # Panics
+    ///
+    /// If no thread can be started, where one is needed.
+    pub fn new(pool: PgPool) -> Self {
+        match Durable::builder(pool).layer() {
+            Ok(layer) => layer,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// The handle underneath: to ask for responses and states by id, and to shut down.
+    pub fn durable(&self) -> &Durable {
+        &self.durable
+    }
+}
+
+impl From<Durable> for DurableLayer {
+    fn from(durable: Durable) -> Self {
+        Self { durable }
+    }
+}
+
+impl<S, B> Layer<S> for DurableLayer
+where
+    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: HttpBody + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    type Service = DurableService<S>;
+
+    fn layer(&self, inner: S) -> DurableService<S> {
+        self.durable
+            .engine()
+            .offer_transport(|| erase(inner.clone()));
+        DurableService {
+            inner,
+            durable: self.durable.clone(),
+        }
+    }
+}
+
+/// The service that [`DurableLayer`] makes.
+///
+/// It is always ready: transmissions are made on clones of the wrapped service, each of which is waited for until it is
+/// ready. Per-request [`Options`](crate::Options) are taken from the request's extensions.
+#[derive(Clone, Debug)]
+pub struct DurableService<S> {
+    inner: S,
+    durable: Durable,
+}
+
+impl<S> DurableService<S> {
+    /// The handle underneath: to ask for responses and states by id, and to shut down.
+    pub fn durable(&self) -> &Durable {
+        &self.durable
+    }
+
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S, B, R> Service<http::Request<R>> for DurableService<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: HttpBody + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+    R: HttpBody + Send + 'static,
+    R::Data: Send,
+    R::Error: Into<BoxError>,
+{
+    type Response = http::Response<Body>;
+    type Error = Error;
+    type Future = ResponseFuture<S, R>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        // `call` never calls `inner` itself, so its readiness would be taken for nothing.
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<R>) -> ResponseFuture<S, R> {
+        let inner = self.inner.clone();
+        if self.durable.passes_through(&RequestHead::of_http(&request)) {
+            let passing = inner.oneshot(request.map(Body::wrap));
+            return ResponseFuture(State::Passing(passing));
+        }
+        let limit = self.durable.engine().config().max_request_body;
+        let (parts, body) = request.into_parts();
+        // A length that was declared is refused before anything is read.
+        if body.size_hint().lower() > limit as u64 {
+            return ResponseFuture(State::Refused(Some(too_large(limit))));
+        }
+        let absent = body.is_end_stream();
+        ResponseFuture(State::Collecting {
+            body: Limited::new(body, limit).collect(),
+            rest: Some(Rest {
+                parts,
+                absent,
+                inner,
+                durable: self.durable.clone(),
+            }),
+        })
+    }
+}
+
+/// The response future of [`DurableService`]. Dropping it never cancels a request that was persisted.
+#[pin_project]
+pub struct ResponseFuture<S, R>(#[pin] State<S, R>)
+where
+    S: Service<http::Request<Body>>,
+    R: HttpBody,
+    R::Error: Into<BoxError>;
+
+#[pin_project(project = StateProj)]
+enum State<S, R>
+where
+    S: Service<http::Request<Body>>,
+    R: HttpBody,
+    R::Error: Into<BoxError>,
+{
+    /// Not persisted at all.
+    Passing(#[pin] Oneshot<S, http::Request<Body>>),
+    Refused(Option<Error>),
+    Collecting {
+        #[pin]
+        body: Collect<Limited<R>>,
+        rest: Option<Rest<S>>,
+    },
+    Firing {
+        id: RequestId,
+        enqueued: oneshot::Receiver<Result<Option<Claim>, Error>>,
+    },
+    Awaiting(AwaitResponse),
+}
+
+/// Everything of the request but its body.
+struct Rest<S> {
+    parts: http::request::Parts,
+    absent: bool,
+    inner: S,
+    durable: Durable,
+}
+
+impl<S, B> Rest<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: HttpBody + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    fn submit<R>(
+        self,
+        data: bytes::Bytes,
+        trailers: Option<HeaderMap>,
+    ) -> Result<State<S, R>, Error>
+    where
+        R: HttpBody,
+        R::Error: Into<BoxError>,
+    {
+        let Self {
+            parts,
+            absent,
+            inner,
+            durable,
+        } = self;
+        let extensions = parts.extensions.clone();
+        let request = Request::from_parts(parts, (!absent).then_some(data), trailers)?;
+        let fire = request.options.fire;
+        let mode = if fire { Mode::Fired } else { Mode::Awaited };
+        let prepared = durable.prepare(request, mode)?.with_extensions(extensions);
+        let transport = erase(inner);
+        Ok(if fire {
+            State::Firing {
+                id: prepared.id(),
+                enqueued: durable.submit(prepared, Some(transport))?.enqueued,
+            }
+        } else {
+            State::Awaiting(durable.submit_awaited(prepared, Some(transport))?)
+        })
+    }
+}
+
+impl<S, B, R> Future for ResponseFuture<S, R>
+where
+    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: HttpBody + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+    R: HttpBody,
+    R::Error: Into<BoxError>,
+{
+    type Output = Result<http::Response<Body>, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.project().0;
+        loop {
+            let next = match state.as_mut().project() {
+                StateProj::Passing(passing) => {
+                    return passing
+                        .poll(cx)
+                        .map_ok(|response| response.map(Body::wrap))
+                        .map_err(|error| Error::new(Kind::PassThrough(error.into())));
+                }
+                StateProj::Refused(error) => {
+                    return match error.take() {
+                        Some(error) => Poll::Ready(Err(error)),
+                        None => Poll::Pending,
+                    };
+                }
+                StateProj::Collecting { body, rest } => {
+                    let collected = ready!(body.poll(cx));
+                    let Some(rest) = rest.take() else {
+                        return Poll::Pending;
+                    };
+                    let limit = rest.durable.engine().config().max_request_body;
+                    let submitted = match collected {
+                        Ok(collected) => {
+                            let trailers = collected.trailers().cloned();
+                            rest.submit(collected.to_bytes(), trailers)
+                        }
+                        Err(error) => Err(body_error(error, limit)),
+                    };
+                    submitted.unwrap_or_else(|error| State::Refused(Some(error)))
+                }
+                StateProj::Firing { id, enqueued } => {
+                    let enqueued = ready!(Pin::new(enqueued).poll(cx));
+                    return Poll::Ready(match enqueued {
+                        Ok(Ok(_)) => Ok(accepted(*id)),
+                        Ok(Err(error)) => Err(error),
+                        Err(_) => Err(Error::new(Kind::Closed)),
+                    });
+                }
+                StateProj::Awaiting(waiting) => {
+                    return Pin::new(waiting).poll(cx).map_ok(Into::into);
+                }
+            };
+            state.set(next);
+        }
+    }
+}
+
+impl<S, R> fmt::Debug for ResponseFuture<S, R>
+where
+    S: Service<http::Request<Body>>,
+    R: HttpBody,
+    R::Error: Into<BoxError>,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn body_error(error: BoxError, limit: usize) -> Error {
+    if error.is::<LengthLimitError>() {
+        too_large(limit)
+    } else {
+        Error::new(Kind::Body(error))
+    }
+}
+
+/// The answer to a fired request.
+pub(crate) fn accepted(id: RequestId) -> http::Response<Body> {
+    let mut response = http::Response::new(Body::empty());
+    *response.status_mut() = StatusCode::ACCEPTED;
+    if let Ok(id) = HeaderValue::from_str(&id.to_string()) {
+        response.headers_mut().insert(REQUEST_ID_HEADER, id);
+    }
+    response
+}

@@ -1,0 +1,49 @@
+#![doc = include_str!("../README.md")]
+
+pub mod client;
+pub mod error;
+pub mod migrate;
+pub mod retry;
+#[cfg(feature = "testkit")]
+pub mod testkit;
+
+mod body;
+mod classify;
+mod codec;
+mod destination;
+mod durable;
+mod engine;
+mod id;
+mod layer;
+#[cfg(feature = "reqwest-middleware")]
+mod middleware;
+mod options;
+mod outcome;
+mod request;
+mod response;
+mod status;
+mod store;
+
+pub use body::Body;
+pub use classify::AcceptedResponse;
+pub use client::{Channels, Client};
+pub use durable::{
+    DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
+    DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
+    DEFAULT_RETENTION, Durable, DurableBuilder, RequestHead,
+};
+pub use engine::transport::{ReqwestFuture, ReqwestTransport};
+pub use error::Error;
+pub use id::RequestId;
+pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
+pub use migrate::migrate;
+pub use options::Options;
+pub use request::{MAX_URL_LEN, Request};
+pub use response::Response;
+pub use status::Status;
+
+pub use http::{self, HeaderMap, Method, StatusCode};
+pub use reqwest;
+pub use sqlx;
+pub use url::Url;
+pub use uuid::Uuid;

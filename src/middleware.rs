@@ -1,0 +1,138 @@
+//! The door for reqwest-middleware: a [`Durable`] is a middleware.
+//!
+//! Attempts of a live caller go through the rest of its stack, so its inner middleware and client apply. [`Next`] borrows the
+//! client, so such an attempt runs inside the caller's future; attempts that outlive their caller go through the handle's transport.
+
+use std::sync::Once;
+
+use http::Extensions;
+use http_body_util::{BodyExt, Limited};
+use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as MiddlewareResult};
+
+use crate::body::Body;
+use crate::durable::{Durable, Mode, RequestHead, enqueued};
+use crate::engine::attempt::{self, Sender};
+use crate::engine::transport::from_reqwest;
+use crate::error::{BoxError, Error};
+use crate::layer::{accepted, body_error};
+use crate::options::Options;
+use crate::request::{Request, in_memory};
+use crate::store::BoxFuture;
+
+#[async_trait::async_trait]
+impl Middleware for Durable {
+    async fn handle(
+        &self,
+        mut request: reqwest::Request,
+        extensions: &mut Extensions,
+        next: Next<'_>,
+    ) -> MiddlewareResult<reqwest::Response> {
+        if self.passes_through(&RequestHead::of_reqwest(&request)) {
+            return next.run(request, extensions).await;
+        }
+        warn_of_plain_transport(self);
+        let options = extensions.get::<Options>().cloned().unwrap_or_default();
+        let limit = self.engine().config().max_request_body;
+        let (body, trailers) = match request.body_mut().take() {
+            None => (None, None),
+            Some(body) => buffer(body, limit).await.map_err(refused)?,
+        };
+        let fire = options.fire;
+        let durable_request =
+            Request::from_reqwest_head(&request, body, trailers).with_over_timeout(options);
+        if fire {
+            let prepared = self
+                .prepare(durable_request, Mode::Fired)
+                .map_err(refused)?;
+            let id = prepared.id();
+            let submitted = self.submit(prepared, None).map_err(refused)?;
+            enqueued(submitted.enqueued).await.map_err(refused)?;
+            return Ok(accepted(id).into());
+        }
+        let prepared = self
+            .prepare(durable_request, Mode::Awaited)
+            .map_err(refused)?;
+        let mut response = self
+            .submit_awaited(prepared.sent_by_caller(), None)
+            .map_err(refused)?;
+        if let Some(claim) = response.committed().await.map_err(refused)? {
+            let mut sender = Live {
+                next,
+                template: request,
+                original: extensions.clone(),
+                latest: None,
+            };
+            attempt::drive(claim, &mut sender).await;
+            // What the inner middleware noted during the last attempt is for the outer ones to see.
+            if let Some(latest) = sender.latest {
+                *extensions = latest;
+            }
+        }
+        response.await.map(Into::into).map_err(refused)
+    }
+}
+
+fn refused(error: Error) -> MiddlewareError {
+    MiddlewareError::middleware(error)
+}
+
+type Buffered = (Option<bytes::Bytes>, Option<http::HeaderMap>);
+
+async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
+    if body.as_bytes().is_some() {
+        return Ok((in_memory(body), None));
+    }
+    let collected = Limited::new(body, limit)
+        .collect()
+        .await
+        .map_err(|error| body_error(error, limit))?;
+    let trailers = collected.trailers().cloned();
+    Ok((Some(collected.to_bytes()), trailers))
+}
+
+/// Sends through the rest of the caller's stack.
+struct Live<'a> {
+    next: Next<'a>,
+    /// The caller's request without its body, with whatever reqwest keeps in it that has no name outside.
+    template: reqwest::Request,
+    original: Extensions,
+    latest: Option<Extensions>,
+}
+
+impl Sender for Live<'_> {
+    fn send(
+        &mut self,
+        request: http::Request<Body>,
+    ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>> {
+        Box::pin(self.pass_on(request.into_body()))
+    }
+}
+
+impl Live<'_> {
+    async fn pass_on(&mut self, body: Body) -> Result<http::Response<Body>, BoxError> {
+        // A request without a body can always be cloned.
+        let mut attempt = self
+            .template
+            .try_clone()
+            .ok_or("the request can't be cloned")?;
+        if body.is_present() {
+            *attempt.body_mut() = Some(body.into());
+        }
+        // Attempts must not see each other's notes.
+        let extensions = self.latest.insert(self.original.clone());
+        let response = self.next.clone().run(attempt, extensions).await?;
+        Ok(from_reqwest(response).map(Body::wrap))
+    }
+}
+
+fn warn_of_plain_transport(durable: &Durable) {
+    static ONCE: Once = Once::new();
+    if durable.has_plain_transport() {
+        ONCE.call_once(|| {
+            log::info!(
+                "requests that outlive their caller are sent by a plain reqwest client, which knows nothing of the \
+                 application's proxy, certificates or middleware: see DurableBuilder::transport"
+            );
+        });
+    }
+}

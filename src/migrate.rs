@@ -1,0 +1,212 @@
+//! Installing the schema.
+//!
+//! Everything of the crate, the ledger of its migrations included, lives in a Postgres schema of its own. The host
+//! application's own `sqlx::migrate!` never meets it, before or after, and neither does a sqlxmq in another schema.
+
+use sqlx::migrate::{Migrate, MigrateError};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection, PgPool};
+
+use crate::engine::runtime;
+use crate::store::quoted;
+
+/// The schema that is used unless another one is named: `requeuest`.
+pub const DEFAULT_SCHEMA: &str = "requeuest";
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// Installs or upgrades the schema [`DEFAULT_SCHEMA`].
+///
+/// Running it again, or from several processes at once, is harmless. It needs no extension, works on Postgres 14 and later,
+/// and its role needs the right to create a schema in the database, or one that exists and belongs to it.
+///
+/// # Errors
+///
+/// If the database can't be reached or refuses; nothing of a failed migration stays.
+///
+/// # Cancel safety
+///
+/// What was begun goes on; running it again waits for it.
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example(pool: sqlx::PgPool) -> Result<(), sqlx::migrate::MigrateError> {
+/// requeuest::migrate(&pool).await?;
+/// # Ok(()) }
+/// ```
+pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
+    Migrator::new().run(pool).await
+}
+
+/// Installs the schema under a name of your choice, or removes it.
+///
+/// # Examples
+///
+/// ```no_run
+/// use requeuest::{Durable, migrate::Migrator};
+///
+/// # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+/// Migrator::new().schema("calls").run(&pool).await?;
+/// let durable = Durable::builder(pool).schema("calls").build()?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Migrator {
+    schema: String,
+}
+
+impl Default for Migrator {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Migrator {
+    /// A migrator for [`DEFAULT_SCHEMA`].
+    pub fn new() -> Self {
+        Self {
+            schema: DEFAULT_SCHEMA.to_owned(),
+        }
+    }
+
+    /// The schema to install into: lower-case letters, digits and `_`, up to 63 bytes.
+    #[must_use]
+    pub fn schema(mut self, schema: impl Into<String>) -> Self {
+        self.schema = schema.into();
+        self
+    }
+
+    /// Installs or upgrades the schema. See [`migrate`].
+    ///
+    /// # Errors
+    ///
+    /// If the schema's name is not valid, or the database can't be reached or refuses.
+    ///
+    /// # Cancel safety
+    ///
+    /// What was begun goes on; running it again waits for it.
+    pub async fn run(&self, pool: &PgPool) -> Result<(), MigrateError> {
+        let schema = self.checked()?;
+        let connect = self.connect_options(pool);
+        runtime::once(move || async move {
+            let mut connection = connect.connect().await?;
+            // `CREATE SCHEMA IF NOT EXISTS` fails when two run it at once.
+            let mut transaction = connection.begin().await?;
+            lock(&mut transaction).await?;
+            let create = format!("CREATE SCHEMA IF NOT EXISTS {schema}");
+            if !exists(&mut transaction).await? {
+                transaction.execute(&*create).await?;
+            }
+            transaction.commit().await?;
+            MIGRATIONS.run(&mut connection).await?;
+            connection.close().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Undoes every migration and drops the schema, with all requests and outcomes in it.
+    ///
+    /// # Errors
+    ///
+    /// If the schema's name is not valid, the database can't be reached or refuses, or something else was put into the schema.
+    ///
+    /// # Cancel safety
+    ///
+    /// What was begun goes on; running it again waits for it.
+    pub async fn undo(&self, pool: &PgPool) -> Result<(), MigrateError> {
+        let schema = self.checked()?;
+        let connect = self.connect_options(pool);
+        runtime::once(move || async move {
+            let mut connection = connect.connect().await?;
+            if exists(&mut connection).await? {
+                connection.ensure_migrations_table().await?;
+                MIGRATIONS.undo(&mut connection, -1).await?;
+                connection.execute("DROP TABLE _sqlx_migrations").await?;
+                connection
+                    .execute(&*format!("DROP SCHEMA {schema}"))
+                    .await?;
+            }
+            connection.close().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    fn checked(&self) -> Result<String, MigrateError> {
+        validate_schema(&self.schema)
+            .map(|()| quoted(&self.schema))
+            .map_err(|reason| MigrateError::Execute(sqlx::Error::Configuration(reason.into())))
+    }
+
+    /// sqlx hard-codes the ledger's name; the search path decides in which schema that is.
+    fn connect_options(&self, pool: &PgPool) -> PgConnectOptions {
+        (*pool.connect_options())
+            .clone()
+            .options([("search_path", quoted(&self.schema))])
+    }
+}
+
+/// The newest migration that this crate knows.
+pub(crate) fn wanted_version() -> i64 {
+    MIGRATIONS
+        .iter()
+        .map(|migration| migration.version)
+        .max()
+        .unwrap_or_default()
+}
+
+pub(crate) fn validate_schema(schema: &str) -> Result<(), &'static str> {
+    let mut bytes = schema.bytes();
+    let first = bytes
+        .next()
+        .is_some_and(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    let rest = bytes.all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+    if first && rest && schema.len() <= 63 {
+        Ok(())
+    } else {
+        Err("a schema is named with lower-case letters, digits and `_`, up to 63 bytes")
+    }
+}
+
+async fn lock(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended('requeuest/migrate', 0))")
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+async fn exists(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT current_schema() IS NOT NULL")
+        .fetch_one(connection)
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_schema_name_can_be_no_more_than_a_plain_identifier() {
+        for good in ["requeuest", "_x", "a1_2"] {
+            assert!(validate_schema(good).is_ok(), "{good}");
+        }
+        for bad in ["", "1a", "A", "a b", "a\"b", "a;b", &"x".repeat(64)] {
+            assert!(validate_schema(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_migration_can_be_undone() {
+        let count = |is: fn(&sqlx::migrate::MigrationType) -> bool| {
+            MIGRATIONS
+                .iter()
+                .filter(|migration| is(&migration.migration_type))
+                .count()
+        };
+        let up = count(sqlx::migrate::MigrationType::is_up_migration);
+        assert!(up > 0);
+        assert_eq!(up, count(sqlx::migrate::MigrationType::is_down_migration));
+    }
+}

@@ -1,0 +1,93 @@
+//! How a request ended, and what its caller gets of that.
+
+use std::borrow::Cow;
+
+use crate::error::{Error, Kind};
+use crate::id::RequestId;
+use crate::response::Response;
+use crate::status::Status;
+
+/// The class of an outcome whose response body is over the limit.
+pub(crate) const RESPONSE_TOO_LARGE: &str = "response_too_large";
+
+#[derive(Clone, Debug)]
+pub(crate) struct Outcome {
+    pub(crate) id: RequestId,
+    pub(crate) status: Status,
+    pub(crate) attempts: u32,
+    pub(crate) response: Option<Response>,
+    pub(crate) fault: Option<Fault>,
+}
+
+/// Why there is no response, or not all of it.
+#[derive(Clone, Debug)]
+pub(crate) struct Fault {
+    pub(crate) class: Cow<'static, str>,
+    pub(crate) text: String,
+}
+
+impl Outcome {
+    pub(crate) fn completed(response: Response) -> Self {
+        Self {
+            id: response.id,
+            status: Status::Completed,
+            attempts: 0,
+            response: Some(response),
+            fault: None,
+        }
+    }
+
+    /// Delivered and answered, with more than may be kept.
+    pub(crate) fn too_large(response: Response, limit: usize) -> Self {
+        let fault = Fault {
+            class: RESPONSE_TOO_LARGE.into(),
+            text: format!("the response body is over {limit} bytes"),
+        };
+        Self {
+            fault: Some(fault),
+            ..Self::completed(response)
+        }
+    }
+
+    pub(crate) fn discarded(
+        id: RequestId,
+        response: Option<Response>,
+        class: impl Into<Cow<'static, str>>,
+        text: String,
+    ) -> Self {
+        Self {
+            id,
+            status: Status::Discarded,
+            attempts: 0,
+            response,
+            fault: Some(Fault {
+                class: class.into(),
+                text,
+            }),
+        }
+    }
+
+    /// What a waiter gets: the last response if there is one, else why there is none.
+    pub(crate) fn into_result(self) -> Result<Response, Error> {
+        let too_large = self
+            .fault
+            .as_ref()
+            .is_some_and(|fault| fault.class == RESPONSE_TOO_LARGE);
+        let kind = match (self.status, self.response) {
+            (Status::Completed, Some(response)) if too_large => Kind::ResponseTooLarge {
+                status: response.status,
+                headers: Box::new(response.headers),
+            },
+            (Status::Completed | Status::Discarded, Some(response)) => return Ok(response),
+            (Status::Cancelled, _) => Kind::Cancelled,
+            (Status::Ambiguous, _) => Kind::Ambiguous,
+            (_, _) => Kind::Discarded {
+                attempts: self.attempts,
+                last: self
+                    .fault
+                    .map_or_else(|| "no reason recorded".into(), |fault| fault.text.into()),
+            },
+        };
+        Err(Error::new(kind).with_id(self.id))
+    }
+}

@@ -1,0 +1,427 @@
+//! The request as the crate keeps it: everything that goes over the wire, in memory and whole.
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Uri, Version};
+use http_body::Body as HttpBody;
+use url::Url;
+
+use crate::body::Body;
+use crate::classify::AcceptedResponse;
+use crate::error::Error;
+use crate::options::Options;
+
+/// The longest URL that is accepted, in bytes: what RFC 9110 section 4.1 asks every recipient to support.
+pub const MAX_URL_LEN: usize = 8 * 1024;
+
+/// An HTTP request with its body in memory, ready to be persisted.
+///
+/// It is made by the constructors below, or from a [`reqwest::Request`] or [`http::Request`] by `TryFrom`.
+/// [`Durable`](crate::Durable)'s methods take any of them.
+///
+/// # Examples
+///
+/// ```
+/// use requeuest::{HeaderMap, Options, Request, Url};
+///
+/// let url = Url::parse("https://example.com/hook")?;
+/// let request = Request::post(url, b"{}".to_vec(), HeaderMap::new()).with(Options::default().channel("hooks"));
+/// assert_eq!(request.method(), "POST");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Request {
+    pub(crate) method: Method,
+    /// A URL that `http` can't express is kept as it came and refused with a typed error when it is used, because the
+    /// constructors that take a `Url` can't fail.
+    pub(crate) target: Target,
+    pub(crate) version: Version,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Option<Bytes>,
+    pub(crate) trailers: Option<HeaderMap>,
+    pub(crate) options: Options,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) enum Target {
+    Uri(Uri),
+    Url(Url),
+}
+
+impl Request {
+    /// A request without options.
+    fn new(method: Method, target: Target, headers: HeaderMap, body: Option<Bytes>) -> Self {
+        Self {
+            method,
+            target,
+            version: Version::HTTP_11,
+            headers,
+            body,
+            trailers: None,
+            options: Options::default(),
+        }
+    }
+
+    /// A `GET` request.
+    pub fn get(url: Url, headers: HeaderMap) -> Self {
+        Self::new(Method::GET, Target::Url(url), headers, None)
+    }
+
+    /// A `HEAD` request.
+    pub fn head(url: Url, headers: HeaderMap) -> Self {
+        Self::new(Method::HEAD, Target::Url(url), headers, None)
+    }
+
+    /// A `DELETE` request, with or without a body.
+    pub fn delete(url: Url, body: Option<Vec<u8>>, headers: HeaderMap) -> Self {
+        Self::new(
+            Method::DELETE,
+            Target::Url(url),
+            headers,
+            body.map(Bytes::from),
+        )
+    }
+
+    /// A `POST` request.
+    pub fn post(url: Url, body: Vec<u8>, headers: HeaderMap) -> Self {
+        Self::new(Method::POST, Target::Url(url), headers, Some(body.into()))
+    }
+
+    /// A `PUT` request.
+    pub fn put(url: Url, body: Vec<u8>, headers: HeaderMap) -> Self {
+        Self::new(Method::PUT, Target::Url(url), headers, Some(body.into()))
+    }
+
+    /// Takes over a reqwest request.
+    ///
+    /// # Errors
+    ///
+    /// If its body is a stream: that can't be read here without waiting. The layer and the middleware take streams.
+    pub fn from_reqwest(request: reqwest::Request) -> Result<Self, Error> {
+        request.try_into()
+    }
+
+    /// Takes over an HTTP request with a body of bytes.
+    ///
+    /// # Errors
+    ///
+    /// If its URL is not an absolute `http` or `https` one.
+    pub fn from_http_body<B: Into<Bytes>>(request: http::Request<B>) -> Result<Self, Error> {
+        request.try_into()
+    }
+
+    /// Takes over an HTTP request without a body.
+    ///
+    /// # Errors
+    ///
+    /// If its URL is not an absolute `http` or `https` one.
+    pub fn from_http_empty(request: http::Request<()>) -> Result<Self, Error> {
+        let (parts, ()) = request.into_parts();
+        Self::from_parts(parts, None, None)
+    }
+
+    /// Finishes an [`http::request::Builder`] with a body.
+    ///
+    /// # Errors
+    ///
+    /// If the builder holds an error, or its URL is not an absolute `http` or `https` one.
+    pub fn from_http_builder<B: Into<Bytes>>(
+        builder: http::request::Builder,
+        body: B,
+    ) -> Result<Self, Error> {
+        builder
+            .body(body)
+            .map_err(|error| Error::request("request", error.to_string()))?
+            .try_into()
+    }
+
+    pub(crate) fn from_parts(
+        parts: http::request::Parts,
+        body: Option<Bytes>,
+        trailers: Option<HeaderMap>,
+    ) -> Result<Self, Error> {
+        let request = Self {
+            method: parts.method,
+            target: Target::Uri(parts.uri),
+            version: parts.version,
+            headers: parts.headers,
+            body,
+            trailers,
+            options: parts.extensions.get().cloned().unwrap_or_default(),
+        };
+        request.uri()?;
+        Ok(request)
+    }
+
+    /// Sets the request's options, in place of those it has.
+    #[must_use]
+    pub fn with(mut self, options: Options) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Only these responses end the request; all others are retried.
+    #[must_use]
+    pub fn accept_responses<I>(mut self, responses: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<AcceptedResponse>,
+    {
+        self.options = self.options.accept(responses);
+        self
+    }
+
+    /// The method.
+    pub fn method(&self) -> &Method {
+        &self.method
+    }
+
+    /// The full URL, with its query and whatever secrets it carries.
+    pub fn url(&self) -> String {
+        match &self.target {
+            Target::Uri(uri) => uri.to_string(),
+            Target::Url(url) => url.to_string(),
+        }
+    }
+
+    /// The headers, in the order in which they are sent.
+    pub fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    /// The headers, to be changed.
+    pub fn headers_mut(&mut self) -> &mut HeaderMap {
+        &mut self.headers
+    }
+
+    /// The body, or `None` where there is none.
+    pub fn body(&self) -> Option<&Bytes> {
+        self.body.as_ref()
+    }
+
+    /// The options.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The URL in the form that goes over the wire, if it is one that can be sent.
+    pub(crate) fn uri(&self) -> Result<Uri, Error> {
+        let uri = match &self.target {
+            Target::Uri(uri) => uri.clone(),
+            Target::Url(url) if url.as_str().len() > MAX_URL_LEN => return Err(too_long()),
+            Target::Url(url) => url
+                .as_str()
+                .parse()
+                .map_err(|_| Error::request("url", "is not a valid http or https URL"))?,
+        };
+        check_uri(&uri)?;
+        Ok(uri)
+    }
+
+    /// One transmission's worth of the request: everything in it is shared or counted, nothing of the body is copied.
+    pub(crate) fn to_http(&self, uri: Uri) -> http::Request<Body> {
+        let mut request =
+            http::Request::new(Body::buffered(self.body.clone(), self.trailers.clone()));
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = uri;
+        *request.version_mut() = self.version;
+        *request.headers_mut() = self.headers.clone();
+        request
+    }
+}
+
+fn too_long() -> Error {
+    Error::request("url", format!("is longer than {MAX_URL_LEN} bytes"))
+}
+
+fn check_uri(uri: &Uri) -> Result<(), Error> {
+    match uri.scheme_str() {
+        Some("http" | "https") => {}
+        None => {
+            return Err(Error::request(
+                "url",
+                "is relative; it needs a scheme and a host",
+            ));
+        }
+        Some(_) => {
+            return Err(Error::request(
+                "url",
+                "its scheme is neither http nor https",
+            ));
+        }
+    }
+    if uri.host().is_none_or(str::is_empty) {
+        return Err(Error::request("url", "has no host"));
+    }
+    let len = uri
+        .authority()
+        .map_or(0, |authority| authority.as_str().len())
+        + uri.path_and_query().map_or(0, |path| path.as_str().len())
+        + "https://".len();
+    if len > MAX_URL_LEN {
+        Err(too_long())
+    } else {
+        Ok(())
+    }
+}
+
+/// A URL for logs and errors: without user, password, query and fragment.
+pub(crate) fn redacted(uri: &Uri) -> String {
+    let scheme = uri.scheme_str().unwrap_or_default();
+    let host = uri.host().unwrap_or_default();
+    let port = uri
+        .port()
+        .map(|port| format!(":{port}"))
+        .unwrap_or_default();
+    format!("{scheme}://{host}{port}{}", uri.path())
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("method", &self.method)
+            .field(
+                "url",
+                &self.uri().map(|uri| redacted(&uri)).unwrap_or_default(),
+            )
+            .field("headers", &self.headers)
+            .field("body", &self.body.as_ref().map(Bytes::len))
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+impl TryFrom<&Request> for Request {
+    type Error = Error;
+
+    fn try_from(request: &Request) -> Result<Self, Error> {
+        Ok(request.clone())
+    }
+}
+
+impl<B: Into<Bytes>> TryFrom<http::Request<B>> for Request {
+    type Error = Error;
+
+    fn try_from(request: http::Request<B>) -> Result<Self, Error> {
+        let (parts, body) = request.into_parts();
+        Self::from_parts(parts, Some(body.into()), None)
+    }
+}
+
+impl TryFrom<reqwest::Request> for Request {
+    type Error = Error;
+
+    fn try_from(mut request: reqwest::Request) -> Result<Self, Error> {
+        let body = match request.body_mut().take() {
+            None => None,
+            Some(body) => Some(in_memory(body).ok_or_else(|| {
+                Error::request(
+                    "body",
+                    "is a stream; only the layer and the middleware take one",
+                )
+            })?),
+        };
+        Ok(Self::from_reqwest_head(&request, body, None))
+    }
+}
+
+impl Request {
+    pub(crate) fn from_reqwest_head(
+        request: &reqwest::Request,
+        body: Option<Bytes>,
+        trailers: Option<HeaderMap>,
+    ) -> Self {
+        Self {
+            method: request.method().clone(),
+            target: Target::Url(request.url().clone()),
+            version: request.version(),
+            headers: request.headers().clone(),
+            body,
+            trailers,
+            options: Options {
+                attempt_timeout: request.timeout().copied().filter(|time| !time.is_zero()),
+                ..Options::default()
+            },
+        }
+    }
+
+    /// The request's own timeout stands where its options say nothing of one.
+    #[cfg(feature = "reqwest-middleware")]
+    pub(crate) fn with_over_timeout(mut self, mut options: Options) -> Self {
+        let timeout: Option<Duration> = self.options.attempt_timeout;
+        options.attempt_timeout = options.attempt_timeout.or(timeout);
+        self.options = options;
+        self
+    }
+}
+
+/// The bytes of a body that holds them in memory, without copying them.
+pub(crate) fn in_memory(mut body: reqwest::Body) -> Option<Bytes> {
+    let len = body.as_bytes()?.len();
+    if len == 0 {
+        return Some(Bytes::new());
+    }
+    // A body in memory comes as one frame that is ready at once.
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match std::pin::Pin::new(&mut body).poll_frame(&mut context) {
+        std::task::Poll::Ready(Some(Ok(frame))) => {
+            frame.into_data().ok().filter(|data| data.len() == len)
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(url: &str) -> Error {
+        let request = http::Request::get(url).body("").unwrap();
+        Request::try_from(request).unwrap_err()
+    }
+
+    #[test]
+    fn a_url_must_be_absolute_http() {
+        for url in ["/path", "example.com", "ftp://example.com/", "*"] {
+            assert_eq!(refused(url).field(), Some("url"), "{url}");
+        }
+        let mail = Request::get(
+            Url::parse("mailto:a@example.com").unwrap(),
+            HeaderMap::new(),
+        );
+        assert_eq!(mail.uri().unwrap_err().field(), Some("url"));
+    }
+
+    #[test]
+    fn a_url_over_the_limit_is_refused() {
+        let long = format!("http://example.com/{}", "x".repeat(MAX_URL_LEN));
+        assert!(refused(&long).to_string().contains("8192"));
+        let url = Url::parse(&long).unwrap();
+        assert_eq!(
+            Request::get(url, HeaderMap::new())
+                .uri()
+                .unwrap_err()
+                .field(),
+            Some("url")
+        );
+    }
+
+    #[test]
+    fn secrets_of_a_url_are_kept_and_never_shown() {
+        let url = Url::parse("https://user:hunter2@example.com/a?token=hunter3").unwrap();
+        let request = Request::get(url.clone(), HeaderMap::new());
+        assert_eq!(request.url(), url.as_str());
+        let shown = format!("{request:?}");
+        assert!(!shown.contains("hunter"), "{shown}");
+        assert!(shown.contains("https://example.com/a"), "{shown}");
+    }
+
+    #[test]
+    fn a_reqwest_body_is_taken_without_a_copy() {
+        let data = Bytes::from(vec![7; 1000]);
+        let taken = in_memory(reqwest::Body::from(data.clone())).unwrap();
+        assert_eq!(taken.as_ptr(), data.as_ptr());
+    }
+}

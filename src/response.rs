@@ -1,0 +1,144 @@
+//! The response as it was stored, given back to whoever asks for it.
+
+use std::fmt;
+use std::str::Utf8Error;
+
+use bytes::Bytes;
+use http::{Extensions, HeaderMap, StatusCode, Version};
+use reqwest::ResponseBuilderExt as _;
+use url::Url;
+
+use crate::body::Body;
+use crate::id::RequestId;
+
+/// The answer to a persisted request. It has been committed to the database before anybody sees it.
+///
+/// It converts into an [`http::Response`] and into a [`reqwest::Response`].
+///
+/// # Examples
+///
+/// ```
+/// # async fn example(durable: requeuest::Durable, request: requeuest::Request) -> Result<(), Box<dyn std::error::Error>> {
+/// let response = durable.await_response(request).await?;
+/// println!("{}: {}", response.status(), response.text()?);
+///
+/// let response: reqwest::Response = response.into();
+/// response.error_for_status()?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Response {
+    pub(crate) id: RequestId,
+    pub(crate) status: StatusCode,
+    pub(crate) version: Version,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+    pub(crate) trailers: Option<HeaderMap>,
+    /// Where the response came from, after redirects, as the client that sent the request tells it.
+    pub(crate) url: Option<Url>,
+    /// What the client attached to the response. It can't be stored: empty unless this process made the attempt.
+    pub(crate) extensions: Extensions,
+}
+
+impl Response {
+    /// The request that this answers.
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// The status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The HTTP version that the response came in.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The headers, in the order in which they came.
+    pub fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    /// The body.
+    pub fn body(&self) -> &Bytes {
+        &self.body
+    }
+
+    /// The body, without a copy.
+    pub fn into_body(self) -> Bytes {
+        self.body
+    }
+
+    /// The body as text.
+    ///
+    /// # Errors
+    ///
+    /// If it is not UTF-8.
+    pub fn text(&self) -> Result<&str, Utf8Error> {
+        std::str::from_utf8(&self.body)
+    }
+
+    /// The URL that the response came from, where the client told it: after redirects it is the last one.
+    pub fn url(&self) -> Option<&Url> {
+        self.url.as_ref()
+    }
+
+    fn into_http_with(
+        self,
+        body: impl FnOnce(Bytes, Option<HeaderMap>) -> Body,
+    ) -> http::Response<Body> {
+        let mut response = http::Response::new(body(self.body, self.trailers));
+        *response.status_mut() = self.status;
+        *response.version_mut() = self.version;
+        *response.headers_mut() = self.headers;
+        *response.extensions_mut() = self.extensions;
+        response
+    }
+}
+
+impl fmt::Debug for Response {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Response")
+            .field("id", &self.id)
+            .field("status", &self.status)
+            .field("version", &self.version)
+            .field("headers", &self.headers)
+            .field("body", &self.body.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<Response> for http::Response<Body> {
+    fn from(response: Response) -> Self {
+        response.into_http_with(|data, trailers| Body::buffered(Some(data), trailers))
+    }
+}
+
+impl From<Response> for http::Response<Bytes> {
+    fn from(response: Response) -> Self {
+        let body = response.body.clone();
+        response.into_http_with(|_, _| Body::empty()).map(|_| body)
+    }
+}
+
+impl From<Response> for reqwest::Response {
+    fn from(mut response: Response) -> Self {
+        let url = response.url.take();
+        let response = http::Response::<Body>::from(response);
+        let Some(url) = url else {
+            return response.into();
+        };
+        // reqwest keeps the URL in an extension of a type of its own, which only its builder can make.
+        let mut with_url = http::Response::builder()
+            .url(url)
+            .body(())
+            .unwrap_or_default();
+        let (mut parts, body) = response.into_parts();
+        parts
+            .extensions
+            .extend(std::mem::take(with_url.extensions_mut()));
+        http::Response::from_parts(parts, body).into()
+    }
+}

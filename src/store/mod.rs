@@ -1,0 +1,152 @@
+//! The only SQL of the crate, one operation a file, and the pool that it runs on.
+//!
+//! The pool is the crate's own, derived from the caller's connect options: leases don't starve behind the application's
+//! queries, and callers that sit in a transaction can't block the engine that would let them go on. Its sessions are pinned to what
+//! the statements were written for.
+
+pub(crate) mod claim;
+pub(crate) mod enqueue;
+pub(crate) mod inspect;
+pub(crate) mod outcome;
+pub(crate) mod settle;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{PgConnection, PgPool};
+
+/// After this long without an answer a statement's connection is thrown away: sqlx sets no keepalive, so a black-holed
+/// socket would hang for minutes.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+
+pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// The crate's own pool.
+#[derive(Clone, Debug)]
+pub(crate) struct Db {
+    pool: PgPool,
+    schema: String,
+    lease: Duration,
+}
+
+/// Why a statement brought no result.
+#[derive(Debug)]
+pub(crate) struct DbError {
+    pub(crate) error: sqlx::Error,
+    /// The statement was sent and nothing was heard of it: it may have been committed.
+    pub(crate) unknown: bool,
+}
+
+impl DbError {
+    /// Whether the data itself is refused (SQLSTATE classes 22, 23 and 54), so that a part of a batch may still be good.
+    pub(crate) fn is_data(&self) -> bool {
+        self.error
+            .as_database_error()
+            .and_then(sqlx::error::DatabaseError::code)
+            .is_some_and(|code| {
+                ["22", "23", "54"]
+                    .iter()
+                    .any(|class| code.starts_with(class))
+            })
+    }
+}
+
+impl From<DbError> for crate::Error {
+    fn from(error: DbError) -> Self {
+        error.error.into()
+    }
+}
+
+impl Db {
+    /// A pool that connects when it is first used. Must be called within a tokio runtime.
+    pub(crate) fn new(
+        connect: &PgConnectOptions,
+        schema: &str,
+        lease: Duration,
+        max_connections: u32,
+    ) -> Self {
+        let pool = PgPoolOptions::new()
+            .max_connections(max_connections)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_lazy_with(pinned(connect, schema, lease));
+        Self {
+            pool,
+            schema: schema.to_owned(),
+            lease,
+        }
+    }
+
+    pub(crate) fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// Connections made from now on use these options: passwords rotate and servers move.
+    pub(crate) fn reconnect_with(&self, connect: &PgConnectOptions) {
+        self.pool
+            .set_connect_options(pinned(connect, &self.schema, self.lease));
+    }
+
+    /// Runs statements on one connection, which is thrown away if no answer comes in time.
+    pub(crate) async fn run<T: Send>(
+        &self,
+        statements: impl for<'c> FnOnce(&'c mut PgConnection) -> BoxFuture<'c, Result<T, sqlx::Error>>
+        + Send,
+    ) -> Result<T, DbError> {
+        let mut connection = self.pool.acquire().await.map_err(|error| DbError {
+            error,
+            unknown: false,
+        })?;
+        match tokio::time::timeout(STATEMENT_TIMEOUT, statements(&mut connection)).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => {
+                let unknown = !matches!(error, sqlx::Error::Database(_) | sqlx::Error::Encode(_));
+                if unknown {
+                    drop(connection.detach());
+                }
+                Err(DbError { error, unknown })
+            }
+            Err(_elapsed) => {
+                drop(connection.detach());
+                Err(DbError {
+                    error: sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()),
+                    unknown: true,
+                })
+            }
+        }
+    }
+}
+
+/// The caller's options, with the settings that the statements were written for.
+fn pinned(connect: &PgConnectOptions, schema: &str, lease: Duration) -> PgConnectOptions {
+    let lease = format!(r"{}\ milliseconds", lease.as_millis());
+    let search_path = quoted(schema);
+    connect.clone().options([
+        ("search_path", search_path.as_str()),
+        ("requeuest.lease", &lease),
+        ("default_transaction_isolation", r"read\ committed"),
+        ("default_transaction_read_only", "off"),
+        ("lock_timeout", "5s"),
+        ("statement_timeout", "30s"),
+        ("idle_in_transaction_session_timeout", "30s"),
+        ("jit", "off"),
+        // A plan made while the tables were tiny is kept for the connection's life. Every access here is by an index,
+        // so plans that are good for full tables are good for all, and needn't be made again.
+        ("enable_seqscan", "off"),
+        ("enable_hashjoin", "off"),
+        ("enable_mergejoin", "off"),
+        ("plan_cache_mode", "force_generic_plan"),
+    ])
+}
+
+/// The schema's name as an SQL identifier. Names are checked when the handle is built.
+pub(crate) fn quoted(schema: &str) -> String {
+    format!("\"{schema}\"")
+}
+
+/// Postgres counts in milliseconds here; no duration of ours comes near the limit.
+pub(crate) fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

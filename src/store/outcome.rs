@@ -1,0 +1,156 @@
+//! Asking how requests ended.
+
+use bytes::Bytes;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use crate::codec;
+use crate::id::RequestId;
+use crate::outcome::{Fault, Outcome};
+use crate::status::Status;
+
+/// What is known of an id.
+#[derive(Debug)]
+pub(crate) enum Found {
+    Pending,
+    Finished(Box<Outcome>),
+    Unknown,
+}
+
+/// Looks ids up in the queue and among the outcomes, in one statement: in two, a row that moves from the
+/// one to the other in between would look unknown.
+pub(crate) async fn find(
+    connection: &mut PgConnection,
+    ids: &[RequestId],
+) -> Result<Vec<(RequestId, Found)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT i.id, m.id IS NOT NULL AS queued, o.status, o.attempts, o.http_status, o.head, o.body,
+                o.error_class, o.error
+         FROM unnest($1::uuid[]) AS i(id)
+         LEFT JOIN mq_msgs m ON m.id = i.id
+         LEFT JOIN outcomes o ON o.id = i.id",
+    )
+    .bind(ids.iter().copied().map(Uuid::from).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
+            let status: Option<String> = row.try_get("status")?;
+            let found = match status.as_deref().and_then(Status::from_name) {
+                Some(status) => Found::Finished(Box::new(outcome(row, id, status)?)),
+                None if row.try_get("queued")? => Found::Pending,
+                None => Found::Unknown,
+            };
+            Ok((id, found))
+        })
+        .collect()
+}
+
+fn outcome(
+    row: &sqlx::postgres::PgRow,
+    id: RequestId,
+    status: Status,
+) -> Result<Outcome, sqlx::Error> {
+    let attempts: i32 = row.try_get("attempts")?;
+    let head: Option<String> = row.try_get("head")?;
+    let http_status: Option<i16> = row.try_get("http_status")?;
+    let class: Option<String> = row.try_get("error_class")?;
+    let response = match (http_status, head) {
+        (Some(http_status), Some(head)) => {
+            let body: Option<Vec<u8>> = row.try_get("body")?;
+            let body = Bytes::from(body.unwrap_or_default());
+            let decoded = codec::decode_response(id, http_status as u16, &head, body);
+            Some(decoded.map_err(|error| sqlx::Error::Decode(Box::new(error)))?)
+        }
+        _ => None,
+    };
+    Ok(Outcome {
+        id,
+        status,
+        attempts: attempts as u32,
+        response,
+        fault: class
+            .map(|class| {
+                Ok::<_, sqlx::Error>(Fault {
+                    class: class.into(),
+                    text: row
+                        .try_get::<Option<String>, _>("error")?
+                        .unwrap_or_default(),
+                })
+            })
+            .transpose()?,
+    })
+}
+
+/// Marks unfinished requests as waited for by this instance, so that whoever settles them sends word. Where another
+/// instance waits already, word goes to all.
+pub(crate) async fn watch(
+    connection: &mut PgConnection,
+    ids: &[RequestId],
+    instance: Uuid,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "WITH locked AS MATERIALIZED (
+            SELECT m.id FROM mq_msgs m WHERE m.id = ANY ($1) AND m.waiter IS DISTINCT FROM $2
+                AND m.waiter IS DISTINCT FROM $3
+            ORDER BY m.id FOR UPDATE
+        )
+        UPDATE mq_msgs m SET waiter = CASE WHEN m.waiter IS NULL THEN $2 ELSE $3 END
+        FROM locked WHERE m.id = locked.id",
+    )
+    .bind(ids.iter().copied().map(Uuid::from).collect::<Vec<_>>())
+    .bind(instance)
+    .bind(Uuid::nil())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// The notification channel of an instance; the nil instance's is everybody's.
+pub(crate) fn notification_channel(instance: Uuid) -> String {
+    format!("requeuest_{}", instance.simple())
+}
+
+/// Tells instances that requests which they wait for have ended.
+pub(crate) async fn notify_waiters(
+    connection: &mut PgConnection,
+    instances: &[Uuid],
+) -> Result<(), sqlx::Error> {
+    let channels: Vec<String> = instances
+        .iter()
+        .copied()
+        .map(notification_channel)
+        .collect();
+    sqlx::query("SELECT pg_notify(c.name, '') FROM unnest($1::text[]) AS c(name)")
+        .bind(channels)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// The state of one request.
+pub(crate) async fn status(
+    connection: &mut PgConnection,
+    id: RequestId,
+) -> Result<Option<Status>, sqlx::Error> {
+    let name: Option<String> = sqlx::query_scalar(
+        "SELECT coalesce(o.status, CASE
+             WHEN m.id IS NULL THEN NULL
+             -- A held row's due time has a lease on top; a lease that ran out leaves the row to anybody.
+             WHEN m.state = 2 AND m.attempt_at - current_setting('requeuest.lease')::interval > clock_timestamp()
+                 THEN 'retryable'
+             WHEN m.state > 0 AND m.attempt_at > clock_timestamp() THEN 'running'
+             WHEN m.attempt_at <= clock_timestamp() THEN 'available'
+             WHEN m.attempts = 0 THEN 'scheduled'
+             ELSE 'retryable'
+         END)
+         FROM (SELECT $1::uuid AS id) i
+         LEFT JOIN mq_msgs m ON m.id = i.id
+         LEFT JOIN outcomes o ON o.id = i.id",
+    )
+    .bind(Uuid::from(id))
+    .fetch_one(connection)
+    .await?;
+    Ok(name.as_deref().and_then(Status::from_name))
+}

@@ -1,0 +1,325 @@
+//! Recording what came of attempts: finished, or due again.
+//!
+//! Both statements first lock the rows of the claims that still hold, in the order of their ids, so that two settles
+//! can't deadlock. A claim that is no longer the latest finds no row: nothing is changed for it.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::millis;
+use crate::classify::FailureClass;
+use crate::codec;
+use crate::id::RequestId;
+use crate::outcome::{Fault, Outcome};
+use crate::response::Response;
+
+/// The claim that a settle stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fence {
+    pub(crate) id: RequestId,
+    pub(crate) claim_no: i32,
+}
+
+/// A failed attempt, for the record.
+#[derive(Clone, Debug)]
+pub(crate) struct Failure {
+    pub(crate) class: FailureClass,
+    pub(crate) text: String,
+    pub(crate) duration: Duration,
+    /// The response whose status asked for another attempt.
+    pub(crate) response: Option<Response>,
+}
+
+/// Puts a request back: due again after `delay`.
+#[derive(Debug)]
+pub(crate) struct Again {
+    pub(crate) fence: Fence,
+    pub(crate) delay: Duration,
+    /// The process keeps it and makes the next attempt itself; others get it if it has not by then and a lease more.
+    pub(crate) hold: bool,
+    /// The attempt was not made after all, and is not counted.
+    pub(crate) uncounted: bool,
+    pub(crate) failure: Option<Failure>,
+}
+
+/// A row that was settled.
+#[derive(Debug)]
+pub(crate) struct Settled {
+    pub(crate) fence: Fence,
+    pub(crate) attempts: u32,
+    /// The instance that waits for the outcome.
+    pub(crate) waiter: Option<Uuid>,
+    pub(crate) channel: String,
+    /// Others of its ordering key may go now.
+    pub(crate) ordered: bool,
+}
+
+const FINISH: &str = "
+    WITH input AS MATERIALIZED (
+        SELECT i.* FROM unnest(
+            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $6::bytea[], $7::text[], $8::text[]
+        ) AS i(id, claim_no, status, http_status, head, body, error_class, error)
+    ), locked AS MATERIALIZED (
+        SELECT m.id, m.channel_name, m.channel_args, m.seq, m.waiter, m.attempts, m.claim_no
+        FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
+        ORDER BY m.id FOR UPDATE OF m
+    ), removed AS (
+        DELETE FROM mq_msgs m USING locked l WHERE m.id = l.id RETURNING m.id
+    ), finished AS MATERIALIZED (
+        SELECT
+            l.*, i.status, i.error_class, i.error, coalesce(p.created_at, clock_timestamp()) AS created_at,
+            -- A request that is given up ends with the last response it ever got.
+            i.http_status IS NULL AND p.response_head IS NOT NULL AND i.status = 'discarded' AS earlier,
+            i.http_status, i.head, i.body, p.response_status, p.response_head, p.response_body
+        FROM removed r
+        JOIN locked l ON l.id = r.id
+        JOIN input i ON i.id = r.id
+        LEFT JOIN mq_payloads p ON p.id = r.id
+    ), payloads AS (
+        DELETE FROM mq_payloads p USING finished f WHERE p.id = f.id AND f.status IN ('completed', 'cancelled')
+    ), stored AS (
+        INSERT INTO outcomes (
+            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at,
+            http_status, head, body, error_class, error
+        )
+        SELECT
+            CASE WHEN f.status IN ('completed', 'cancelled')
+                THEN outcome_slot(clock_timestamp(), $9 * interval '1 millisecond') ELSE -1 END,
+            f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at, clock_timestamp(),
+            CASE WHEN f.status IN ('completed', 'cancelled')
+                THEN clock_timestamp() + $9 * interval '1 millisecond' END,
+            CASE WHEN f.earlier THEN f.response_status ELSE f.http_status END,
+            CASE WHEN f.earlier THEN f.response_head ELSE f.head END,
+            CASE WHEN f.earlier THEN f.response_body ELSE f.body END,
+            f.error_class, f.error
+        FROM finished f
+    )
+    SELECT
+        f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.seq IS NOT NULL AS ordered,
+        CASE WHEN f.earlier THEN f.response_status END AS earlier_status,
+        CASE WHEN f.earlier THEN f.response_head END AS earlier_head,
+        CASE WHEN f.earlier THEN f.response_body END AS earlier_body
+    FROM finished f";
+
+/// Finishes requests: their outcomes are stored and their rows leave the queue, in one statement.
+/// Outcomes get the number of attempts and, where they were given up, the last response.
+pub(crate) async fn finish(
+    connection: &mut PgConnection,
+    finishes: &mut [(Fence, Outcome)],
+    retention: Duration,
+) -> Result<Vec<Settled>, sqlx::Error> {
+    let column = finishes.iter();
+    let rows = sqlx::query(FINISH)
+        .bind(
+            column
+                .clone()
+                .map(|(fence, _)| fence.id.into())
+                .collect::<Vec<Uuid>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|(fence, _)| fence.claim_no)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|(_, outcome)| outcome.status.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|(_, outcome)| status_of(outcome.response.as_ref()))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|(_, outcome)| outcome.response.as_ref().map(codec::encode_response))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|(_, outcome)| outcome.response.as_ref().map(|response| &*response.body))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|(_, outcome)| outcome.fault.as_ref().map(|fault| &*fault.class))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .map(|(_, outcome)| outcome.fault.as_ref().map(|fault| &*fault.text))
+                .collect::<Vec<_>>(),
+        )
+        .bind(millis(retention))
+        .fetch_all(connection)
+        .await?;
+
+    let mut places: HashMap<RequestId, usize> = HashMap::with_capacity(finishes.len());
+    places.extend(
+        finishes
+            .iter()
+            .enumerate()
+            .map(|(place, (fence, _))| (fence.id, place)),
+    );
+    rows.iter()
+        .map(|row| {
+            let settled = settled(row)?;
+            let earlier: Option<i16> = row.try_get("earlier_status")?;
+            if let Some(&place) = places.get(&settled.fence.id) {
+                let outcome = &mut finishes[place].1;
+                outcome.attempts = settled.attempts;
+                if let Some(status) = earlier {
+                    let head: String = row.try_get("earlier_head")?;
+                    let body: Option<Vec<u8>> = row.try_get("earlier_body")?;
+                    let body = Bytes::from(body.unwrap_or_default());
+                    // A stored head that can't be read back leaves the error, which says enough.
+                    outcome.response =
+                        codec::decode_response(settled.fence.id, status as u16, &head, body).ok();
+                }
+            }
+            Ok(settled)
+        })
+        .collect()
+}
+
+const AGAIN: &str = "
+    WITH input AS MATERIALIZED (
+        SELECT i.* FROM unnest(
+            $1::uuid[], $2::int[], $3::bigint[], $4::bool[], $5::bool[],
+            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[], $11::bytea[]
+        ) AS i(id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms, http_status, head, body)
+    ), locked AS MATERIALIZED (
+        SELECT m.id, m.attempts FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
+        ORDER BY m.id FOR UPDATE OF m
+    ), payloads AS (
+        UPDATE mq_payloads p
+        SET response_status = i.http_status, response_head = i.head, response_body = i.body
+        FROM locked l JOIN input i ON i.id = l.id
+        WHERE p.id = l.id AND i.http_status IS NOT NULL
+    ), failed AS (
+        INSERT INTO attempts (id, number, duration_ms, http_status, error_class, error)
+        SELECT l.id, l.attempts, i.duration_ms, i.http_status, i.error_class, i.error
+        FROM locked l JOIN input i ON i.id = l.id
+        WHERE i.error_class IS NOT NULL
+        ON CONFLICT DO NOTHING
+    )
+    UPDATE mq_msgs m
+    SET attempt_at = clock_timestamp() + (i.delay_ms + CASE WHEN i.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
+        claim_no = m.claim_no + 1,
+        attempts = m.attempts + i.hold::int - i.uncounted::int,
+        state = CASE WHEN i.hold THEN 2 ELSE 0 END
+    FROM locked l JOIN input i ON i.id = l.id
+    WHERE m.id = l.id
+    RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";
+
+/// Puts requests back into the queue, or holds them for this process's next attempt.
+pub(crate) async fn again(
+    connection: &mut PgConnection,
+    agains: &[Again],
+    lease: Duration,
+) -> Result<Vec<Settled>, sqlx::Error> {
+    let column = agains.iter();
+    let failures = agains.iter().map(|again| again.failure.as_ref());
+    let responses = failures
+        .clone()
+        .map(|failure| failure.and_then(|f| f.response.as_ref()));
+    let rows = sqlx::query(AGAIN)
+        .bind(
+            column
+                .clone()
+                .map(|again| again.fence.id.into())
+                .collect::<Vec<Uuid>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|again| again.fence.claim_no)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|again| millis(again.delay))
+                .collect::<Vec<_>>(),
+        )
+        .bind(column.clone().map(|again| again.hold).collect::<Vec<_>>())
+        .bind(column.map(|again| again.uncounted).collect::<Vec<_>>())
+        .bind(
+            failures
+                .clone()
+                .map(|f| f.map(|f| f.class.as_str()))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            failures
+                .clone()
+                .map(|f| f.map(|f| &*f.text))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            failures
+                .map(|f| f.map(|f| i32::try_from(f.duration.as_millis()).unwrap_or(i32::MAX)))
+                .collect::<Vec<_>>(),
+        )
+        .bind(responses.clone().map(status_of).collect::<Vec<_>>())
+        .bind(
+            responses
+                .clone()
+                .map(|r| r.map(codec::encode_response))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            responses
+                .map(|r| r.map(|response| &*response.body))
+                .collect::<Vec<_>>(),
+        )
+        .bind(millis(lease))
+        .fetch_all(connection)
+        .await?;
+    rows.iter().map(settled).collect()
+}
+
+fn status_of(response: Option<&Response>) -> Option<i16> {
+    response.map(|response| response.status.as_u16() as i16)
+}
+
+fn settled(row: &sqlx::postgres::PgRow) -> Result<Settled, sqlx::Error> {
+    let attempts: i32 = row.try_get("attempts")?;
+    Ok(Settled {
+        fence: Fence {
+            id: row.try_get::<Uuid, _>("id")?.into(),
+            claim_no: row.try_get("claim_no")?,
+        },
+        attempts: attempts as u32,
+        waiter: row.try_get("waiter")?,
+        channel: row.try_get("channel_name")?,
+        ordered: row.try_get("ordered")?,
+    })
+}
+
+/// What remains of an outcome that the database refuses: that it ended, and why there is no more.
+pub(crate) fn without_refused_data(outcome: &mut Outcome, refusal: &sqlx::Error) {
+    let code = refusal
+        .as_database_error()
+        .and_then(|error| error.code().map(std::borrow::Cow::into_owned))
+        .unwrap_or_default();
+    if let Some(response) = &mut outcome.response {
+        response.body = Bytes::new();
+        response.trailers = None;
+    }
+    outcome.fault = Some(Fault {
+        class: "refused_by_database".into(),
+        text: format!("the database refused the response's body (SQLSTATE {code})"),
+    });
+}

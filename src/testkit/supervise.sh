@@ -1,0 +1,65 @@
+# Owns one throwaway cluster: makes it, runs the server on demand, and removes everything when its
+# input ends, which the kernel sees to however the process at the other end of the pipe goes.
+#
+# arguments: the directory to make, the directory of the binaries, then arguments for the server
+# input:     "start PORT", "kill SIGNAL"
+# output:    "prepared" once, "ended" after each run of the server; anything else is a complaint
+
+dir=$1
+bin=$2
+shift 2
+
+# A Ctrl-C, or a test runner killing all of its group, must not end this before the cleaning is done.
+trap '' HUP INT QUIT TERM PIPE
+PATH=/usr/bin:/bin:/usr/sbin:/sbin${PATH:+:$PATH}
+export PATH
+umask 077
+
+mkdir "$dir" 2>&1 || exit 1
+# In a trap, and without a fork: a shell exits early when the machine has no process left to give.
+trap 'cd / && exec rm -rf "$dir"' EXIT
+cd "$dir" || exit 1
+exec 2>>log
+
+mkfifo alive
+if "$bin/initdb" --no-sync -A trust -U postgres -E UTF8 --locale=C -D "$dir/data" </dev/null >>log
+then
+    echo prepared
+else
+    echo "initdb failed"
+fi
+
+pid=
+while read -r order argument
+do
+    case $order in
+        start)
+            # Reaps the last run: to Postgres, a zombie that holds its lock file is a live server.
+            wait
+            rm -f ended
+            # The server's processes, and they alone, hold the writing end: when it closes, the last
+            # of them is gone. A pid could not say so: it may be a zombie, or by now another's.
+            (cat <alive; : >ended; echo ended) &
+            "$bin/postgres" -D "$dir/data" -p "$argument" "$@" </dev/null >>log 2>&1 9>alive &
+            pid=$!
+            ;;
+        kill)
+            [ -z "$pid" ] || [ -e ended ] || kill -s "$argument" "$pid"
+            ;;
+    esac
+done
+
+if [ -n "$pid" ] && [ ! -e ended ]
+then
+    # A test may have paused the server.
+    kill -s CONT "$pid"
+    kill -s QUIT "$pid"
+    waited=0
+    until [ -e ended ] || [ "$waited" -ge 200 ]
+    do
+        [ "$waited" -ne 100 ] || kill -s KILL "$pid"
+        sleep 0.05 || sleep 1
+        waited=$((waited + 1))
+    done
+fi
+[ ! -e ended ] || wait

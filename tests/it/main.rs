@@ -1,0 +1,9 @@
+//! The integration tests, in one binary: a module for each theme.
+//!
+//! Each test has a database of its own in a real Postgres, and a real HTTP server on a loopback port.
+
+#![allow(unreachable_pub)] // a test crate has no outside
+
+mod delivery;
+mod support;
+mod testkit;
