@@ -4,6 +4,13 @@
 
 #![allow(unreachable_pub)] // a test crate has no outside
 
+mod client;
 mod delivery;
+mod faults;
+mod input;
+mod layer;
+mod middleware;
+mod migrations;
 mod support;
 mod testkit;
+mod transparency;

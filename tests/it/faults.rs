@@ -1,0 +1,1 @@
+//! Crashes, broken connections and other processes.
