@@ -1,1 +1,297 @@
 //! Crashes, broken connections and other processes.
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use requeuest::retry::RetryPolicy;
+use requeuest::testkit::{self, Postgres, StopMode};
+use requeuest::{Durable, DurableBuilder, Request, Status};
+use sqlx::PgPool;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::support::{LONG, Server, count, eventually, in_time, migrated, part, plays, reply};
+
+/// The shortest that there is, so that take-overs are quick.
+const LEASE: Duration = Duration::from_secs(1);
+
+fn post(url: &str) -> Request {
+    http::Request::post(url)
+        .body("x")
+        .unwrap()
+        .try_into()
+        .unwrap()
+}
+
+fn builder(pool: &PgPool) -> DurableBuilder {
+    Durable::builder(pool.clone()).lease(LEASE).retry(
+        RetryPolicy::exponential()
+            .base(Duration::from_millis(1))
+            .cap(Duration::from_millis(50)),
+    )
+}
+
+/// A server that answers only as far as permits are given.
+async fn held_server() -> (Server, Arc<Semaphore>) {
+    let gate = Arc::new(Semaphore::new(0));
+    let wait = Arc::clone(&gate);
+    let server = Server::start(move |_, _| {
+        let wait = Arc::clone(&wait);
+        async move {
+            wait.acquire().await.unwrap().forget();
+            reply(200, "late")
+        }
+    })
+    .await;
+    (server, gate)
+}
+
+#[tokio::test]
+async fn a_killed_process_loses_nothing() {
+    let database = migrated().await;
+    let (server, gate) = held_server().await;
+    let mut child = part(module_path!(), "send_and_be_killed")
+        .env("REQUEUEST_TEST_DATABASE", database.url())
+        .env("REQUEUEST_TEST_SERVER", server.url("/"))
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    // Both of its requests are being sent, one awaited and one fired.
+    server.wait_for(2).await;
+    child.kill().unwrap();
+    child.wait().unwrap();
+    gate.add_permits(100);
+
+    let began = Instant::now();
+    let durable = builder(database.pool()).build().unwrap();
+    let outcomes = "select count(*) from requeuest.outcomes where status = 'completed'";
+    eventually("both requests end", || async {
+        count(&database, outcomes).await == 2
+    })
+    .await;
+    assert!(
+        began.elapsed() < LEASE + Duration::from_secs(5),
+        "took {:?}",
+        began.elapsed()
+    );
+    assert_eq!(server.count(), 4);
+    drop(durable);
+}
+
+#[tokio::test]
+#[ignore = "a part played by a copy of this binary"]
+async fn send_and_be_killed() {
+    if !plays("send_and_be_killed") {
+        return;
+    }
+    let pool = PgPool::connect(&std::env::var("REQUEUEST_TEST_DATABASE").unwrap())
+        .await
+        .unwrap();
+    let url = std::env::var("REQUEUEST_TEST_SERVER").unwrap();
+    let durable = builder(&pool).build().unwrap();
+    durable.fire(post(&url)).await.unwrap();
+    let _ = in_time(durable.await_response(post(&url))).await;
+}
+
+#[tokio::test]
+async fn an_attempt_may_last_longer_than_its_lease() {
+    let database = migrated().await;
+    let (server, gate) = held_server().await;
+    let durable = builder(database.pool()).build().unwrap();
+    // Would take the request over, if the lease ran out.
+    let _other = builder(database.pool()).build().unwrap();
+    let waiting = tokio::spawn({
+        let (durable, url) = (durable.clone(), server.url("/"));
+        async move { durable.await_response(post(&url)).await }
+    });
+    server.wait_for(1).await;
+    let began = Instant::now();
+    eventually("three leases go by", || async {
+        began.elapsed() > 3 * LEASE
+    })
+    .await;
+    gate.add_permits(100);
+    let response = in_time(waiting).await.unwrap().unwrap();
+    assert_eq!(response.text().unwrap(), "late");
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn a_stale_result_changes_nothing() {
+    let database = migrated().await;
+    let (server, gate) = held_server().await;
+    let durable = builder(database.pool()).build().unwrap();
+    let waiting = tokio::spawn({
+        let (durable, url) = (durable.clone(), server.url("/"));
+        async move { durable.await_response(post(&url)).await }
+    });
+    server.wait_for(1).await;
+    // As if another process had taken it over twice, and held it.
+    sqlx::query("update requeuest.mq_msgs set claim_no = claim_no + 2, attempt_at = now() + interval '1 day'")
+        .execute(database.pool())
+        .await
+        .unwrap();
+    gate.add_permits(1);
+    // The result comes, is refused and counted as nothing.
+    let renewed = "select count(*) from requeuest.mq_msgs where claim_no = 3";
+    eventually("the stale attempt is over", || async {
+        gate.available_permits() == 0 && count(&database, renewed).await == 1
+    })
+    .await;
+    assert_eq!(
+        count(&database, "select count(*) from requeuest.outcomes").await,
+        0
+    );
+    assert!(!waiting.is_finished());
+    // The other process gives it back; it is delivered, and the waiter gets that response.
+    sqlx::query("update requeuest.mq_msgs set claim_no = claim_no + 1, attempt_at = now()")
+        .execute(database.pool())
+        .await
+        .unwrap();
+    gate.add_permits(100);
+    let response = in_time(waiting).await.unwrap().unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(server.count(), 2);
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_cancels_nothing() {
+    let database = migrated().await;
+    let (server, gate) = held_server().await;
+    let durable = builder(database.pool()).build().unwrap();
+    let waiting = tokio::spawn({
+        let (durable, url) = (durable.clone(), server.url("/"));
+        async move { durable.await_response(post(&url)).await }
+    });
+    server.wait_for(1).await;
+    waiting.abort();
+    assert!(waiting.await.unwrap_err().is_cancelled());
+    gate.add_permits(100);
+    let outcomes = "select count(*) from requeuest.outcomes where status = 'completed'";
+    eventually("it ends", || async {
+        count(&database, outcomes).await == 1
+    })
+    .await;
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn processes_on_one_queue_deliver_each_request_once() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..300 {
+        ids.push(enqueue_only.fire(post(&server.url("/"))).await.unwrap());
+    }
+    let runners: Vec<Durable> = (0..3)
+        .map(|_| {
+            builder(database.pool())
+                .concurrency(8)
+                .max_connections(2)
+                .build()
+                .unwrap()
+        })
+        .collect();
+    for id in ids {
+        let outcome = testkit::outcome(&enqueue_only, id, LONG).await.unwrap();
+        assert_eq!(outcome.status, Status::Completed);
+    }
+    assert_eq!(server.count(), 300);
+    drop(runners);
+}
+
+#[tokio::test]
+async fn broken_connections_lose_nothing() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = builder(database.pool()).build().unwrap();
+    let mut callers = JoinSet::new();
+    for _ in 0..8 {
+        let (durable, url) = (durable.clone(), server.url("/"));
+        callers.spawn(async move {
+            let mut answered = 0;
+            for _ in 0..40 {
+                match durable.await_response(post(&url)).await {
+                    Ok(_) => answered += 1,
+                    // Not accepted, or not known to be: the caller was told.
+                    Err(error) => {
+                        assert!(error.is_indeterminate() || error.is_database(), "{error:?}")
+                    }
+                }
+            }
+            answered
+        });
+    }
+    let kill = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+                where datname = current_database() and pid <> pg_backend_pid()
+                    and query ~ 'input|mq_poll|SELECT 1' and random() < 0.3";
+    let killing = async {
+        let mut killed = 0;
+        while killed < 10 {
+            killed += count(&database, kill).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    in_time(killing).await;
+    let answered: usize = in_time(callers.join_all()).await.into_iter().sum();
+    assert!(answered > 0);
+    let pending = "select count(*) from requeuest.mq_msgs";
+    eventually("nothing is left", || async {
+        count(&database, pending).await == 0
+    })
+    .await;
+    let completed = "select count(*) from requeuest.outcomes where status = 'completed'";
+    assert!(count(&database, completed).await >= answered as i64);
+}
+
+#[tokio::test]
+async fn a_restart_of_postgres_under_load_loses_nothing() {
+    let postgres = Postgres::builder().private().start().await.unwrap();
+    let database = postgres.database().await.unwrap();
+    requeuest::migrate(database.pool()).await.unwrap();
+    let server = Server::always(200).await;
+    let durable = builder(database.pool()).build().unwrap();
+    // Something waits in the queue, and callers go on while the server is down.
+    let mut fired = Vec::new();
+    for _ in 0..50 {
+        fired.push(durable.fire(post(&server.url("/"))).await.unwrap());
+    }
+    let callers = tokio::spawn({
+        let (durable, url) = (durable.clone(), server.url("/"));
+        async move {
+            let mut refused = 0;
+            for _ in 0..200 {
+                if durable.await_response(post(&url)).await.is_err() {
+                    refused += 1;
+                }
+            }
+            refused
+        }
+    });
+    server.wait_for(60).await;
+    postgres.stop(StopMode::Immediate).await.unwrap();
+    postgres.resume().await.unwrap();
+    let back = Instant::now();
+    let delayed = post(&server.url("/after"));
+    // The runner is back soon, not after a delay that grew: this goes through it alone.
+    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let id = loop {
+        match enqueue_only.fire(&delayed).await {
+            Ok(id) => break id,
+            Err(_) => assert!(back.elapsed() < LONG, "the database never came back"),
+        }
+    };
+    testkit::outcome(&enqueue_only, id, LONG).await.unwrap();
+    assert!(
+        back.elapsed() < Duration::from_secs(8),
+        "took {:?}",
+        back.elapsed()
+    );
+    in_time(callers).await.unwrap();
+    for id in fired {
+        let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
+        assert_eq!(outcome.status, Status::Completed);
+    }
+}

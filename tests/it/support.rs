@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -191,4 +192,29 @@ pub async fn count(database: &TestDatabase, query: &str) -> i64 {
         .fetch_one(database.pool())
         .await
         .unwrap()
+}
+
+/// Tells a copy of this test binary which part to play.
+const PART: &str = "REQUEUEST_TEST_PART";
+
+/// A copy of this test binary that runs just one of a module's ignored tests.
+pub fn part(module: &str, name: &str) -> Command {
+    // The name by which the test binary knows it: without the crate's.
+    let (_, module) = module.split_once("::").unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args([
+            &format!("{module}::{name}"),
+            "--exact",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(PART, name)
+        .stdin(Stdio::null());
+    command
+}
+
+/// Whether this process was started to play the part.
+pub fn plays(name: &str) -> bool {
+    std::env::var(PART).is_ok_and(|part| part == name)
 }

@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 use requeuest::testkit::{Postgres, StopMode};
 use sqlx::{Connection, PgConnection};
 
-/// Tells a copy of this test binary which part to play.
-const PART: &str = "REQUEUEST_TESTKIT_PART";
+use crate::support::{self, plays};
 
 async fn number(url: &str, query: &str) -> i32 {
     let mut connection = PgConnection::connect(url).await.unwrap();
@@ -365,25 +364,10 @@ async fn be_the_shared_one() {
     }
 }
 
-/// A copy of this test binary that runs just one of the ignored tests.
 fn part(name: &str) -> Command {
-    // The name by which the test binary knows it, whichever module of it this file is.
-    let path = match module_path!().split_once("::") {
-        Some((_, module)) => format!("{module}::{name}"),
-        None => name.to_owned(),
-    };
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    let mut command = support::part(module_path!(), name);
+    command.env_remove("DATABASE_URL").stderr(Stdio::null());
     command
-        .args([&path, "--exact", "--ignored", "--nocapture"])
-        .env(PART, name)
-        .env_remove("DATABASE_URL")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null());
-    command
-}
-
-fn plays(name: &str) -> bool {
-    std::env::var(PART).is_ok_and(|part| part == name)
 }
 
 /// What a cluster has on the machine.

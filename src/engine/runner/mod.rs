@@ -86,9 +86,13 @@ async fn start(engine: &Arc<Engine>) -> JobRunnerHandle {
                             engine.spawn(claim::run(Arc::clone(&engine), current));
                         }
                     });
-                // The lesser of the two is what is claimed, so they are the same.
+                // The first is when the runner asks for more, the second how much it then holds: what is beyond the
+                // slots waits for one here, so that each poll brings many.
                 options
-                    .set_concurrency(config.concurrency, config.concurrency)
+                    .set_concurrency(
+                        config.concurrency,
+                        config.concurrency + config.concurrency / 2,
+                    )
                     .set_keep_alive(false);
                 if let Some(channels) = &config.channels {
                     let channels: Vec<&str> = channels.iter().map(|channel| &**channel).collect();
