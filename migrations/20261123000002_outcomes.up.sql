@@ -63,6 +63,17 @@ BEGIN
             'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
         ) INTO v_live;
         CONTINUE WHEN v_live;
+        BEGIN
+            EXECUTE format('LOCK TABLE outcomes_%s IN ACCESS EXCLUSIVE MODE NOWAIT', v_slot);
+        EXCEPTION WHEN lock_not_available THEN
+            -- Somebody reads it: next time, rather than make everybody queue behind this lock.
+            CONTINUE;
+        END;
+        -- Once more: processes with another retention may have added to it before it was locked.
+        EXECUTE format(
+            'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
+        ) INTO v_live;
+        CONTINUE WHEN v_live;
         EXECUTE format('TRUNCATE outcomes_%s', v_slot);
         v_emptied := v_emptied + 1;
     END LOOP;
@@ -102,15 +113,15 @@ CREATE TABLE destinations (
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
--- Ends every unfinished request of the given channels (NULL: all) as cancelled. Returns their ids.
-CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval) RETURNS SETOF uuid
+-- Ends up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) as cancelled. Returns their ids.
+CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int) RETURNS SETOF uuid
 LANGUAGE sql
 SET search_path FROM CURRENT
 AS $$
     WITH locked AS MATERIALIZED (
         SELECT m.id FROM mq_msgs m
         WHERE channel_names IS NULL OR m.channel_name = ANY (channel_names)
-        ORDER BY m.id FOR UPDATE
+        ORDER BY m.id LIMIT p_limit FOR UPDATE
     ), removed AS (
         DELETE FROM mq_msgs m USING locked WHERE m.id = locked.id
         RETURNING m.id, m.channel_name, m.channel_args, m.attempts
@@ -130,9 +141,9 @@ $$;
 CREATE FUNCTION mq_clear(channel_names text[]) RETURNS void
 LANGUAGE sql
 SET search_path FROM CURRENT
-AS $$ SELECT count(*) FROM cancel_channels(coalesce(channel_names, '{}'), '1 day'); SELECT NULL::void $$;
+AS $$ SELECT count(*) FROM cancel_channels(coalesce(channel_names, '{}'), '1 day', NULL); SELECT NULL::void $$;
 
 CREATE FUNCTION mq_clear_all() RETURNS void
 LANGUAGE sql
 SET search_path FROM CURRENT
-AS $$ SELECT count(*) FROM cancel_channels(NULL, '1 day'); SELECT NULL::void $$;
+AS $$ SELECT count(*) FROM cancel_channels(NULL, '1 day', NULL); SELECT NULL::void $$;

@@ -458,19 +458,26 @@ impl Durable {
         })
     }
 
-    /// Stops the runner and keeps the rest.
-    pub(crate) async fn clear(&self, channels: Option<Vec<String>>) -> Result<i64, Error> {
+    /// Cancels what has not ended of these channels, a batch at a time: one statement for everything could outlast its timeout.
+    pub(crate) async fn clear(&self, channels: Option<Vec<String>>) -> Result<(), Error> {
+        const BATCH: i32 = 1000;
         let retention = self.engine().config().retention;
-        let cleared = self
-            .engine()
-            .query(move |connection| {
-                Box::pin(
-                    async move { inspect::clear(connection, channels.as_deref(), retention).await },
-                )
-            })
-            .await?;
+        loop {
+            let channels = channels.clone();
+            let cleared = self
+                .engine()
+                .query(move |connection| {
+                    Box::pin(async move {
+                        inspect::clear(connection, channels.as_deref(), retention, BATCH).await
+                    })
+                })
+                .await?;
+            if cleared < i64::from(BATCH) {
+                break;
+            }
+        }
         self.engine().shared().waiters.poke();
-        Ok(cleared)
+        Ok(())
     }
 }
 

@@ -27,31 +27,32 @@ pub(crate) struct Fault {
 }
 
 impl Outcome {
-    pub(crate) fn completed(response: Response) -> Self {
+    /// Answered: with a final response, or with the last one of a request that is given up.
+    pub(crate) fn answered(status: Status, response: Response) -> Self {
         Self {
             id: response.id,
-            status: Status::Completed,
+            status,
             attempts: 0,
             response: Some(response),
             fault: None,
         }
     }
 
-    /// Delivered and answered, with more than may be kept.
-    pub(crate) fn too_large(response: Response, limit: usize) -> Self {
+    /// Answered with more than may be kept.
+    pub(crate) fn too_large(status: Status, response: Response, limit: usize) -> Self {
         let fault = Fault {
             class: RESPONSE_TOO_LARGE.into(),
             text: format!("the response body is over {limit} bytes"),
         };
         Self {
             fault: Some(fault),
-            ..Self::completed(response)
+            ..Self::answered(status, response)
         }
     }
 
+    /// Given up without a response to the last attempt.
     pub(crate) fn discarded(
         id: RequestId,
-        response: Option<Response>,
         class: impl Into<Cow<'static, str>>,
         text: String,
     ) -> Self {
@@ -59,7 +60,7 @@ impl Outcome {
             id,
             status: Status::Discarded,
             attempts: 0,
-            response,
+            response: None,
             fault: Some(Fault {
                 class: class.into(),
                 text,
@@ -74,10 +75,12 @@ impl Outcome {
             .as_ref()
             .is_some_and(|fault| fault.class == RESPONSE_TOO_LARGE);
         let kind = match (self.status, self.response) {
-            (Status::Completed, Some(response)) if too_large => Kind::ResponseTooLarge {
-                status: response.status,
-                headers: Box::new(response.headers),
-            },
+            (Status::Completed | Status::Discarded, Some(response)) if too_large => {
+                Kind::ResponseTooLarge {
+                    status: response.status,
+                    headers: Box::new(response.headers),
+                }
+            }
             (Status::Completed | Status::Discarded, Some(response)) => return Ok(response),
             (Status::Cancelled, _) => Kind::Cancelled,
             (Status::Ambiguous, _) => Kind::Ambiguous,

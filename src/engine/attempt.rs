@@ -20,6 +20,7 @@ use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::request::{Request, redacted};
 use crate::response::Response;
+use crate::status::Status;
 use crate::store::BoxFuture;
 use crate::store::settle::Failure;
 
@@ -93,6 +94,29 @@ enum Answer {
     Whole(Response),
     /// The body is over the limit and was not kept.
     TooLarge(Response),
+}
+
+impl Answer {
+    fn response(&self) -> &Response {
+        match self {
+            Self::Whole(response) | Self::TooLarge(response) => response,
+        }
+    }
+
+    fn into_outcome(self, status: Status, limit: usize) -> Outcome {
+        match self {
+            Self::Whole(response) => Outcome::answered(status, response),
+            Self::TooLarge(response) => Outcome::too_large(status, response, limit),
+        }
+    }
+
+    /// For the caller, in case no better one comes: without its body it would pass for another response.
+    fn into_whole(self) -> Option<Response> {
+        match self {
+            Self::Whole(response) => Some(response),
+            Self::TooLarge(_) => None,
+        }
+    }
 }
 
 async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> Made {
@@ -199,22 +223,31 @@ enum Judged {
 impl Judged {
     fn judge(made: Made, claim: &Claim) -> Self {
         let job = claim.job();
-        let (response, class, text) = match made.result {
-            // Judged before anything else: it was delivered, whatever its status.
-            Ok(Answer::TooLarge(response)) => {
-                let limit = claim.engine().config().max_response_body;
-                return Self::Ended(Outcome::too_large(response, limit));
-            }
-            Ok(Answer::Whole(response)) => {
-                match classify(job.delivery.accept.as_deref(), response.status) {
-                    Verdict::Final => return Self::Ended(Outcome::completed(response)),
-                    Verdict::Retry => {
-                        let text = format!("answered with {}", response.status);
-                        (Some(response), FailureClass::Status, text)
+        let limit = claim.engine().config().max_response_body;
+        let (class, text) = match made.result {
+            Ok(answer) => {
+                let status = answer.response().status;
+                let verdict = classify(job.delivery.accept.as_deref(), status);
+                let delay = match verdict {
+                    Verdict::Final => {
+                        return Self::Ended(answer.into_outcome(Status::Completed, limit));
                     }
-                }
+                    Verdict::Retry => claim.next_delay(),
+                };
+                let Some(delay) = delay else {
+                    return Self::Ended(answer.into_outcome(Status::Discarded, limit));
+                };
+                return Self::Again {
+                    delay,
+                    failure: Failure {
+                        class: FailureClass::Status,
+                        text: format!("answered with {status}"),
+                        duration: made.took,
+                        response: answer.into_whole(),
+                    },
+                };
             }
-            Err((class, text)) => (None, class, text),
+            Err(failed) => failed,
         };
         match claim.next_delay() {
             Some(delay) => Self::Again {
@@ -223,10 +256,10 @@ impl Judged {
                     class,
                     text,
                     duration: made.took,
-                    response,
+                    response: None,
                 },
             },
-            None => Self::Ended(Outcome::discarded(job.id, response, class.as_str(), text)),
+            None => Self::Ended(Outcome::discarded(job.id, class.as_str(), text)),
         }
     }
 }

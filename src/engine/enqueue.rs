@@ -18,6 +18,10 @@ use crate::store::enqueue::{self, InsertOne, NewRequest};
 
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// A restarted server leaves several dead connections in the pool; each try finds one.
+const AGAIN_PAUSE: Duration = Duration::from_millis(10);
+/// No caller is kept waiting longer for a database that is away.
+const AGAIN_FOR: Duration = Duration::from_secs(3);
 const ORDERED_RETRY_MIN: Duration = Duration::from_millis(2);
 const ORDERED_RETRY_MAX: Duration = Duration::from_millis(100);
 
@@ -140,7 +144,7 @@ fn rejoin(rows: Vec<NewRequest>, parts: Vec<Parts>) -> Vec<Submission> {
         .collect()
 }
 
-/// After a broken connection the insert is tried once more, where the rows are not there already and while the leases that they
+/// After a broken connection the insert is tried again, where the rows are not there already and while the leases that they
 /// may have got still run: later, another runner could have taken them.
 async fn insert(shared: &Shared, rows: Vec<NewRequest>) -> (Vec<NewRequest>, Result<(), DbError>) {
     let lease = shared.config.lease;
@@ -153,15 +157,18 @@ async fn insert(shared: &Shared, rows: Vec<NewRequest>) -> (Vec<NewRequest>, Res
         })
     };
     let mut written = try_once(false).await;
-    if written.as_ref().is_err_and(|error| error.unknown) && began.elapsed() < lease / 2 {
-        if let Err(error) = try_once(true).await {
-            written = Err(DbError {
-                unknown: true,
-                ..error
-            });
-        } else {
-            written = Ok(());
+    let mut pause = AGAIN_PAUSE;
+    while written.as_ref().is_err_and(|error| error.unknown) {
+        if began.elapsed() + pause > AGAIN_FOR.min(lease / 2) {
+            break;
         }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+        written = try_once(true).await.map_err(|error| DbError {
+            // Whatever this one knows of itself, the first is still unknown.
+            unknown: true,
+            ..error
+        });
     }
     // The statements are over, and with them the other handles.
     let rows = Arc::try_unwrap(rows).unwrap_or_default();

@@ -74,16 +74,20 @@ pub(crate) async fn prune(
     Ok(pruned.rows_affected())
 }
 
-/// Ends every unfinished request of the given channels, of all of them for `None`, as cancelled.
+/// Ends up to `limit` unfinished requests of the given channels, of all of them for `None`, as cancelled.
 /// Returns how many there were.
 pub(crate) async fn clear(
     connection: &mut PgConnection,
     channels: Option<&[String]>,
     retention: Duration,
+    limit: i32,
 ) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar("SELECT count(*) FROM cancel_channels($1, $2 * interval '1 millisecond')")
-        .bind(channels)
-        .bind(millis(retention))
-        .fetch_one(connection)
-        .await
+    sqlx::query_scalar(
+        "SELECT count(*) FROM cancel_channels($1, $2 * interval '1 millisecond', $3)",
+    )
+    .bind(channels)
+    .bind(millis(retention))
+    .bind(limit)
+    .fetch_one(connection)
+    .await
 }

@@ -15,11 +15,14 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool};
 
 /// After this long without an answer a statement's connection is thrown away: sqlx sets no keepalive, so a black-holed
 /// socket would hang for minutes.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection that was used so lately is taken to be alive.
+const TRUSTED_FOR: Duration = Duration::from_secs(1);
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -71,6 +74,20 @@ impl Db {
         let pool = PgPoolOptions::new()
             .max_connections(max_connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
+            // A ping for every statement would be a round trip on the hot path; one that lay idle may have died unnoticed.
+            .test_before_acquire(false)
+            .before_acquire(|connection, meta| {
+                Box::pin(async move {
+                    if meta.idle_for > TRUSTED_FOR {
+                        tokio::time::timeout(PING_TIMEOUT, connection.ping())
+                            .await
+                            .map_err(|_elapsed| {
+                                sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
+                            })??;
+                    }
+                    Ok(true)
+                })
+            })
             .connect_lazy_with(pinned(connect, schema, lease));
         Self {
             pool,

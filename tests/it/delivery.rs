@@ -151,3 +151,59 @@ async fn the_delay_is_waited_for() {
     assert!(began.elapsed() >= delay);
     assert_eq!(server.count(), 1);
 }
+
+#[tokio::test]
+async fn a_caller_that_is_not_polled_keeps_no_slot_past_its_deadline() {
+    use futures_util::FutureExt;
+
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = Durable::builder(database.pool().clone())
+        .lease(Duration::from_secs(1))
+        .concurrency(1)
+        .attempt_timeout(Duration::from_millis(100))
+        .build()
+        .unwrap();
+    let client = reqwest_middleware::ClientBuilder::new(reqwest::Client::new())
+        .with(durable.clone())
+        .build();
+    let mut stuck = Box::pin(client.post(server.url("/stuck")).body("x").send());
+    // Begun, and never polled again: its claim comes and nobody takes it.
+    assert!(stuck.as_mut().now_or_never().is_none());
+    let id = in_time(durable.fire(post(&server.url("/other"), "x")))
+        .await
+        .unwrap();
+    let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
+    assert_eq!(outcome.status, Status::Completed);
+    // It gets its response all the same, once it is polled.
+    assert_eq!(in_time(stuck).await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn a_refused_status_with_a_body_over_the_limit_is_repeated() {
+    let database = migrated().await;
+    let server = Server::start(|number, _| async move {
+        if number == 0 {
+            reply(503, vec![b'x'; 5000])
+        } else {
+            reply(200, "small")
+        }
+    })
+    .await;
+    let durable = Durable::builder(database.pool().clone())
+        .retry(quick())
+        .max_response_body(1000)
+        .build()
+        .unwrap();
+    let response = in_time(durable.await_response(post(&server.url("/"), "x")))
+        .await
+        .unwrap();
+    assert_eq!(response.text().unwrap(), "small");
+
+    let only_large = Server::start(|_, _| async move { reply(503, vec![b'x'; 5000]) }).await;
+    let twice = Options::default().retry(quick().max_attempts(2));
+    let request = post(&only_large.url("/"), "x").with(twice);
+    let error = in_time(durable.await_response(request)).await.unwrap_err();
+    assert_eq!(error.response_head().unwrap().0, 503);
+    assert_eq!(only_large.count(), 2);
+}

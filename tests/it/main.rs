@@ -11,6 +11,7 @@ mod input;
 mod layer;
 mod middleware;
 mod migrations;
+mod poll;
 mod support;
 mod testkit;
 mod transparency;

@@ -25,6 +25,11 @@ use crate::store::settle::{Failure, Fence};
 /// An attempt's hard deadline is this much after its timeout: room for its result to be judged.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 
+/// How long an attempt keeps its slot and its lease at most.
+fn hard_deadline(job: &Job) -> Duration {
+    job.delivery.attempt_timeout + DEADLINE_GRACE
+}
+
 #[derive(Debug)]
 pub(crate) struct Claim {
     engine: Arc<Engine>,
@@ -48,6 +53,8 @@ impl Claim {
             claim_no: 1,
         };
         let lease = engine.shared().leases.insert(fence, slots);
+        // From here on, because a caller may never come to make the attempt.
+        lease.sending(Instant::now() + hard_deadline(&job));
         Self::new(engine, lease, job, 1, Duration::ZERO)
     }
 
@@ -85,16 +92,14 @@ impl Claim {
     /// Marks the attempt as begun: from here on the lease is renewed and a slot is taken.
     pub(crate) async fn begin(&mut self) {
         let Some(lease) = &self.lease else { return };
-        let timeout = self.job.delivery.attempt_timeout;
         if !lease.has_slot() {
-            // Renewed while it waits for a slot, for as long as that takes: the attempt's own time has not begun.
-            lease.settling();
+            lease.waiting();
             if let Ok(slot) = Arc::clone(self.engine.slots()).acquire_owned().await {
                 lease.take_slot(slot);
             }
         }
         let now = Instant::now();
-        lease.sending(now + timeout + DEADLINE_GRACE);
+        lease.sending(now + hard_deadline(&self.job));
         self.sending = Some(now);
     }
 
@@ -167,12 +172,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let result = match self.sending {
-            None => Settling::Again {
-                delay: self.due.saturating_duration_since(Instant::now()),
-                hold: false,
-                uncounted: true,
-                failure: None,
-            },
+            None => unmade(self.due.saturating_duration_since(Instant::now())),
             Some(began) => {
                 let text = "its caller went away while it was sent".to_owned();
                 match self.next_delay() {
@@ -189,7 +189,6 @@ impl Drop for Claim {
                     },
                     None => Settling::Finish(Outcome::discarded(
                         self.job.id,
-                        None,
                         FailureClass::Abandoned.as_str(),
                         text,
                     )),
@@ -220,6 +219,10 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
         Registered::New(lease) => lease,
         Registered::Adopted => return,
     };
+    if engine.is_closing() {
+        return settle(&engine, lease, unmade(Duration::ZERO)).await;
+    }
+    lease.waiting();
     let body = current.raw_bytes().map(Bytes::copy_from_slice);
     match job(&engine, id, &head, body).await {
         Ok(job) => {
@@ -229,18 +232,12 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
         Err(Unusable::Corrupt(error)) => {
             log::error!("request {id} is discarded: {error}");
             let class = FailureClass::Unusable.as_str();
-            let outcome = Outcome::discarded(id, None, class, error.to_string());
+            let outcome = Outcome::discarded(id, class, error.to_string());
             settle(&engine, lease, Settling::Finish(outcome)).await;
         }
         Err(Unusable::Later(error)) => {
             log::warn!("fetching the body of request {id} failed: {error}");
-            let later = Settling::Again {
-                delay: Duration::from_secs(1),
-                hold: false,
-                uncounted: true,
-                failure: None,
-            };
-            settle(&engine, lease, later).await;
+            settle(&engine, lease, unmade(Duration::from_secs(1))).await;
         }
     }
 }
@@ -249,12 +246,22 @@ async fn drive(claim: Claim) {
     if claim.is_exhausted() {
         let text = "the last allowed attempt was lost with the process that made it".to_owned();
         let class = FailureClass::Abandoned.as_str();
-        let outcome = Outcome::discarded(claim.job.id, None, class, text);
+        let outcome = Outcome::discarded(claim.job.id, class, text);
         return claim.finish(outcome).await;
     }
     // The runner polls only once a transport is known.
     if let Some(transport) = claim.engine().transport() {
         attempt::drive_by_engine(claim, transport).await;
+    }
+}
+
+/// Gives a request back whose attempt was not made.
+fn unmade(delay: Duration) -> Settling {
+    Settling::Again {
+        delay,
+        hold: false,
+        uncounted: true,
+        failure: None,
     }
 }
 

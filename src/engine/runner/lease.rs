@@ -34,8 +34,10 @@ struct LeaseState {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Not being sent: claimed a moment ago, or held until its next attempt.
+    /// Held until its next attempt; the database has its due time and a lease more.
     Idle,
+    /// Waiting for a slot or its body, in the engine's own hands.
+    Waiting,
     /// Being sent, until this hard deadline at most.
     Sending(Instant),
     /// Sent; the result waits for its commit.
@@ -52,6 +54,10 @@ impl Lease {
 
     pub(crate) fn sending(&self, deadline: Instant) {
         self.lock().phase = Phase::Sending(deadline);
+    }
+
+    pub(crate) fn waiting(&self) {
+        self.lock().phase = Phase::Waiting;
     }
 
     pub(crate) fn settling(&self) {
@@ -155,7 +161,9 @@ impl Leases {
                     state.slots.clear();
                     lapsed.push(Arc::clone(&lease));
                 }
-                Phase::Sending(_) | Phase::Settling if now - state.renewed >= after => {
+                Phase::Sending(_) | Phase::Waiting | Phase::Settling
+                    if now - state.renewed >= after =>
+                {
                     state.renewed = now;
                     let fence = lease.fence();
                     due.push((fence.id.into(), fence.claim_no));
