@@ -113,8 +113,10 @@ CREATE TABLE destinations (
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
--- Ends up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) as cancelled. Returns their ids.
-CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int) RETURNS SETOF uuid
+-- Ends up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) as cancelled. Returns them, with
+-- the instances that wait for their outcomes.
+CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int)
+RETURNS TABLE (id uuid, waiter uuid)
 LANGUAGE sql
 SET search_path FROM CURRENT
 AS $$
@@ -124,18 +126,19 @@ AS $$
         ORDER BY m.id LIMIT p_limit FOR UPDATE
     ), removed AS (
         DELETE FROM mq_msgs m USING locked WHERE m.id = locked.id
-        RETURNING m.id, m.channel_name, m.channel_args, m.attempts
+        RETURNING m.id, m.channel_name, m.channel_args, m.attempts, m.waiter
     ), payloads AS (
         DELETE FROM mq_payloads p USING locked WHERE p.id = locked.id RETURNING p.id, p.created_at
+    ), stored AS (
+        INSERT INTO outcomes (
+            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at
+        )
+        SELECT
+            outcome_slot(clock_timestamp(), p_retention), r.id, r.channel_name, r.channel_args, 'cancelled', r.attempts,
+            coalesce(p.created_at, clock_timestamp()), clock_timestamp(), clock_timestamp() + p_retention
+        FROM removed r LEFT JOIN payloads p ON p.id = r.id
     )
-    INSERT INTO outcomes (
-        slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at
-    )
-    SELECT
-        outcome_slot(clock_timestamp(), p_retention), r.id, r.channel_name, r.channel_args, 'cancelled', r.attempts,
-        coalesce(p.created_at, clock_timestamp()), clock_timestamp(), clock_timestamp() + p_retention
-    FROM removed r LEFT JOIN payloads p ON p.id = r.id
-    RETURNING outcomes.id;
+    SELECT r.id, r.waiter FROM removed r;
 $$;
 
 CREATE FUNCTION mq_clear(channel_names text[]) RETURNS void

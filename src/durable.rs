@@ -13,6 +13,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{PgExecutor, PgPool};
 use tokio::sync::oneshot;
 use tower::Service;
+use uuid::Uuid;
 
 use crate::body::Body;
 use crate::codec::{self, Delivery};
@@ -461,23 +462,38 @@ impl Durable {
     /// Cancels what has not ended of these channels, a batch at a time: one statement for everything could outlast its timeout.
     pub(crate) async fn clear(&self, channels: Option<Vec<String>>) -> Result<(), Error> {
         const BATCH: i32 = 1000;
-        let retention = self.engine().config().retention;
+        let shared = self.engine().shared();
+        let (retention, instance) = (shared.config.retention, shared.instance);
         loop {
             let channels = channels.clone();
-            let cleared = self
+            let cancelled = self
                 .engine()
                 .query(move |connection| {
                     Box::pin(async move {
-                        inspect::clear(connection, channels.as_deref(), retention, BATCH).await
+                        let cancelled =
+                            inspect::clear(&mut *connection, channels.as_deref(), retention, BATCH)
+                                .await?;
+                        let waiters = cancelled.iter().filter_map(|(_, waiter)| *waiter);
+                        let mut others: Vec<Uuid> =
+                            waiters.filter(|waiter| *waiter != instance).collect();
+                        others.sort_unstable();
+                        others.dedup();
+                        if !others.is_empty() {
+                            outcome::notify_waiters(connection, &others).await?;
+                        }
+                        Ok(cancelled)
                     })
                 })
                 .await?;
-            if cleared < i64::from(BATCH) {
-                break;
+            for (id, _) in &cancelled {
+                shared.leases.forget(*id);
+            }
+            // Those who wait here find the outcome in the database.
+            shared.waiters.poke();
+            if cancelled.len() < BATCH as usize {
+                return Ok(());
             }
         }
-        self.engine().shared().waiters.poke();
-        Ok(())
     }
 }
 

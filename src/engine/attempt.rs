@@ -78,7 +78,9 @@ pub(crate) async fn drive(mut claim: Claim, sender: &mut dyn Sender) {
                     Some(held) => claim = held,
                     None => return,
                 }
-                claim.wait().await;
+                if !claim.wait().await {
+                    return;
+                }
             }
         }
     }

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use sqlx::PgConnection;
+use uuid::Uuid;
 
 use super::millis;
+use crate::id::RequestId;
 
 /// What a session of ours finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,19 +77,23 @@ pub(crate) async fn prune(
 }
 
 /// Ends up to `limit` unfinished requests of the given channels, of all of them for `None`, as cancelled.
-/// Returns how many there were.
+/// Returns them, with the instances that wait for their outcomes.
 pub(crate) async fn clear(
     connection: &mut PgConnection,
     channels: Option<&[String]>,
     retention: Duration,
     limit: i32,
-) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar(
-        "SELECT count(*) FROM cancel_channels($1, $2 * interval '1 millisecond', $3)",
+) -> Result<Vec<(RequestId, Option<Uuid>)>, sqlx::Error> {
+    let cancelled: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(
+        "SELECT id, waiter FROM cancel_channels($1, $2 * interval '1 millisecond', $3)",
     )
     .bind(channels)
     .bind(millis(retention))
     .bind(limit)
-    .fetch_one(connection)
-    .await
+    .fetch_all(connection)
+    .await?;
+    Ok(cancelled
+        .into_iter()
+        .map(|(id, waiter)| (id.into(), waiter))
+        .collect())
 }

@@ -122,9 +122,16 @@ impl Claim {
                 .is_none()
     }
 
-    /// Waits until the attempt is due.
-    pub(crate) async fn wait(&self) {
+    /// Waits until the attempt is due. Returns whether it still is to be made.
+    pub(crate) async fn wait(&mut self) -> bool {
         tokio::time::sleep_until(self.due.into()).await;
+        let leases = &self.engine.shared().leases;
+        let stands = self.lease.as_ref().is_some_and(|lease| leases.holds(lease));
+        if !stands {
+            // Cancelled meanwhile: there is nothing to give back.
+            self.lease = None;
+        }
+        stands
     }
 
     /// Ends the request; returns after the commit.

@@ -136,6 +136,18 @@ impl Leases {
         }
     }
 
+    /// The request has ended without its claim: whoever holds it finds out when it goes on.
+    pub(crate) fn forget(&self, id: RequestId) {
+        self.lock().remove(&id);
+    }
+
+    /// Whether the claim still stands, as far as this process knows.
+    pub(crate) fn holds(&self, lease: &Arc<Lease>) -> bool {
+        self.lock()
+            .get(&lease.id)
+            .is_some_and(|held| Arc::ptr_eq(held, lease))
+    }
+
     /// Whether the request is in this process's hands.
     pub(crate) fn is_driven(&self, id: RequestId) -> bool {
         self.lock().contains_key(&id)
