@@ -1,0 +1,54 @@
+//! The older API: a `Client` that spawns requests on named channels and retries them until they are accepted.
+//!
+//! `cargo run --example client`
+
+use std::time::Duration;
+
+use requeuest::testkit::Postgres;
+use requeuest::{Channels, Client, HeaderMap, Request, StatusCode, Url, migrate};
+
+mod support;
+use support::{Result, Server, say};
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let database = Postgres::start().await?.database().await?;
+    migrate(database.pool()).await?;
+    let server = Server::start(answer).await?;
+    let url = Url::parse(&server.url())?;
+    let client = Client::new(database.pool().clone(), Channels::List(&["shop"])).await?;
+
+    say("any 2xx is accepted, all else is tried again: here a 404, too");
+    let order = Request::post(url.clone(), b"order".to_vec(), HeaderMap::new());
+    let response = client.spawn_returning("shop", &order).await?;
+    assert_eq!(response.status(), 200);
+    say(format!("got {:?}", response.text().await?));
+
+    say("a request says which answers it accepts");
+    let conflict = Request::post(url.clone(), b"conflict".to_vec(), HeaderMap::new())
+        .accept_responses([StatusCode::OK, StatusCode::CONFLICT]);
+    let response = client.spawn_returning("shop", &conflict).await?;
+    assert_eq!(response.status(), 409);
+
+    say("fire and forget, half a second from now, with five retries");
+    let hook = Request::post(url, b"hook".to_vec(), HeaderMap::new());
+    let id = client
+        .spawn_cfg("shop", &hook, |job| {
+            job.set_delay(Duration::from_millis(500)).set_retries(5)
+        })
+        .await?;
+    say(format!("spawned {id}"));
+    let response = client.durable().response(id.into()).await?;
+    assert_eq!(response.status(), StatusCode::OK);
+    say(format!("its answer: {:?}", response.text()?));
+    assert_eq!(server.received(), ["order", "order", "conflict", "hook"]);
+    Ok(())
+}
+
+async fn answer(number: usize, body: String) -> u16 {
+    match (number, &*body) {
+        (1, _) => 404,
+        (_, "conflict") => 409,
+        _ => 200,
+    }
+}

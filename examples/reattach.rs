@@ -1,0 +1,67 @@
+//! Re-attaching: one process fires a request and forgets it, another one delivers it and gets the answer by its id.
+//!
+//! `cargo run --example reattach`
+
+use std::env;
+
+use requeuest::testkit::Postgres;
+use requeuest::{Durable, RequestId, migrate};
+use sqlx::PgPool;
+use tokio::process::Command;
+
+mod support;
+use support::{Result, Server, say};
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    match &*arguments {
+        [] => fire().await,
+        [database, id] => attach(database, id.parse()?).await,
+        _ => Err("usage: reattach [DATABASE_URL ID]".into()),
+    }
+}
+
+async fn fire() -> Result<()> {
+    let database = Postgres::start().await?.database().await?;
+    migrate(database.pool()).await?;
+    let server = Server::start(fail_once).await?;
+
+    // This handle only persists; it never sends.
+    let durable = Durable::builder(database.pool().clone())
+        .runner(false)
+        .build()?;
+    let request = http::Request::post(server.url()).body("order 1")?;
+    let id = durable.fire(request).await?;
+    drop(durable);
+    say(format!("fired {id}, and dropped the handle"));
+
+    // The id is all that the other process needs: keep it wherever you keep what the request was about.
+    let status = Command::new(env::current_exe()?)
+        .args([database.url(), &id.to_string()])
+        .status()
+        .await?;
+    assert!(status.success());
+
+    let durable = Durable::new(database.pool().clone());
+    let response = durable.response(id).await?;
+    assert_eq!(response.status(), 200);
+    say(format!("read again, here: {:?}", response.text()?));
+    assert_eq!(server.received(), ["order 1", "order 1"]);
+    Ok(())
+}
+
+async fn attach(database: &str, id: RequestId) -> Result<()> {
+    let process = std::process::id();
+    let durable = Durable::new(PgPool::connect(database).await?);
+    if let Some(status) = durable.status(id).await? {
+        println!("          process {process}: {id} is {status}");
+    }
+    let response = durable.response(id).await?;
+    println!("          process {process}: {:?}", response.text()?);
+    Ok(())
+}
+
+async fn fail_once(number: usize, _body: String) -> u16 {
+    if number == 1 { 503 } else { 200 }
+}
