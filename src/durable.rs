@@ -104,8 +104,9 @@ impl Durable {
     ///
     /// Nothing is connected yet; an unreachable database or a missing schema shows in the calls' errors, and the runner waits for it.
     ///
-    /// Attempts whose caller is gone are sent by a plain [`reqwest::Client`] of the crate's own, which knows nothing of your
-    /// proxies, certificates or middleware: give your client with [`DurableBuilder::transport`] if that matters.
+    /// What no caller's own client sends, through the layer or the middleware, is sent by a plain [`reqwest::Client`] of the crate's
+    /// own: this handle's own calls, fired requests, and whatever outlives its caller. It knows nothing of your proxies,
+    /// certificates, default headers or middleware: give your client with [`DurableBuilder::transport`] if that matters.
     ///
     /// # Panics
     ///
@@ -331,9 +332,9 @@ impl Durable {
 
     /// A [`tower::Layer`] over this handle.
     ///
-    /// The wrapped service sends the attempts of live callers. It sends background attempts too if it is the first one to be
-    /// wrapped and the builder was given no transport; for a handle from [`Durable::new`] that is only so with
-    /// [`DurableBuilder::layer`] or [`DurableLayer::new`].
+    /// The wrapped service sends the attempts of live callers; background attempts go through the handle's own
+    /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or [`DurableBuilder::layer`] the wrapped service
+    /// sends both.
     pub fn layer(&self) -> DurableLayer {
         DurableLayer::from(self.clone())
     }
