@@ -31,7 +31,7 @@ async fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match &*arguments {
         [] => timeout(Duration::from_secs(60), story()).await?,
-        [role, database, url] if role == "worker" => worker(database, url).await,
+        [role, url] if role == "worker" => worker(&env::var("DATABASE_URL")?, url).await,
         _ => Err("usage: quickstart".into()),
     }
 }
@@ -184,7 +184,8 @@ async fn worker(database: &str, url: &str) -> Result<()> {
 
 fn start_worker(database: &str, server: &Server) -> Result<(Child, Lines<BufReader<ChildStdout>>)> {
     let mut worker = Command::new(env::current_exe()?)
-        .args(["worker", database, &server.url()])
+        .args(["worker", &server.url()])
+        .env("DATABASE_URL", database)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

@@ -17,8 +17,8 @@ async fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match &*arguments {
         [] => fire().await,
-        [database, id] => attach(database, id.parse()?).await,
-        _ => Err("usage: reattach [DATABASE_URL ID]".into()),
+        [id] => attach(&env::var("DATABASE_URL")?, id.parse()?).await,
+        _ => Err("usage: reattach [ID]".into()),
     }
 }
 
@@ -38,7 +38,8 @@ async fn fire() -> Result<()> {
 
     // The id is all that the other process needs: keep it wherever you keep what the request was about.
     let status = Command::new(env::current_exe()?)
-        .args([database.url(), &id.to_string()])
+        .arg(id.to_string())
+        .env("DATABASE_URL", database.url())
         .status()
         .await?;
     assert!(status.success());
