@@ -120,8 +120,12 @@ impl Live<'_> {
         }
         // Attempts must not see each other's notes.
         let extensions = self.latest.insert(self.original.clone());
-        let response = self.next.clone().run(attempt, extensions).await?;
-        Ok(from_reqwest(response).map(Body::wrap))
+        match self.next.clone().run(attempt, extensions).await {
+            Ok(response) => Ok(from_reqwest(response).map(Body::wrap)),
+            // Out of its wrapping, which hides what kind of error it is: it is no part of its own chain of sources.
+            Err(MiddlewareError::Reqwest(error)) => Err(error.into()),
+            Err(MiddlewareError::Middleware(error)) => Err(error.into()),
+        }
     }
 }
 

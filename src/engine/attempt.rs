@@ -18,7 +18,7 @@ use crate::engine::transport::{ResponseUrl, Transport, describe};
 use crate::error::BoxError;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
-use crate::request::{Request, redacted};
+use crate::request::{Request, redact_urls};
 use crate::response::Response;
 use crate::status::Status;
 use crate::store::BoxFuture;
@@ -126,10 +126,7 @@ async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> M
     *request.extensions_mut() = job.extensions.clone();
     let began = Instant::now();
     let exchange = async {
-        let response = sender
-            .send(request)
-            .await
-            .map_err(|error| failed(job, error))?;
+        let response = sender.send(request).await.map_err(failed)?;
         read(job, response, max_response_body).await
     };
     let timeout = job.delivery.attempt_timeout;
@@ -162,7 +159,7 @@ async fn read(
             (collected.to_bytes(), trailers, true)
         }
         Err(error) if error.is::<LengthLimitError>() => Default::default(),
-        Err(error) => return Err(failed(job, error)),
+        Err(error) => return Err(failed(error)),
     };
     let response = Response {
         id: job.id,
@@ -181,11 +178,10 @@ async fn read(
     })
 }
 
-fn failed(job: &Job, error: BoxError) -> (FailureClass, String) {
+fn failed(error: BoxError) -> (FailureClass, String) {
     let class = class_of(&*error);
-    let text = describe(error);
-    // Other clients put the URL into their errors too, with the secrets in it.
-    let text = text.replace(&job.uri.to_string(), &redacted(&job.uri));
+    // Clients put URLs into their errors, those of redirects too, with the secrets in them.
+    let text = redact_urls(&describe(error));
     // The database's text holds no NUL.
     (class, text.replace('\0', "\u{fffd}"))
 }

@@ -98,14 +98,13 @@ fn request_len(buffer: &[u8]) -> Option<usize> {
     let head = buffer.windows(4).position(|end| end == b"\r\n\r\n")? + 4;
     let body = buffer[..head]
         .split(|byte| *byte == b'\n')
-        .filter_map(|line| {
+        .find_map(|line| {
             let colon = line.iter().position(|byte| *byte == b':')?;
             let (name, value) = line.split_at(colon);
             let value = std::str::from_utf8(&value[1..]).ok()?;
             name.eq_ignore_ascii_case(b"content-length")
                 .then(|| value.trim().parse::<usize>().ok())?
         })
-        .next()
         .unwrap_or(0);
     (buffer.len() >= head + body).then_some(head + body)
 }
