@@ -6,11 +6,12 @@
 use std::sync::Once;
 
 use http::Extensions;
+use http_body::Body as _;
 use http_body_util::{BodyExt, Limited};
 use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as MiddlewareResult};
 
 use crate::body::Body;
-use crate::durable::{Durable, Mode, RequestHead, enqueued};
+use crate::durable::{Durable, Mode, RequestHead, enqueued, too_large};
 use crate::engine::attempt::{self, Sender};
 use crate::engine::transport::from_reqwest;
 use crate::error::{BoxError, Error};
@@ -81,6 +82,10 @@ type Buffered = (Option<bytes::Bytes>, Option<http::HeaderMap>);
 async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
     if body.as_bytes().is_some() {
         return Ok((in_memory(body), None));
+    }
+    // A length that was declared is refused before anything is read.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(too_large(limit));
     }
     let collected = Limited::new(body, limit)
         .collect()
