@@ -191,6 +191,9 @@ impl Durable {
     {
         let request = request.try_into().map_err(Into::into)?;
         let prepared = self.prepare(request, Mode::Fired)?;
+        if self.engine().is_closing() {
+            return Err(Error::new(Kind::Closed));
+        }
         let config = self.engine().config();
         let how = InsertOne {
             notify: config.notify_in_transactions && prepared.row.delay.is_zero(),
