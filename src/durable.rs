@@ -19,9 +19,9 @@ use crate::body::Body;
 use crate::codec::{self, Delivery};
 use crate::destination;
 use crate::engine::attempt::Job;
-use crate::engine::enqueue::{FirstAttempt, Start, Submission};
+use crate::engine::enqueue::{Start, Submission};
+use crate::engine::live::Live;
 use crate::engine::runner::RunnerGuard;
-use crate::engine::runner::claim::Claim;
 use crate::engine::transport::{ReqwestTransport, Transport, erase};
 use crate::engine::waiters::Waiter;
 use crate::engine::{Config, Engine};
@@ -196,7 +196,7 @@ impl Durable {
         }
         let config = self.engine().config();
         let how = InsertOne {
-            notify: config.notify_in_transactions && prepared.row.delay.is_zero(),
+            notify: config.notify_in_transactions && prepared.row.needs_runner(),
             wait: true,
         };
         enqueue::insert_one(executor, &config.schema, &prepared.row, how).await?;
@@ -254,7 +254,7 @@ impl Durable {
     pub async fn response(&self, id: RequestId) -> Result<Response, Error> {
         let shared = self.engine().shared();
         // Before asking, or an outcome could come in between.
-        let waiter = shared.waiters.subscribe(id);
+        let waiter = shared.waiters.subscribe(id, None);
         let found = self
             .engine()
             .query(move |connection| {
@@ -407,57 +407,46 @@ impl Durable {
             delivery: Arc::new(delivery),
             extensions: Extensions::new(),
         };
-        Ok(Prepared {
-            row,
-            job,
-            by_caller: false,
-        })
+        Ok(Prepared { row, job })
     }
 
-    /// Hands a request to the engine. If this process may, it makes the first attempt at once: through `live`, the client
-    /// that the request came through, or the engine's own.
+    /// Hands a request to the engine that nobody waits for. If this process may, it makes the first attempt at once, through the
+    /// client that the request came through, or its own.
     pub(crate) fn submit(
         &self,
-        mut prepared: Prepared,
-        live: Option<Transport>,
+        prepared: Prepared,
+        live: Option<Live>,
     ) -> Result<Submitted, Error> {
+        let Prepared { mut row, job } = prepared;
         let engine = self.engine();
-        let may_start = !prepared.row.ordered && prepared.row.delay.is_zero();
+        let may_start = !row.ordered && row.delay.is_zero();
         let slots = may_start
-            .then(|| engine.inline_slots(&prepared.row.channel))
+            .then(|| engine.inline_slots(&row.channel))
             .flatten();
         let start = slots.map(|slots| Start {
             engine: Arc::clone(engine),
             slots,
-            job: prepared.job,
+            job,
+            live,
         });
-        let first_attempt = match start {
-            None => FirstAttempt::Runner,
-            Some(start) if prepared.by_caller => FirstAttempt::Caller(start),
-            Some(start) => match live.or_else(|| engine.transport()) {
-                Some(transport) => FirstAttempt::Engine { start, transport },
-                None => FirstAttempt::Runner,
-            },
-        };
-        let inline = !matches!(first_attempt, FirstAttempt::Runner);
-        prepared.row.claimed = inline;
+        row.claimed = start.is_some();
+        let inline = row.claimed;
         let (done, enqueued) = oneshot::channel();
-        engine.enqueue(Submission {
-            row: prepared.row,
-            first_attempt,
-            done,
-        })?;
+        engine.enqueue(Submission { row, start, done })?;
         Ok(Submitted { enqueued, inline })
     }
 
+    /// Hands a request to the engine and waits for its response. While somebody waits, every attempt that this process
+    /// makes goes through the client that the request came through.
     pub(crate) fn submit_awaited(
         &self,
         prepared: Prepared,
-        live: Option<Transport>,
+        live: Option<Live>,
     ) -> Result<AwaitResponse, Error> {
-        let waiter = self.engine().shared().waiters.subscribe(prepared.id());
+        let waiters = &self.engine().shared().waiters;
+        let waiter = waiters.subscribe(prepared.id(), live);
         Ok(AwaitResponse {
-            submitted: Some(self.submit(prepared, live)?),
+            submitted: Some(self.submit(prepared, None)?),
             waiter,
             _durable: self.clone(),
         })
@@ -526,39 +515,23 @@ pub(crate) enum Mode {
 pub(crate) struct Prepared {
     row: NewRequest,
     job: Job,
-    /// The caller's own future makes the first attempt.
-    by_caller: bool,
 }
 
 impl Prepared {
     pub(crate) fn id(&self) -> RequestId {
         self.row.id
     }
-
-    /// What the live caller attached goes along with the attempts that this process makes.
-    pub(crate) fn with_extensions(mut self, extensions: Extensions) -> Self {
-        self.job.extensions = extensions;
-        self
-    }
-
-    #[cfg(feature = "reqwest-middleware")]
-    pub(crate) fn sent_by_caller(mut self) -> Self {
-        self.by_caller = true;
-        self
-    }
 }
 
 /// A request that was handed to the engine.
 pub(crate) struct Submitted {
-    pub(crate) enqueued: oneshot::Receiver<Result<Option<Claim>, Error>>,
+    pub(crate) enqueued: oneshot::Receiver<Result<(), Error>>,
     /// This process makes the first attempt.
-    pub(crate) inline: bool,
+    inline: bool,
 }
 
-/// The claim that comes with a commit, if the caller is to make the first attempt.
-pub(crate) async fn enqueued(
-    enqueued: oneshot::Receiver<Result<Option<Claim>, Error>>,
-) -> Result<Option<Claim>, Error> {
+/// Waits for the commit of an insert.
+pub(crate) async fn enqueued(enqueued: oneshot::Receiver<Result<(), Error>>) -> Result<(), Error> {
     enqueued
         .await
         .unwrap_or_else(|_| Err(Error::new(Kind::Closed)))
@@ -572,21 +545,6 @@ pub(crate) struct AwaitResponse {
     _durable: Durable,
 }
 
-impl AwaitResponse {
-    /// The commit of the insert, to be awaited first where a claim comes with it.
-    #[cfg(feature = "reqwest-middleware")]
-    pub(crate) async fn committed(&mut self) -> Result<Option<Claim>, Error> {
-        match self.submitted.take() {
-            Some(submitted) => {
-                let claim = enqueued(submitted.enqueued).await?;
-                self.waiter.arm(!submitted.inline);
-                Ok(claim)
-            }
-            None => Ok(None),
-        }
-    }
-}
-
 impl Future for AwaitResponse {
     type Output = Result<Response, Error>;
 
@@ -597,7 +555,7 @@ impl Future for AwaitResponse {
             let inline = submitted.inline;
             this.submitted = None;
             match enqueued {
-                Ok(Ok(_)) => this.waiter.arm(!inline),
+                Ok(Ok(())) => this.waiter.arm(!inline),
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
                 Err(_) => return Poll::Ready(Err(Error::new(Kind::Closed))),
             }

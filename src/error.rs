@@ -11,6 +11,7 @@ use std::fmt;
 use http::{HeaderMap, StatusCode};
 
 use crate::id::RequestId;
+use crate::request::redact_urls;
 
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
@@ -121,6 +122,11 @@ impl Error {
     pub(crate) fn with_id(mut self, id: RequestId) -> Self {
         self.0.id = Some(id);
         self
+    }
+
+    /// The wrapped service's error, without the URL where it is known how to take it out.
+    pub(crate) fn pass_through(error: BoxError) -> Self {
+        Self::new(Kind::PassThrough(without_url(error)))
     }
 
     /// The same failure, for another caller whose row was in the same batch.
@@ -256,6 +262,30 @@ impl Error {
     }
 }
 
+/// An error and its causes, in one line.
+pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Many errors repeat their cause in their own text.
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// reqwest puts the URL into its errors, with all that is in it.
+pub(crate) fn without_url(error: BoxError) -> BoxError {
+    match error.downcast::<reqwest::Error>() {
+        Ok(error) => Box::new(error.without_url()),
+        Err(error) => error,
+    }
+}
+
 /// `sqlx::Error` is not `Clone`; a caller that shares a failed batch needs the class, the code and the text.
 fn share_sqlx(error: &sqlx::Error) -> sqlx::Error {
     match error {
@@ -328,8 +358,15 @@ impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_tuple("requeuest::Error");
         debug.field(&format_args!("{self}"));
-        if let Some(source) = self.source() {
-            debug.field(&source);
+        match (&self.0.kind, self.source()) {
+            // Somebody else's error, which may show more of a URL than we would.
+            (Kind::Body(error) | Kind::PassThrough(error), _) => {
+                debug.field(&redact_urls(&chain(&**error)));
+            }
+            (_, Some(source)) => {
+                debug.field(&source);
+            }
+            (_, None) => {}
         }
         debug.finish()
     }
@@ -376,6 +413,15 @@ mod tests {
     fn the_error_is_thread_safe_and_small() {
         assert_error::<Error>();
         assert_eq!(size_of::<Error>(), size_of::<usize>());
+    }
+
+    #[test]
+    fn what_somebody_elses_error_says_of_a_url_is_cut_down() {
+        let error = Error::pass_through("no answer from http://a:b@c/d?token=e".into());
+        assert_eq!(
+            format!("{error:?}"),
+            r#"requeuest::Error(a request that passed through untouched failed, "no answer from http://c/d")"#
+        );
     }
 
     #[test]

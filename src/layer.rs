@@ -20,7 +20,7 @@ use tower::{Layer, Service, ServiceExt};
 
 use crate::body::Body;
 use crate::durable::{AwaitResponse, Durable, Mode, RequestHead, too_large};
-use crate::engine::runner::claim::Claim;
+use crate::engine::live::Live;
 use crate::engine::transport::erase;
 use crate::error::{BoxError, Error, Kind};
 use crate::id::RequestId;
@@ -192,7 +192,7 @@ where
     },
     Firing {
         id: RequestId,
-        enqueued: oneshot::Receiver<Result<Option<Claim>, Error>>,
+        enqueued: oneshot::Receiver<Result<(), Error>>,
     },
     Awaiting(AwaitResponse),
 }
@@ -233,15 +233,15 @@ where
         let request = Request::from_parts(parts, (!absent).then_some(data), trailers)?;
         let fire = request.options.fire;
         let mode = if fire { Mode::Fired } else { Mode::Awaited };
-        let prepared = durable.prepare(request, mode)?.with_extensions(extensions);
-        let transport = erase(inner);
+        let prepared = durable.prepare(request, mode)?;
+        let live = Some(Live::service(erase(inner), extensions));
         Ok(if fire {
             State::Firing {
                 id: prepared.id(),
-                enqueued: durable.submit(prepared, Some(transport))?.enqueued,
+                enqueued: durable.submit(prepared, live)?.enqueued,
             }
         } else {
-            State::Awaiting(durable.submit_awaited(prepared, Some(transport))?)
+            State::Awaiting(durable.submit_awaited(prepared, live)?)
         })
     }
 }
@@ -267,7 +267,7 @@ where
                     return passing
                         .poll(cx)
                         .map_ok(|response| response.map(Body::wrap))
-                        .map_err(|error| Error::new(Kind::PassThrough(error.into())));
+                        .map_err(|error| Error::pass_through(error.into()));
                 }
                 StateProj::Refused(error) => {
                     return match error.take() {
@@ -293,7 +293,7 @@ where
                 StateProj::Firing { id, enqueued } => {
                     let enqueued = ready!(Pin::new(enqueued).poll(cx));
                     return Poll::Ready(match enqueued {
-                        Ok(Ok(_)) => Ok(accepted(*id)),
+                        Ok(Ok(())) => Ok(accepted(*id)),
                         Ok(Err(error)) => Err(error),
                         Err(_) => Err(Error::new(Kind::Closed)),
                     });

@@ -9,12 +9,14 @@ use http::Extensions;
 use http_body::Body as _;
 use http_body_util::{BodyExt, Limited};
 use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as MiddlewareResult};
+use tokio::sync::mpsc;
 
 use crate::body::Body;
 use crate::durable::{Durable, Mode, RequestHead, enqueued, too_large};
 use crate::engine::attempt::{self, Sender};
+use crate::engine::live::Live;
 use crate::engine::transport::from_reqwest;
-use crate::error::{BoxError, Error};
+use crate::error::{BoxError, Error, Kind};
 use crate::layer::{accepted, body_error};
 use crate::options::Options;
 use crate::request::{Request, in_memory};
@@ -53,23 +55,33 @@ impl Middleware for Durable {
         let prepared = self
             .prepare(durable_request, Mode::Awaited)
             .map_err(refused)?;
-        let mut response = self
-            .submit_awaited(prepared.sent_by_caller(), None)
+        let (claims, mut claimed) = mpsc::unbounded_channel();
+        let response = self
+            .submit_awaited(prepared, Some(Live::Caller(claims)))
             .map_err(refused)?;
-        if let Some(claim) = response.committed().await.map_err(refused)? {
-            let mut sender = Live {
-                next,
-                template: request,
-                original: extensions.clone(),
-                latest: None,
-            };
-            attempt::drive(claim, &mut sender).await;
-            // What the inner middleware noted during the last attempt is for the outer ones to see.
-            if let Some(latest) = sender.latest {
-                *extensions = latest;
+        let mut sender = Inner {
+            next,
+            template: request,
+            original: extensions.clone(),
+            latest: None,
+        };
+        let attempts = async {
+            while let Some(claim) = claimed.recv().await {
+                attempt::drive(claim, &mut sender).await;
             }
+            std::future::pending().await
+        };
+        let response = tokio::select! {
+            // First, because it also ends the wait between two attempts.
+            biased;
+            response = response => response,
+            () = attempts => Err(Error::new(Kind::Closed)),
+        };
+        // What the inner middleware noted during the last attempt is for the outer ones to see.
+        if let Some(latest) = sender.latest {
+            *extensions = latest;
         }
-        response.await.map(Into::into).map_err(refused)
+        response.map(Into::into).map_err(refused)
     }
 }
 
@@ -96,7 +108,7 @@ async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
 }
 
 /// Sends through the rest of the caller's stack.
-struct Live<'a> {
+struct Inner<'a> {
     next: Next<'a>,
     /// The caller's request without its body, with whatever reqwest keeps in it that has no name outside.
     template: reqwest::Request,
@@ -104,7 +116,7 @@ struct Live<'a> {
     latest: Option<Extensions>,
 }
 
-impl Sender for Live<'_> {
+impl Sender for Inner<'_> {
     fn send(
         &mut self,
         request: http::Request<Body>,
@@ -113,7 +125,7 @@ impl Sender for Live<'_> {
     }
 }
 
-impl Live<'_> {
+impl Inner<'_> {
     async fn pass_on(&mut self, body: Body) -> Result<http::Response<Body>, BoxError> {
         // A request without a body can always be cloned.
         let mut attempt = self
@@ -138,7 +150,7 @@ fn warn_of_plain_transport(durable: &Durable) {
     static ONCE: Once = Once::new();
     if durable.has_plain_transport() {
         ONCE.call_once(|| {
-            log::info!(
+            log::warn!(
                 "requests that outlive their caller are sent by a plain reqwest client, which knows nothing of the \
                  application's proxy, certificates or middleware: see DurableBuilder::transport"
             );

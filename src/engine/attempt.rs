@@ -14,8 +14,8 @@ use crate::body::Body;
 use crate::classify::{FailureClass, Verdict, classify};
 use crate::codec::Delivery;
 use crate::engine::runner::claim::Claim;
-use crate::engine::transport::{ResponseUrl, Transport, describe};
-use crate::error::BoxError;
+use crate::engine::transport::{ResponseUrl, Transport};
+use crate::error::{BoxError, chain, without_url};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::request::{Request, redact_urls};
@@ -59,9 +59,14 @@ impl Sender for ByEngine {
     }
 }
 
-/// As [`drive`], with a client that belongs to the engine.
+/// As [`drive`], with a client that belongs to the engine, and until a shutdown has no more time for it.
 pub(crate) async fn drive_by_engine(claim: Claim, transport: Transport) {
-    drive(claim, &mut ByEngine(transport)).await;
+    let engine = Arc::clone(claim.engine());
+    let mut sender = ByEngine(transport);
+    tokio::select! {
+        () = drive(claim, &mut sender) => {}
+        () = engine.stopping() => {}
+    }
 }
 
 /// Makes attempts until the request has ended or is back in the queue.
@@ -181,7 +186,7 @@ async fn read(
 fn failed(error: BoxError) -> (FailureClass, String) {
     let class = class_of(&*error);
     // Clients put URLs into their errors, those of redirects too, with the secrets in them.
-    let text = redact_urls(&describe(error));
+    let text = redact_urls(&chain(&*without_url(error)));
     // The database's text holds no NUL.
     (class, text.replace('\0', "\u{fffd}"))
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
-use crate::engine::attempt::{self, Job};
+use crate::engine::attempt::Job;
+use crate::engine::live::{self, Live};
 use crate::engine::runner::claim::Claim;
-use crate::engine::transport::Transport;
 use crate::engine::{Engine, Shared};
 use crate::error::{Error, Kind};
 use crate::store::DbError;
@@ -28,33 +28,21 @@ const ORDERED_RETRY_MAX: Duration = Duration::from_millis(100);
 /// A request on its way into the database.
 pub(crate) struct Submission {
     pub(crate) row: NewRequest,
-    pub(crate) first_attempt: FirstAttempt,
-    /// Told after the commit: the claim, if the caller is to make the first attempt.
-    pub(crate) done: oneshot::Sender<Result<Option<Claim>, Error>>,
+    /// The first attempt, if this process makes it at once; else whichever runner claims the request.
+    pub(crate) start: Option<Start>,
+    /// Told after the commit.
+    pub(crate) done: Done,
 }
 
-/// Who makes the first attempt.
-pub(crate) enum FirstAttempt {
-    /// Whichever runner claims it.
-    Runner,
-    /// This process, at once.
-    Engine { start: Start, transport: Transport },
-    /// The caller's own future.
-    Caller(Start),
-}
+pub(crate) type Done = oneshot::Sender<Result<(), Error>>;
 
 /// What an attempt needs that follows the insert at once.
 pub(crate) struct Start {
     pub(crate) engine: Arc<Engine>,
     pub(crate) slots: Vec<OwnedSemaphorePermit>,
     pub(crate) job: Job,
-}
-
-impl Start {
-    fn claim(self) -> (Claim, Arc<Engine>) {
-        let claim = Claim::inline(&self.engine, self.job, self.slots);
-        (claim, self.engine)
-    }
+    /// The client that the request came through, if nobody waits who has it.
+    pub(crate) live: Option<Live>,
 }
 
 /// Runs until the last sender is gone.
@@ -76,7 +64,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiv
     }
 }
 
-type Parts = (FirstAttempt, oneshot::Sender<Result<Option<Claim>, Error>>);
+type Parts = (Option<Start>, Done);
 
 async fn write(shared: &Shared, batch: Vec<Submission>) {
     if let Err(error) = shared.verify().await {
@@ -90,15 +78,15 @@ async fn write(shared: &Shared, batch: Vec<Submission>) {
     while let Some(batch) = stack.pop() {
         let (rows, mut parts): (Vec<NewRequest>, Vec<Parts>) = batch
             .into_iter()
-            .map(|submission| (submission.row, (submission.first_attempt, submission.done)))
+            .map(|submission| (submission.row, (submission.start, submission.done)))
             .unzip();
         let (mut rows, written) = insert(shared, rows).await;
         match written {
             Ok(()) => {
-                let ready = rows.iter().filter(|row| row.is_ready());
+                let ready = rows.iter().filter(|row| row.needs_runner());
                 runners.extend(ready.map(|row| Arc::clone(&row.channel)));
-                for (first_attempt, done) in parts {
-                    begin(first_attempt, done);
+                for (start, done) in parts {
+                    begin(start, done);
                 }
             }
             Err(error) if error.is_data() && rows.len() > 1 => {
@@ -136,11 +124,7 @@ async fn write(shared: &Shared, batch: Vec<Submission>) {
 fn rejoin(rows: Vec<NewRequest>, parts: Vec<Parts>) -> Vec<Submission> {
     let submissions = rows.into_iter().zip(parts);
     submissions
-        .map(|(row, (first_attempt, done))| Submission {
-            row,
-            first_attempt,
-            done,
-        })
+        .map(|(row, (start, done))| Submission { row, start, done })
         .collect()
 }
 
@@ -176,18 +160,13 @@ async fn insert(shared: &Shared, rows: Vec<NewRequest>) -> (Vec<NewRequest>, Res
 }
 
 /// The request is persisted: its first attempt may begin.
-fn begin(first_attempt: FirstAttempt, done: oneshot::Sender<Result<Option<Claim>, Error>>) {
-    let claim = match first_attempt {
-        FirstAttempt::Runner => None,
-        FirstAttempt::Engine { start, transport } => {
-            let (claim, engine) = start.claim();
-            engine.spawn(attempt::drive_by_engine(claim, transport));
-            None
-        }
-        FirstAttempt::Caller(start) => Some(start.claim().0),
-    };
-    // A caller that is gone cancels nothing: a claim that comes back here gives itself up.
-    let _ = done.send(Ok(claim));
+fn begin(start: Option<Start>, done: Done) {
+    // A caller that is gone cancels nothing.
+    let _ = done.send(Ok(()));
+    if let Some(start) = start {
+        let claim = Claim::inline(&start.engine, start.job, start.slots);
+        live::hand_over(claim, start.live);
+    }
 }
 
 /// Inserts a request with an ordering key. It has a lane of its own, because a caller's transaction may hold the key for long:
@@ -201,7 +180,7 @@ pub(crate) async fn insert_ordered(shared: Arc<Shared>, submission: Submission) 
             return;
         }
         match try_ordered(&shared, &row).await {
-            Ok(true) => break Ok(None),
+            Ok(true) => break Ok(()),
             Ok(false) => {
                 tokio::select! {
                     () = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())) => {}
@@ -220,7 +199,7 @@ async fn try_ordered(shared: &Shared, row: &Arc<NewRequest>) -> Result<bool, Err
     let (schema, row) = (shared.config.schema.clone(), Arc::clone(row));
     let id = row.id;
     let how = InsertOne {
-        notify: row.delay.is_zero(),
+        notify: row.needs_runner(),
         wait: false,
     };
     let inserted = shared

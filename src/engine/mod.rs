@@ -8,6 +8,7 @@
 
 pub(crate) mod attempt;
 pub(crate) mod enqueue;
+pub(crate) mod live;
 pub(crate) mod runner;
 pub(crate) mod runtime;
 pub(crate) mod transport;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -40,6 +41,9 @@ use waiters::Waiters;
 
 /// How many bodies that were too large to come with their claim are fetched at a time.
 const LARGE_BODIES: usize = 16;
+
+/// How often a shutdown looks whether everything is settled.
+const DRAIN_POLL: Duration = Duration::from_millis(5);
 
 /// What the builder checked.
 #[derive(Clone, Debug)]
@@ -115,6 +119,16 @@ impl Shared {
     }
 }
 
+/// How far a shutdown is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Open,
+    /// Nothing new is begun; attempts in flight go on.
+    Closing,
+    /// Attempts in flight are given up.
+    Stopping,
+}
+
 pub(crate) struct Engine {
     shared: Arc<Shared>,
     user_pool: PgPool,
@@ -128,7 +142,7 @@ pub(crate) struct Engine {
     large_bodies: Semaphore,
     /// Whether this process claims from its channels, and so may make first attempts.
     running: AtomicBool,
-    closing: AtomicBool,
+    phase: watch::Sender<Phase>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -184,7 +198,7 @@ impl Engine {
             inline_slots: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
             large_bodies: Semaphore::new(LARGE_BODIES),
             running: AtomicBool::new(false),
-            closing: AtomicBool::new(false),
+            phase: watch::Sender::new(Phase::Open),
             tasks,
             home,
         }))
@@ -228,7 +242,23 @@ impl Engine {
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Acquire)
+        *self.phase.borrow() >= Phase::Closing
+    }
+
+    /// Waits until nothing new is begun.
+    pub(crate) async fn closing(&self) {
+        self.reached(Phase::Closing).await;
+    }
+
+    /// Waits until attempts in flight have no more time.
+    pub(crate) async fn stopping(&self) {
+        self.reached(Phase::Stopping).await;
+    }
+
+    async fn reached(&self, wanted: Phase) {
+        let mut phase = self.phase.subscribe();
+        // The sender is this engine, so it doesn't go away.
+        let _ = phase.wait_for(|phase| *phase >= wanted).await;
     }
 
     pub(crate) fn enqueue(&self, submission: Submission) -> Result<(), Error> {
@@ -319,34 +349,27 @@ impl Engine {
         self.shared.db.reconnect_with(&connect);
     }
 
-    /// No new claims and no new requests; waits for the attempts in flight, then gives back what is left.
+    /// No new claims and no new requests; waits for the attempts in flight, then has them given back: what was not being sent at
+    /// once, what was as a failed attempt.
     pub(crate) async fn shutdown(self: Arc<Self>, grace: Duration) -> Result<(), Error> {
-        self.closing.store(true, Ordering::Release);
-        let drained = async {
-            while !self.shared.leases.is_empty() {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        let in_time = tokio::time::timeout(grace, drained).await.is_ok();
-        if !in_time {
-            for lease in self.shared.leases.all() {
-                let (done, settled) = tokio::sync::oneshot::channel();
-                self.settle(Settlement {
-                    lease,
-                    result: settle::Settling::Again {
-                        delay: Duration::ZERO,
-                        hold: false,
-                        uncounted: true,
-                        failure: None,
-                    },
-                    done,
-                });
-                let _ = tokio::time::timeout(self.config().lease, settled).await;
-            }
+        self.phase.send_replace(Phase::Closing);
+        if !self.drained(grace).await {
+            self.phase.send_replace(Phase::Stopping);
+            // No longer than others would wait for the leases anyway.
+            self.drained(self.config().lease).await;
         }
         self.shared.waiters.close();
         self.shared.db.pool().close().await;
         Ok(())
+    }
+
+    async fn drained(&self, within: Duration) -> bool {
+        let drained = async {
+            while !self.shared.leases.is_empty() {
+                tokio::time::sleep(DRAIN_POLL).await;
+            }
+        };
+        tokio::time::timeout(within, drained).await.is_ok()
     }
 }
 

@@ -1,6 +1,5 @@
 //! Who sends: the wrapped service, the caller's own, or a plain reqwest client.
 
-use std::error::Error as StdError;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
@@ -190,23 +189,4 @@ pub(crate) fn from_reqwest(response: reqwest::Response) -> http::Response<reqwes
     let mut response = http::Response::from(response);
     response.extensions_mut().insert(url);
     response
-}
-
-/// What went wrong, in one line: an error with its causes, without the URL that reqwest puts into its own.
-pub(crate) fn describe(error: BoxError) -> String {
-    let error = match error.downcast::<reqwest::Error>() {
-        Ok(error) => Box::new(error.without_url()),
-        Err(error) => error,
-    };
-    let mut text = error.to_string();
-    let mut source: Option<&dyn StdError> = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }

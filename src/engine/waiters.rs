@@ -17,6 +17,7 @@ use tokio::sync::{Notify, oneshot};
 use uuid::Uuid;
 
 use crate::engine::Shared;
+use crate::engine::live::Live;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
@@ -44,6 +45,8 @@ struct Entry {
     sender: oneshot::Sender<Waited>,
     /// The request is known to be persisted: that the database doesn't know it is news.
     armed: bool,
+    /// The client that the caller would have used.
+    live: Option<Live>,
 }
 
 /// A place in the queue for an outcome; dropping it gives it up.
@@ -57,13 +60,14 @@ pub(crate) struct Waiter {
 
 impl Waiters {
     /// Begins to wait for an outcome. Not before [`Waiter::arm`] is the database asked for it.
-    pub(crate) fn subscribe(self: &Arc<Self>, id: RequestId) -> Waiter {
+    pub(crate) fn subscribe(self: &Arc<Self>, id: RequestId, live: Option<Live>) -> Waiter {
         let token = self.next_token.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         self.lock().entry(id).or_default().push(Entry {
             token,
             sender,
             armed: false,
+            live,
         });
         Waiter {
             waiters: Arc::clone(self),
@@ -87,6 +91,15 @@ impl Waiters {
     /// Whether somebody here waits for the request.
     pub(crate) fn contains(&self, id: RequestId) -> bool {
         self.lock().contains_key(&id)
+    }
+
+    /// The client of a caller that waits for the request.
+    pub(crate) fn live(&self, id: RequestId) -> Option<Live> {
+        let waiting = self.lock();
+        waiting
+            .get(&id)?
+            .iter()
+            .find_map(|entry| entry.live.clone())
     }
 
     /// Has the database asked soon.

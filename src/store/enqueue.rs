@@ -10,6 +10,8 @@ use uuid::Uuid;
 use super::{millis, quoted};
 use crate::id::RequestId;
 
+/// The longest that a runner goes without a look, as `mq_poll` tells it.
+pub(crate) const RUNNER_WAIT: Duration = Duration::from_secs(1);
 /// Names the rows for anybody who looks into the queue with sqlxmq's eyes.
 const MESSAGE_NAME: &str = "requeuest";
 
@@ -30,9 +32,9 @@ pub(crate) struct NewRequest {
 }
 
 impl NewRequest {
-    /// Whether a runner has to be told of it.
-    pub(crate) fn is_ready(&self) -> bool {
-        !self.claimed && self.delay.is_zero()
+    /// Whether a runner has to be told of it, because it may look too late by itself.
+    pub(crate) fn needs_runner(&self) -> bool {
+        !self.claimed && self.delay < RUNNER_WAIT
     }
 
     pub(crate) fn size(&self) -> usize {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, StopMode};
-use requeuest::{Durable, DurableBuilder, Request, Status};
+use requeuest::{Durable, DurableBuilder, Options, Request, Status};
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -294,4 +294,60 @@ async fn a_restart_of_postgres_under_load_loses_nothing() {
         let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
         assert_eq!(outcome.status, Status::Completed);
     }
+}
+
+#[tokio::test]
+async fn a_shutdown_sends_nothing_twice_at_once() {
+    let database = migrated().await;
+    let (server, gate) = held_server().await;
+    let durable = builder(database.pool()).build().unwrap();
+    let once = post(&server.url("/once")).with(Options::default().retry(RetryPolicy::none()));
+    let once = durable.fire(once).await.unwrap();
+    let later = Options::default().retry(
+        RetryPolicy::exponential()
+            .base(Duration::from_secs(3600))
+            .cap(Duration::from_secs(3600)),
+    );
+    let later = durable
+        .fire(post(&server.url("/later")).with(later))
+        .await
+        .unwrap();
+    server.wait_for(2).await;
+    in_time(durable.shutdown(Duration::from_millis(50)))
+        .await
+        .unwrap();
+
+    // What was being sent counts as a failed attempt: its policy says what follows.
+    let other = builder(database.pool()).build().unwrap();
+    assert_eq!(other.status(once).await.unwrap(), Some(Status::Discarded));
+    assert_eq!(other.status(later).await.unwrap(), Some(Status::Retryable));
+    assert_eq!(server.count(), 2);
+    gate.add_permits(100);
+}
+
+#[tokio::test]
+async fn a_shutdown_gives_back_at_once_what_waits_for_its_next_attempt() {
+    let database = migrated().await;
+    let server = Server::in_turn(&[503, 200]).await;
+    let durable = builder(database.pool()).build().unwrap();
+    let patient = RetryPolicy::exponential()
+        .base(Duration::from_secs(50))
+        .cap(Duration::from_secs(50));
+    let request = post(&server.url("/")).with(Options::default().retry(patient));
+    let waiting = tokio::spawn({
+        let durable = durable.clone();
+        async move { durable.await_response(request).await }
+    });
+    let held = "select count(*) from requeuest.mq_msgs where state = 2";
+    eventually("it is held", || async { count(&database, held).await == 1 }).await;
+    let began = Instant::now();
+    in_time(durable.shutdown(LONG)).await.unwrap();
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "took {:?}",
+        began.elapsed()
+    );
+    assert!(waiting.await.unwrap().unwrap_err().is_closed());
+    let waits = "select count(*) from requeuest.mq_msgs where state = 0 and attempts = 1";
+    assert_eq!(count(&database, waits).await, 1);
 }

@@ -358,9 +358,8 @@ async fn a_stream_can_not_be_fired_directly() {
 #[tokio::test]
 async fn a_response_over_the_limit_ends_the_request_and_keeps_its_head() {
     let database = migrated().await;
-    // The status would be retried, had it not been delivered.
     let server = Server::start(|_, _| async move {
-        let mut response = reply(503, vec![b'x'; 5001]);
+        let mut response = reply(409, vec![b'x'; 5001]);
         response.headers_mut().insert("x-a", "b".parse().unwrap());
         response
     })
@@ -372,7 +371,7 @@ async fn a_response_over_the_limit_ends_the_request_and_keeps_its_head() {
     let is_too_large = |error: &Error| {
         assert!(error.is_response_too_large(), "{error:?}");
         let (status, headers) = error.response_head().unwrap();
-        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(status, StatusCode::CONFLICT);
         assert_eq!(headers["x-a"], "b");
         assert_eq!(headers["content-length"], "5001");
         error.request_id().unwrap()

@@ -7,15 +7,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http::Extensions;
 use sqlxmq::CurrentJob;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::classify::FailureClass;
 use crate::codec;
-use crate::engine::Engine;
-use crate::engine::attempt::{self, Job};
+use crate::engine::attempt::Job;
 use crate::engine::runner::lease::{Lease, Registered};
 use crate::engine::runner::settle::{Held, Settlement, Settling};
+use crate::engine::{Engine, live};
 use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
@@ -43,6 +44,8 @@ pub(crate) struct Claim {
     /// When the attempt is due.
     due: Instant,
     sending: Option<Instant>,
+    /// Dropped with the claim, after the settle: until then sqlxmq's runner counts the request as running.
+    current: Option<CurrentJob>,
 }
 
 impl Claim {
@@ -74,15 +77,29 @@ impl Claim {
             enqueued: now.checked_sub(age).unwrap_or(now),
             due: now,
             sending: None,
+            current: None,
         }
     }
 
-    pub(crate) fn engine(&self) -> &Engine {
+    pub(crate) fn engine(&self) -> &Arc<Engine> {
         &self.engine
     }
 
     pub(crate) fn job(&self) -> &Job {
         &self.job
+    }
+
+    /// What the live caller attached to its request.
+    pub(crate) fn attach(&mut self, extensions: Extensions) {
+        self.job.extensions = extensions;
+    }
+
+    /// The claim, on its way to a caller that may never come for it.
+    pub(crate) fn awaiting_caller(self) -> Self {
+        if let Some(lease) = &self.lease {
+            lease.sending(Instant::now() + hard_deadline(&self.job));
+        }
+        self
     }
 
     pub(crate) fn is_awaited(&self) -> bool {
@@ -124,7 +141,11 @@ impl Claim {
 
     /// Waits until the attempt is due. Returns whether it still is to be made.
     pub(crate) async fn wait(&mut self) -> bool {
-        tokio::time::sleep_until(self.due.into()).await;
+        tokio::select! {
+            () = tokio::time::sleep_until(self.due.into()) => {}
+            // Given back at once, for others.
+            () = self.engine.closing() => return false,
+        }
         let leases = &self.engine.shared().leases;
         let stands = self.lease.as_ref().is_some_and(|lease| leases.holds(lease));
         if !stands {
@@ -181,7 +202,7 @@ impl Drop for Claim {
         let result = match self.sending {
             None => unmade(self.due.saturating_duration_since(Instant::now())),
             Some(began) => {
-                let text = "its caller went away while it was sent".to_owned();
+                let text = "whoever sent it went away".to_owned();
                 match self.next_delay() {
                     Some(delay) => Settling::Again {
                         delay,
@@ -207,7 +228,7 @@ impl Drop for Claim {
     }
 }
 
-/// Takes over what sqlxmq's runner claimed. The runner counts it as running until `current` is dropped, after the settle.
+/// Takes over what sqlxmq's runner claimed.
 pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
     let id = RequestId::from(current.id());
     let json = current.raw_json().unwrap_or_default();
@@ -233,8 +254,9 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
     let body = current.raw_bytes().map(Bytes::copy_from_slice);
     match job(&engine, id, &head, body).await {
         Ok(job) => {
-            let claim = Claim::new(&engine, lease, job, head.attempts, head.age());
-            drive(claim).await;
+            let mut claim = Claim::new(&engine, lease, job, head.attempts, head.age());
+            claim.current = Some(current);
+            begin(claim).await;
         }
         Err(Unusable::Corrupt(error)) => {
             log::error!("request {id} is discarded: {error}");
@@ -249,17 +271,14 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
     }
 }
 
-async fn drive(claim: Claim) {
+async fn begin(claim: Claim) {
     if claim.is_exhausted() {
         let text = "the last allowed attempt was lost with the process that made it".to_owned();
         let class = FailureClass::Abandoned.as_str();
         let outcome = Outcome::discarded(claim.job.id, class, text);
         return claim.finish(outcome).await;
     }
-    // The runner polls only once a transport is known.
-    if let Some(transport) = claim.engine().transport() {
-        attempt::drive_by_engine(claim, transport).await;
-    }
+    live::hand_over(claim, None);
 }
 
 /// Gives a request back whose attempt was not made.

@@ -194,12 +194,16 @@ async fn write_once(shared: &Shared, batch: &mut Vec<Settlement>) -> Result<(), 
                 lease: shared.leases.insert(settled.fence, Vec::new()),
                 attempts: settled.attempts,
             });
-            let uncounted_now = matches!(
-                settlement.result,
-                Settling::Again { uncounted: true, delay, .. } if delay.is_zero()
-            );
-            if let (Some(settled), true) = (found, uncounted_now) {
-                word.runners.push(settled.channel.as_str().into());
+            if let (
+                Some(settled),
+                Settling::Again {
+                    delay, hold: false, ..
+                },
+            ) = (found, &settlement.result)
+            {
+                if *delay < enqueue::RUNNER_WAIT {
+                    word.runners.push(settled.channel.as_str().into());
+                }
             }
             if let Err(Some(held)) = settlement.done.send(held) {
                 // Nobody is left to make the attempt; when its time and the lease are over, another runner will.
