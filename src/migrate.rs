@@ -95,7 +95,7 @@ impl Migrator {
             let mut transaction = connection.begin().await?;
             lock(&mut transaction).await?;
             let create = format!("CREATE SCHEMA IF NOT EXISTS {schema}");
-            if !exists(&mut transaction).await? {
+            if !exists(&mut transaction, &schema).await? {
                 transaction.execute(&*create).await?;
             }
             transaction.commit().await?;
@@ -120,7 +120,7 @@ impl Migrator {
         let connect = self.connect_options(pool);
         runtime::once(move || async move {
             let mut connection = connect.connect().await?;
-            if exists(&mut connection).await? {
+            if exists(&mut connection, &schema).await? {
                 connection.ensure_migrations_table().await?;
                 MIGRATIONS.undo(&mut connection, -1).await?;
                 connection.execute("DROP TABLE _sqlx_migrations").await?;
@@ -140,11 +140,13 @@ impl Migrator {
             .map_err(|reason| MigrateError::Execute(sqlx::Error::Configuration(reason.into())))
     }
 
-    /// sqlx hard-codes the ledger's name; the search path decides in which schema that is.
+    /// sqlx hard-codes the ledger's name; the search path decides in which schema that is. The functions keep this path: a
+    /// temporary table of the session that calls one must not come before the schema's own.
     fn connect_options(&self, pool: &PgPool) -> PgConnectOptions {
+        let path = format!("{},pg_temp", quoted(&self.schema));
         (*pool.connect_options())
             .clone()
-            .options([("search_path", quoted(&self.schema))])
+            .options([("search_path", path)])
     }
 }
 
@@ -177,8 +179,9 @@ async fn lock(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-async fn exists(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("SELECT current_schema() IS NOT NULL")
+async fn exists(connection: &mut PgConnection, schema: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT to_regnamespace($1) IS NOT NULL")
+        .bind(schema)
         .fetch_one(connection)
         .await
 }

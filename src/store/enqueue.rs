@@ -123,8 +123,11 @@ pub(crate) async fn insert_one<'c>(
     request: &NewRequest,
     how: InsertOne,
 ) -> Result<bool, sqlx::Error> {
+    // On the caller's connection nothing may depend on its search_path, not even the operator.
     let call = format!(
-        "SELECT {}.enqueue($1, $2, $3, $4, $5 * interval '1 millisecond', $6, $7, $8, $9, $10, $11)",
+        "SELECT {}.enqueue(
+            $1, $2, $3, $4, $5 OPERATOR(pg_catalog.*) interval '1 millisecond', $6, $7, $8, $9, $10, $11
+        )",
         quoted(schema)
     );
     sqlx::query_scalar(&call)
