@@ -12,6 +12,7 @@ mod layer;
 mod middleware;
 mod migrations;
 mod poll;
+mod runtimes;
 mod support;
 mod testkit;
 mod transparency;

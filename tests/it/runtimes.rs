@@ -1,0 +1,241 @@
+//! The same calls from every runtime, and from none: what the crate does needs tokio, its callers don't.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, Once};
+use std::task::{Context, Poll, Wake};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
+use requeuest::testkit::{Postgres, TestDatabase};
+use requeuest::{Durable, RequestId, Status};
+use sqlx::postgres::PgPoolOptions;
+
+use crate::support::{LONG, Server, reply};
+
+/// A database and a server that live on a tokio runtime of their own, out of the reach of the callers under test.
+struct Elsewhere {
+    database: TestDatabase,
+    server: Server,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        // Wherever this is dropped: inside a runtime, another one can't be waited for.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn elsewhere() -> Elsewhere {
+    // On a thread of its own, because the caller may be inside a runtime.
+    thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (database, server) = runtime.block_on(async {
+            let postgres = Postgres::shared().await.unwrap();
+            let server = Server::start(|_, seen| async move { reply(200, seen.body) }).await;
+            (postgres.database().await.unwrap(), server)
+        });
+        Elsewhere {
+            database,
+            server,
+            runtime: Some(runtime),
+        }
+    })
+    .join()
+    .unwrap()
+}
+
+/// Waits for a future with nothing but the standard library.
+fn block_on<F: Future>(future: F) -> F::Output {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Arc::new(Unpark(thread::current())).into();
+    let mut context = Context::from_waker(&waker);
+    let mut future = pin!(future);
+    let deadline = Instant::now() + 2 * LONG;
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        assert!(!left.is_zero(), "took too long");
+        thread::park_timeout(left);
+    }
+}
+
+/// Runs a test that no thread may answer with a panic about a missing runtime; those of background threads would
+/// fail nothing by themselves.
+fn without_complaints(test: impl FnOnce(Elsewhere)) {
+    static INSTALLED: Once = Once::new();
+    static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    INSTALLED.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            let payload = panic.payload();
+            let text = payload
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| payload.downcast_ref::<&str>().copied())
+                .unwrap_or_default();
+            if text.contains("reactor") || text.contains("Tokio") {
+                COMPLAINTS.lock().unwrap().push(panic.to_string());
+            }
+            before(panic);
+        }));
+    });
+    test(elsewhere());
+    assert_eq!(COMPLAINTS.lock().unwrap().as_slice(), [""; 0]);
+}
+
+/// Every call that a handle has, on whatever runtime this is polled, with a pool that belongs to it.
+async fn every_call(elsewhere: &Elsewhere) {
+    let pool = PgPoolOptions::new()
+        .max_connections(2)
+        .connect_with(elsewhere.database.options())
+        .await
+        .unwrap();
+    requeuest::migrate(&pool).await.unwrap();
+    requeuest::migrate(&pool).await.unwrap();
+    let durable = Durable::new(pool.clone());
+    let post = |body: &'static str| {
+        http::Request::post(elsewhere.server.url("/"))
+            .body(body)
+            .unwrap()
+    };
+
+    let awaited = durable.await_response(post("awaited")).await.unwrap();
+    assert_eq!(awaited.text().unwrap(), "awaited");
+
+    let fired = durable.fire(post("fired")).await.unwrap();
+    let response = durable.response(fired).await.unwrap();
+    assert_eq!(response.text().unwrap(), "fired");
+    assert_eq!(
+        durable.status(fired).await.unwrap(),
+        Some(Status::Completed)
+    );
+
+    let on_pool = durable.fire_in(&pool, post("on the pool")).await.unwrap();
+    let mut transaction = pool.begin().await.unwrap();
+    let committed = durable
+        .fire_in(&mut *transaction, post("in a transaction"))
+        .await
+        .unwrap();
+    transaction.commit().await.unwrap();
+    let mut transaction = pool.begin().await.unwrap();
+    let rolled_back = durable
+        .fire_in(&mut *transaction, post("never"))
+        .await
+        .unwrap();
+    transaction.rollback().await.unwrap();
+    for (id, body) in [(on_pool, "on the pool"), (committed, "in a transaction")] {
+        assert_eq!(durable.response(id).await.unwrap().text().unwrap(), body);
+    }
+    let unknown = durable.response(rolled_back).await.unwrap_err();
+    assert!(unknown.is_unknown_id(), "{unknown}");
+    assert_eq!(durable.status(rolled_back).await.unwrap(), None);
+
+    let clone = durable.clone();
+    durable.shutdown(Duration::from_secs(5)).await.unwrap();
+    let closed = clone.fire(post("late")).await.unwrap_err();
+    assert!(closed.is_closed(), "{closed}");
+    drop((durable, clone));
+
+    // One that is dropped as it is, with its runner on and a request on its way.
+    let second = Durable::new(pool.clone());
+    let id: RequestId = second.fire(post("as it is")).await.unwrap();
+    drop(second);
+    let third = Durable::new(pool.clone());
+    let response = third.response(id).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    drop(third);
+    pool.close().await;
+}
+
+#[test]
+fn every_call_works_on_async_std() {
+    without_complaints(|elsewhere| async_std::task::block_on(every_call(&elsewhere)));
+}
+
+#[test]
+fn every_call_works_in_a_task_of_async_std() {
+    without_complaints(|elsewhere| {
+        let task = async_std::task::spawn(async move { every_call(&elsewhere).await });
+        async_std::task::block_on(task);
+    });
+}
+
+#[test]
+fn every_call_works_in_an_actix_system() {
+    without_complaints(|elsewhere| actix_rt::System::new().block_on(every_call(&elsewhere)));
+}
+
+#[test]
+fn every_call_works_in_an_actix_arbiter() {
+    without_complaints(|elsewhere| {
+        actix_rt::System::new().block_on(async move {
+            let (done, finished) = tokio::sync::oneshot::channel();
+            let arbiter = actix_rt::Arbiter::new();
+            arbiter.spawn(async move {
+                every_call(&elsewhere).await;
+                let _ = done.send(());
+            });
+            finished.await.expect("the arbiter's task failed");
+            arbiter.stop();
+            arbiter.join().unwrap();
+        });
+    });
+}
+
+#[test]
+fn every_call_works_on_a_single_thread_of_tokio() {
+    without_complaints(|elsewhere| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.unwrap().block_on(every_call(&elsewhere));
+    });
+}
+
+#[test]
+fn every_call_works_on_a_thread_without_a_runtime() {
+    without_complaints(|elsewhere| block_on(every_call(&elsewhere)));
+}
+
+#[test]
+fn a_handle_made_on_one_runtime_is_used_from_others_and_outlives_it() {
+    without_complaints(|elsewhere| {
+        let home = tokio::runtime::Runtime::new().unwrap();
+        let durable = home.block_on(async {
+            let pool = PgPoolOptions::new().connect_lazy_with(elsewhere.database.options());
+            requeuest::migrate(&pool).await.unwrap();
+            Durable::new(pool)
+        });
+        let ask = |durable: Durable| {
+            let request = http::Request::get(elsewhere.server.url("/")).body("");
+            async move { durable.await_response(request.unwrap()).await }
+        };
+        let answers = [
+            block_on(ask(durable.clone())),
+            async_std::task::block_on(ask(durable.clone())),
+            actix_rt::System::new().block_on(ask(durable.clone())),
+        ];
+        for answer in answers {
+            assert_eq!(answer.unwrap().status(), StatusCode::OK);
+        }
+        drop(home);
+        let error = block_on(ask(durable)).unwrap_err();
+        assert!(error.is_closed(), "{error}");
+    });
+}
