@@ -24,6 +24,8 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 const TRUSTED_FOR: Duration = Duration::from_secs(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections that are held for good: the runner's, which listens for due requests, and the waiters', for outcomes.
+const LISTENERS: u32 = 2;
 
 pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -64,7 +66,7 @@ impl From<DbError> for crate::Error {
 }
 
 impl Db {
-    /// A pool that connects when it is first used. Must be called within a tokio runtime.
+    /// A pool that connects when it is first used, with `max_connections` for statements. Must be called within a tokio runtime.
     pub(crate) fn new(
         connect: &PgConnectOptions,
         schema: &str,
@@ -72,7 +74,7 @@ impl Db {
         max_connections: u32,
     ) -> Self {
         let pool = PgPoolOptions::new()
-            .max_connections(max_connections)
+            .max_connections(max_connections.saturating_add(LISTENERS))
             .acquire_timeout(ACQUIRE_TIMEOUT)
             // A ping for every statement would be a round trip on the hot path; one that lay idle may have died unnoticed.
             .test_before_acquire(false)
