@@ -41,6 +41,8 @@ use waiters::Waiters;
 
 /// How many bodies that were too large to come with their claim are fetched at a time.
 const LARGE_BODIES: usize = 16;
+/// Longer than any statement may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How often a shutdown looks whether everything is settled.
 const DRAIN_POLL: Duration = Duration::from_millis(5);
@@ -359,7 +361,20 @@ impl Engine {
             self.drained(self.config().lease).await;
         }
         self.shared.waiters.close();
-        self.shared.db.pool().close().await;
+        let pool = self.shared.db.pool();
+        let closed = async {
+            // sqlx may return too early: for each idle connection that it closes, it waits for one less of the others, and
+            // those stay open when they come back.
+            loop {
+                pool.close().await;
+                if pool.size() == 0 {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        // A connection that hangs in the network is left to its end.
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
         Ok(())
     }
 
