@@ -571,19 +571,26 @@ const BACKLOG: i64 = 20_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_statement_reads_a_whole_table_though_it_was_planned_while_that_was_empty() {
-    const NAME: &str = "under test";
     let database = empty().await;
-    // What the test itself does must not count, and a session's counters are sure to be in once it has ended.
-    let sessions = format!(
-        "select count(*) from pg_stat_activity where datname = current_database() and application_name = '{NAME}'"
-    );
-    let ended = || async { count(&database, &sessions).await == 0 };
-    let options = database.options().application_name(NAME);
-    let pool = PgPoolOptions::new().connect_lazy_with(options.options([("enable_seqscan", "off")]));
+    // A session's counters are sure to be in once it has ended.
+    let ended = async |name: &str| {
+        let sessions = format!(
+            "select count(*) from pg_stat_activity
+             where datname = current_database() and application_name = '{name}'"
+        );
+        let none = || async { count(&database, &sessions).await == 0 };
+        eventually(&format!("{name}'s sessions have ended"), none).await;
+    };
+    let options = database.options();
+    let callers = options
+        .clone()
+        .application_name("caller")
+        .options([("enable_seqscan", "off")]);
+    let pool = PgPoolOptions::new().connect_lazy_with(callers);
     requeuest::migrate(&pool).await.unwrap();
     // Of a table that was never looked at, Postgres guesses that it isn't tiny.
     database.pool().execute("vacuum analyze").await.unwrap();
-    eventually("the migrating session has ended", ended).await;
+    ended("caller").await;
     let reset = "select pg_stat_reset()";
     database.pool().execute(reset).await.unwrap();
 
@@ -591,6 +598,7 @@ async fn no_statement_reads_a_whole_table_though_it_was_planned_while_that_was_e
     // Few connections, so that the later calls come to those that have planned everything already.
     let durable = Durable::builder(pool.clone())
         .max_connections(2)
+        .runner_connect(options.application_name("handle"))
         .retry(quick())
         .build()
         .unwrap();
@@ -639,10 +647,11 @@ async fn no_statement_reads_a_whole_table_though_it_was_planned_while_that_was_e
     .unwrap();
     server.wait_for(sent + 1500).await;
     durable.shutdown(LONG).await.unwrap();
+    ended("handle").await;
     let left = "select count(*) from requeuest.mq_msgs";
     let (left,): (i64,) = sqlx::query_as(left).fetch_one(&pool).await.unwrap();
-    pool.close().await;
-    eventually("the sessions have ended", ended).await;
+    drop((durable, pool));
+    ended("caller").await;
 
     // Before Postgres 15 the counters still take a moment.
     let rows = "select n_tup_ins = $1 and n_tup_ins - n_tup_del = $2 from pg_stat_user_tables
