@@ -1,0 +1,31 @@
+//! On actix, whose systems and arbiters are tokio runtimes: nothing is different.
+
+mod echo;
+
+use requeuest::Durable;
+use requeuest::testkit::Postgres;
+
+#[actix_rt::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let database = Postgres::start().await?.database().await?;
+    let url = echo::start()?;
+
+    requeuest::migrate(database.pool()).await?;
+    let durable = Durable::new(database.pool().clone());
+
+    let id = durable.fire(http::Request::get(&url).body("")?).await?;
+    println!("fired:   {}", durable.response(id).await?.text()?);
+
+    // A handle goes to other arbiters, like anything else that is `Send`.
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let other = durable.clone();
+    let request = http::Request::get(&url).body("")?;
+    let arbiter = actix_rt::Arbiter::new();
+    arbiter.spawn(async move {
+        // Nobody listens if `main` is over.
+        let _ = answer.send(other.await_response(request).await);
+    });
+    let response = answered.await??;
+    println!("awaited: {}", response.text()?);
+    Ok(())
+}
