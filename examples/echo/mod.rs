@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 
 /// Starts a server that answers each request with its own first line, and returns its URL. It ends with the process.
-pub fn start() -> std::io::Result<String> {
+pub(crate) fn start() -> std::io::Result<String> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let url = format!("http://{}/", listener.local_addr()?);
     std::thread::spawn(move || {
