@@ -717,15 +717,22 @@ async fn large_binary_bodies_go_both_ways() {
     assert!(durable.response(response.id()).await.unwrap().body() == &body);
 
     // Sent by a runner: bodies of up to 64 KiB come with the claim, others are fetched.
-    for len in [0, 1, 65_535, 65_536, 65_537, 1024 * 1024] {
-        let body = noise(len);
-        let request = request_to(&server.url("/"), body.clone()).with(soon());
-        let id = durable.fire(request).await.unwrap();
-        let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-        assert!(outcome.response.unwrap().body() == &body, "{len}");
-        assert!(server.seen().last().unwrap().body == body, "{len}");
-        assert!(durable.response(id).await.unwrap().body() == &body);
-    }
+    let later = [0, 1, 65_535, 65_536, 65_537, 1024 * 1024].map(|len| {
+        let (durable, server) = (&durable, &server);
+        async move {
+            let body = noise(len);
+            let request = request_to(&server.url(&format!("/{len}")), body.clone()).with(soon());
+            let id = durable.fire(request).await.unwrap();
+            let outcome = testkit::outcome(durable, id, LONG).await.unwrap();
+            assert!(outcome.response.unwrap().body() == &body, "{len}");
+            let seen = server.seen().into_iter();
+            let mut seen = seen.filter(|seen| seen.uri.path() == format!("/{len}"));
+            assert!(seen.next().unwrap().body == body, "{len}");
+            assert!(seen.next().is_none(), "{len}");
+            assert!(durable.response(id).await.unwrap().body() == &body);
+        }
+    });
+    futures_util::future::join_all(later).await;
 }
 
 #[tokio::test]
