@@ -38,7 +38,7 @@ use raw::RawServer;
 // The differential tests: the same request with and without the crate, to a server that keeps bytes.
 
 /// Enough to meet each oddity several times, and done in a few seconds.
-const CASES: u32 = 120;
+const CASES: u32 = 150;
 
 /// What a client got.
 #[derive(Debug, PartialEq)]
