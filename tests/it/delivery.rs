@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use requeuest::retry::RetryPolicy;
 use requeuest::{Durable, Options, Request, Status, testkit};
 
-use crate::support::{LONG, Server, closed_port, count, in_time, migrated, reply};
+use crate::support::{LONG, Server, closed_port, count, in_time, migrated, quick, reply};
 
 fn post(url: &str, body: &'static str) -> Request {
     http::Request::post(url)
@@ -13,13 +12,6 @@ fn post(url: &str, body: &'static str) -> Request {
         .unwrap()
         .try_into()
         .unwrap()
-}
-
-/// Retries without noticeable delays.
-fn quick() -> RetryPolicy {
-    RetryPolicy::exponential()
-        .base(Duration::from_millis(1))
-        .cap(Duration::from_millis(20))
 }
 
 #[tokio::test]

@@ -13,7 +13,9 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
-use requeuest::testkit::{Postgres, TestDatabase};
+use requeuest::retry::RetryPolicy;
+use requeuest::testkit::{self, Postgres, TestDatabase};
+use requeuest::{Durable, Options};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -217,4 +219,26 @@ pub fn part(module: &str, name: &str) -> Command {
 /// Whether this process was started to play the part.
 pub fn plays(name: &str) -> bool {
     std::env::var(PART).is_ok_and(|part| part == name)
+}
+
+/// Retries without noticeable delays, for ever.
+pub fn quick() -> RetryPolicy {
+    RetryPolicy::exponential()
+        .base(Duration::from_millis(1))
+        .cap(Duration::from_millis(20))
+}
+
+/// Lets time pass until a request that is enqueued now has fallen due and been delivered. What should never happen has had its
+/// chance then: runners have listened, polled and sent all the while.
+pub async fn passing(database: &TestDatabase, time: Duration) {
+    let server = Server::always(200).await;
+    let clock = Durable::builder(database.pool().clone())
+        .channel("clock")
+        .build()
+        .unwrap();
+    let request = Request::post(server.url("/")).body("").unwrap();
+    let mut request = requeuest::Request::try_from(request).unwrap();
+    request = request.with(Options::default().delay(time));
+    let id = clock.fire(request).await.unwrap();
+    testkit::outcome(&clock, id, LONG).await.unwrap();
 }
