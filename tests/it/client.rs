@@ -1,1 +1,627 @@
 //! The API of the older crate.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderValue, StatusCode};
+use requeuest::client::JobConfig;
+use requeuest::testkit::TestDatabase;
+use requeuest::{
+    AcceptedResponse, Channels, Client, Durable, Request, RequestId, Status, Url, Uuid, testkit,
+};
+use tokio::sync::Notify;
+
+use crate::support::{LONG, Seen, Server, count, eventually, in_time, migrated, passing, reply};
+
+async fn client(database: &TestDatabase, channels: Channels<'_>) -> Client {
+    Client::new(database.pool().clone(), channels)
+        .await
+        .unwrap()
+}
+
+/// A client that delivers everything.
+async fn serving_all(database: &TestDatabase) -> Client {
+    client(database, Channels::All).await
+}
+
+/// Enqueues, and leaves the delivery to others.
+fn enqueuing(database: &TestDatabase) -> Durable {
+    Durable::builder(database.pool().clone())
+        .runner(false)
+        .build()
+        .unwrap()
+}
+
+fn url(server: &Server, path: &str) -> Url {
+    Url::parse(&server.url(path)).unwrap()
+}
+
+fn post(server: &Server, body: &str) -> Request {
+    Request::post(url(server, "/"), body.into(), HeaderMap::new())
+}
+
+async fn outcome(client: &Client, id: Uuid) -> testkit::Outcome {
+    testkit::outcome(client.durable(), id.into(), LONG)
+        .await
+        .unwrap()
+}
+
+/// Retries without noticeable delays.
+fn quick(job: &mut JobConfig) -> &mut JobConfig {
+    job.set_retry_backoff(Duration::from_millis(1))
+}
+
+fn bodies(server: &Server) -> Vec<Bytes> {
+    server.seen().into_iter().map(|seen| seen.body).collect()
+}
+
+#[tokio::test]
+async fn a_spawned_request_is_delivered() {
+    let database = migrated().await;
+    let server = Server::always(204).await;
+    let client = client(&database, Channels::List(&["my_service"])).await;
+    let id = in_time(client.spawn("my_service", &post(&server, "hello")))
+        .await
+        .unwrap();
+    let outcome = outcome(&client, id).await;
+    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.response.unwrap().status(), 204);
+    assert_eq!(bodies(&server), ["hello"]);
+}
+
+#[tokio::test]
+async fn every_constructor_sends_what_it_was_given() {
+    fn headers() -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.append("x-kept", HeaderValue::from_static("one"));
+        headers.append("x-kept", HeaderValue::from_static("two"));
+        headers
+    }
+
+    async fn sent(client: &Client, server: &Server, request: Request) -> Seen {
+        let id = in_time(client.spawn("c", &request)).await.unwrap();
+        outcome(client, id).await.response.unwrap();
+        server.seen().pop().unwrap()
+    }
+
+    fn assert_sent(seen: &Seen, method: &str, body: Option<&str>) {
+        assert_eq!(seen.method, method);
+        assert_eq!(seen.uri, "/a?b=c");
+        let kept: Vec<_> = seen.headers.get_all("x-kept").iter().collect();
+        assert_eq!(kept, ["one", "two"], "{method}");
+        assert_eq!(seen.body, body.unwrap_or_default(), "{method}");
+        let length = seen.headers.get("content-length");
+        let length = length.map(|length| length.to_str().unwrap().parse().unwrap());
+        assert_eq!(length, body.map(str::len), "{method}");
+    }
+
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let client = serving_all(&database).await;
+    let to = || url(&server, "/a?b=c");
+    let http = |method: &str| {
+        let builder = http::Request::builder()
+            .method(method)
+            .uri(server.url("/a?b=c"));
+        builder.header("x-kept", "one").header("x-kept", "two")
+    };
+
+    let cases = [
+        (Request::get(to(), headers()), "GET", None),
+        (Request::head(to(), headers()), "HEAD", None),
+        (Request::delete(to(), None, headers()), "DELETE", None),
+        (
+            Request::delete(to(), Some(b"gone".to_vec()), headers()),
+            "DELETE",
+            Some("gone"),
+        ),
+        (
+            Request::post(to(), b"post".to_vec(), headers()),
+            "POST",
+            Some("post"),
+        ),
+        (
+            Request::put(to(), b"put".to_vec(), headers()),
+            "PUT",
+            Some("put"),
+        ),
+        (
+            Request::from_reqwest(
+                reqwest::Client::new()
+                    .patch(to())
+                    .headers(headers())
+                    .body("patch")
+                    .build()
+                    .unwrap(),
+            )
+            .unwrap(),
+            "PATCH",
+            Some("patch"),
+        ),
+        (
+            Request::from_http_builder(http("QUERY"), "query").unwrap(),
+            "QUERY",
+            Some("query"),
+        ),
+        (
+            Request::from_http_body(http("POST").body("body").unwrap()).unwrap(),
+            "POST",
+            Some("body"),
+        ),
+        (
+            Request::from_http_empty(http("OPTIONS").body(()).unwrap()).unwrap(),
+            "OPTIONS",
+            None,
+        ),
+    ];
+    for (request, method, body) in cases {
+        let seen = sent(&client, &server, request).await;
+        assert_sent(&seen, method, body);
+    }
+}
+
+#[tokio::test]
+async fn what_can_not_be_sent_is_refused_by_name() {
+    let stream = futures_util::stream::iter([Ok::<_, std::io::Error>("part")]);
+    let streamed = reqwest::Client::new()
+        .post("http://localhost/")
+        .body(reqwest::Body::wrap_stream(stream))
+        .build()
+        .unwrap();
+    let error = Request::from_reqwest(streamed).unwrap_err();
+    assert_eq!(error.field(), Some("body"));
+    let broken = http::Request::post("http://localhost/").header("not a name", "x");
+    assert!(
+        Request::from_http_builder(broken, "x")
+            .unwrap_err()
+            .is_request()
+    );
+    let relative = http::Request::get("/a").body(()).unwrap();
+    assert_eq!(
+        Request::from_http_empty(relative).unwrap_err().field(),
+        Some("url")
+    );
+
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let client = serving_all(&database).await;
+    let error = client.spawn("", &post(&server, "x")).await.unwrap_err();
+    assert_eq!(error.field(), Some("channel"));
+    let error = client
+        .spawn_cfg("c", &post(&server, "x"), |job| {
+            job.set_retry_backoff(Duration::ZERO)
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(error.field(), Some("retry"));
+    let long = "x".repeat(56);
+    let channels = Channels::List(&["good", &long]);
+    let error = Client::new(database.pool().clone(), channels)
+        .await
+        .unwrap_err();
+    assert_eq!(error.field(), Some("channels"));
+}
+
+#[tokio::test]
+async fn a_commit_sends_and_a_rollback_never_does() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let client = serving_all(&database).await;
+
+    let mut tx = client.pool().begin().await.unwrap();
+    let undone = client
+        .spawn_with(&mut *tx, "c", &post(&server, "undone"))
+        .await
+        .unwrap();
+    tx.rollback().await.unwrap();
+
+    let mut tx = client.pool().begin().await.unwrap();
+    let done = client
+        .spawn_with(&mut *tx, "c", &post(&server, "done"))
+        .await
+        .unwrap();
+    let unseen = client.durable().response(done.into()).await.unwrap_err();
+    assert!(unseen.is_unknown_id(), "{unseen}");
+    tx.commit().await.unwrap();
+
+    assert_eq!(outcome(&client, done).await.status, Status::Completed);
+    assert_eq!(client.durable().status(undone.into()).await.unwrap(), None);
+    assert_eq!(
+        count(&database, "select count(*) from requeuest.mq_payloads").await,
+        0
+    );
+    assert_eq!(bodies(&server), ["done"]);
+}
+
+#[tokio::test]
+async fn a_request_in_a_transaction_takes_a_configuration_too() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let client = serving_all(&database).await;
+    let mut tx = client.pool().begin().await.unwrap();
+    let hour = Duration::from_secs(3600);
+    let id = client
+        .spawn_with_cfg(
+            &mut *tx,
+            "c",
+            |job| job.set_delay(hour),
+            &post(&server, "x"),
+        )
+        .await
+        .unwrap();
+    tx.commit().await.unwrap();
+    let status = client.durable().status(id.into()).await.unwrap();
+    assert_eq!(status, Some(Status::Scheduled));
+}
+
+#[tokio::test]
+async fn a_returning_request_keeps_its_headers_and_waits_for_a_success() {
+    let database = migrated().await;
+    let server = Server::start(|number, seen| async move {
+        match number {
+            0 => reply(404, "not yet"),
+            1 => reply(500, "nor now"),
+            _ => {
+                let mut response = reply(201, seen.body);
+                response.headers_mut().insert("x-answer", 42.into());
+                response
+            }
+        }
+    })
+    .await;
+    let client = serving_all(&database).await;
+    let mut headers = HeaderMap::new();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    let to = url(&server, "/");
+    let request = Request::post(to.clone(), b"hello".to_vec(), headers);
+    let response: reqwest::Response = in_time(client.spawn_returning("c", &request))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 201);
+    assert_eq!(response.url(), &to);
+    assert_eq!(response.headers()["x-answer"], "42");
+    assert_eq!(response.text().await.unwrap(), "hello");
+    let seen = server.seen();
+    assert_eq!(seen.len(), 3);
+    for seen in seen {
+        assert_eq!(seen.headers[CONTENT_TYPE], "text/plain");
+        assert_eq!(seen.body, "hello");
+    }
+}
+
+#[tokio::test]
+async fn accepted_responses_replace_the_success_that_is_waited_for() {
+    let database = migrated().await;
+    let server = Server::in_turn(&[200, 503, 404]).await;
+    let client = serving_all(&database).await;
+    let request = post(&server, "x").accept_responses([StatusCode::NOT_FOUND]);
+    let response = in_time(client.spawn_returning_cfg("c", &request, quick))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 404);
+    assert_eq!(server.count(), 3);
+
+    let server = Server::in_turn(&[500, 302, 204]).await;
+    let request = post(&server, "x").accept_responses([
+        AcceptedResponse::Status(204),
+        AcceptedResponse::Range(400, 499),
+    ]);
+    let id = client.spawn_cfg("c", &request, quick).await.unwrap();
+    let outcome = outcome(&client, id).await;
+    assert_eq!(outcome.response.unwrap().status(), 204);
+    assert_eq!(server.count(), 3);
+
+    let server = Server::always(503).await;
+    let request = post(&server, "x").accept_responses([AcceptedResponse::Any]);
+    let response = in_time(client.spawn_returning("c", &request))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 503);
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn a_returning_request_may_be_delivered_by_another_client() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let here = client(&database, Channels::List(&["here"])).await;
+    let _there = client(&database, Channels::List(&["there"])).await;
+    let response = in_time(here.spawn_returning("there", &post(&server, "x")))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 200);
+}
+
+#[tokio::test]
+async fn retries_are_counted_after_the_first_attempt() {
+    let database = migrated().await;
+    let server = Server::always(500).await;
+    let client = serving_all(&database).await;
+    let id = client
+        .spawn_cfg("c", &post(&server, "x"), |job| quick(job).set_retries(2))
+        .await
+        .unwrap();
+    let ended = outcome(&client, id).await;
+    assert_eq!(ended.status, Status::Discarded);
+    assert_eq!(ended.response.unwrap().status(), 500);
+    assert_eq!(server.count(), 3);
+
+    let request = post(&server, "x");
+    let returned = client.spawn_returning_cfg("c", &request, |job| quick(job).set_retries(0));
+    assert_eq!(in_time(returned).await.unwrap().status(), 500);
+    assert_eq!(server.count(), 4);
+}
+
+#[tokio::test]
+async fn the_retry_backoff_bounds_the_first_delay() {
+    let database = migrated().await;
+    let server = Server::always(500).await;
+    let client = serving_all(&database).await;
+    let day = Duration::from_secs(24 * 3600);
+    let id = client
+        .spawn_cfg("c", &post(&server, "x"), |job| job.set_retry_backoff(day))
+        .await
+        .unwrap();
+    eventually("it waits for its retry", || async {
+        client.durable().status(id.into()).await.unwrap() == Some(Status::Retryable)
+    })
+    .await;
+    // Jitter goes down to nothing, but hardly ever below a minute of a day.
+    let far =
+        "select count(*) from requeuest.mq_msgs where attempt_at > now() + interval '1 minute'
+                   and attempt_at < now() + interval '1 day'";
+    assert_eq!(count(&database, far).await, 1);
+}
+
+#[tokio::test]
+async fn a_delayed_request_waits_for_its_time() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let client = serving_all(&database).await;
+    let delay = Duration::from_millis(500);
+    let began = std::time::Instant::now();
+    let id = client
+        .spawn_cfg("c", &post(&server, "x"), |job| job.set_delay(delay))
+        .await
+        .unwrap();
+    outcome(&client, id).await;
+    assert!(began.elapsed() >= delay);
+}
+
+#[tokio::test]
+async fn the_order_is_kept_for_each_of_the_arguments() {
+    const EACH: usize = 6;
+    let database = migrated().await;
+    // Every other request fails at first, so that those after it could overtake it.
+    let failed = Arc::new(Mutex::new(std::collections::HashSet::new()));
+    let server = Server::start(move |number, seen| {
+        let fails = number % 2 == 0 && failed.lock().unwrap().insert(seen.body);
+        async move { reply(if fails { 503 } else { 200 }, "") }
+    })
+    .await;
+    let client = serving_all(&database).await;
+    let mut last = Vec::new();
+    for number in 0..EACH {
+        for args in ["a", "b"] {
+            let request = post(&server, &format!("{args}{number}"));
+            let id = client
+                .spawn_cfg("c", &request, |job| {
+                    quick(job).set_ordered(true).set_channel_args(args)
+                })
+                .await
+                .unwrap();
+            last.push(id);
+        }
+    }
+    for id in last {
+        assert_eq!(outcome(&client, id).await.status, Status::Completed);
+    }
+    let all = bodies(&server);
+    for args in ["a", "b"] {
+        let mut came: Vec<Bytes> = all.clone();
+        came.retain(|body| body.starts_with(args.as_bytes()));
+        came.dedup();
+        let order: Vec<_> = (0..EACH).map(|number| format!("{args}{number}")).collect();
+        assert_eq!(came, order);
+    }
+}
+
+#[tokio::test]
+async fn a_list_of_channels_is_all_that_is_served() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let nobody = client(&database, Channels::List(&[])).await;
+    let some = client(&database, Channels::List(&["a", "b"])).await;
+    let other = some.spawn("other", &post(&server, "other")).await.unwrap();
+    let first = nobody.spawn("a", &post(&server, "a")).await.unwrap();
+    let second = nobody.spawn("b", &post(&server, "b")).await.unwrap();
+    for id in [first, second] {
+        assert_eq!(outcome(&some, id).await.status, Status::Completed);
+    }
+    passing(&database, Duration::from_millis(1500)).await;
+    let status = some.durable().status(other.into()).await.unwrap();
+    assert_eq!(status, Some(Status::Available));
+    assert_eq!(server.count(), 2);
+
+    let _all = serving_all(&database).await;
+    assert_eq!(outcome(&some, other).await.status, Status::Completed);
+}
+
+#[tokio::test]
+async fn dropping_the_client_stops_its_delivery() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let client = serving_all(&database).await;
+    let id = client.spawn("c", &post(&server, "before")).await.unwrap();
+    outcome(&client, id).await;
+    // Other handles on it don't keep the runner.
+    let durable = client.durable().clone();
+    drop(client);
+
+    let id = durable.fire(post(&server, "after")).await.unwrap();
+    passing(&database, Duration::from_millis(1500)).await;
+    assert_eq!(durable.status(id).await.unwrap(), Some(Status::Available));
+    assert_eq!(bodies(&server), ["before"]);
+}
+
+#[tokio::test]
+async fn the_listener_goes_on_without_the_client() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = enqueuing(&database);
+    let mut client = serving_all(&database).await;
+    assert!(!client.is_detached());
+    let listener = client.take_listener().unwrap();
+    assert!(client.is_detached());
+    assert!(client.take_listener().is_none());
+    let id = client.spawn("c", &post(&server, "with")).await.unwrap();
+    outcome(&client, id).await;
+
+    drop(client);
+    let id = durable.fire(post(&server, "without")).await.unwrap();
+    testkit::outcome(&durable, id, LONG).await.unwrap();
+    drop(listener);
+    let id = durable.fire(post(&server, "never")).await.unwrap();
+    passing(&database, Duration::from_millis(1500)).await;
+    assert_eq!(durable.status(id).await.unwrap(), Some(Status::Available));
+    assert_eq!(bodies(&server), ["with", "without"]);
+}
+
+#[tokio::test]
+async fn a_client_without_its_listener_still_spawns_and_waits() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let mut client = serving_all(&database).await;
+    drop(client.take_listener());
+    let request = post(&server, "x");
+    let waiting = client.spawn_returning("c", &request);
+    let serving = async {
+        eventually("it is persisted", || async {
+            count(&database, "select count(*) from requeuest.mq_msgs").await == 1
+        })
+        .await;
+        serving_all(&database).await
+    };
+    let (response, _serving) = in_time(futures_util::future::join(waiting, serving)).await;
+    assert_eq!(response.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn the_pool_is_the_callers() {
+    let database = migrated().await;
+    let client = serving_all(&database).await;
+    let server = Server::always(200).await;
+    database.pool().close().await;
+    assert!(client.pool().is_closed());
+    let error = client.spawn("c", &post(&server, "x")).await.unwrap_err();
+    assert!(error.is_closed(), "{error}");
+}
+
+/// Waits until a request of this channel is there, and returns its id.
+async fn id_in(database: &TestDatabase, channel: &str) -> RequestId {
+    let ids = || {
+        sqlx::query_scalar::<_, Uuid>("select id from requeuest.mq_msgs where channel_name = $1")
+            .bind(channel)
+            .fetch_optional(database.pool())
+    };
+    eventually("it is persisted", || async {
+        ids().await.unwrap().is_some()
+    })
+    .await;
+    ids().await.unwrap().unwrap().into()
+}
+
+#[tokio::test]
+async fn clearing_cancels_what_waits_and_tells_who_waits_for_it() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let client = Arc::new(serving_all(&database).await);
+    let waiting = |channel: &'static str| {
+        let (client, request) = (Arc::clone(&client), post(&server, channel));
+        tokio::spawn(async move {
+            let hour = Duration::from_secs(3600);
+            let delayed = client.spawn_returning_cfg(channel, &request, |job| job.set_delay(hour));
+            delayed.await
+        })
+    };
+    let (a, b) = (waiting("a"), waiting("b"));
+    let (a_id, b_id) = (id_in(&database, "a").await, id_in(&database, "b").await);
+
+    client.clear(Channels::List(&[])).await.unwrap();
+    client.clear(Channels::List(&["a", "none"])).await.unwrap();
+    let error = in_time(a).await.unwrap().unwrap_err();
+    assert!(error.is_cancelled(), "{error}");
+    assert_eq!(error.request_id(), Some(a_id));
+    let status = |id| client.durable().status(id);
+    assert_eq!(status(a_id).await.unwrap(), Some(Status::Cancelled));
+    assert_eq!(status(b_id).await.unwrap(), Some(Status::Scheduled));
+    assert!(!b.is_finished());
+
+    client.clear(Channels::All).await.unwrap();
+    assert!(in_time(b).await.unwrap().unwrap_err().is_cancelled());
+    assert_eq!(
+        count(&database, "select count(*) from requeuest.mq_payloads").await,
+        0
+    );
+    assert_eq!(server.count(), 0);
+}
+
+#[tokio::test]
+async fn clearing_tells_who_waits_between_two_attempts() {
+    let database = migrated().await;
+    let server = Server::always(503).await;
+    let client = Arc::new(serving_all(&database).await);
+    let caller = tokio::spawn({
+        let (client, request) = (Arc::clone(&client), post(&server, "x"));
+        async move {
+            let minute = Duration::from_secs(60);
+            let slow =
+                client.spawn_returning_cfg("c", &request, |job| job.set_retry_backoff(minute));
+            slow.await
+        }
+    });
+    let id = id_in(&database, "c").await;
+    eventually("it waits for its retry", || async {
+        client.durable().status(id).await.unwrap() == Some(Status::Retryable)
+    })
+    .await;
+    let began = std::time::Instant::now();
+    client.clear(Channels::All).await.unwrap();
+    assert!(in_time(caller).await.unwrap().unwrap_err().is_cancelled());
+    assert!(
+        began.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        began.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn clearing_ends_a_request_in_flight_whatever_its_answer() {
+    let database = migrated().await;
+    let answer = Arc::new(Notify::new());
+    let held = Arc::clone(&answer);
+    let server = Server::start(move |_, _| {
+        let held = Arc::clone(&held);
+        async move {
+            held.notified().await;
+            reply(200, "too late")
+        }
+    })
+    .await;
+    let client = Arc::new(serving_all(&database).await);
+    let caller = tokio::spawn({
+        let (client, request) = (Arc::clone(&client), post(&server, "x"));
+        async move { client.spawn_returning("c", &request).await }
+    });
+    server.wait_for(1).await;
+    let id = id_in(&database, "c").await;
+    client.clear(Channels::All).await.unwrap();
+    assert!(in_time(caller).await.unwrap().unwrap_err().is_cancelled());
+    answer.notify_one();
+    // Once that attempt is over, the handle has nothing left to do.
+    in_time(client.durable().shutdown(LONG)).await.unwrap();
+    let status = enqueuing(&database).status(id).await.unwrap();
+    assert_eq!(status, Some(Status::Cancelled));
+}
