@@ -125,7 +125,8 @@ where
 }
 
 fn report(what: &str, count: usize, took: Duration) {
-    println!("{what:<28} {:>8.0}/s", count as f64 / took.as_secs_f64());
+    let rate = count as u128 * 1_000_000 / took.as_micros().max(1);
+    println!("{what:<28} {rate:>8}/s");
 }
 
 fn argument(name: &str) -> Result<Option<usize>, AnyError> {

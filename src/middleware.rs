@@ -69,7 +69,7 @@ impl Middleware for Durable {
             while let Some(claim) = claimed.recv().await {
                 attempt::drive(claim, &mut sender).await;
             }
-            std::future::pending().await
+            std::future::pending::<()>().await;
         };
         let response = tokio::select! {
             // First, because it also ends the wait between two attempts.

@@ -112,6 +112,8 @@ impl Waiters {
         for entry in self.lock().drain().flat_map(|(_, entries)| entries) {
             let _ = entry.sender.send(Err(Error::new(Kind::Closed)));
         }
+        // Lets go of the connection that listens.
+        self.poke();
     }
 
     fn fail(&self, id: RequestId, error: impl Fn() -> Error) {

@@ -598,6 +598,34 @@ async fn clearing_tells_who_waits_between_two_attempts() {
 }
 
 #[tokio::test]
+async fn a_request_that_was_cleared_between_two_attempts_is_not_sent_again() {
+    let database = migrated().await;
+    let server = Server::always(503).await;
+    let client = Arc::new(serving_all(&database).await);
+    let bound = Duration::from_secs(2);
+    let caller = tokio::spawn({
+        let (client, request) = (Arc::clone(&client), post(&server, "x"));
+        async move {
+            let slow =
+                client.spawn_returning_cfg("c", &request, |job| job.set_retry_backoff(bound));
+            slow.await
+        }
+    });
+    let id = id_in(&database, "c").await;
+    eventually("it waits for its retry", || async {
+        client.durable().status(id).await.unwrap() == Some(Status::Retryable)
+    })
+    .await;
+    client.clear(Channels::All).await.unwrap();
+    assert!(in_time(caller).await.unwrap().unwrap_err().is_cancelled());
+    // One that had just begun has arrived by then.
+    passing(&database, Duration::from_millis(200)).await;
+    let arrived = server.count();
+    passing(&database, bound).await;
+    assert_eq!(server.count(), arrived);
+}
+
+#[tokio::test]
 async fn clearing_ends_a_request_in_flight_whatever_its_answer() {
     let database = migrated().await;
     let answer = Arc::new(Notify::new());
@@ -617,8 +645,14 @@ async fn clearing_ends_a_request_in_flight_whatever_its_answer() {
     });
     server.wait_for(1).await;
     let id = id_in(&database, "c").await;
+    let began = std::time::Instant::now();
     client.clear(Channels::All).await.unwrap();
     assert!(in_time(caller).await.unwrap().unwrap_err().is_cancelled());
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
     answer.notify_one();
     // Once that attempt is over, the handle has nothing left to do.
     in_time(client.durable().shutdown(LONG)).await.unwrap();

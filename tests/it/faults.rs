@@ -217,7 +217,7 @@ async fn broken_connections_lose_nothing() {
                     Ok(_) => answered += 1,
                     // Not accepted, or not known to be: the caller was told.
                     Err(error) => {
-                        assert!(error.is_indeterminate() || error.is_database(), "{error:?}")
+                        assert!(error.is_indeterminate() || error.is_database(), "{error:?}");
                     }
                 }
             }
@@ -323,31 +323,4 @@ async fn a_shutdown_sends_nothing_twice_at_once() {
     assert_eq!(other.status(later).await.unwrap(), Some(Status::Retryable));
     assert_eq!(server.count(), 2);
     gate.add_permits(100);
-}
-
-#[tokio::test]
-async fn a_shutdown_gives_back_at_once_what_waits_for_its_next_attempt() {
-    let database = migrated().await;
-    let server = Server::in_turn(&[503, 200]).await;
-    let durable = builder(database.pool()).build().unwrap();
-    let patient = RetryPolicy::exponential()
-        .base(Duration::from_secs(50))
-        .cap(Duration::from_secs(50));
-    let request = post(&server.url("/")).with(Options::default().retry(patient));
-    let waiting = tokio::spawn({
-        let durable = durable.clone();
-        async move { durable.await_response(request).await }
-    });
-    let held = "select count(*) from requeuest.mq_msgs where state = 2";
-    eventually("it is held", || async { count(&database, held).await == 1 }).await;
-    let began = Instant::now();
-    in_time(durable.shutdown(LONG)).await.unwrap();
-    assert!(
-        began.elapsed() < Duration::from_secs(5),
-        "took {:?}",
-        began.elapsed()
-    );
-    assert!(waiting.await.unwrap().unwrap_err().is_closed());
-    let waits = "select count(*) from requeuest.mq_msgs where state = 0 and attempts = 1";
-    assert_eq!(count(&database, waits).await, 1);
 }

@@ -760,6 +760,34 @@ async fn a_caller_that_goes_away_cancels_nothing() {
 }
 
 #[tokio::test]
+async fn a_caller_that_goes_away_between_two_attempts_leaves_the_next_to_the_runner() {
+    let database = migrated().await;
+    let server = Server::in_turn(&[503, 200]).await;
+    let (background, background_calls) = counting();
+    let (live, live_calls) = counting();
+    let second = Duration::from_secs(1);
+    let durable = Durable::builder(database.pool().clone())
+        .retry(RetryPolicy::exponential().base(second).cap(second))
+        .transport(background)
+        .build()
+        .unwrap();
+    let client = durable.layer().layer(live);
+    let caller = tokio::spawn(client.oneshot(post(&server.url("/"), "x")));
+    eventually("the first attempt failed", || async {
+        count(&database, "select count(*) from requeuest.attempts").await == 1
+    })
+    .await;
+    caller.abort();
+    eventually("it was delivered", || async {
+        let completed = "select count(*) from requeuest.outcomes where attempts = 2";
+        count(&database, completed).await == 1
+    })
+    .await;
+    let calls = live_calls.load(Ordering::SeqCst) + background_calls.load(Ordering::SeqCst);
+    assert_eq!(calls, 2);
+}
+
+#[tokio::test]
 async fn an_attempt_in_flight_outlives_every_handle() {
     let database = migrated().await;
     let answer = Arc::new(Notify::new());
@@ -859,12 +887,11 @@ impl Service<Request<Body>> for Lonely {
 async fn the_wrapped_service_need_not_be_shareable() {
     fn sendable<T: Send>() {}
     fn shareable<T: Send + Sync>() {}
-    fn named<S, B>(service: &S) -> Option<&S>
+    fn its_future_has_a_name<S, B>(_: &S)
     where
         S: Service<Request<Full<Bytes>>, Future = ResponseFuture<B, Full<Bytes>>>,
         B: Service<Request<Body>>,
     {
-        Some(service)
     }
     shareable::<DurableLayer>();
     shareable::<DurableService<Hyper>>();
@@ -874,7 +901,7 @@ async fn the_wrapped_service_need_not_be_shareable() {
 
     let database = migrated().await;
     let client = DurableLayer::new(database.pool().clone()).layer(Lonely(Cell::new(0)));
-    assert!(named(&client).is_some());
+    its_future_has_a_name(&client);
     assert_eq!(client.get_ref().0.get(), 0);
     let response = tokio::spawn(client.clone().oneshot(post("http://localhost/", "x")));
     let response = in_time(response).await.unwrap().unwrap();

@@ -52,17 +52,25 @@ impl Drop for RunnerGuard {
     }
 }
 
+/// Ends with the engine's shutdown, and the runner with it, whoever keeps the guard.
 async fn supervise(engine: Arc<Engine>) {
+    tokio::select! {
+        () = engine.closing() => {}
+        () = keep_running(&engine) => {}
+    }
+}
+
+async fn keep_running(engine: &Arc<Engine>) {
     engine.transport_known().await;
     loop {
         // Dropping the handle stops the runner's polling; what it claimed goes on.
-        let _runner = start(&engine).await;
-        while probe(&engine).await {
+        let _runner = start(engine).await;
+        while probe(engine).await {
             tokio::time::sleep(PROBE_INTERVAL).await;
         }
         // Down: the passwords may have changed in the meantime.
         engine.reconnect();
-        while !probe(&engine).await {
+        while !probe(engine).await {
             tokio::time::sleep(PROBE_INTERVAL).await;
             engine.reconnect();
         }
