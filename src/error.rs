@@ -11,7 +11,7 @@ use std::fmt;
 use http::{HeaderMap, StatusCode};
 
 use crate::id::RequestId;
-use crate::request::redact_urls;
+use crate::redact::redact_urls;
 
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
@@ -117,6 +117,10 @@ impl Error {
 
     pub(crate) fn corrupt(reason: impl Into<Cow<'static, str>>) -> Self {
         Self::new(Kind::Corrupt(reason.into()))
+    }
+
+    pub(crate) fn body_too_large(limit: usize) -> Self {
+        Self::new(Kind::BodyTooLarge { limit })
     }
 
     pub(crate) fn with_id(mut self, id: RequestId) -> Self {

@@ -19,7 +19,7 @@ use tower::util::Oneshot;
 use tower::{Layer, Service, ServiceExt};
 
 use crate::body::Body;
-use crate::durable::{AwaitResponse, Durable, Mode, RequestHead, too_large};
+use crate::durable::{AwaitResponse, Durable, DurableBuilder, Mode, RequestHead};
 use crate::engine::live::Live;
 use crate::engine::transport::erase;
 use crate::error::{BoxError, Error, Kind};
@@ -74,6 +74,30 @@ impl DurableLayer {
 impl From<Durable> for DurableLayer {
     fn from(durable: Durable) -> Self {
         Self { durable }
+    }
+}
+
+impl Durable {
+    /// A [`tower::Layer`] over this handle.
+    ///
+    /// The wrapped service sends the attempts of live callers; background attempts go through the handle's own
+    /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or [`DurableBuilder::layer`] the wrapped service
+    /// sends both.
+    pub fn layer(&self) -> DurableLayer {
+        DurableLayer::from(self.clone())
+    }
+}
+
+impl DurableBuilder {
+    /// Builds a layer whose wrapped service sends everything, background attempts included: its runner starts to deliver
+    /// once the first service was wrapped.
+    ///
+    /// # Errors
+    ///
+    /// As for [`build`](Self::build).
+    pub fn layer(mut self) -> Result<DurableLayer, Error> {
+        self.send_with_wrapped_service();
+        self.build().map(DurableLayer::from)
     }
 }
 
@@ -152,7 +176,7 @@ where
         let (parts, body) = request.into_parts();
         // A length that was declared is refused before anything is read.
         if body.size_hint().lower() > limit as u64 {
-            return ResponseFuture(State::Refused(Some(too_large(limit))));
+            return ResponseFuture(State::Refused(Some(Error::body_too_large(limit))));
         }
         let absent = body.is_end_stream();
         ResponseFuture(State::Collecting {
@@ -320,7 +344,7 @@ where
 
 pub(crate) fn body_error(error: BoxError, limit: usize) -> Error {
     if error.is::<LengthLimitError>() {
-        too_large(limit)
+        Error::body_too_large(limit)
     } else {
         Error::new(Kind::Body(error))
     }

@@ -19,6 +19,7 @@ mod layer;
 mod middleware;
 mod options;
 mod outcome;
+mod redact;
 mod request;
 mod response;
 mod status;

@@ -12,7 +12,7 @@ use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as M
 use tokio::sync::mpsc;
 
 use crate::body::Body;
-use crate::durable::{Durable, Mode, RequestHead, enqueued, too_large};
+use crate::durable::{Durable, Mode, RequestHead, enqueued};
 use crate::engine::attempt::{self, Sender};
 use crate::engine::live::Live;
 use crate::engine::transport::from_reqwest;
@@ -97,7 +97,7 @@ async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
     }
     // A length that was declared is refused before anything is read.
     if body.size_hint().lower() > limit as u64 {
-        return Err(too_large(limit));
+        return Err(Error::body_too_large(limit));
     }
     let collected = Limited::new(body, limit)
         .collect()

@@ -6,19 +6,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{Extensions, Uri};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::ServiceExt;
 
 use crate::body::Body;
 use crate::classify::{FailureClass, Verdict, classify};
-use crate::codec::Delivery;
+use crate::engine::job::Job;
 use crate::engine::runner::claim::Claim;
 use crate::engine::transport::{ResponseUrl, Transport};
 use crate::error::{BoxError, chain, without_url};
-use crate::id::RequestId;
 use crate::outcome::Outcome;
-use crate::request::{Request, redact_urls};
+use crate::redact::redact_urls;
 use crate::response::Response;
 use crate::status::Status;
 use crate::store::BoxFuture;
@@ -26,17 +24,6 @@ use crate::store::settle::Failure;
 
 /// A longer wait is not spent holding the claim: the request goes back into the queue.
 const MAX_HOLD: Duration = Duration::from_secs(60);
-
-/// What is sent, and how. Shared by all attempts of one claim.
-#[derive(Clone, Debug)]
-pub(crate) struct Job {
-    pub(crate) id: RequestId,
-    pub(crate) request: Arc<Request>,
-    pub(crate) uri: Uri,
-    pub(crate) delivery: Arc<Delivery>,
-    /// What the live caller attached to the request. Each attempt gets a copy of its own.
-    pub(crate) extensions: Extensions,
-}
 
 /// Transmits one attempt.
 pub(crate) trait Sender: Send {

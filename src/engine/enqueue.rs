@@ -1,14 +1,14 @@
 //! Persisting requests, many at a time.
 //!
-//! Whatever arrives while one insert is under way goes into the next: no timer, so no added latency. What the
-//! database refuses is split down to the one bad row, which alone fails.
+//! What the database refuses is split down to the one bad row, which alone fails.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
-use crate::engine::attempt::Job;
+use crate::engine::job::Job;
+use crate::engine::lane;
 use crate::engine::live::{self, Live};
 use crate::engine::runner::claim::Claim;
 use crate::engine::{Engine, Shared};
@@ -16,8 +16,6 @@ use crate::error::{Error, Kind};
 use crate::store::DbError;
 use crate::store::enqueue::{self, InsertOne, NewRequest};
 
-const MAX_BATCH: usize = 256;
-const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// A restarted server leaves several dead connections in the pool; each try finds one.
 const AGAIN_PAUSE: Duration = Duration::from_millis(10);
 /// No caller is kept waiting longer for a database that is away.
@@ -46,22 +44,9 @@ pub(crate) struct Start {
 }
 
 /// Runs until the last sender is gone.
-pub(crate) async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Submission>) {
-    let mut batch = Vec::with_capacity(MAX_BATCH);
-    while incoming.recv_many(&mut batch, MAX_BATCH).await > 0 {
-        let mut rest = std::mem::take(&mut batch);
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let fits = rest.iter().take_while(|submission| {
-                bytes += submission.row.size();
-                bytes <= MAX_BATCH_BYTES
-            });
-            let count = fits.count().max(1);
-            let next = rest.split_off(count);
-            write(&shared, rest).await;
-            rest = next;
-        }
-    }
+pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<Submission>) {
+    let size = |submission: &Submission| submission.row.size();
+    lane::run(incoming, size, |batch| write(&shared, batch)).await;
 }
 
 type Parts = (Option<Start>, Done);

@@ -8,6 +8,8 @@
 
 pub(crate) mod attempt;
 pub(crate) mod enqueue;
+pub(crate) mod job;
+pub(crate) mod lane;
 pub(crate) mod live;
 pub(crate) mod runner;
 pub(crate) mod runtime;

@@ -6,21 +6,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use http::Extensions;
 use sqlxmq::CurrentJob;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::classify::FailureClass;
-use crate::codec;
-use crate::engine::attempt::Job;
-use crate::engine::runner::lease::{Lease, Registered};
+use crate::engine::Engine;
+use crate::engine::job::Job;
+use crate::engine::runner::lease::Lease;
 use crate::engine::runner::settle::{Held, Settlement, Settling};
-use crate::engine::{Engine, live};
-use crate::error::Error;
-use crate::id::RequestId;
 use crate::outcome::Outcome;
-use crate::store::claim::{self, ClaimHead};
 use crate::store::settle::{Failure, Fence};
 
 /// An attempt's hard deadline is this much after its timeout: room for its result to be judged.
@@ -61,7 +56,7 @@ impl Claim {
         Self::new(engine, lease, job, 1, Duration::ZERO)
     }
 
-    fn new(
+    pub(super) fn new(
         engine: &Arc<Engine>,
         lease: Arc<Lease>,
         job: Job,
@@ -87,6 +82,12 @@ impl Claim {
 
     pub(crate) fn job(&self) -> &Job {
         &self.job
+    }
+
+    /// Keeps what sqlxmq's runner counts as running.
+    pub(super) fn counted_by(mut self, current: CurrentJob) -> Self {
+        self.current = Some(current);
+        self
     }
 
     /// What the live caller attached to its request.
@@ -127,7 +128,7 @@ impl Claim {
     }
 
     /// Whether the policy allows no attempt any more: one was lost with the process that made it.
-    fn is_exhausted(&self) -> bool {
+    pub(super) fn is_exhausted(&self) -> bool {
         // With this attempt left out, as it has not been made.
         let before = self.attempts - 1;
         before > 0
@@ -228,114 +229,12 @@ impl Drop for Claim {
     }
 }
 
-/// Takes over what sqlxmq's runner claimed.
-pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
-    let id = RequestId::from(current.id());
-    let json = current.raw_json().unwrap_or_default();
-    let head = match ClaimHead::parse(json) {
-        Ok(head) => head,
-        Err(error) => {
-            log::error!("request {id}: {error}");
-            return;
-        }
-    };
-    let fence = Fence {
-        id,
-        claim_no: head.claim_no,
-    };
-    let lease = match engine.shared().leases.register(fence) {
-        Registered::New(lease) => lease,
-        Registered::Adopted => return,
-    };
-    if engine.is_closing() {
-        return settle(&engine, lease, unmade(Duration::ZERO)).await;
-    }
-    lease.waiting();
-    let body = current.raw_bytes().map(Bytes::copy_from_slice);
-    match job(&engine, id, &head, body).await {
-        Ok(job) => {
-            let mut claim = Claim::new(&engine, lease, job, head.attempts, head.age());
-            claim.current = Some(current);
-            begin(claim).await;
-        }
-        Err(Unusable::Corrupt(error)) => {
-            log::error!("request {id} is discarded: {error}");
-            let class = FailureClass::Unusable.as_str();
-            let outcome = Outcome::discarded(id, class, error.to_string());
-            settle(&engine, lease, Settling::Finish(outcome)).await;
-        }
-        Err(Unusable::Later(error)) => {
-            log::warn!("fetching the body of request {id} failed: {error}");
-            settle(&engine, lease, unmade(Duration::from_secs(1))).await;
-        }
-    }
-}
-
-async fn begin(claim: Claim) {
-    if claim.is_exhausted() {
-        let text = "the last allowed attempt was lost with the process that made it".to_owned();
-        let class = FailureClass::Abandoned.as_str();
-        let outcome = Outcome::discarded(claim.job.id, class, text);
-        return claim.finish(outcome).await;
-    }
-    live::hand_over(claim, None);
-}
-
 /// Gives a request back whose attempt was not made.
-fn unmade(delay: Duration) -> Settling {
+pub(super) fn unmade(delay: Duration) -> Settling {
     Settling::Again {
         delay,
         hold: false,
         uncounted: true,
         failure: None,
     }
-}
-
-async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {
-    let (done, receiver) = oneshot::channel();
-    lease.settling();
-    engine.settle(Settlement {
-        lease,
-        result,
-        done,
-    });
-    let _ = receiver.await;
-}
-
-enum Unusable {
-    Corrupt(Error),
-    Later(sqlx::Error),
-}
-
-async fn job(
-    engine: &Engine,
-    id: RequestId,
-    head: &ClaimHead<'_>,
-    mut body: Option<Bytes>,
-) -> Result<Job, Unusable> {
-    let stored = head
-        .head()
-        .ok_or_else(|| Unusable::Corrupt(Error::corrupt("its payload is gone")))?;
-    if head.fetch_body {
-        // A large body takes memory only once the attempt can be made soon.
-        let _budget = engine.large_bodies().acquire().await;
-        let fetched = engine
-            .shared()
-            .db
-            .run(move |connection| {
-                Box::pin(async move { claim::body(connection, id.into()).await })
-            })
-            .await
-            .map_err(|error| Unusable::Later(error.error))?;
-        body = fetched.map(Bytes::from);
-    }
-    let (request, uri, delivery) =
-        codec::decode_request(stored, body).map_err(Unusable::Corrupt)?;
-    Ok(Job {
-        id,
-        request: Arc::new(request),
-        uri,
-        delivery: Arc::new(delivery),
-        extensions: http::Extensions::new(),
-    })
 }

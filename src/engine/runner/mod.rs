@@ -4,6 +4,7 @@
 //! it is back. Its per-job keep-alive is off: [`lease`] renews all claims at once.
 
 pub(crate) mod claim;
+pub(crate) mod dispatch;
 pub(crate) mod lease;
 pub(crate) mod settle;
 pub(crate) mod sweep;
@@ -91,7 +92,7 @@ async fn start(engine: &Arc<Engine>) -> JobRunnerHandle {
                     JobRunnerOptions::new(engine.shared().db.pool(), move |current| {
                         // A panic here would end the runner silently: it only hands over.
                         if let Some(engine) = weak.upgrade() {
-                            engine.spawn(claim::run(Arc::clone(&engine), current));
+                            engine.spawn(dispatch::run(Arc::clone(&engine), current));
                         }
                     });
                 // The first is when the runner asks for more, the second how much it then holds: what is beyond the

@@ -1,7 +1,6 @@
 //! Recording the results of attempts, many at a time.
 //!
-//! Everything that arrives while one write is under way goes into the next: no timer, so no added latency. A result is
-//! never dropped: while the database fails the lane keeps what it has and tries again. Waiters are woken, and other processes told,
+//! A result is never dropped: while the database fails the lane keeps what it has and tries again. Waiters are woken, and other processes told,
 //! only after the commit.
 
 use std::sync::Arc;
@@ -11,14 +10,13 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use crate::engine::Shared;
+use crate::engine::lane;
 use crate::engine::runner::lease::Lease;
 use crate::outcome::Outcome;
 use crate::store::outcome::{self, Found};
 use crate::store::settle::{self, Again, Failure, Settled};
 use crate::store::{DbError, enqueue};
 
-const MAX_BATCH: usize = 256;
-const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
@@ -70,22 +68,8 @@ impl Settlement {
 }
 
 /// Runs until the last sender is gone and everything is settled.
-pub(crate) async fn run(shared: Arc<Shared>, mut incoming: mpsc::UnboundedReceiver<Settlement>) {
-    let mut batch = Vec::with_capacity(MAX_BATCH);
-    while incoming.recv_many(&mut batch, MAX_BATCH).await > 0 {
-        let mut rest = std::mem::take(&mut batch);
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let fits = rest.iter().take_while(|settlement| {
-                bytes += settlement.size();
-                bytes <= MAX_BATCH_BYTES
-            });
-            let count = fits.count().max(1);
-            let next = rest.split_off(count);
-            write(&shared, rest).await;
-            rest = next;
-        }
-    }
+pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<Settlement>) {
+    lane::run(incoming, Settlement::size, |batch| write(&shared, batch)).await;
 }
 
 /// Writes a batch, splitting it down to the row that the database refuses.

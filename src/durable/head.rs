@@ -1,0 +1,70 @@
+//! What is known of a request before anything of it is read.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, Method};
+
+/// Decides which requests are none of ours.
+pub(super) type PassThrough = Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>;
+
+/// What [`DurableBuilder::pass_through`](crate::DurableBuilder::pass_through) decides by.
+#[derive(Debug)]
+pub struct RequestHead<'a> {
+    method: &'a Method,
+    url: UrlRef<'a>,
+    headers: &'a HeaderMap,
+}
+
+#[derive(Debug)]
+enum UrlRef<'a> {
+    Uri(&'a http::Uri),
+    #[cfg(feature = "reqwest-middleware")]
+    Url(&'a url::Url),
+}
+
+impl<'a> RequestHead<'a> {
+    pub(crate) fn of_http<B>(request: &'a http::Request<B>) -> Self {
+        Self {
+            method: request.method(),
+            url: UrlRef::Uri(request.uri()),
+            headers: request.headers(),
+        }
+    }
+
+    #[cfg(feature = "reqwest-middleware")]
+    pub(crate) fn of_reqwest(request: &'a reqwest::Request) -> Self {
+        Self {
+            method: request.method(),
+            url: UrlRef::Url(request.url()),
+            headers: request.headers(),
+        }
+    }
+
+    /// The method.
+    pub fn method(&self) -> &Method {
+        self.method
+    }
+
+    /// The host of the URL.
+    pub fn host(&self) -> Option<&str> {
+        match &self.url {
+            UrlRef::Uri(uri) => uri.host(),
+            #[cfg(feature = "reqwest-middleware")]
+            UrlRef::Url(url) => url.host_str(),
+        }
+    }
+
+    /// The path of the URL.
+    pub fn path(&self) -> &str {
+        match &self.url {
+            UrlRef::Uri(uri) => uri.path(),
+            #[cfg(feature = "reqwest-middleware")]
+            UrlRef::Url(url) => url.path(),
+        }
+    }
+
+    /// The headers.
+    pub fn headers(&self) -> &HeaderMap {
+        self.headers
+    }
+}

@@ -1,0 +1,56 @@
+//! URLs as they may be shown: credentials and queries stay out of logs, errors and the database's texts.
+
+use http::Uri;
+
+/// A URL for logs and errors: without user, password, query and fragment.
+pub(crate) fn redacted(uri: &Uri) -> String {
+    let scheme = uri.scheme_str().unwrap_or_default();
+    let host = uri.host().unwrap_or_default();
+    let port = uri
+        .port()
+        .map(|port| format!(":{port}"))
+        .unwrap_or_default();
+    format!("{scheme}://{host}{port}{}", uri.path())
+}
+
+/// Somebody else's text, with the URLs in it cut down as by [`redacted`].
+///
+/// A URL is taken to reach up to the next space: what belongs to it can't be told from what only follows it.
+pub(crate) fn redact_urls(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find("://") {
+        let (before, url) = rest.split_at(start + "://".len());
+        shown.push_str(before);
+        let (url, after) = url.split_at(url.find(char::is_whitespace).unwrap_or(url.len()));
+        let (url, hidden) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
+        let (authority, path) = url.split_at(url.find('/').unwrap_or(url.len()));
+        shown.push_str(authority.rsplit('@').next().unwrap_or_default());
+        shown.push_str(path);
+        // The punctuation of the text around it.
+        shown.push_str(&hidden[hidden.trim_end_matches([')', ':', ',', '.', '"']).len()..]);
+        rest = after;
+    }
+    shown.push_str(rest);
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_in_a_text_lose_their_secrets() {
+        for (text, shown) in [
+            ("no URL: at all?", "no URL: at all?"),
+            (
+                "url (http://a:b@h:1/p?q=(x)&y#z): refused",
+                "url (http://h:1/p): refused",
+            ),
+            ("https://u@h and http://h?é", "https://h and http://h"),
+            ("://", "://"),
+        ] {
+            assert_eq!(redact_urls(text), shown);
+        }
+    }
+}
