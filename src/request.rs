@@ -1,7 +1,6 @@
 //! The request as the crate keeps it: everything that goes over the wire, in memory and whole.
 
 use std::fmt;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Uri, Version};
@@ -340,7 +339,7 @@ impl Request {
     /// The request's own timeout stands where its options say nothing of one.
     #[cfg(feature = "reqwest-middleware")]
     pub(crate) fn with_over_timeout(mut self, mut options: Options) -> Self {
-        let timeout: Option<Duration> = self.options.attempt_timeout;
+        let timeout = self.options.attempt_timeout;
         options.attempt_timeout = options.attempt_timeout.or(timeout);
         self.options = options;
         self

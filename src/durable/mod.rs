@@ -370,6 +370,7 @@ impl fmt::Debug for Durable {
             .field("channel", &self.engine().config().channel)
             .field("schema", &self.engine().config().schema)
             .field("runner", &self.handle.runner.is_some())
+            .field("plain_transport", &self.handle.plain_transport)
             .finish_non_exhaustive()
     }
 }
