@@ -84,6 +84,7 @@ impl Durable {
     /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or [`DurableBuilder::layer`] the wrapped service
     /// sends both.
     pub fn layer(&self) -> DurableLayer {
+        self.warn_of_plain_transport();
         DurableLayer::from(self.clone())
     }
 }

@@ -3,8 +3,6 @@
 //! Attempts of a live caller go through the rest of its stack, so its inner middleware and client apply. [`Next`] borrows the
 //! client, so such an attempt runs inside the caller's future; attempts that outlive their caller go through the handle's transport.
 
-use std::sync::Once;
-
 use http::Extensions;
 use http_body::Body as _;
 use http_body_util::{BodyExt, Limited};
@@ -33,7 +31,7 @@ impl Middleware for Durable {
         if self.passes_through(&RequestHead::of_reqwest(&request)) {
             return next.run(request, extensions).await;
         }
-        warn_of_plain_transport(self);
+        self.warn_of_plain_transport();
         let options = extensions.get::<Options>().cloned().unwrap_or_default();
         let limit = self.engine().config().max_request_body;
         let (body, trailers) = match request.body_mut().take() {
@@ -143,17 +141,5 @@ impl Inner<'_> {
             Err(MiddlewareError::Reqwest(error)) => Err(error.into()),
             Err(MiddlewareError::Middleware(error)) => Err(error.into()),
         }
-    }
-}
-
-fn warn_of_plain_transport(durable: &Durable) {
-    static ONCE: Once = Once::new();
-    if durable.has_plain_transport() {
-        ONCE.call_once(|| {
-            log::warn!(
-                "requests that outlive their caller are sent by a plain reqwest client, which knows nothing of the \
-                 application's proxy, certificates or middleware: see DurableBuilder::transport"
-            );
-        });
     }
 }

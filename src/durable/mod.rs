@@ -5,7 +5,7 @@ mod head;
 mod submit;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use sqlx::{PgExecutor, PgPool};
@@ -321,9 +321,17 @@ impl Durable {
             .is_some_and(|passes| passes(head))
     }
 
-    #[cfg(feature = "reqwest-middleware")]
-    pub(crate) fn has_plain_transport(&self) -> bool {
-        self.handle.plain_transport
+    /// For callers that have a client of their own, which what outlives them doesn't go through.
+    pub(crate) fn warn_of_plain_transport(&self) {
+        static ONCE: Once = Once::new();
+        if self.handle.plain_transport {
+            ONCE.call_once(|| {
+                log::warn!(
+                    "requests that outlive their caller are sent by a plain reqwest client, which knows nothing of the \
+                     application's proxy, certificates or middleware: see DurableBuilder::transport"
+                );
+            });
+        }
     }
 
     /// Cancels what has not ended of these channels, a batch at a time: one statement for everything could outlast its timeout.
@@ -370,7 +378,6 @@ impl fmt::Debug for Durable {
             .field("channel", &self.engine().config().channel)
             .field("schema", &self.engine().config().schema)
             .field("runner", &self.handle.runner.is_some())
-            .field("plain_transport", &self.handle.plain_transport)
             .finish_non_exhaustive()
     }
 }

@@ -907,3 +907,29 @@ async fn the_wrapped_service_need_not_be_shareable() {
     let response = in_time(response).await.unwrap().unwrap();
     assert_eq!(text(response).await, "alone");
 }
+
+#[tokio::test]
+async fn what_the_runner_claims_goes_through_the_callers_own_service_too() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let (background, background_calls) = counting();
+    let durable = Durable::builder(database.pool().clone())
+        .transport(background)
+        .build()
+        .unwrap();
+    let (own, own_calls) = counting();
+    let service = durable.layer().layer(own);
+    let later = Options::default().delay(Duration::from_millis(50));
+    for options in [later, Options::default().ordered("k")] {
+        let request = with(post(&server.url("/"), "x"), options);
+        assert_eq!(
+            in_time(service.clone().oneshot(request))
+                .await
+                .unwrap()
+                .status(),
+            200
+        );
+    }
+    assert_eq!(own_calls.load(Ordering::SeqCst), 2);
+    assert_eq!(background_calls.load(Ordering::SeqCst), 0);
+}

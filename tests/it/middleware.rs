@@ -544,3 +544,35 @@ async fn a_shut_down_handle_refuses_through_the_middleware() {
     assert!(Error::from_middleware(&error).unwrap().is_closed());
     assert_eq!(server.count(), 0);
 }
+
+#[tokio::test]
+async fn what_the_runner_claims_goes_through_the_callers_own_stack_too() {
+    let database = migrated().await;
+    let server = Server::in_turn(&[503, 200, 200]).await;
+    let (transport, background_calls) = background();
+    let durable = quick_builder(&database)
+        .transport(transport)
+        .build()
+        .unwrap();
+    let inner = Counting::default();
+    let client = ClientBuilder::new(reqwest::Client::new())
+        .with(durable)
+        .with(inner.clone())
+        .build();
+    let later = Options::default().delay(Duration::from_millis(50));
+    for (options, attempts) in [(later, 2), (Options::default().ordered("k"), 3)] {
+        let request = client
+            .post(server.url("/"))
+            .body("x")
+            .with_extension(options);
+        assert_eq!(in_time(request.send()).await.unwrap().status(), 200);
+        assert_eq!(inner.count(), attempts);
+    }
+    assert_eq!(background_calls.load(Ordering::SeqCst), 0);
+    assert!(
+        server
+            .seen()
+            .iter()
+            .all(|seen| seen.headers.contains_key("x-counted"))
+    );
+}
