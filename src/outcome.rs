@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use bytes::Bytes;
+
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::response::Response;
@@ -20,7 +22,7 @@ pub(crate) struct Outcome {
 }
 
 /// Why there is no response, or not all of it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Fault {
     pub(crate) class: Cow<'static, str>,
     pub(crate) text: String,
@@ -47,6 +49,22 @@ impl Outcome {
         Self {
             fault: Some(fault),
             ..Self::answered(status, response)
+        }
+    }
+
+    /// Leaves the body out, if there is one, for a database that refuses it: like one that is over the limit.
+    pub(crate) fn drop_body(&mut self) -> bool {
+        match &mut self.response {
+            Some(response) if !response.body.is_empty() => {
+                response.body = Bytes::new();
+                response.trailers = None;
+                self.fault = Some(Fault {
+                    class: RESPONSE_TOO_LARGE.into(),
+                    text: "the database refused the response body".to_owned(),
+                });
+                true
+            }
+            _ => false,
         }
     }
 

@@ -14,7 +14,7 @@ use super::millis;
 use crate::classify::FailureClass;
 use crate::codec;
 use crate::id::RequestId;
-use crate::outcome::{Fault, Outcome};
+use crate::outcome::Outcome;
 use crate::response::Response;
 
 /// The claim that a settle stands on.
@@ -306,20 +306,4 @@ fn settled(row: &sqlx::postgres::PgRow) -> Result<Settled, sqlx::Error> {
         channel: row.try_get("channel_name")?,
         ordered: row.try_get("ordered")?,
     })
-}
-
-/// What remains of an outcome that the database refuses: that it ended, and why there is no more.
-pub(crate) fn without_refused_data(outcome: &mut Outcome, refusal: &sqlx::Error) {
-    let code = refusal
-        .as_database_error()
-        .and_then(|error| error.code().map(std::borrow::Cow::into_owned))
-        .unwrap_or_default();
-    if let Some(response) = &mut outcome.response {
-        response.body = Bytes::new();
-        response.trailers = None;
-    }
-    outcome.fault = Some(Fault {
-        class: "refused_by_database".into(),
-        text: format!("the database refused the response's body (SQLSTATE {code})"),
-    });
 }

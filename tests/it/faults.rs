@@ -324,3 +324,85 @@ async fn a_shutdown_sends_nothing_twice_at_once() {
     assert_eq!(server.count(), 2);
     gate.add_permits(100);
 }
+
+#[tokio::test]
+async fn what_the_database_refuses_of_a_result_fails_alone() {
+    let database = migrated().await;
+    sqlx::query(
+        "alter table requeuest.outcomes add constraint no_poison check (position('poison'::bytea in body) = 0)",
+    )
+    .execute(database.pool())
+    .await
+    .unwrap();
+    let (server, gate) = {
+        let gate = Arc::new(Semaphore::new(0));
+        let wait = Arc::clone(&gate);
+        let server = Server::start(move |_, seen| {
+            let wait = Arc::clone(&wait);
+            async move {
+                wait.acquire().await.unwrap().forget();
+                reply(200, seen.body)
+            }
+        })
+        .await;
+        (server, gate)
+    };
+    let durable = builder(database.pool()).build().unwrap();
+    let mut callers = JoinSet::new();
+    for number in 0..20 {
+        let durable = durable.clone();
+        let body = if number == 7 { "poison" } else { "good" };
+        let request = http::Request::post(server.url("/")).body(body).unwrap();
+        callers.spawn(async move { (body, durable.await_response(request).await) });
+    }
+    // All together, so that they are settled in few batches.
+    server.wait_for(20).await;
+    gate.add_permits(20);
+    for (body, response) in in_time(callers.join_all()).await {
+        match response {
+            Ok(response) => assert_eq!((body, response.text().unwrap()), ("good", "good")),
+            Err(error) => {
+                assert_eq!(body, "poison", "{error}");
+                assert!(error.is_response_too_large(), "{error}");
+                assert_eq!(error.response_head().unwrap().0, 200);
+            }
+        }
+    }
+    assert_eq!(server.count(), 20);
+}
+
+#[tokio::test]
+async fn what_the_database_refuses_of_a_request_fails_alone() {
+    let database = migrated().await;
+    sqlx::query(
+        "alter table requeuest.mq_payloads add constraint no_poison check (position('poison'::bytea in body) = 0)",
+    )
+    .execute(database.pool())
+    .await
+    .unwrap();
+    let server = Server::always(200).await;
+    let durable = builder(database.pool()).build().unwrap();
+    let mut callers = JoinSet::new();
+    for number in 0..20 {
+        let durable = durable.clone();
+        let body = if number == 7 { "poison" } else { "good" };
+        let request = http::Request::post(server.url("/")).body(body).unwrap();
+        callers.spawn(async move { (body, durable.fire(request).await) });
+    }
+    for (body, fired) in in_time(callers.join_all()).await {
+        match fired {
+            Ok(_) => assert_eq!(body, "good"),
+            Err(error) => {
+                assert_eq!(body, "poison", "{error}");
+                assert!(error.is_database(), "{error}");
+            }
+        }
+    }
+    server.wait_for(19).await;
+    let completed = "select count(*) from requeuest.outcomes where status = 'completed'";
+    eventually("the good ones end", || async {
+        count(&database, completed).await == 19
+    })
+    .await;
+    assert_eq!(server.count(), 19);
+}

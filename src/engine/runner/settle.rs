@@ -1,8 +1,9 @@
 //! Recording the results of attempts, many at a time.
 //!
-//! A result is never dropped: while the database fails the lane keeps what it has and tries again. Waiters are woken, and other processes told,
-//! only after the commit.
+//! A result is never dropped: while the database fails the lane keeps what it has and tries again. Waiters are woken, and
+//! other processes told, only after the commit.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use uuid::Uuid;
 use crate::engine::Shared;
 use crate::engine::lane;
 use crate::engine::runner::lease::Lease;
+use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::store::outcome::{self, Found};
 use crate::store::settle::{self, Again, Failure, Settled};
@@ -46,6 +48,10 @@ pub(crate) struct Held {
 }
 
 impl Settlement {
+    fn is_finish(&self) -> bool {
+        matches!(self.result, Settling::Finish(_))
+    }
+
     fn size(&self) -> usize {
         let response = match &self.result {
             Settling::Finish(outcome) => outcome.response.as_ref(),
@@ -54,16 +60,30 @@ impl Settlement {
         response.map_or(0, |response| response.body.len())
     }
 
-    fn drop_refused_data(&mut self, refusal: &sqlx::Error) {
-        match &mut self.result {
-            Settling::Finish(outcome) => settle::without_refused_data(outcome, refusal),
-            Settling::Again { failure, .. } => {
-                if let Some(failure) = failure {
-                    failure.response = None;
-                    failure.text = String::from("the database refused the attempt's text");
+    /// Leaves out what the database may have refused: the body, then the rest of the response, then the text. `false` if nothing is
+    /// left to leave out.
+    fn drop_refused_data(&mut self) -> bool {
+        const REFUSED: &str = "the database refused what there is to say of it";
+        let (response, text) = match &mut self.result {
+            Settling::Finish(outcome) => {
+                if outcome.drop_body() {
+                    return true;
                 }
+                let fault = outcome.fault.get_or_insert_default();
+                (&mut outcome.response, &mut fault.text)
             }
+            Settling::Again {
+                failure: Some(failure),
+                ..
+            } => (&mut failure.response, &mut failure.text),
+            Settling::Again { failure: None, .. } => return false,
+        };
+        if response.take().is_some() {
+            return true;
         }
+        let text_refused = text == REFUSED;
+        REFUSED.clone_into(text);
+        !text_refused
     }
 }
 
@@ -95,7 +115,10 @@ async fn write(shared: &Shared, batch: Vec<Settlement>) {
                 "the database refused a result, which is settled without its data: {}",
                 error.error
             );
-            batch[0].drop_refused_data(&error.error);
+            if !batch[0].drop_refused_data() {
+                // Its lease will run out. It can't be told from one that was lost with its process.
+                continue;
+            }
         } else {
             log::warn!("settling failed, trying again: {}", error.error);
             tokio::time::sleep(pause).await;
@@ -109,113 +132,131 @@ async fn write(shared: &Shared, batch: Vec<Settlement>) {
     }
 }
 
+/// Writes what is in the batch and takes it out as it is committed.
 async fn write_once(shared: &Shared, batch: &mut Vec<Settlement>) -> Result<(), DbError> {
-    let mut finishes = Vec::new();
-    let mut agains = Vec::new();
-    for settlement in &*batch {
-        let fence = settlement.lease.fence();
-        match &settlement.result {
-            Settling::Finish(outcome) => finishes.push((fence, outcome.clone())),
-            Settling::Again {
-                delay,
-                hold,
-                uncounted,
-                failure,
-            } => agains.push(Again {
-                fence,
-                delay: *delay,
-                hold: *hold,
-                uncounted: *uncounted,
-                failure: failure.clone(),
-            }),
-        }
-    }
-    let (lease, retention) = (shared.config.lease, shared.config.retention);
     let mut word = Word::default();
-
-    if !finishes.is_empty() {
-        let (finishes, settled) = shared
-            .db
-            .run(move |connection| {
-                Box::pin(async move {
-                    let settled = settle::finish(connection, &mut finishes, retention).await?;
-                    Ok((finishes, settled))
-                })
-            })
-            .await?;
-        word.about(shared, &settled);
-        let mut stale = Vec::new();
-        for settlement in take(batch, |result| matches!(result, Settling::Finish(_))) {
-            let id = settlement.lease.id;
-            shared.leases.remove(&settlement.lease);
-            if settled.iter().any(|settled| settled.fence.id == id) {
-                if let Some((_, outcome)) = finishes.iter().find(|(fence, _)| fence.id == id) {
-                    shared.waiters.wake(outcome);
-                }
-            } else {
-                stale.push(id);
-            }
-            // Whoever drove the attempt may be gone.
-            let _ = settlement.done.send(None);
-        }
-        read_stale(shared, stale).await;
+    if batch.iter().any(Settlement::is_finish) {
+        write_finishes(shared, batch, &mut word).await?;
     }
-
-    if !agains.is_empty() {
-        let settled = shared
-            .db
-            .run(move |connection| {
-                Box::pin(async move { settle::again(connection, &agains, lease).await })
-            })
-            .await?;
-        for settlement in batch.drain(..) {
-            let hold = matches!(settlement.result, Settling::Again { hold: true, .. });
-            let found = settled
-                .iter()
-                .find(|settled| settled.fence.id == settlement.lease.id);
-            shared.leases.remove(&settlement.lease);
-            let held = found.filter(|_| hold).map(|settled| Held {
-                lease: shared.leases.insert(settled.fence, Vec::new()),
-                attempts: settled.attempts,
-            });
-            if let (
-                Some(settled),
-                Settling::Again {
-                    delay, hold: false, ..
-                },
-            ) = (found, &settlement.result)
-            {
-                if *delay < enqueue::RUNNER_WAIT {
-                    word.runners.push(settled.channel.as_str().into());
-                }
-            }
-            if let Err(Some(held)) = settlement.done.send(held) {
-                // Nobody is left to make the attempt; when its time and the lease are over, another runner will.
-                shared.leases.remove(&held.lease);
-            }
-        }
-        shared.waiters.poke();
+    if !batch.is_empty() {
+        write_agains(shared, batch, &mut word).await?;
     }
     word.send(shared).await;
     Ok(())
 }
 
-fn take(batch: &mut Vec<Settlement>, is: impl Fn(&Settling) -> bool) -> Vec<Settlement> {
-    let (taken, kept) = std::mem::take(batch)
+async fn write_finishes(
+    shared: &Shared,
+    batch: &mut Vec<Settlement>,
+    word: &mut Word,
+) -> Result<(), DbError> {
+    let mut finishes: Vec<_> = batch
+        .iter()
+        .filter_map(|settlement| match &settlement.result {
+            Settling::Finish(outcome) => Some((settlement.lease.fence(), outcome.clone())),
+            Settling::Again { .. } => None,
+        })
+        .collect();
+    let retention = shared.config.retention;
+    let (finishes, settled) = shared
+        .db
+        .run(move |connection| {
+            Box::pin(async move {
+                let settled = settle::finish(connection, &mut finishes, retention).await?;
+                Ok((finishes, settled))
+            })
+        })
+        .await?;
+    word.about_finished(shared, &settled);
+    let settled: HashSet<RequestId> = settled.iter().map(|settled| settled.fence.id).collect();
+    let (written, rest) = std::mem::take(batch)
         .into_iter()
-        .partition(|settlement| is(&settlement.result));
-    *batch = kept;
-    taken
+        .partition(Settlement::is_finish);
+    *batch = rest;
+    let mut stale = Vec::new();
+    // In the same order, as one was made from the other.
+    for (settlement, (fence, outcome)) in written.into_iter().zip(finishes) {
+        shared.leases.remove(&settlement.lease);
+        if settled.contains(&fence.id) {
+            shared.waiters.wake(&outcome);
+        } else {
+            stale.push(fence.id);
+        }
+        // Whoever drove the attempt may be gone.
+        let _ = settlement.done.send(None);
+    }
+    read_stale(shared, stale).await;
+    Ok(())
+}
+
+async fn write_agains(
+    shared: &Shared,
+    batch: &mut Vec<Settlement>,
+    word: &mut Word,
+) -> Result<(), DbError> {
+    let agains: Vec<_> = batch
+        .iter()
+        .filter_map(|settlement| match &settlement.result {
+            Settling::Finish(_) => None,
+            Settling::Again {
+                delay,
+                hold,
+                uncounted,
+                failure,
+            } => Some(Again {
+                fence: settlement.lease.fence(),
+                delay: *delay,
+                hold: *hold,
+                uncounted: *uncounted,
+                failure: failure.clone(),
+            }),
+        })
+        .collect();
+    let lease = shared.config.lease;
+    let settled = shared
+        .db
+        .run(move |connection| {
+            Box::pin(async move { settle::again(connection, &agains, lease).await })
+        })
+        .await?;
+    let mut settled: HashMap<RequestId, Settled> = settled
+        .into_iter()
+        .map(|settled| (settled.fence.id, settled))
+        .collect();
+    for settlement in batch.drain(..) {
+        let settled = settled.remove(&settlement.lease.id);
+        shared.leases.remove(&settlement.lease);
+        let held = match (settled, &settlement.result) {
+            (Some(settled), Settling::Again { hold: true, .. }) => Some(Held {
+                lease: shared.leases.insert(settled.fence, Vec::new()),
+                attempts: settled.attempts,
+            }),
+            (Some(settled), Settling::Again { delay, .. }) => {
+                if *delay < enqueue::RUNNER_WAIT {
+                    word.runners.push(settled.channel.into());
+                }
+                None
+            }
+            _ => None,
+        };
+        if let Err(Some(held)) = settlement.done.send(held) {
+            // Nobody is left to make the attempt; when its time and the lease are over, another runner will.
+            shared.leases.remove(&held.lease);
+        }
+    }
+    // Those who wait for what went back into the queue may have to ask for it.
+    shared.waiters.poke();
+    Ok(())
 }
 
 /// Results whose claim is no longer the latest. If the request has ended, here after a lost acknowledgement or
 /// elsewhere, its waiters get that outcome; else whoever holds it now will wake them.
-async fn read_stale(shared: &Shared, ids: Vec<crate::id::RequestId>) {
+async fn read_stale(shared: &Shared, ids: Vec<RequestId>) {
     if ids.is_empty() {
         return;
     }
-    log::warn!(
-        "{} results came too late: their leases had run out",
+    log::info!(
+        "{} results change nothing: their requests were taken over or ended in the meantime",
         ids.len()
     );
     let found = shared
@@ -238,7 +279,7 @@ struct Word {
 }
 
 impl Word {
-    fn about(&mut self, shared: &Shared, settled: &[Settled]) {
+    fn about_finished(&mut self, shared: &Shared, settled: &[Settled]) {
         for settled in settled {
             self.instances
                 .extend(settled.waiter.filter(|waiter| *waiter != shared.instance));
