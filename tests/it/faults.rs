@@ -32,15 +32,15 @@ fn builder(pool: &PgPool) -> DurableBuilder {
     )
 }
 
-/// A server that answers only as far as permits are given.
+/// A server that echoes, but only as far as permits are given.
 async fn held_server() -> (Server, Arc<Semaphore>) {
     let gate = Arc::new(Semaphore::new(0));
     let wait = Arc::clone(&gate);
-    let server = Server::start(move |_, _| {
+    let server = Server::start(move |_, seen| {
         let wait = Arc::clone(&wait);
         async move {
             wait.acquire().await.unwrap().forget();
-            reply(200, "late")
+            reply(200, seen.body)
         }
     })
     .await;
@@ -113,7 +113,7 @@ async fn an_attempt_may_last_longer_than_its_lease() {
     .await;
     gate.add_permits(100);
     let response = in_time(waiting).await.unwrap().unwrap();
-    assert_eq!(response.text().unwrap(), "late");
+    assert_eq!(response.text().unwrap(), "x");
     assert_eq!(server.count(), 1);
 }
 
@@ -334,19 +334,7 @@ async fn what_the_database_refuses_of_a_result_fails_alone() {
     .execute(database.pool())
     .await
     .unwrap();
-    let (server, gate) = {
-        let gate = Arc::new(Semaphore::new(0));
-        let wait = Arc::clone(&gate);
-        let server = Server::start(move |_, seen| {
-            let wait = Arc::clone(&wait);
-            async move {
-                wait.acquire().await.unwrap().forget();
-                reply(200, seen.body)
-            }
-        })
-        .await;
-        (server, gate)
-    };
+    let (server, gate) = held_server().await;
     let durable = builder(database.pool()).build().unwrap();
     let mut callers = JoinSet::new();
     for number in 0..20 {
