@@ -278,7 +278,7 @@ impl Durable {
     }
 
     /// Stops claiming, waits up to `grace` for the attempts in flight, gives the rest back for others and closes the
-    /// crate's connections. The caller's pool stays open. Calls that wait, and calls made later, end with [`Error::is_closed`].
+    /// crate's connections. What is still being sent then may have arrived: it counts as a failed attempt, with its normal delay. The caller's pool stays open. Calls that wait, and calls made later, end with [`Error::is_closed`].
     ///
     /// Dropping every handle without it loses nothing either: what was in flight is then taken over when its lease ends.
     ///

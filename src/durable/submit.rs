@@ -79,11 +79,21 @@ impl Durable {
         prepared: Prepared,
         live: Option<Live>,
     ) -> Result<Submitted, Error> {
+        let has_client = live.is_some();
+        self.hand_in(prepared, live, has_client)
+    }
+
+    fn hand_in(
+        &self,
+        prepared: Prepared,
+        live: Option<Live>,
+        has_client: bool,
+    ) -> Result<Submitted, Error> {
         let Prepared { mut row, job } = prepared;
         let engine = self.engine();
         let may_start = !row.ordered && row.delay.is_zero();
         let slots = may_start
-            .then(|| engine.inline_slots(&row.channel))
+            .then(|| engine.inline_slots(&row.channel, has_client))
             .flatten();
         let start = slots.map(|slots| Start {
             engine: Arc::clone(engine),
@@ -106,9 +116,10 @@ impl Durable {
         live: Option<Live>,
     ) -> Result<AwaitResponse, Error> {
         let waiters = &self.engine().shared().waiters;
+        let has_client = live.is_some();
         let waiter = waiters.subscribe(prepared.id(), live);
         Ok(AwaitResponse {
-            submitted: Some(self.submit(prepared, None)?),
+            submitted: Some(self.hand_in(prepared, None, has_client)?),
             waiter,
             _durable: self.clone(),
         })

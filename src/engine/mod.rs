@@ -45,7 +45,6 @@ use waiters::Waiters;
 const LARGE_BODIES: usize = 16;
 /// Longer than any statement may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
-
 /// How often a shutdown looks whether everything is settled.
 const DRAIN_POLL: Duration = Duration::from_millis(5);
 
@@ -287,16 +286,20 @@ impl Engine {
         let _ = self.settle.send(settlement);
     }
 
-    /// Slots for a first attempt by this process, if it may make one on this channel now.
+    /// Slots for a first attempt by this process, if it may make one on this channel now and there is a client for it: the live
+    /// caller's, or the engine's own.
     pub(crate) fn inline_slots(
         &self,
         channel: &str,
+        has_client: bool,
     ) -> Option<Vec<tokio::sync::OwnedSemaphorePermit>> {
         let subscribed = match &self.config().channels {
             None => true,
             Some(channels) => channels.iter().any(|subscribed| **subscribed == *channel),
         };
-        if !subscribed || !self.running.load(Ordering::Acquire) || self.is_closing() {
+        let has_client = has_client || self.transport.is_known();
+        let running = self.running.load(Ordering::Acquire) && !self.is_closing();
+        if !(subscribed && running && has_client) {
             return None;
         }
         let inline = Arc::clone(&self.inline_slots).try_acquire_owned().ok()?;
@@ -372,7 +375,7 @@ impl Engine {
                 if pool.size() == 0 {
                     break;
                 }
-                tokio::time::sleep(Duration::from_millis(5)).await;
+                tokio::time::sleep(DRAIN_POLL).await;
             }
         };
         // A connection that hangs in the network is left to its end.

@@ -64,6 +64,13 @@ impl TransportSlot {
         }
     }
 
+    pub(crate) fn is_known(&self) -> bool {
+        self.transport
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+
     pub(crate) fn get(&self) -> Option<Transport> {
         self.transport
             .lock()
@@ -75,7 +82,7 @@ impl TransportSlot {
     pub(crate) async fn known(&self) {
         loop {
             let known = self.known.notified();
-            if self.get().is_some() {
+            if self.is_known() {
                 return;
             }
             known.await;

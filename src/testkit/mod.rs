@@ -15,6 +15,8 @@
 //! # }
 //! ```
 //!
+//! All of it needs a tokio runtime, whichever runtime the tested code runs on.
+//!
 //! # Which Postgres
 //!
 //! The first that there is of:
