@@ -121,7 +121,7 @@ impl Db {
         match tokio::time::timeout(STATEMENT_TIMEOUT, statements(&mut connection)).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => {
-                let unknown = !matches!(error, sqlx::Error::Database(_) | sqlx::Error::Encode(_));
+                let unknown = is_unknown(&error);
                 if unknown {
                     drop(connection.detach());
                 }
@@ -135,6 +135,19 @@ impl Db {
                 })
             }
         }
+    }
+}
+
+/// Whether the statement may have been committed all the same.
+fn is_unknown(error: &sqlx::Error) -> bool {
+    match error {
+        // Refused, unless it is the session that ended (class 08, and 57P for an operator's shutdown): that may have been
+        // after the commit.
+        sqlx::Error::Database(error) => error
+            .code()
+            .is_some_and(|code| code.starts_with("08") || code.starts_with("57P")),
+        sqlx::Error::Encode(_) => false,
+        _ => true,
     }
 }
 
