@@ -71,7 +71,8 @@ impl Options {
         self
     }
 
-    /// How long one attempt may take, from its start to the last byte of the response. Defaults to the builder's.
+    /// How long one attempt may take, from its start to the last byte of the response. Defaults to a reqwest request's own timeout,
+    /// if it has one, else to the builder's.
     #[must_use]
     pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = Some(timeout);
