@@ -348,11 +348,11 @@ impl Durable {
                         let cancelled =
                             inspect::clear(&mut *connection, channels.as_deref(), retention, BATCH)
                                 .await?;
-                        let waiters = cancelled.iter().filter_map(|(_, waiter)| *waiter);
-                        let mut others: Vec<Uuid> =
-                            waiters.filter(|waiter| *waiter != instance).collect();
-                        others.sort_unstable();
-                        others.dedup();
+                        let waited = cancelled
+                            .iter()
+                            .filter_map(|(id, waiter)| Some(((*waiter)?, *id)));
+                        let others: Vec<(Uuid, RequestId)> =
+                            waited.filter(|(waiter, _)| *waiter != instance).collect();
                         if !others.is_empty() {
                             outcome::notify_waiters(connection, &others).await?;
                         }
@@ -363,9 +363,11 @@ impl Durable {
             for (id, _) in &cancelled {
                 shared.leases.forget(*id);
             }
+            let was_last = cancelled.len() < BATCH as usize;
             // Those who wait here find the outcome in the database.
-            shared.waiters.poke();
-            if cancelled.len() < BATCH as usize {
+            let ids = cancelled.into_iter().map(|(id, _)| id);
+            shared.waiters.ask_soon(ids.collect());
+            if was_last {
                 return Ok(());
             }
         }

@@ -4,13 +4,13 @@
 //! it listens for word from other processes, and asks the database every [`POLL_INTERVAL`] all the same, because a
 //! notification is a hint and never the truth.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgListener;
 use tokio::sync::{Notify, oneshot};
@@ -35,7 +35,8 @@ pub(crate) type Waited = Result<Outcome, Error>;
 pub(crate) struct Waiters {
     waiting: Mutex<HashMap<RequestId, Vec<Entry>>>,
     next_token: AtomicU64,
-    /// Somebody began to wait for a request that is not driven here.
+    /// Requests that may have ended, or that nobody has listened for yet.
+    wanted: Mutex<Vec<RequestId>>,
     changed: Notify,
 }
 
@@ -102,9 +103,14 @@ impl Waiters {
             .find_map(|entry| entry.live.clone())
     }
 
-    /// Has the database asked soon.
-    pub(crate) fn poke(&self) {
-        self.changed.notify_one();
+    /// Has the database asked soon for those of these requests that somebody waits for and nobody here drives.
+    pub(crate) fn ask_soon(&self, ids: Vec<RequestId>) {
+        if !ids.is_empty() {
+            let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            wanted.extend(ids);
+            drop(wanted);
+            self.changed.notify_one();
+        }
     }
 
     /// Nobody will be woken any more.
@@ -113,7 +119,7 @@ impl Waiters {
             let _ = entry.sender.send(Err(Error::new(Kind::Closed)));
         }
         // Lets go of the connection that listens.
-        self.poke();
+        self.changed.notify_one();
     }
 
     fn fail(&self, id: RequestId, error: impl Fn() -> Error) {
@@ -128,6 +134,11 @@ impl Waiters {
                 waiting.insert(id, early);
             }
         }
+    }
+
+    fn take_wanted(&self) -> HashSet<RequestId> {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *wanted).into_iter().collect()
     }
 
     fn armed(&self) -> Vec<RequestId> {
@@ -153,7 +164,7 @@ impl Waiter {
             }
         }
         if elsewhere {
-            self.waiters.poke();
+            self.waiters.ask_soon(vec![self.id]);
         }
     }
 }
@@ -182,38 +193,50 @@ impl Drop for Waiter {
 }
 
 /// Looks after waiters whose request is driven elsewhere, or nowhere yet.
+///
+/// All of them are asked for every [`POLL_INTERVAL`]; in between only those of which there is word, so that the cost of
+/// an outcome doesn't grow with the number of waiters.
 pub(crate) async fn watch(shared: Arc<Shared>) {
+    let waiters = &shared.waiters;
     let mut listener: Option<PgListener> = None;
+    let mut next_round = Instant::now();
     loop {
-        let ids: Vec<RequestId> = shared
-            .waiters
-            .armed()
-            .into_iter()
-            .filter(|id| !shared.leases.is_driven(*id))
-            .collect();
+        let mut ids = waiters.armed();
+        ids.retain(|id| !shared.leases.is_driven(*id));
+        let wanted = waiters.take_wanted();
         if ids.is_empty() {
-            if shared.waiters.lock().is_empty() {
+            if waiters.lock().is_empty() {
                 // Nobody to listen for: the connection goes back.
                 listener = None;
             }
             tokio::select! {
-                () = shared.waiters.changed.notified() => {}
+                () = waiters.changed.notified() => {}
                 // A request that was driven here may have gone back into the queue.
-                () = tokio::time::sleep(POLL_INTERVAL), if !shared.waiters.lock().is_empty() => {}
+                () = tokio::time::sleep(POLL_INTERVAL), if !waiters.lock().is_empty() => {}
             }
             continue;
         }
-        // Listening comes before asking, so that nothing ends unnoticed in between.
+        let mut whole_round = Instant::now() >= next_round;
         if listener.is_none() {
             listener = listen(&shared).await;
+            // What ended before there was a listener has to be asked for.
+            whole_round = true;
+        }
+        if whole_round {
+            next_round = Instant::now() + POLL_INTERVAL;
+        } else {
+            ids.retain(|id| wanted.contains(id));
         }
         for ids in ids.chunks(MAX_IDS) {
             ask(&shared, ids).await;
         }
         tokio::select! {
-            () = shared.waiters.changed.notified() => {}
-            () = tokio::time::sleep(POLL_INTERVAL) => {}
-            alive = heard(&mut listener) => if !alive { listener = None },
+            () = waiters.changed.notified() => {}
+            () = tokio::time::sleep_until(next_round.into()) => {}
+            heard = heard(&mut listener) => match heard {
+                Some(ids) => waiters.ask_soon(ids),
+                None => listener = None,
+            },
         }
     }
 }
@@ -229,10 +252,13 @@ async fn listen(shared: &Shared) -> Option<PgListener> {
     Some(listener)
 }
 
-/// Whether the listener is still of use after this.
-async fn heard(listener: &mut Option<PgListener>) -> bool {
+/// The requests of which there is word, or `None` if the listener is of no more use.
+async fn heard(listener: &mut Option<PgListener>) -> Option<Vec<RequestId>> {
     match listener {
-        Some(listener) => listener.recv().await.is_ok(),
+        Some(listener) => {
+            let heard = listener.recv().await.ok()?;
+            Some(outcome::notified_ids(heard.payload()))
+        }
         None => std::future::pending().await,
     }
 }

@@ -112,21 +112,34 @@ pub(crate) fn notification_channel(instance: Uuid) -> String {
     format!("requeuest_{}", instance.simple())
 }
 
-/// Tells instances that requests which they wait for have ended.
+/// Tells instances which of the requests that they wait for have ended. The ids are a hint, no proof.
 pub(crate) async fn notify_waiters(
     connection: &mut PgConnection,
-    instances: &[Uuid],
+    ended: &[(Uuid, RequestId)],
 ) -> Result<(), sqlx::Error> {
-    let channels: Vec<String> = instances
+    let (instances, ids): (Vec<Uuid>, Vec<Uuid>) = ended
         .iter()
-        .copied()
-        .map(notification_channel)
-        .collect();
-    sqlx::query("SELECT pg_notify(c.name, '') FROM unnest($1::text[]) AS c(name)")
-        .bind(channels)
-        .execute(connection)
-        .await?;
+        .map(|(instance, id)| (*instance, Uuid::from(*id)))
+        .unzip();
+    // A payload has to be shorter than 8000 bytes: 200 ids are 7400.
+    sqlx::query(
+        "SELECT pg_notify('requeuest_' || replace(i.instance::text, '-', ''), string_agg(i.id::text, ','))
+         FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS i(instance, id, number)
+         GROUP BY i.instance, i.number / 200",
+    )
+    .bind(instances)
+    .bind(ids)
+    .execute(connection)
+    .await?;
     Ok(())
+}
+
+/// The ids in a notification's payload; what isn't one is left out, since anybody may notify.
+pub(crate) fn notified_ids(payload: &str) -> Vec<RequestId> {
+    payload
+        .split(',')
+        .filter_map(|id| id.parse().ok())
+        .collect()
 }
 
 /// The state of one request.

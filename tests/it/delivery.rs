@@ -751,3 +751,29 @@ async fn a_request_held_between_two_attempts_is_seen_as_retryable() {
     .await;
     caller.abort();
 }
+
+#[tokio::test]
+async fn many_waiters_elsewhere_each_get_their_own_response() {
+    let database = migrated().await;
+    let server = Server::start(|_, seen| async move { reply(200, seen.body) }).await;
+    let waiting = elsewhere(&database).await;
+    let mut callers = tokio::task::JoinSet::new();
+    for number in 0..250 {
+        let durable = waiting.clone();
+        let request = http::Request::post(server.url("/"))
+            .body(number.to_string())
+            .unwrap();
+        callers.spawn(async move { (number, durable.await_response(request).await.unwrap()) });
+    }
+    let queued = "select count(*) from requeuest.mq_msgs";
+    eventually("all are enqueued", || async {
+        count(&database, queued).await == 250
+    })
+    .await;
+    // More than the payload of one notification names, settled in a few batches.
+    let _delivering = Durable::new(database.pool().clone());
+    for (number, response) in in_time(callers.join_all()).await {
+        assert_eq!(response.text().unwrap(), number.to_string());
+    }
+    assert_eq!(server.count(), 250);
+}

@@ -15,7 +15,7 @@ use crate::engine::lane;
 use crate::engine::runner::lease::Lease;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
-use crate::store::outcome::{self, Found};
+use crate::store::outcome;
 use crate::store::settle::{self, Again, Failure, Settled};
 use crate::store::{DbError, enqueue};
 
@@ -185,7 +185,7 @@ async fn write_finishes(
         // Whoever drove the attempt may be gone.
         let _ = settlement.done.send(None);
     }
-    read_stale(shared, stale).await;
+    read_stale(shared, stale);
     Ok(())
 }
 
@@ -223,6 +223,7 @@ async fn write_agains(
         .into_iter()
         .map(|settled| (settled.fence.id, settled))
         .collect();
+    let mut returned = Vec::new();
     for settlement in batch.drain(..) {
         let settled = settled.remove(&settlement.lease.id);
         shared.leases.remove(&settlement.lease);
@@ -232,6 +233,7 @@ async fn write_agains(
                 attempts: settled.attempts,
             }),
             (Some(settled), Settling::Again { delay, .. }) => {
+                returned.push(settled.fence.id);
                 if *delay < enqueue::RUNNER_WAIT {
                     word.runners.push(settled.channel.into());
                 }
@@ -244,14 +246,14 @@ async fn write_agains(
             shared.leases.remove(&held.lease);
         }
     }
-    // Those who wait for what went back into the queue may have to ask for it.
-    shared.waiters.poke();
+    // Those who wait for what went back into the queue have to listen for it.
+    shared.waiters.ask_soon(returned);
     Ok(())
 }
 
 /// Results whose claim is no longer the latest. If the request has ended, here after a lost acknowledgement or
 /// elsewhere, its waiters get that outcome; else whoever holds it now will wake them.
-async fn read_stale(shared: &Shared, ids: Vec<RequestId>) {
+fn read_stale(shared: &Shared, ids: Vec<RequestId>) {
     if ids.is_empty() {
         return;
     }
@@ -259,49 +261,40 @@ async fn read_stale(shared: &Shared, ids: Vec<RequestId>) {
         "{} results change nothing: their requests were taken over or ended in the meantime",
         ids.len()
     );
-    let found = shared
-        .db
-        .run(move |connection| Box::pin(async move { outcome::find(connection, &ids).await }))
-        .await;
-    for (_, found) in found.unwrap_or_default() {
-        if let Found::Finished(outcome) = found {
-            shared.waiters.wake(&outcome);
-        }
-    }
-    shared.waiters.poke();
+    shared.waiters.ask_soon(ids);
 }
 
 /// Who is to be told after a commit.
 #[derive(Default)]
 struct Word {
-    instances: Vec<Uuid>,
+    /// Ended requests, and the other instances that wait for them.
+    waiters: Vec<(Uuid, RequestId)>,
     runners: Vec<Arc<str>>,
 }
 
 impl Word {
     fn about_finished(&mut self, shared: &Shared, settled: &[Settled]) {
         for settled in settled {
-            self.instances
-                .extend(settled.waiter.filter(|waiter| *waiter != shared.instance));
+            let waiter = settled.waiter.filter(|waiter| *waiter != shared.instance);
+            self.waiters
+                .extend(waiter.map(|waiter| (waiter, settled.fence.id)));
             if settled.ordered {
                 self.runners.push(settled.channel.as_str().into());
             }
         }
-        self.instances.sort_unstable();
-        self.instances.dedup();
     }
 
     async fn send(self, shared: &Shared) {
-        let Self { instances, runners } = self;
-        if instances.is_empty() && runners.is_empty() {
+        let Self { waiters, runners } = self;
+        if waiters.is_empty() && runners.is_empty() {
             return;
         }
         let told = shared
             .db
             .run(move |connection| {
                 Box::pin(async move {
-                    if !instances.is_empty() {
-                        outcome::notify_waiters(&mut *connection, &instances).await?;
+                    if !waiters.is_empty() {
+                        outcome::notify_waiters(&mut *connection, &waiters).await?;
                     }
                     if !runners.is_empty() {
                         enqueue::notify_runners(connection, &runners).await?;
