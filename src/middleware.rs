@@ -53,7 +53,7 @@ impl Middleware for Durable {
         let prepared = self
             .prepare(durable_request, Mode::Awaited)
             .map_err(refused)?;
-        let (claims, mut claimed) = mpsc::unbounded_channel();
+        let (claims, mut claimed) = mpsc::channel(1);
         let response = self
             .submit_awaited(prepared, Some(Live::Caller(claims)))
             .map_err(refused)?;

@@ -15,8 +15,9 @@ use crate::engine::transport::Transport;
 /// How a waiting caller's request is sent.
 #[derive(Clone, Debug)]
 pub(crate) enum Live {
-    /// By the caller's own future, which has the client borrowed.
-    Caller(mpsc::UnboundedSender<Claim>),
+    /// By the caller's own future, which has the client borrowed. There is room for one claim: a caller that did not come for the
+    /// last one gets no other.
+    Caller(mpsc::Sender<Claim>),
     /// By the engine, through the service that the caller used, with what it attached to the request.
     Service(Service),
 }
@@ -42,11 +43,11 @@ impl Live {
 pub(crate) fn hand_over(mut claim: Claim, live: Option<Live>) {
     let live = live.or_else(|| claim.engine().shared().waiters.live(claim.job().id));
     let transport = match live {
-        Some(Live::Caller(caller)) => match caller.send(claim.awaiting_caller()) {
+        Some(Live::Caller(caller)) => match caller.try_send(claim.awaiting_caller()) {
             Ok(()) => return,
-            // Gone in this moment.
-            Err(mpsc::error::SendError(unclaimed)) => {
-                claim = unclaimed;
+            // Gone, or not polled any more.
+            Err(unclaimed) => {
+                claim = unclaimed.into_inner();
                 claim.engine().transport()
             }
         },

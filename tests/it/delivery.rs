@@ -193,8 +193,10 @@ async fn a_caller_that_is_not_polled_keeps_no_slot_past_its_deadline() {
         .unwrap();
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
     assert_eq!(outcome.status, Status::Completed);
-    // It gets its response all the same, once it is polled.
+    // Its own request goes through the handle's transport instead, and it gets the response once it is polled.
+    server.wait_for(2).await;
     assert_eq!(in_time(stuck).await.unwrap().status(), 200);
+    assert_eq!(server.count(), 2);
 }
 
 #[tokio::test]
