@@ -59,7 +59,9 @@ pub(crate) async fn drive_by_engine(claim: Claim, transport: Transport) {
 /// Makes attempts until the request has ended or is back in the queue.
 pub(crate) async fn drive(mut claim: Claim, sender: &mut dyn Sender) {
     loop {
-        claim.begin().await;
+        if !claim.begin().await {
+            return;
+        }
         let max_response_body = claim.engine().config().max_response_body;
         let made = make(claim.job(), sender, max_response_body).await;
         match Judged::judge(made, &claim) {

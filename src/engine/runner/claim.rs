@@ -107,9 +107,15 @@ impl Claim {
         !self.engine.is_closing() && self.engine.shared().waiters.contains(self.job.id)
     }
 
-    /// Marks the attempt as begun: from here on the lease is renewed and a slot is taken.
-    pub(crate) async fn begin(&mut self) {
-        let Some(lease) = &self.lease else { return };
+    /// Marks the attempt as begun: from here on the lease is renewed and a slot is taken. Returns whether it is still to be
+    /// made: the request may have been cancelled, or taken from a caller that did not come in time.
+    pub(crate) async fn begin(&mut self) -> bool {
+        let leases = &self.engine.shared().leases;
+        let Some(lease) = self.lease.as_ref().filter(|lease| leases.holds(lease)) else {
+            // There is nothing to give back.
+            self.lease = None;
+            return false;
+        };
         if !lease.has_slot() {
             lease.waiting();
             if let Ok(slot) = Arc::clone(self.engine.slots()).acquire_owned().await {
@@ -119,6 +125,7 @@ impl Claim {
         let now = Instant::now();
         lease.sending(now + hard_deadline(&self.job));
         self.sending = Some(now);
+        true
     }
 
     /// The delay until the next attempt after this one, or `None` to give up.
@@ -140,20 +147,12 @@ impl Claim {
                 .is_none()
     }
 
-    /// Waits until the attempt is due. Returns whether it still is to be made.
-    pub(crate) async fn wait(&mut self) -> bool {
+    /// Waits until the attempt is due. `false` if a shutdown comes first: then it is given back at once, for others.
+    pub(crate) async fn wait(&self) -> bool {
         tokio::select! {
-            () = tokio::time::sleep_until(self.due.into()) => {}
-            // Given back at once, for others.
-            () = self.engine.closing() => return false,
+            () = tokio::time::sleep_until(self.due.into()) => true,
+            () = self.engine.closing() => false,
         }
-        let leases = &self.engine.shared().leases;
-        let stands = self.lease.as_ref().is_some_and(|lease| leases.holds(lease));
-        if !stands {
-            // Cancelled meanwhile: there is nothing to give back.
-            self.lease = None;
-        }
-        stands
     }
 
     /// Ends the request; returns after the commit.
