@@ -17,6 +17,10 @@ use crate::engine::transport::Transport;
 pub(crate) enum Live {
     /// By the caller's own future, which has the client borrowed. There is room for one claim: a caller that did not come for the
     /// last one gets no other.
+    #[cfg_attr(
+        not(feature = "reqwest-middleware"),
+        allow(dead_code, reason = "only the middleware's callers send by themselves")
+    )]
     Caller(mpsc::Sender<Claim>),
     /// By the engine, through the service that the caller used, with what it attached to the request.
     Service(Service),
