@@ -19,8 +19,15 @@ CREATE TABLE mq_msgs (
     claim_no int NOT NULL DEFAULT 0,
     -- Transmissions begun.
     attempts int NOT NULL DEFAULT 0,
-    -- 0 waiting, 1 being attempted, 2 held for the next attempt by the process that made the last one.
-    state smallint NOT NULL DEFAULT 0
+    -- 0 waiting, 1 claimed, 2 held for the next attempt by the process that made the last one, 3 ended without success and
+    -- holding up its ordering key, 4 being sent and not to be sent again.
+    state smallint NOT NULL DEFAULT 0,
+    -- When it is given up, whether or not anybody got round to sending it.
+    deadline timestamptz,
+    -- A newer request with the same one takes its place for as long as it has not been sent.
+    supersede_key text COLLATE "C",
+    -- Ended without success it holds up its ordering key.
+    halts boolean NOT NULL DEFAULT false
 ) WITH (
     fillfactor = 70,
     -- The table is small and all of it changes: shares of its size say nothing.
@@ -39,6 +46,11 @@ CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, attempt_at);
 CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, channel_args, attempt_at);
 -- The head of an ordering key.
 CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_name, channel_args, seq) WHERE seq IS NOT NULL;
+
+-- What is given up by time.
+CREATE INDEX mq_msgs_deadline ON mq_msgs (deadline) WHERE deadline IS NOT NULL;
+-- What a newer request may take the place of.
+CREATE INDEX mq_msgs_supersede ON mq_msgs (channel_name, supersede_key) WHERE supersede_key IS NOT NULL;
 
 CREATE SEQUENCE mq_seq;
 
@@ -62,49 +74,6 @@ CREATE TABLE mq_payloads (
 -- Most bodies don't compress well, and an uncompressed one can be measured and cut without being read.
 ALTER TABLE mq_payloads ALTER COLUMN body SET STORAGE EXTERNAL;
 ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
-
--- Persists one request, in the caller's transaction: a commit sends it, a rollback never does. Returns false, with nothing
--- done, if another transaction is about to add to the same ordering key and p_wait is not set.
-CREATE FUNCTION enqueue(
-    p_id uuid,
-    p_channel text,
-    p_group text,
-    p_ordered boolean,
-    p_delay interval,
-    p_name text,
-    p_head text,
-    p_body bytea,
-    p_waiter uuid,
-    p_notify boolean,
-    p_wait boolean
-) RETURNS boolean
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
-AS $$
-DECLARE
-    v_lock bigint;
-    v_seq bigint;
-BEGIN
-    IF p_ordered THEN
-        -- Held until the commit, so that the order of `seq` is the order of the commits. The number is drawn in a
-        -- later statement than the lock is taken in: drawn in the same one it could be older than the wait.
-        v_lock := hashtextextended(concat_ws('/', 'requeuest', current_schema(), p_channel, p_group), 0);
-        IF p_wait THEN
-            PERFORM pg_advisory_xact_lock(v_lock);
-        ELSIF NOT pg_try_advisory_xact_lock(v_lock) THEN
-            RETURN false;
-        END IF;
-        v_seq := nextval('mq_seq');
-    END IF;
-    INSERT INTO mq_payloads (id, name, head, body) VALUES (p_id, p_name, p_head, p_body);
-    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, waiter)
-    VALUES (p_id, p_channel, p_group, clock_timestamp() + p_delay, v_seq, p_waiter);
-    IF p_notify THEN
-        PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
-    END IF;
-    RETURN true;
-END;
-$$;
 
 -- Claims up to batch_size due requests. The lease is the session's `requeuest.lease`.
 --
@@ -148,6 +117,10 @@ DECLARE
     v_share int := greatest(1, batch_size / 16);
     v_visits int := 0;
 BEGIN
+    IF EXISTS (SELECT FROM mq_msgs m WHERE m.deadline <= v_now) THEN
+        PERFORM expire_requests(batch_size);
+    END IF;
+
     IF v_channels IS NULL THEN
         WITH RECURSIVE present(channel) AS (
             (SELECT m.channel_name FROM mq_msgs m ORDER BY m.channel_name LIMIT 1)
@@ -246,11 +219,13 @@ BEGIN
     END IF;
 
     RETURN QUERY
-    WITH claimed AS (
+    WITH before AS MATERIALIZED (
+        SELECT m.id, m.state = 4 AS lost FROM mq_msgs m WHERE m.id = ANY (v_picked)
+    ), claimed AS (
         UPDATE mq_msgs m
         SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1, state = 1
-        WHERE m.id = ANY (v_picked)
-        RETURNING m.id, m.claim_no, m.attempts
+        FROM before b WHERE m.id = b.id
+        RETURNING m.id, m.claim_no, m.attempts, m.deadline, b.lost
     )
     SELECT
         c.id,
@@ -261,6 +236,8 @@ BEGIN
             '{"claim_no":', c.claim_no,
             ',"attempts":', c.attempts,
             ',"age_ms":', coalesce((extract(epoch FROM v_now - p.created_at) * 1000)::bigint, 0),
+            ',"deadline_ms":', coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
+            ',"lost":', c.lost::text,
             ',"fetch_body":', CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
             ',"head":', coalesce(p.head, 'null'),
             '}'
@@ -272,34 +249,7 @@ BEGIN
 END;
 $$;
 
--- sqlxmq's remaining entry points, for tools that speak its language.
-
-CREATE TYPE mq_new_t AS (
-    id uuid,
-    delay interval,
-    retries int,
-    retry_backoff interval,
-    channel_name text,
-    channel_args text,
-    commit_interval interval,
-    ordered boolean,
-    name text,
-    payload_json text,
-    payload_bytes bytea
-);
-
-CREATE FUNCTION mq_insert(new_messages mq_new_t[]) RETURNS void
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    PERFORM enqueue(
-        m.id, m.channel_name, m.channel_args, coalesce(m.ordered, false), coalesce(m.delay, '0'),
-        m.name, m.payload_json, m.payload_bytes, NULL, true, true
-    )
-    FROM unnest(new_messages) WITH ORDINALITY AS m ORDER BY m.ordinality;
-END;
-$$;
+-- sqlxmq's remaining entry points, for tools that speak its language; `mq_insert` and `mq_clear` are further on.
 
 CREATE FUNCTION mq_delete(msg_ids uuid[]) RETURNS void
 LANGUAGE plpgsql

@@ -1,6 +1,3 @@
-DROP FUNCTION mq_clear_all();
-DROP FUNCTION mq_clear(text[]);
-DROP FUNCTION cancel_channels(text[], interval, int);
 DROP TABLE destinations;
 DROP TABLE request_keys;
 DROP TABLE attempts;

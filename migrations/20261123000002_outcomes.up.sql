@@ -103,6 +103,9 @@ CREATE TABLE request_keys (
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (channel_name, key)
 );
+CREATE INDEX request_keys_created_at ON request_keys (created_at);
+-- Where a replay takes a key over, and where keys of forgotten requests are found.
+CREATE INDEX request_keys_id ON request_keys (id);
 
 -- What the whole fleet knows of an origin.
 CREATE TABLE destinations (
@@ -112,41 +115,3 @@ CREATE TABLE destinations (
     limits json,
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-
--- Ends up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) as cancelled. Returns them, with
--- the instances that wait for their outcomes.
-CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int)
-RETURNS TABLE (id uuid, waiter uuid)
-LANGUAGE sql
-SET search_path FROM CURRENT
-AS $$
-    WITH locked AS MATERIALIZED (
-        SELECT m.id FROM mq_msgs m
-        WHERE channel_names IS NULL OR m.channel_name = ANY (channel_names)
-        ORDER BY m.id LIMIT p_limit FOR UPDATE
-    ), removed AS (
-        DELETE FROM mq_msgs m USING locked WHERE m.id = locked.id
-        RETURNING m.id, m.channel_name, m.channel_args, m.attempts, m.waiter
-    ), payloads AS (
-        DELETE FROM mq_payloads p USING locked WHERE p.id = locked.id RETURNING p.id, p.created_at
-    ), stored AS (
-        INSERT INTO outcomes (
-            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at
-        )
-        SELECT
-            outcome_slot(clock_timestamp(), p_retention), r.id, r.channel_name, r.channel_args, 'cancelled', r.attempts,
-            coalesce(p.created_at, clock_timestamp()), clock_timestamp(), clock_timestamp() + p_retention
-        FROM removed r LEFT JOIN payloads p ON p.id = r.id
-    )
-    SELECT r.id, r.waiter FROM removed r;
-$$;
-
-CREATE FUNCTION mq_clear(channel_names text[]) RETURNS void
-LANGUAGE sql
-SET search_path FROM CURRENT
-AS $$ SELECT count(*) FROM cancel_channels(coalesce(channel_names, '{}'), '1 day', NULL); SELECT NULL::void $$;
-
-CREATE FUNCTION mq_clear_all() RETURNS void
-LANGUAGE sql
-SET search_path FROM CURRENT
-AS $$ SELECT count(*) FROM cancel_channels(NULL, '1 day', NULL); SELECT NULL::void $$;

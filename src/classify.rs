@@ -90,11 +90,20 @@ pub(crate) enum FailureClass {
     Status,
     /// The process or caller that made the attempt went away.
     Abandoned,
+    /// The process that made the attempt was lost.
+    Lost,
+    /// The request's deadline passed.
+    Deadline,
     /// The stored request can't be sent.
     Unusable,
 }
 
 impl FailureClass {
+    /// Whether bytes of the request may have left. Without certainty they may.
+    pub(crate) fn may_have_been_sent(self) -> bool {
+        !matches!(self, Self::Connect | Self::Deadline | Self::Unusable)
+    }
+
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Timeout => "timeout",
@@ -102,6 +111,8 @@ impl FailureClass {
             Self::Transport => "transport",
             Self::Status => "status",
             Self::Abandoned => "abandoned",
+            Self::Lost => "lost",
+            Self::Deadline => "deadline",
             Self::Unusable => "unusable",
         }
     }

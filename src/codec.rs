@@ -16,7 +16,7 @@ use url::Url;
 use crate::classify::AcceptedResponse;
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::options::Options;
+use crate::options::{Guarantee, Options};
 use crate::request::{Request, Target};
 use crate::response::Response;
 use crate::retry::{RetryPolicy, millis};
@@ -29,6 +29,8 @@ pub(crate) struct Delivery {
     pub(crate) retry: RetryPolicy,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) accept: Option<Vec<AcceptedResponse>>,
+    #[serde(default, skip_serializing_if = "Guarantee::is_default")]
+    pub(crate) guarantee: Guarantee,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -205,6 +207,7 @@ mod tests {
             attempt_timeout: Duration::from_secs(30),
             retry: RetryPolicy::awaited(),
             accept: None,
+            guarantee: Guarantee::default(),
         }
     }
 

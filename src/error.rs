@@ -69,8 +69,12 @@ pub(crate) enum Kind {
         attempts: u32,
         last: Cow<'static, str>,
     },
-    Cancelled,
+    Cancelled {
+        superseded: bool,
+    },
     Ambiguous,
+    /// The caller's key belongs to another request.
+    KeyConflict,
     UnknownId,
     /// The pool was closed or the handle shut down.
     Closed,
@@ -158,6 +162,7 @@ impl Error {
         match self.0.kind {
             Kind::Request { field, .. } | Kind::Config { field, .. } => Some(field),
             Kind::BodyTooLarge { .. } | Kind::Body(_) => Some("body"),
+            Kind::KeyConflict => Some("key"),
             _ => None,
         }
     }
@@ -176,7 +181,7 @@ impl Error {
     pub fn is_request(&self) -> bool {
         matches!(
             self.0.kind,
-            Kind::Request { .. } | Kind::BodyTooLarge { .. } | Kind::Body(_)
+            Kind::Request { .. } | Kind::BodyTooLarge { .. } | Kind::Body(_) | Kind::KeyConflict
         )
     }
 
@@ -220,7 +225,18 @@ impl Error {
 
     /// Whether the request was cancelled.
     pub fn is_cancelled(&self) -> bool {
-        matches!(self.0.kind, Kind::Cancelled)
+        matches!(self.0.kind, Kind::Cancelled { .. })
+    }
+
+    /// Whether the request was cancelled because a newer one took its place: see [`Options::supersede`](crate::Options::supersede).
+    pub fn is_superseded(&self) -> bool {
+        matches!(self.0.kind, Kind::Cancelled { superseded: true })
+    }
+
+    /// Whether the key of the request was given to a different one before: see [`Options::key`](crate::Options::key).
+    /// [`request_id`](Self::request_id) is that one's. Nothing was persisted.
+    pub fn is_key_conflict(&self) -> bool {
+        matches!(self.0.kind, Kind::KeyConflict)
     }
 
     /// Whether the request may have been sent and must not be sent again.
@@ -337,7 +353,13 @@ impl fmt::Display for Kind {
             Self::Discarded { attempts, last } => {
                 write!(f, "given up after {attempts} attempts: {last}")
             }
-            Self::Cancelled => f.write_str("the request was cancelled"),
+            Self::Cancelled { superseded: false } => f.write_str("the request was cancelled"),
+            Self::Cancelled { superseded: true } => {
+                f.write_str("the request was cancelled: a newer one took its place")
+            }
+            Self::KeyConflict => {
+                f.write_str("invalid request: key: it was given to a different request before")
+            }
             Self::Ambiguous => {
                 f.write_str("the request may have been sent, no answer came, and it must not be sent twice")
             }

@@ -215,10 +215,7 @@ where
         body: Collect<Limited<R>>,
         rest: Option<Rest<S>>,
     },
-    Firing {
-        id: RequestId,
-        enqueued: oneshot::Receiver<Result<(), Error>>,
-    },
+    Firing(oneshot::Receiver<Result<RequestId, Error>>),
     Awaiting(AwaitResponse),
 }
 
@@ -261,10 +258,7 @@ where
         let prepared = durable.prepare(request, mode)?;
         let live = Some(Live::service(erase(inner), extensions));
         Ok(if fire {
-            State::Firing {
-                id: prepared.id(),
-                enqueued: durable.submit(prepared, live)?.enqueued,
-            }
+            State::Firing(durable.submit(prepared, live)?.enqueued)
         } else {
             State::Awaiting(durable.submit_awaited(prepared, live)?)
         })
@@ -315,10 +309,10 @@ where
                     };
                     submitted.unwrap_or_else(|error| State::Refused(Some(error)))
                 }
-                StateProj::Firing { id, enqueued } => {
+                StateProj::Firing(enqueued) => {
                     let enqueued = ready!(Pin::new(enqueued).poll(cx));
                     return Poll::Ready(match enqueued {
-                        Ok(Ok(())) => Ok(accepted(*id)),
+                        Ok(Ok(id)) => Ok(accepted(id)),
                         Ok(Err(error)) => Err(error),
                         Err(_) => Err(Error::new(Kind::Closed)),
                     });

@@ -13,7 +13,9 @@ mod codec;
 mod destination;
 mod durable;
 mod engine;
+mod fingerprint;
 mod id;
+mod idempotency;
 mod layer;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
@@ -36,9 +38,10 @@ pub use durable::{
 pub use engine::transport::{ReqwestFuture, ReqwestTransport};
 pub use error::Error;
 pub use id::RequestId;
+pub use idempotency::IdempotencyKey;
 pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
 pub use migrate::migrate;
-pub use options::Options;
+pub use options::{Guarantee, Options};
 pub use request::{MAX_URL_LEN, Request};
 pub use response::Response;
 pub use status::Status;

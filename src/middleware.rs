@@ -45,9 +45,8 @@ impl Middleware for Durable {
             let prepared = self
                 .prepare(durable_request, Mode::Fired)
                 .map_err(refused)?;
-            let id = prepared.id();
             let submitted = self.submit(prepared, None).map_err(refused)?;
-            enqueued(submitted.enqueued).await.map_err(refused)?;
+            let id = enqueued(submitted.enqueued).await.map_err(refused)?;
             return Ok(accepted(id).into());
         }
         let prepared = self
@@ -119,17 +118,22 @@ impl Sender for Inner<'_> {
         &mut self,
         request: http::Request<Body>,
     ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>> {
-        Box::pin(self.pass_on(request.into_body()))
+        Box::pin(self.pass_on(request))
     }
 }
 
 impl Inner<'_> {
-    async fn pass_on(&mut self, body: Body) -> Result<http::Response<Body>, BoxError> {
+    async fn pass_on(
+        &mut self,
+        request: http::Request<Body>,
+    ) -> Result<http::Response<Body>, BoxError> {
+        let (head, body) = request.into_parts();
         // A request without a body can always be cloned.
         let mut attempt = self
             .template
             .try_clone()
             .ok_or("the request can't be cloned")?;
+        *attempt.headers_mut() = head.headers;
         if body.is_present() {
             *attempt.body_mut() = Some(body.into());
         }

@@ -12,6 +12,9 @@ use crate::status::Status;
 /// The class of an outcome whose response body is over the limit.
 pub(crate) const RESPONSE_TOO_LARGE: &str = "response_too_large";
 
+/// The class of an outcome whose request a newer one took the place of, as the migrations write it.
+const SUPERSEDED: &str = "superseded";
+
 #[derive(Clone, Debug)]
 pub(crate) struct Outcome {
     pub(crate) id: RequestId,
@@ -86,12 +89,28 @@ impl Outcome {
         }
     }
 
+    /// May have been sent, without an answer, and must not be sent again.
+    pub(crate) fn ambiguous(
+        id: RequestId,
+        class: impl Into<Cow<'static, str>>,
+        text: String,
+    ) -> Self {
+        Self {
+            status: Status::Ambiguous,
+            ..Self::discarded(id, class, text)
+        }
+    }
+
     /// What a waiter gets: the last response if there is one, else why there is none.
     pub(crate) fn into_result(self) -> Result<Response, Error> {
         let too_large = self
             .fault
             .as_ref()
             .is_some_and(|fault| fault.class == RESPONSE_TOO_LARGE);
+        let superseded = self
+            .fault
+            .as_ref()
+            .is_some_and(|fault| fault.class == SUPERSEDED);
         let kind = match (self.status, self.response) {
             (Status::Completed | Status::Discarded, Some(response)) if too_large => {
                 Kind::ResponseTooLarge {
@@ -100,7 +119,7 @@ impl Outcome {
                 }
             }
             (Status::Completed | Status::Discarded, Some(response)) => return Ok(response),
-            (Status::Cancelled, _) => Kind::Cancelled,
+            (Status::Cancelled, _) => Kind::Cancelled { superseded },
             (Status::Ambiguous, _) => Kind::Ambiguous,
             (_, _) => Kind::Discarded {
                 attempts: self.attempts,

@@ -16,6 +16,7 @@ use crate::engine::runner::RunnerGuard;
 use crate::engine::transport::{ReqwestTransport, Transport, erase};
 use crate::engine::{Config, Engine};
 use crate::error::{BoxError, Error};
+use crate::idempotency::IdempotencyKey;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{validate_channel, validate_timeout};
 use crate::retry::{MAX_DURATION, RetryPolicy};
@@ -77,6 +78,7 @@ pub struct DurableBuilder {
     max_connections: u32,
     notify_in_transactions: bool,
     connect: Option<PgConnectOptions>,
+    idempotency_key: IdempotencyKey,
 }
 
 enum Subscription {
@@ -114,6 +116,7 @@ impl DurableBuilder {
             max_connections: DEFAULT_MAX_CONNECTIONS,
             notify_in_transactions: true,
             connect: None,
+            idempotency_key: IdempotencyKey::default(),
         }
     }
 
@@ -244,6 +247,13 @@ impl DurableBuilder {
         self
     }
 
+    /// The header by which receivers can recognise repetitions of requests whose [`Options`](crate::Options) name none. Defaults to
+    /// [`IdempotencyKey::quoted`].
+    pub fn idempotency_key(mut self, key: IdempotencyKey) -> Self {
+        self.idempotency_key = key;
+        self
+    }
+
     /// Connect options for the crate's own pool, which needs sessions of its own: to be given where the application's pool goes
     /// through a pooler in transaction mode. Defaults to the options of the application's pool.
     pub fn runner_connect(mut self, options: PgConnectOptions) -> Self {
@@ -368,6 +378,7 @@ impl DurableBuilder {
             max_connections: self.max_connections,
             notify_in_transactions: self.notify_in_transactions,
             connect: self.connect.clone(),
+            idempotency_key: self.idempotency_key.clone(),
         })
     }
 }

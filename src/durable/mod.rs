@@ -9,7 +9,6 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use sqlx::{PgExecutor, PgPool};
-use uuid::Uuid;
 
 use crate::engine::Engine;
 use crate::engine::runner::RunnerGuard;
@@ -18,8 +17,9 @@ use crate::id::RequestId;
 use crate::request::Request;
 use crate::response::Response;
 use crate::status::Status;
-use crate::store::enqueue::{self, InsertOne};
-use crate::store::{inspect, outcome};
+use crate::store::enqueue::{self, InsertOne, Inserted};
+use crate::store::inspect::{self, Cancelled};
+use crate::store::outcome;
 
 pub use self::builder::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
@@ -121,9 +121,7 @@ impl Durable {
     {
         let request = request.try_into().map_err(Into::into)?;
         let prepared = self.prepare(request, Mode::Fired)?;
-        let id = prepared.id();
-        enqueued(self.submit(prepared, None)?.enqueued).await?;
-        Ok(id)
+        enqueued(self.submit(prepared, None)?.enqueued).await
     }
 
     /// Persists a request in the caller's transaction: a commit sends it, a rollback never does.
@@ -131,8 +129,10 @@ impl Durable {
     /// The executor may be a pool, a connection or a transaction; one statement is run on it. Runners are told at the
     /// commit, unless [`DurableBuilder::notify_in_transactions`] leaves it to their next look a second later at most.
     ///
-    /// An [`ordered`](crate::Options::ordered) request locks its key until the transaction ends. Two transactions that take
-    /// two keys in opposite order deadlock, and Postgres ends one of them.
+    /// An [`ordered`](crate::Options::ordered) request locks its key until the transaction ends, and so does one with a
+    /// [`key`](crate::Options::key) or [`supersede`](crate::Options::supersede). Two transactions that take two keys in opposite order deadlock, and
+    /// Postgres ends one of them. Above `READ COMMITTED` a transaction doesn't see what was committed after its start: it may be refused with a
+    /// serialization failure, and must be run again.
     ///
     /// # Errors
     ///
@@ -170,9 +170,15 @@ impl Durable {
         let how = InsertOne {
             notify: config.notify_in_transactions && prepared.row.needs_runner(),
             wait: true,
+            again: false,
+            lease: config.lease,
+            retention: config.retention,
         };
-        enqueue::insert_one(executor, &config.schema, &prepared.row, how).await?;
-        Ok(prepared.id())
+        match enqueue::insert_one(executor, &config.schema, &prepared.row, how).await? {
+            Inserted::Attached(first) => Ok(first),
+            Inserted::Conflict(first) => Err(Error::new(Kind::KeyConflict).with_id(first)),
+            Inserted::New | Inserted::Busy => Ok(prepared.id()),
+        }
     }
 
     /// Persists a request, delivers it and waits for its response: a final one, or the last one when retries are used up.
@@ -277,6 +283,46 @@ impl Durable {
             .await
     }
 
+    /// Cancels a request. One that waits is never sent; one that is being sent is not sent again, and whatever its answer, it ends as
+    /// cancelled. Whoever waits for it gets an error ([`Error::is_cancelled`]). Returns `false`, with nothing changed, if it has ended already.
+    ///
+    /// # Errors
+    ///
+    /// If no such request exists, or no more ([`Error::is_unknown_id`]), or the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped before it returns, it may or may not have taken effect. It can be called again.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(durable: requeuest::Durable, id: requeuest::RequestId) -> Result<(), requeuest::Error> {
+    /// if !durable.cancel(id).await? {
+    ///     println!("too late: {:?}", durable.status(id).await?);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn cancel(&self, id: RequestId) -> Result<bool, Error> {
+        let shared = self.engine().shared();
+        let retention = shared.config.retention;
+        let cancelled = self
+            .engine()
+            .query(move |connection| {
+                Box::pin(async move { inspect::cancel(connection, id, retention).await })
+            })
+            .await?;
+        match cancelled {
+            Cancelled::Now => {
+                shared.leases.forget(id);
+                shared.waiters.ask_soon(vec![id]);
+                Ok(true)
+            }
+            Cancelled::Ended => Ok(false),
+            Cancelled::Unknown => Err(Error::new(Kind::UnknownId).with_id(id)),
+        }
+    }
+
     /// Stops claiming, waits up to `grace` for the attempts in flight, gives the rest back for others and closes the
     /// crate's connections. What is still being sent then may have arrived: it counts as a failed attempt, with its normal delay. The caller's pool stays open. Calls that wait, and calls made later, end with [`Error::is_closed`].
     ///
@@ -338,35 +384,23 @@ impl Durable {
     pub(crate) async fn clear(&self, channels: Option<Vec<String>>) -> Result<(), Error> {
         const BATCH: i32 = 1000;
         let shared = self.engine().shared();
-        let (retention, instance) = (shared.config.retention, shared.instance);
+        let retention = shared.config.retention;
         loop {
             let channels = channels.clone();
             let cancelled = self
                 .engine()
                 .query(move |connection| {
                     Box::pin(async move {
-                        let cancelled =
-                            inspect::clear(&mut *connection, channels.as_deref(), retention, BATCH)
-                                .await?;
-                        let waited = cancelled
-                            .iter()
-                            .filter_map(|(id, waiter)| Some(((*waiter)?, *id)));
-                        let others: Vec<(Uuid, RequestId)> =
-                            waited.filter(|(waiter, _)| *waiter != instance).collect();
-                        if !others.is_empty() {
-                            outcome::notify_waiters(connection, &others).await?;
-                        }
-                        Ok(cancelled)
+                        inspect::clear(connection, channels.as_deref(), retention, BATCH).await
                     })
                 })
                 .await?;
-            for (id, _) in &cancelled {
+            for id in &cancelled {
                 shared.leases.forget(*id);
             }
             let was_last = cancelled.len() < BATCH as usize;
             // Those who wait here find the outcome in the database.
-            let ids = cancelled.into_iter().map(|(id, _)| id);
-            shared.waiters.ask_soon(ids.collect());
+            shared.waiters.ask_soon(cancelled);
             if was_last {
                 return Ok(());
             }

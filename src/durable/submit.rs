@@ -19,14 +19,17 @@ use crate::engine::job::Job;
 use crate::engine::live::Live;
 use crate::engine::waiters::Waiter;
 use crate::error::{Error, Kind};
+use crate::fingerprint::fingerprint;
 use crate::id::RequestId;
+use crate::options::Guarantee;
 use crate::request::Request;
 use crate::response::Response;
-use crate::store::enqueue::NewRequest;
+use crate::store::BoxFuture;
+use crate::store::enqueue::{Initial, Key, NewRequest};
 
 impl Durable {
     /// Checks a request and writes it down.
-    pub(crate) fn prepare(&self, request: Request, mode: Mode) -> Result<Prepared, Error> {
+    pub(crate) fn prepare(&self, mut request: Request, mode: Mode) -> Result<Prepared, Error> {
         let config = self.engine().config();
         let options = &request.options;
         options.validate()?;
@@ -45,8 +48,15 @@ impl Durable {
                 Mode::Fired => config.retry_fired.clone(),
             }),
             accept: options.accept.as_ref().map(|accept| accept.to_vec()),
+            guarantee: options.guarantee,
         };
         let id = RequestId::generate();
+        if options.guarantee == Guarantee::AtLeastOnce {
+            let key = options.idempotency_key.as_ref();
+            key.unwrap_or(&config.idempotency_key)
+                .apply(&request.method, id, &mut request.headers);
+        }
+        let options = &request.options;
         let row = NewRequest {
             id,
             channel: Arc::clone(options.channel.as_ref().unwrap_or(&config.channel)),
@@ -56,11 +66,18 @@ impl Durable {
                 (None, None) => destination::destination_group(&uri),
             },
             ordered: options.ordered.is_some(),
+            halts: options.halt_on_discard,
+            deadline: options.deadline,
+            key: options.key.as_ref().map(|key| Key {
+                key: Arc::clone(key),
+                fingerprint: fingerprint(&request, &uri),
+            }),
+            supersede: options.supersede.clone(),
             delay: options.delay.unwrap_or_default(),
             head: codec::encode_request(&request, &uri, &delivery),
             body: request.body.clone(),
             waiter: (mode == Mode::Awaited).then_some(self.engine().shared().instance),
-            claimed: false,
+            initial: Initial::Waiting,
         };
         let job = Job {
             id,
@@ -101,8 +118,13 @@ impl Durable {
             job,
             live,
         });
-        row.claimed = start.is_some();
-        let inline = row.claimed;
+        let inline = start.is_some();
+        if let Some(start) = &start {
+            row.initial = match start.job.delivery.guarantee {
+                Guarantee::AtLeastOnce => Initial::Claimed,
+                Guarantee::AtMostOnce => Initial::ClaimedOnce,
+            };
+        }
         let (done, enqueued) = oneshot::channel();
         engine.enqueue(Submission { row, start, done })?;
         Ok(Submitted { enqueued, inline })
@@ -117,11 +139,14 @@ impl Durable {
     ) -> Result<AwaitResponse, Error> {
         let waiters = &self.engine().shared().waiters;
         let has_client = live.is_some();
-        let waiter = waiters.subscribe(prepared.id(), live);
+        let id = prepared.id();
+        let waiter = waiters.subscribe(id, live);
         Ok(AwaitResponse {
+            id,
             submitted: Some(self.hand_in(prepared, None, has_client)?),
             waiter,
-            _durable: self.clone(),
+            attached: None,
+            durable: self.clone(),
         })
     }
 }
@@ -147,13 +172,15 @@ impl Prepared {
 
 /// A request that was handed to the engine.
 pub(crate) struct Submitted {
-    pub(crate) enqueued: oneshot::Receiver<Result<(), Error>>,
+    pub(crate) enqueued: oneshot::Receiver<Result<RequestId, Error>>,
     /// This process makes the first attempt.
     inline: bool,
 }
 
 /// Waits for the commit of an insert.
-pub(crate) async fn enqueued(enqueued: oneshot::Receiver<Result<(), Error>>) -> Result<(), Error> {
+pub(crate) async fn enqueued(
+    enqueued: oneshot::Receiver<Result<RequestId, Error>>,
+) -> Result<RequestId, Error> {
     enqueued
         .await
         .unwrap_or_else(|_| Err(Error::new(Kind::Closed)))
@@ -161,10 +188,13 @@ pub(crate) async fn enqueued(enqueued: oneshot::Receiver<Result<(), Error>>) -> 
 
 /// The way from the insert to the outcome. On any executor.
 pub(crate) struct AwaitResponse {
+    id: RequestId,
     submitted: Option<Submitted>,
     waiter: Waiter,
+    /// An earlier request has the key: its response is the one to wait for.
+    attached: Option<BoxFuture<'static, Result<Response, Error>>>,
     /// While somebody waits, the engine lives.
-    _durable: Durable,
+    durable: Durable,
 }
 
 impl Future for AwaitResponse {
@@ -177,10 +207,17 @@ impl Future for AwaitResponse {
             let inline = submitted.inline;
             this.submitted = None;
             match enqueued {
-                Ok(Ok(())) => this.waiter.arm(!inline),
+                Ok(Ok(id)) if id == this.id => this.waiter.arm(!inline),
+                Ok(Ok(first)) => {
+                    let durable = this.durable.clone();
+                    this.attached = Some(Box::pin(async move { durable.response(first).await }));
+                }
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
                 Err(_) => return Poll::Ready(Err(Error::new(Kind::Closed))),
             }
+        }
+        if let Some(attached) = &mut this.attached {
+            return attached.as_mut().poll(cx);
         }
         Pin::new(&mut this.waiter)
             .poll(cx)

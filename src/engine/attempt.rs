@@ -239,6 +239,9 @@ impl Judged {
                     },
                 };
             }
+            Err((class, text)) if claim.is_once() && class.may_have_been_sent() => {
+                return Self::Ended(Outcome::ambiguous(job.id, class.as_str(), text));
+            }
             Err(failed) => failed,
         };
         match claim.next_delay() {

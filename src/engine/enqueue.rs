@@ -13,15 +13,16 @@ use crate::engine::live::{self, Live};
 use crate::engine::runner::claim::Claim;
 use crate::engine::{Engine, Shared};
 use crate::error::{Error, Kind};
+use crate::id::RequestId;
 use crate::store::DbError;
-use crate::store::enqueue::{self, InsertOne, NewRequest};
+use crate::store::enqueue::{self, InsertOne, Inserted, NewRequest};
 
 /// A restarted server leaves several dead connections in the pool; each try finds one.
 const AGAIN_PAUSE: Duration = Duration::from_millis(10);
 /// No caller is kept waiting longer for a database that is away.
 const AGAIN_FOR: Duration = Duration::from_secs(3);
-const ORDERED_RETRY_MIN: Duration = Duration::from_millis(2);
-const ORDERED_RETRY_MAX: Duration = Duration::from_millis(100);
+const LOCKED_RETRY_MIN: Duration = Duration::from_millis(2);
+const LOCKED_RETRY_MAX: Duration = Duration::from_millis(100);
 
 /// A request on its way into the database.
 pub(crate) struct Submission {
@@ -32,7 +33,8 @@ pub(crate) struct Submission {
     pub(crate) done: Done,
 }
 
-pub(crate) type Done = oneshot::Sender<Result<(), Error>>;
+/// Gets the id of the request that is persisted: the new one, or an earlier one with the same key.
+pub(crate) type Done = oneshot::Sender<Result<RequestId, Error>>;
 
 /// What an attempt needs that follows the insert at once.
 pub(crate) struct Start {
@@ -70,8 +72,8 @@ async fn write(shared: &Shared, batch: Vec<Submission>) {
             Ok(()) => {
                 let ready = rows.iter().filter(|row| row.needs_runner());
                 runners.extend(ready.map(|row| Arc::clone(&row.channel)));
-                for (start, done) in parts {
-                    begin(start, done);
+                for (row, (start, done)) in rows.iter().zip(parts) {
+                    begin(row.id, start, done);
                 }
             }
             Err(error) if error.is_data() && rows.len() > 1 => {
@@ -145,61 +147,94 @@ async fn insert(shared: &Shared, rows: Vec<NewRequest>) -> (Vec<NewRequest>, Res
 }
 
 /// The request is persisted: its first attempt may begin.
-fn begin(start: Option<Start>, done: Done) {
+fn begin(id: RequestId, start: Option<Start>, done: Done) {
     // A caller that is gone cancels nothing.
-    let _ = done.send(Ok(()));
+    let _ = done.send(Ok(id));
     if let Some(start) = start {
         let claim = Claim::inline(&start.engine, start.job, start.slots);
         live::hand_over(claim, start.live);
     }
 }
 
-/// Inserts a request with an ordering key. It has a lane of its own, because a caller's transaction may hold the key for long:
+/// Inserts a request with a key of some kind. It has a lane of its own, because a caller's transaction may hold the key for long:
 /// no connection is kept while it does, and no other request waits.
-pub(crate) async fn insert_ordered(shared: Arc<Shared>, submission: Submission) {
-    let mut pause = ORDERED_RETRY_MIN;
-    let row = Arc::new(submission.row);
-    let mut done = submission.done;
-    let result = loop {
-        if done.is_closed() {
-            return;
+pub(crate) async fn insert_locked(shared: Arc<Shared>, submission: Submission) {
+    let Submission {
+        row,
+        start,
+        mut done,
+    } = submission;
+    let row = Arc::new(row);
+    match insert_when_free(&shared, &row, &mut done).await {
+        Ok(None) => begin(row.id, start, done),
+        Ok(Some(first)) => {
+            let _ = done.send(Ok(first));
         }
-        match try_ordered(&shared, &row).await {
-            Ok(true) => break Ok(()),
-            Ok(false) => {
-                tokio::select! {
-                    () = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())) => {}
-                    () = done.closed() => return,
-                }
-                pause = (pause * 2).min(ORDERED_RETRY_MAX);
-            }
-            Err(error) => break Err(error),
+        Err(error) => {
+            let _ = done.send(Err(error));
         }
-    };
-    let _ = done.send(result);
+    }
 }
 
-async fn try_ordered(shared: &Shared, row: &Arc<NewRequest>) -> Result<bool, Error> {
-    shared.verify().await?;
+/// Tries until the keys are free. Returns the request that has the caller's key already, if one does.
+async fn insert_when_free(
+    shared: &Shared,
+    row: &Arc<NewRequest>,
+    done: &mut Done,
+) -> Result<Option<RequestId>, Error> {
+    let mut pause = LOCKED_RETRY_MIN;
+    let mut unknown_since: Option<Instant> = None;
+    loop {
+        shared.verify().await?;
+        match try_locked(shared, row, unknown_since.is_some()).await {
+            Ok(Inserted::New) => return Ok(None),
+            Ok(Inserted::Attached(first)) => return Ok(Some(first)),
+            Ok(Inserted::Conflict(first)) => {
+                return Err(Error::new(Kind::KeyConflict).with_id(first));
+            }
+            Ok(Inserted::Busy) => {}
+            Err(error) if error.unknown || unknown_since.is_some() => {
+                let since = *unknown_since.get_or_insert_with(Instant::now);
+                if since.elapsed() + pause > AGAIN_FOR.min(shared.config.lease / 2) {
+                    return Err(Error::new(Kind::Indeterminate(Some(error.error))).with_id(row.id));
+                }
+            }
+            Err(error) => {
+                let error = Error::from(error);
+                if error.is_not_migrated() {
+                    shared.unverify();
+                }
+                return Err(error);
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())) => {}
+            // Nobody wants it any more, or hears of it.
+            () = done.closed() => return Err(Error::new(Kind::Closed)),
+        }
+        pause = (pause * 2).min(LOCKED_RETRY_MAX);
+    }
+}
+
+async fn try_locked(
+    shared: &Shared,
+    row: &Arc<NewRequest>,
+    again: bool,
+) -> Result<Inserted, DbError> {
     let (schema, row) = (shared.config.schema.clone(), Arc::clone(row));
-    let id = row.id;
     let how = InsertOne {
         notify: row.needs_runner(),
         wait: false,
+        again,
+        lease: shared.config.lease,
+        retention: shared.config.retention,
     };
-    let inserted = shared
+    shared
         .db
         .run(move |connection| {
             Box::pin(async move { enqueue::insert_one(connection, &schema, &row, how).await })
         })
-        .await;
-    inserted.map_err(|error| {
-        if error.unknown {
-            Error::new(Kind::Indeterminate(Some(error.error))).with_id(id)
-        } else {
-            error.into()
-        }
-    })
+        .await
 }
 
 async fn notify(shared: &Shared, mut runners: Vec<Arc<str>>) {

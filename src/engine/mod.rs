@@ -28,6 +28,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::error::{Error, Kind, MigrationState};
+use crate::idempotency::IdempotencyKey;
 use crate::migrate::wanted_version;
 use crate::retry::RetryPolicy;
 use crate::store::inspect::{self, Schema};
@@ -66,6 +67,7 @@ pub(crate) struct Config {
     pub(crate) schema: String,
     pub(crate) max_connections: u32,
     pub(crate) notify_in_transactions: bool,
+    pub(crate) idempotency_key: IdempotencyKey,
     /// For the crate's own connections, where the caller's pool goes through a pooler.
     pub(crate) connect: Option<PgConnectOptions>,
 }
@@ -269,11 +271,8 @@ impl Engine {
         if self.is_closing() || self.user_pool.is_closed() {
             return Err(Error::new(Kind::Closed));
         }
-        if submission.row.ordered {
-            self.spawn(enqueue::insert_ordered(
-                Arc::clone(&self.shared),
-                submission,
-            ));
+        if submission.row.needs_lock() {
+            self.spawn(enqueue::insert_locked(Arc::clone(&self.shared), submission));
             return Ok(());
         }
         self.enqueue

@@ -103,7 +103,7 @@ impl Waiters {
             .find_map(|entry| entry.live.clone())
     }
 
-    /// Has the database asked soon for those of these requests that somebody waits for and nobody here drives.
+    /// Has the database asked soon for those of these requests that somebody waits for.
     pub(crate) fn ask_soon(&self, ids: Vec<RequestId>) {
         if !ids.is_empty() {
             let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -202,7 +202,8 @@ pub(crate) async fn watch(shared: Arc<Shared>) {
     let mut next_round = Instant::now();
     loop {
         let mut ids = waiters.armed();
-        ids.retain(|id| !shared.leases.is_driven(*id));
+        // What is driven here may be cancelled elsewhere.
+        ids.retain(|id| !shared.leases.is_fresh(*id, POLL_INTERVAL));
         let wanted = waiters.take_wanted();
         if ids.is_empty() {
             if waiters.lock().is_empty() {
@@ -211,8 +212,8 @@ pub(crate) async fn watch(shared: Arc<Shared>) {
             }
             tokio::select! {
                 () = waiters.changed.notified() => {}
-                // A request that was driven here may have gone back into the queue.
-                () = tokio::time::sleep(POLL_INTERVAL), if !waiters.lock().is_empty() => {}
+                // What is driven here says nothing when it begins, to cost nothing: it is come by when it takes long.
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
             continue;
         }
@@ -280,7 +281,11 @@ async fn ask(shared: &Shared, ids: &[RequestId]) {
     for (id, found) in found {
         match found {
             Found::Pending => {}
-            Found::Finished(outcome) => shared.waiters.wake(&outcome),
+            Found::Finished(outcome) => {
+                // It may be in flight here, and have been ended elsewhere.
+                shared.leases.forget(id);
+                shared.waiters.wake(&outcome);
+            }
             Found::Unknown => shared
                 .waiters
                 .fail(id, || Error::new(Kind::UnknownId).with_id(id)),

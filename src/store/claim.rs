@@ -7,7 +7,9 @@ use serde_json::value::RawValue;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::enqueue::SENDING_ONCE;
 use super::millis;
+use super::settle::Fence;
 use crate::error::Error;
 
 /// What `mq_poll` says of a claimed request.
@@ -17,6 +19,10 @@ pub(crate) struct ClaimHead<'a> {
     pub(crate) attempts: u32,
     #[serde(rename = "age_ms")]
     age_ms: i64,
+    /// How far off the deadline is, if there is one.
+    deadline_ms: Option<i64>,
+    /// The last claim ended with its process, and the request may have been sent and must not be sent again.
+    pub(crate) lost: bool,
     /// The body is too large to come with the claim.
     pub(crate) fetch_body: bool,
     /// The request's head, or nothing if its payload is gone.
@@ -32,6 +38,11 @@ impl<'a> ClaimHead<'a> {
 
     pub(crate) fn age(&self) -> Duration {
         Duration::from_millis(self.age_ms.max(0) as u64)
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        self.deadline_ms
+            .map(|ms| Duration::from_millis(ms.max(0) as u64))
     }
 
     pub(crate) fn head(&self) -> Option<&'a str> {
@@ -51,6 +62,38 @@ pub(crate) async fn body(
     Ok(body.flatten())
 }
 
+/// What a transmission needs to be sure of, where its claim may have been lost without notice: after a backoff, and before
+/// what must not be sent twice.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Confirm {
+    /// The transmission has not been counted yet.
+    pub(crate) count: bool,
+    /// What has been sent must not be sent again.
+    pub(crate) once: bool,
+}
+
+/// Takes a fresh lease if the claim is still the latest. Returns whether it is.
+pub(crate) async fn confirm(
+    connection: &mut PgConnection,
+    fence: Fence,
+    lease: Duration,
+    how: Confirm,
+) -> Result<bool, sqlx::Error> {
+    let confirmed = sqlx::query(
+        "UPDATE mq_msgs m
+         SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond', attempts = m.attempts + $4::int, state = $5
+         WHERE m.id = $1 AND m.claim_no = $2",
+    )
+    .bind(Uuid::from(fence.id))
+    .bind(fence.claim_no)
+    .bind(millis(lease))
+    .bind(i32::from(how.count))
+    .bind(if how.once { SENDING_ONCE } else { 1 })
+    .execute(connection)
+    .await?;
+    Ok(confirmed.rows_affected() > 0)
+}
+
 /// Prolongs the leases of claims that are still the latest. Rows that a settle holds are skipped: they need no lease any
 /// more, and waiting for them in another order than the settle's would deadlock.
 pub(crate) async fn renew(
@@ -65,7 +108,7 @@ pub(crate) async fn renew(
             JOIN unnest($1::uuid[], $2::int[]) AS i(id, claim_no) ON m.id = i.id AND m.claim_no = i.claim_no
             ORDER BY m.id FOR UPDATE OF m SKIP LOCKED
         )
-        UPDATE mq_msgs m SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond', state = 1
+        UPDATE mq_msgs m SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond'
         FROM locked WHERE m.id = locked.id",
     )
     .bind(ids)

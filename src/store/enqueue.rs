@@ -22,19 +22,63 @@ pub(crate) struct NewRequest {
     pub(crate) channel: Arc<str>,
     pub(crate) group: String,
     pub(crate) ordered: bool,
+    /// Ended without success it holds up its ordering key.
+    pub(crate) halts: bool,
     pub(crate) delay: Duration,
+    /// How long after the insert it is given up.
+    pub(crate) deadline: Option<Duration>,
     pub(crate) head: String,
     pub(crate) body: Option<Bytes>,
     /// The instance that waits for the outcome.
     pub(crate) waiter: Option<Uuid>,
-    /// Inserted with a lease, for the process that inserts it to make the first attempt.
-    pub(crate) claimed: bool,
+    pub(crate) key: Option<Key>,
+    /// A newer request with the same one takes its place while it has not been sent.
+    pub(crate) supersede: Option<Arc<str>>,
+    pub(crate) initial: Initial,
 }
+
+/// A caller's key for a request.
+#[derive(Clone, Debug)]
+pub(crate) struct Key {
+    pub(crate) key: Arc<str>,
+    /// Tells whether another call with the key means the same request.
+    pub(crate) fingerprint: [u8; 32],
+}
+
+/// How a row begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Initial {
+    /// For whichever runner claims it.
+    Waiting,
+    /// With a lease, for the process that inserts it to make the first attempt.
+    Claimed,
+    /// Likewise, and once its lease has run out it may have been sent and must not be sent again.
+    ClaimedOnce,
+}
+
+impl Initial {
+    /// The row's state, as the migrations list them.
+    fn state(self) -> i16 {
+        match self {
+            Self::Waiting => 0,
+            Self::Claimed => 1,
+            Self::ClaimedOnce => SENDING_ONCE,
+        }
+    }
+}
+
+/// The state of a row that is being sent and must not be sent again.
+pub(crate) const SENDING_ONCE: i16 = 4;
 
 impl NewRequest {
     /// Whether a runner has to be told of it, because it may look too late by itself.
     pub(crate) fn needs_runner(&self) -> bool {
-        !self.claimed && self.delay < RUNNER_WAIT
+        self.initial == Initial::Waiting && self.delay < RUNNER_WAIT
+    }
+
+    /// Whether the insert has to hold a lock that another transaction may have.
+    pub(crate) fn needs_lock(&self) -> bool {
+        self.ordered || self.key.is_some() || self.supersede.is_some()
     }
 
     pub(crate) fn size(&self) -> usize {
@@ -42,42 +86,28 @@ impl NewRequest {
     }
 }
 
+/// With `$12`, after a commit whose outcome is unknown, a row that is there, or has already ended, is left alone.
 const INSERT: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
-            $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::bytea[], $7::uuid[], $8::bool[]
-        ) AS i(id, channel_name, channel_args, delay_ms, head, body, waiter, claimed)
+            $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[], $7::bytea[], $8::uuid[], $9::smallint[]
+        ) AS i(id, channel_name, channel_args, delay_ms, deadline_ms, head, body, waiter, state)
+        WHERE NOT $12 OR NOT (
+            EXISTS (SELECT FROM mq_payloads p WHERE p.id = i.id) OR EXISTS (SELECT FROM outcomes o WHERE o.id = i.id)
+        )
     ), payloads AS (
         INSERT INTO mq_payloads (id, name, head, body)
-        SELECT i.id, $9, i.head, i.body FROM input i
+        SELECT i.id, $10, i.head, i.body FROM input i
     )
-    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state)
+    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline)
     SELECT
         i.id, i.channel_name, i.channel_args,
-        clock_timestamp() + (i.delay_ms + CASE WHEN i.claimed THEN $10 ELSE 0 END) * interval '1 millisecond',
-        i.waiter, i.claimed::int, i.claimed::int, i.claimed::int::smallint
+        clock_timestamp() + (i.delay_ms + CASE WHEN i.state > 0 THEN $11 ELSE 0 END) * interval '1 millisecond',
+        i.waiter, (i.state > 0)::int, (i.state > 0)::int, i.state,
+        clock_timestamp() + i.deadline_ms * interval '1 millisecond'
     FROM input i";
 
-/// After a commit whose outcome is unknown: a row that is there, or has already ended, is left alone.
-const INSERT_AGAIN: &str = "
-    WITH input AS MATERIALIZED (
-        SELECT i.* FROM unnest(
-            $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::bytea[], $7::uuid[], $8::bool[]
-        ) AS i(id, channel_name, channel_args, delay_ms, head, body, waiter, claimed)
-        WHERE NOT EXISTS (SELECT FROM mq_payloads p WHERE p.id = i.id)
-            AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = i.id)
-    ), payloads AS (
-        INSERT INTO mq_payloads (id, name, head, body)
-        SELECT i.id, $9, i.head, i.body FROM input i
-    )
-    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state)
-    SELECT
-        i.id, i.channel_name, i.channel_args,
-        clock_timestamp() + (i.delay_ms + CASE WHEN i.claimed THEN $10 ELSE 0 END) * interval '1 millisecond',
-        i.waiter, i.claimed::int, i.claimed::int, i.claimed::int::smallint
-    FROM input i";
-
-/// Inserts requests without an ordering key, in one statement.
+/// Inserts requests that need no lock, in one statement.
 pub(crate) async fn insert(
     connection: &mut PgConnection,
     requests: &[NewRequest],
@@ -85,11 +115,17 @@ pub(crate) async fn insert(
     again: bool,
 ) -> Result<(), sqlx::Error> {
     let column = requests.iter();
-    sqlx::query(if again { INSERT_AGAIN } else { INSERT })
+    sqlx::query(INSERT)
         .bind(column.clone().map(|r| r.id.into()).collect::<Vec<Uuid>>())
         .bind(column.clone().map(|r| &*r.channel).collect::<Vec<_>>())
         .bind(column.clone().map(|r| &*r.group).collect::<Vec<_>>())
         .bind(column.clone().map(|r| millis(r.delay)).collect::<Vec<_>>())
+        .bind(
+            column
+                .clone()
+                .map(|r| r.deadline.map(millis))
+                .collect::<Vec<_>>(),
+        )
         .bind(column.clone().map(|r| &*r.head).collect::<Vec<_>>())
         .bind(
             column
@@ -98,9 +134,10 @@ pub(crate) async fn insert(
                 .collect::<Vec<_>>(),
         )
         .bind(column.clone().map(|r| r.waiter).collect::<Vec<_>>())
-        .bind(column.map(|r| r.claimed).collect::<Vec<_>>())
+        .bind(column.map(|r| r.initial.state()).collect::<Vec<_>>())
         .bind(MESSAGE_NAME)
         .bind(millis(lease))
+        .bind(again)
         .execute(connection)
         .await?;
     Ok(())
@@ -111,39 +148,73 @@ pub(crate) async fn insert(
 pub(crate) struct InsertOne {
     /// Whether runners are told at the commit.
     pub(crate) notify: bool,
-    /// Whether to wait for another transaction that is about to add to the same ordering key.
+    /// Whether to wait for another transaction that has one of the request's keys.
     pub(crate) wait: bool,
+    /// After a commit whose outcome is unknown.
+    pub(crate) again: bool,
+    pub(crate) lease: Duration,
+    pub(crate) retention: Duration,
 }
 
-/// Inserts one request, ordered or not, through the schema's own function: on any connection, in any transaction.
-/// Returns whether it did; it always does with `wait`.
+/// What became of an insert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Inserted {
+    New,
+    /// The key was given to this request before.
+    Attached(RequestId),
+    /// The key was given to this request before, which is another one.
+    Conflict(RequestId),
+    /// Another transaction has one of the keys; nothing was done.
+    Busy,
+}
+
+/// Inserts one request through the schema's own function: on any connection, in any transaction.
 pub(crate) async fn insert_one<'c>(
     executor: impl PgExecutor<'c>,
     schema: &str,
     request: &NewRequest,
     how: InsertOne,
-) -> Result<bool, sqlx::Error> {
+) -> Result<Inserted, sqlx::Error> {
     // On the caller's connection nothing may depend on its search_path, not even the operator.
     let call = format!(
-        "SELECT {}.enqueue(
-            $1, $2, $3, $4, $5 OPERATOR(pg_catalog.*) interval '1 millisecond', $6, $7, $8, $9, $10, $11
+        "SELECT verdict, request_id FROM {}.enqueue(
+            $1, $2, $3, $4, $5,
+            $6 OPERATOR(pg_catalog.*) interval '1 millisecond', $7 OPERATOR(pg_catalog.*) interval '1 millisecond',
+            $8, $9, $10, $11, $12, $13 OPERATOR(pg_catalog.*) interval '1 millisecond', $14, $15, $16,
+            $17 OPERATOR(pg_catalog.*) interval '1 millisecond', $18, $19, $20
         )",
         quoted(schema)
     );
-    sqlx::query_scalar(&call)
+    let key = request.key.as_ref();
+    let (verdict, id): (String, Option<Uuid>) = sqlx::query_as(&call)
         .bind(Uuid::from(request.id))
         .bind(&*request.channel)
         .bind(&*request.group)
         .bind(request.ordered)
+        .bind(request.halts)
         .bind(millis(request.delay))
+        .bind(request.deadline.map(millis))
         .bind(MESSAGE_NAME)
         .bind(&*request.head)
         .bind(request.body.as_deref())
         .bind(request.waiter)
+        .bind(request.initial.state())
+        .bind(millis(how.lease))
+        .bind(key.map(|key| &*key.key))
+        .bind(key.map(|key| &key.fingerprint[..]))
+        .bind(request.supersede.as_deref())
+        .bind(millis(how.retention))
         .bind(how.notify)
         .bind(how.wait)
+        .bind(how.again)
         .fetch_one(executor)
-        .await
+        .await?;
+    Ok(match (&*verdict, id) {
+        ("attached", Some(id)) if id != Uuid::from(request.id) => Inserted::Attached(id.into()),
+        ("conflict", Some(id)) => Inserted::Conflict(id.into()),
+        ("busy", _) => Inserted::Busy,
+        _ => Inserted::New,
+    })
 }
 
 /// Tells the runners of these channels that something is due.

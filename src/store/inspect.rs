@@ -50,12 +50,15 @@ pub(crate) async fn probe(connection: &mut PgConnection) -> Result<(), sqlx::Err
     Ok(())
 }
 
-/// Empties the outcome slots that have outlived the retention, and forgets failed attempts of requests that are
-/// no longer there. Returns how many attempts went.
+/// Gives up what is past its deadline, in case no runner polls; empties the outcome slots that have outlived the retention; and
+/// forgets failed attempts and keys of requests that are no longer there. Returns how many attempts or keys went, at most.
 pub(crate) async fn prune(
     connection: &mut PgConnection,
     retention: Duration,
 ) -> Result<u64, sqlx::Error> {
+    sqlx::query("SELECT expire_requests(1000)")
+        .execute(&mut *connection)
+        .await?;
     sqlx::query("SELECT prune_outcomes($1 * interval '1 millisecond')")
         .bind(millis(retention))
         .execute(&mut *connection)
@@ -71,29 +74,66 @@ pub(crate) async fn prune(
         WHERE a.id = gone.id AND a.number = gone.number",
     )
     .bind(millis(retention))
+    .execute(&mut *connection)
+    .await?;
+    // A key whose request has just been inserted is too young to be taken for forgotten.
+    let keys = sqlx::query(
+        "DELETE FROM request_keys k USING (
+            SELECT old.channel_name, old.key FROM request_keys old
+            WHERE old.created_at < clock_timestamp() - $1 * interval '1 millisecond'
+                AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = old.id)
+                AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = old.id)
+            ORDER BY old.created_at LIMIT 1000
+        ) gone
+        WHERE k.channel_name = gone.channel_name AND k.key = gone.key AND k.created_at < clock_timestamp() - $1 * interval '1 millisecond'",
+    )
+    .bind(millis(retention))
     .execute(connection)
     .await?;
-    Ok(pruned.rows_affected())
+    Ok(pruned.rows_affected().max(keys.rows_affected()))
 }
 
 /// Ends up to `limit` unfinished requests of the given channels, of all of them for `None`, as cancelled.
-/// Returns them, with the instances that wait for their outcomes.
 pub(crate) async fn clear(
     connection: &mut PgConnection,
     channels: Option<&[String]>,
     retention: Duration,
     limit: i32,
-) -> Result<Vec<(RequestId, Option<Uuid>)>, sqlx::Error> {
-    let cancelled: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(
-        "SELECT id, waiter FROM cancel_channels($1, $2 * interval '1 millisecond', $3)",
-    )
-    .bind(channels)
-    .bind(millis(retention))
-    .bind(limit)
-    .fetch_all(connection)
-    .await?;
-    Ok(cancelled
-        .into_iter()
-        .map(|(id, waiter)| (id.into(), waiter))
-        .collect())
+) -> Result<Vec<RequestId>, sqlx::Error> {
+    let cancelled: Vec<Uuid> =
+        sqlx::query_scalar("SELECT cancel_channels($1, $2 * interval '1 millisecond', $3)")
+            .bind(channels)
+            .bind(millis(retention))
+            .bind(limit)
+            .fetch_one(connection)
+            .await?;
+    Ok(cancelled.into_iter().map(RequestId::from).collect())
+}
+
+/// What became of a wish to cancel a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cancelled {
+    Now,
+    /// It had ended already.
+    Ended,
+    Unknown,
+}
+
+/// Ends an unfinished request as cancelled.
+pub(crate) async fn cancel(
+    connection: &mut PgConnection,
+    id: RequestId,
+    retention: Duration,
+) -> Result<Cancelled, sqlx::Error> {
+    let verdict: Option<String> =
+        sqlx::query_scalar("SELECT cancel_request($1, $2 * interval '1 millisecond')")
+            .bind(Uuid::from(id))
+            .bind(millis(retention))
+            .fetch_one(connection)
+            .await?;
+    Ok(match verdict.as_deref() {
+        Some("cancelled") => Cancelled::Now,
+        Some(_) => Cancelled::Ended,
+        None => Cancelled::Unknown,
+    })
 }

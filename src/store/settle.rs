@@ -64,21 +64,25 @@ const FINISH: &str = "
             $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $6::bytea[], $7::text[], $8::text[]
         ) AS i(id, claim_no, status, http_status, head, body, error_class, error)
     ), locked AS MATERIALIZED (
-        SELECT m.id, m.channel_name, m.channel_args, m.seq, m.waiter, m.attempts, m.claim_no
+        SELECT m.id, m.channel_name, m.channel_args, m.seq, m.waiter, m.attempts, m.claim_no,
+            m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts
         FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
         ORDER BY m.id FOR UPDATE OF m
     ), removed AS (
-        DELETE FROM mq_msgs m USING locked l WHERE m.id = l.id RETURNING m.id
+        DELETE FROM mq_msgs m USING locked l WHERE m.id = l.id AND NOT l.halts
+    ), halted AS (
+        UPDATE mq_msgs m
+        SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL, supersede_key = NULL
+        FROM locked l WHERE m.id = l.id AND l.halts
     ), finished AS MATERIALIZED (
         SELECT
             l.*, i.status, i.error_class, i.error, coalesce(p.created_at, clock_timestamp()) AS created_at,
             -- A request that is given up ends with the last response it ever got.
             i.http_status IS NULL AND p.response_head IS NOT NULL AND i.status = 'discarded' AS earlier,
             i.http_status, i.head, i.body, p.response_status, p.response_head, p.response_body
-        FROM removed r
-        JOIN locked l ON l.id = r.id
-        JOIN input i ON i.id = r.id
-        LEFT JOIN mq_payloads p ON p.id = r.id
+        FROM locked l
+        JOIN input i ON i.id = l.id
+        LEFT JOIN mq_payloads p ON p.id = l.id
     ), payloads AS (
         DELETE FROM mq_payloads p USING finished f WHERE p.id = f.id AND f.status IN ('completed', 'cancelled')
     ), stored AS (
@@ -99,7 +103,7 @@ const FINISH: &str = "
         FROM finished f
     )
     SELECT
-        f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.seq IS NOT NULL AS ordered,
+        f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.seq IS NOT NULL AND NOT f.halts AS ordered,
         CASE WHEN f.earlier THEN f.response_status END AS earlier_status,
         CASE WHEN f.earlier THEN f.response_head END AS earlier_head,
         CASE WHEN f.earlier THEN f.response_body END AS earlier_body
@@ -217,7 +221,7 @@ const AGAIN: &str = "
     UPDATE mq_msgs m
     SET attempt_at = clock_timestamp() + (i.delay_ms + CASE WHEN i.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
         claim_no = m.claim_no + 1,
-        attempts = m.attempts + i.hold::int - i.uncounted::int,
+        attempts = m.attempts - i.uncounted::int,
         state = CASE WHEN i.hold THEN 2 ELSE 0 END
     FROM locked l JOIN input i ON i.id = l.id
     WHERE m.id = l.id

@@ -434,6 +434,18 @@ async fn options_are_checked_before_anything_is_persisted() {
         ("ordered", options().ordered("x".repeat(256))),
         ("ordered", options().ordered("a\0b")),
         ("delay", options().delay(century)),
+        ("key", options().key("x".repeat(256))),
+        ("key", options().key("a\0b")),
+        ("supersede", options().supersede("x".repeat(256))),
+        ("deadline", options().deadline(Duration::ZERO)),
+        ("deadline", options().deadline(century)),
+        (
+            "deadline",
+            options()
+                .delay(Duration::from_secs(2))
+                .deadline(Duration::from_secs(2)),
+        ),
+        ("halt_on_discard", options().halt_on_discard()),
         ("attempt_timeout", options().attempt_timeout(Duration::ZERO)),
         ("attempt_timeout", options().attempt_timeout(century)),
         (
@@ -471,7 +483,10 @@ async fn the_longest_names_are_accepted() {
         .channel(channel)
         .build()
         .unwrap();
-    let options = Options::default().ordered("x".repeat(255));
+    let options = Options::default()
+        .ordered("x".repeat(255))
+        .key("y".repeat(255))
+        .supersede("z".repeat(255));
     let request = Request::try_from(get(&server.url("/")))
         .unwrap()
         .with(options);

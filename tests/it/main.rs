@@ -6,8 +6,11 @@
 
 mod client;
 mod delivery;
+mod ending;
 mod faults;
+mod guarantee;
 mod input;
+mod keys;
 mod layer;
 mod middleware;
 mod migrations;

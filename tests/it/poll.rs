@@ -9,7 +9,10 @@ use crate::support::{count, migrated};
 /// Rows as the crate would insert them.
 async fn enqueue(database: &TestDatabase, group: &str, ordered: bool, delay: &str, rows: i32) {
     sqlx::query(
-        "select requeuest.enqueue(gen_random_uuid(), 'c', $1, $2, $3::interval, 'n', '{}', null, null, false, true)
+        "select requeuest.enqueue(
+             gen_random_uuid(), 'c', $1, $2, false, $3::interval, null, 'n', '{}', null, null, 0::smallint, null, null, null,
+             null, null, false, true, false
+         )
          from generate_series(1, $4)",
     )
     .bind(group)
@@ -140,8 +143,10 @@ async fn a_backlog_of_one_destination_does_not_hide_another() {
 async fn a_single_due_row_is_found_among_many_delayed_groups() {
     let database = migrated().await;
     sqlx::query(
-        "select requeuest.enqueue(gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', false, '1 hour',
-             'n', '{}', null, null, false, true)
+        "select requeuest.enqueue(
+             gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', false, false, '1 hour', null, 'n', '{}', null, null,
+             0::smallint, null, null, null, null, null, false, true, false
+         )
          from generate_series(1, 3000) i",
     )
     .execute(database.pool())

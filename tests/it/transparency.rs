@@ -23,7 +23,8 @@ use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, TestDatabase};
 use requeuest::{
-    AcceptedResponse, Body, Durable, DurableLayer, Options, ReqwestTransport, Status, Url, reqwest,
+    AcceptedResponse, Body, Durable, DurableBuilder, IdempotencyKey, Options, ReqwestTransport,
+    Status, Url, reqwest,
 };
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
 use tokio::net::TcpListener;
@@ -98,6 +99,11 @@ fn flat(headers: &HeaderMap) -> Vec<(String, String)> {
             (name.to_string(), value)
         })
         .collect()
+}
+
+/// Adds nothing of its own: by default a header tells the receiver of repetitions.
+fn builder(database: &TestDatabase) -> DurableBuilder {
+    Durable::builder(database.pool().clone()).idempotency_key(IdempotencyKey::none())
 }
 
 /// Sends every case on both ways; what the server saw and what the caller got must be the same.
@@ -219,7 +225,10 @@ fn the_layer_changes_nothing() {
     let (runtime, database, server) = setting();
     let context = runtime.enter();
     let bare = hyper_client();
-    let service = DurableLayer::new(database.pool().clone()).layer(hyper_client::<Body>());
+    let service = builder(&database)
+        .layer()
+        .unwrap()
+        .layer(hyper_client::<Body>());
     drop(context);
     compare(
         &runtime,
@@ -243,11 +252,11 @@ fn the_layer_changes_nothing_when_another_process_sends() {
     let (runtime, database, server) = setting();
     let context = runtime.enter();
     let bare = hyper_client();
-    let _sender = Durable::builder(database.pool().clone())
+    let _sender = builder(&database)
         .transport(hyper_client::<Body>())
         .build()
         .unwrap();
-    let service = Durable::builder(database.pool().clone())
+    let service = builder(&database)
         .runner(false)
         .layer()
         .unwrap()
@@ -279,7 +288,7 @@ fn the_middleware_changes_nothing() {
     let (runtime, database, server) = setting();
     let context = runtime.enter();
     let bare = reqwest_client();
-    let client = with_middleware(bare.clone(), Durable::new(database.pool().clone()));
+    let client = with_middleware(bare.clone(), builder(&database).build().unwrap());
     drop(context);
     compare(
         &runtime,
@@ -307,7 +316,7 @@ fn the_default_transport_sends_what_a_reqwest_client_sends() {
     let (runtime, database, server) = setting();
     let context = runtime.enter();
     let bare = reqwest_client();
-    let durable = Durable::new(database.pool().clone());
+    let durable = builder(&database).build().unwrap();
     drop(context);
     compare_with_reqwest(&runtime, &server, &bare, &durable, |got| got);
 }
@@ -317,11 +326,8 @@ fn the_default_transport_of_another_process_sends_what_a_reqwest_client_sends() 
     let (runtime, database, server) = setting();
     let context = runtime.enter();
     let bare = reqwest_client();
-    let _sender = Durable::new(database.pool().clone());
-    let durable = Durable::builder(database.pool().clone())
-        .runner(false)
-        .build()
-        .unwrap();
+    let _sender = builder(&database).build().unwrap();
+    let durable = builder(&database).runner(false).build().unwrap();
     drop(context);
     compare_with_reqwest(&runtime, &server, &bare, &durable, Got::stored);
 }
@@ -363,7 +369,7 @@ fn soon() -> Options {
 
 /// One attempt, so that a mistake fails instead of being retried.
 fn durable(database: &TestDatabase) -> Durable {
-    Durable::builder(database.pool().clone())
+    builder(database)
         .retry(RetryPolicy::none())
         .build()
         .unwrap()
@@ -412,10 +418,7 @@ async fn sensitive_values_stay_marked_in_storage() {
             Ok::<_, Infallible>(response.unwrap())
         }
     });
-    let durable = Durable::builder(database.pool().clone())
-        .transport(transport)
-        .build()
-        .unwrap();
+    let durable = builder(&database).transport(transport).build().unwrap();
 
     let mut secret = HeaderValue::from_static("secret");
     secret.set_sensitive(true);
@@ -614,7 +617,7 @@ async fn http_2_and_its_trailers_go_both_ways() {
     let hyper: HyperClient<Body> = Client::builder(TokioExecutor::new())
         .http2_only(true)
         .build_http();
-    let sender = Durable::builder(database.pool().clone())
+    let sender = builder(&database)
         .retry(RetryPolicy::none())
         .transport(hyper.clone())
         .build()
@@ -623,7 +626,7 @@ async fn http_2_and_its_trailers_go_both_ways() {
     let response = in_time(layered.oneshot(request())).await.unwrap();
     assert_eq!(trailing(response).await, expected(), "layer");
 
-    let elsewhere = Durable::builder(database.pool().clone())
+    let elsewhere = builder(&database)
         .runner(false)
         .layer()
         .unwrap()
@@ -653,7 +656,7 @@ async fn http_2_is_remembered_with_the_stored_response() {
         .http2_prior_knowledge()
         .build()
         .unwrap();
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .transport(ReqwestTransport::new(client))
         .build()
         .unwrap();

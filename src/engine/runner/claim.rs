@@ -15,11 +15,15 @@ use crate::engine::Engine;
 use crate::engine::job::Job;
 use crate::engine::runner::lease::Lease;
 use crate::engine::runner::settle::{Held, Settlement, Settling};
+use crate::options::Guarantee;
 use crate::outcome::Outcome;
+use crate::store::claim::{self, ClaimHead, Confirm};
 use crate::store::settle::{Failure, Fence};
 
 /// An attempt's hard deadline is this much after its timeout: room for its result to be judged.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
+
+const ABANDONED: &str = "whoever sent it went away";
 
 /// How long an attempt keeps its slot and its lease at most.
 fn hard_deadline(job: &Job) -> Duration {
@@ -32,8 +36,14 @@ pub(crate) struct Claim {
     /// `None` once the claim is settled, or being settled.
     lease: Option<Arc<Lease>>,
     job: Job,
-    /// Transmissions begun, with this claim's.
+    /// Transmissions begun, with this claim's if it is counted.
     attempts: u32,
+    /// The database counts this claim's transmission already.
+    counted: bool,
+    /// The database has to say that the claim still stands before anything is sent.
+    unconfirmed: bool,
+    /// When the request is given up.
+    deadline: Option<Instant>,
     /// When the request was enqueued, on this process's clock.
     enqueued: Instant,
     /// When the attempt is due.
@@ -53,15 +63,38 @@ impl Claim {
         let lease = engine.shared().leases.insert(fence, slots);
         // From here on, because a caller may never come to make the attempt.
         lease.sending(Instant::now() + hard_deadline(&job));
-        Self::new(engine, lease, job, 1, Duration::ZERO)
+        let deadline = job.request.options.deadline;
+        Self::new(engine, lease, job, 1, Duration::ZERO, deadline)
     }
 
-    pub(super) fn new(
+    /// The claim of a request that a poll brought.
+    pub(super) fn polled(
+        engine: &Arc<Engine>,
+        lease: Arc<Lease>,
+        job: Job,
+        head: &ClaimHead<'_>,
+    ) -> Self {
+        // It may have waited for long here, for a slot or its body, and been taken over meanwhile.
+        let unconfirmed = job.delivery.guarantee == Guarantee::AtMostOnce;
+        let mut claim = Self::new(
+            engine,
+            lease,
+            job,
+            head.attempts,
+            head.age(),
+            head.deadline(),
+        );
+        claim.unconfirmed = unconfirmed;
+        claim
+    }
+
+    fn new(
         engine: &Arc<Engine>,
         lease: Arc<Lease>,
         job: Job,
         attempts: u32,
         age: Duration,
+        deadline: Option<Duration>,
     ) -> Self {
         let now = Instant::now();
         Self {
@@ -69,6 +102,9 @@ impl Claim {
             lease: Some(lease),
             job,
             attempts,
+            counted: true,
+            unconfirmed: false,
+            deadline: deadline.and_then(|left| now.checked_add(left)),
             enqueued: now.checked_sub(age).unwrap_or(now),
             due: now,
             sending: None,
@@ -124,14 +160,64 @@ impl Claim {
         }
         let now = Instant::now();
         lease.sending(now + hard_deadline(&self.job));
-        self.sending = Some(now);
+        if self.unconfirmed && !self.confirm().await {
+            return false;
+        }
+        self.sending = Some(Instant::now());
         true
+    }
+
+    /// Has the database say that the claim still stands: it may have been cancelled, taken over or given up.
+    async fn confirm(&mut self) -> bool {
+        let Some(lease) = &self.lease else {
+            return false;
+        };
+        let (fence, time) = (lease.fence(), self.engine.config().lease);
+        let how = Confirm {
+            count: !self.counted,
+            once: self.is_once(),
+        };
+        let confirmed = self
+            .engine
+            .query(move |connection| {
+                Box::pin(async move { claim::confirm(connection, fence, time, how).await })
+            })
+            .await;
+        match confirmed {
+            Ok(true) => {
+                self.attempts += u32::from(how.count);
+                self.counted = true;
+                self.unconfirmed = false;
+                true
+            }
+            Ok(false) => {
+                let shared = self.engine.shared();
+                shared.leases.remove(lease);
+                shared.waiters.ask_soon(vec![self.job.id]);
+                self.lease = None;
+                false
+            }
+            Err(error) => {
+                log::warn!("request {}: not sent yet: {error:?}", self.job.id);
+                false
+            }
+        }
+    }
+
+    /// Whether the request must not be sent again once it may have been.
+    pub(crate) fn is_once(&self) -> bool {
+        self.job.delivery.guarantee == Guarantee::AtMostOnce
     }
 
     /// The delay until the next attempt after this one, or `None` to give up.
     pub(crate) fn next_delay(&self) -> Option<Duration> {
         let policy = &self.job.delivery.retry;
-        policy.delay(self.attempts, self.enqueued.elapsed(), fastrand::f64())
+        let delay = policy.delay(self.attempts, self.enqueued.elapsed(), fastrand::f64())?;
+        // An attempt that would come too late is not waited for.
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        left.is_none_or(|left| delay < left).then_some(delay)
     }
 
     /// Whether the policy allows no attempt any more: one was lost with the process that made it.
@@ -179,6 +265,8 @@ impl Claim {
         let Held { lease, attempts } = done.await.ok().flatten()?;
         self.lease = Some(lease);
         self.attempts = attempts;
+        self.counted = false;
+        self.unconfirmed = true;
         self.due = due;
         self.sending = None;
         Some(self)
@@ -200,9 +288,19 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let result = match self.sending {
-            None => unmade(self.due.saturating_duration_since(Instant::now())),
+            None => Settling::Again {
+                delay: self.due.saturating_duration_since(Instant::now()),
+                hold: false,
+                uncounted: self.counted,
+                failure: None,
+            },
+            Some(_) if self.is_once() => Settling::Finish(Outcome::ambiguous(
+                self.job.id,
+                FailureClass::Abandoned.as_str(),
+                ABANDONED.to_owned(),
+            )),
             Some(began) => {
-                let text = "whoever sent it went away".to_owned();
+                let text = ABANDONED.to_owned();
                 match self.next_delay() {
                     Some(delay) => Settling::Again {
                         delay,
@@ -228,7 +326,7 @@ impl Drop for Claim {
     }
 }
 
-/// Gives a request back whose attempt was not made.
+/// Gives a request back that was claimed and not sent.
 pub(super) fn unmade(delay: Duration) -> Settling {
     Settling::Again {
         delay,

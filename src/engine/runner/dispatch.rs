@@ -46,8 +46,10 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
     let body = current.raw_bytes().map(Bytes::copy_from_slice);
     match job(&engine, id, &head, body).await {
         Ok(job) => {
-            let claim = Claim::new(&engine, lease, job, head.attempts, head.age());
-            begin(claim.counted_by(current)).await;
+            let claim = Claim::polled(&engine, lease, job, &head);
+            let overdue = head.deadline().is_some_and(|left| left.is_zero());
+            let lost = head.lost;
+            begin(claim.counted_by(current), lost, overdue).await;
         }
         Err(Unusable::Corrupt(error)) => {
             log::error!("request {id} is discarded: {error}");
@@ -62,14 +64,21 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
     }
 }
 
-async fn begin(claim: Claim) {
-    if claim.is_exhausted() {
-        let text = "the last allowed attempt was lost with the process that made it".to_owned();
-        let class = FailureClass::Abandoned.as_str();
-        let outcome = Outcome::discarded(claim.job().id, class, text);
-        return claim.finish(outcome).await;
-    }
-    live::hand_over(claim, None);
+async fn begin(claim: Claim, lost: bool, overdue: bool) {
+    let id = claim.job().id;
+    let outcome = if lost {
+        let text = "it may have been sent by a process that was lost before it recorded an answer";
+        Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned())
+    } else if claim.is_exhausted() {
+        let text = "the last allowed attempt was lost with the process that made it";
+        Outcome::discarded(id, FailureClass::Lost.as_str(), text.to_owned())
+    } else if overdue {
+        let text = "its deadline passed";
+        Outcome::discarded(id, FailureClass::Deadline.as_str(), text.to_owned())
+    } else {
+        return live::hand_over(claim, None);
+    };
+    claim.finish(outcome).await;
 }
 
 async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {

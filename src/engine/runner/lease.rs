@@ -27,6 +27,8 @@ pub(crate) struct Lease {
 #[derive(Debug)]
 struct LeaseState {
     phase: Phase,
+    /// When this process came by the claim.
+    since: Instant,
     renewed: Instant,
     /// Counts against the concurrency while an attempt is made.
     slots: Vec<OwnedSemaphorePermit>,
@@ -100,6 +102,7 @@ impl Leases {
             claim_no: AtomicI32::new(fence.claim_no),
             state: Mutex::new(LeaseState {
                 phase: Phase::Idle,
+                since: Instant::now(),
                 renewed: Instant::now(),
                 slots,
             }),
@@ -138,7 +141,11 @@ impl Leases {
 
     /// The request has ended without its claim: whoever holds it finds out when it goes on.
     pub(crate) fn forget(&self, id: RequestId) {
-        self.lock().remove(&id);
+        let forgotten = self.lock().remove(&id);
+        if let Some(lease) = forgotten {
+            // A caller that is not polled would keep them for ever.
+            lease.lock().slots.clear();
+        }
     }
 
     /// Whether the claim still stands, as far as this process knows.
@@ -151,6 +158,13 @@ impl Leases {
     /// Whether the request is in this process's hands.
     pub(crate) fn is_driven(&self, id: RequestId) -> bool {
         self.lock().contains_key(&id)
+    }
+
+    /// Whether the request came into this process's hands so lately that there is no need to ask how it is.
+    pub(crate) fn is_fresh(&self, id: RequestId, age: Duration) -> bool {
+        self.lock()
+            .get(&id)
+            .is_some_and(|lease| lease.lock().since.elapsed() < age)
     }
 
     pub(crate) fn is_empty(&self) -> bool {

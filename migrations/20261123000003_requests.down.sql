@@ -1,0 +1,13 @@
+DROP FUNCTION mq_clear_all();
+DROP FUNCTION mq_clear(text[]);
+DROP FUNCTION mq_insert(mq_new_t[]);
+DROP TYPE mq_new_t;
+DROP FUNCTION cancel_channels(text[], interval, int);
+DROP FUNCTION cancel_request(uuid, interval);
+DROP FUNCTION enqueue(
+    uuid, text, text, boolean, boolean, interval, interval, text, text, bytea, uuid, smallint, interval, text, bytea, text,
+    interval, boolean, boolean, boolean
+);
+DROP FUNCTION expire_requests(int);
+DROP FUNCTION end_requests(uuid[], text, text, text, interval);
+DROP FUNCTION lock_key(text, text, text, boolean);

@@ -1,0 +1,276 @@
+-- How requests enter the queue, and how they leave it without being answered.
+
+-- Locks a caller's key until the end of the transaction. Returns false if another one has it and p_wait is not set.
+CREATE FUNCTION lock_key(p_kind text, p_channel text, p_key text, p_wait boolean) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_lock bigint := hashtextextended(concat_ws('/', 'requeuest', current_schema(), p_kind, p_channel, p_key), 0);
+BEGIN
+    IF p_wait THEN
+        PERFORM pg_advisory_xact_lock(v_lock);
+        RETURN true;
+    END IF;
+    RETURN pg_try_advisory_xact_lock(v_lock);
+END;
+$$;
+
+-- Ends unfinished requests without an answer and tells who waits for them. Returns those that it ended.
+CREATE FUNCTION end_requests(p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval)
+RETURNS uuid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_kept boolean := p_status IN ('discarded', 'ambiguous');
+    v_now timestamptz := clock_timestamp();
+    v_ended uuid[];
+    v_waiters uuid[];
+    v_channels text[];
+BEGIN
+    WITH locked AS MATERIALIZED (
+        SELECT m.id, m.channel_name, m.channel_args, m.attempts, m.waiter, m.seq IS NOT NULL AS ordered,
+            v_kept AND m.halts AND m.seq IS NOT NULL AS halts
+        FROM mq_msgs m WHERE m.id = ANY (p_ids) AND m.state <> 3
+        ORDER BY m.id FOR UPDATE
+    ), removed AS (
+        DELETE FROM mq_msgs m USING locked l WHERE m.id = l.id AND NOT l.halts
+    ), halted AS (
+        UPDATE mq_msgs m
+        SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL, supersede_key = NULL
+        FROM locked l WHERE m.id = l.id AND l.halts
+    ), dropped AS (
+        DELETE FROM mq_payloads p USING locked l WHERE p.id = l.id AND NOT v_kept
+    ), stored AS (
+        INSERT INTO outcomes (
+            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at,
+            http_status, head, body, error_class, error
+        )
+        SELECT
+            CASE WHEN v_kept THEN -1 ELSE outcome_slot(v_now, p_retention) END,
+            l.id, l.channel_name, l.channel_args, p_status, l.attempts, coalesce(p.created_at, v_now), v_now,
+            CASE WHEN NOT v_kept THEN v_now + p_retention END,
+            CASE WHEN v_kept THEN p.response_status END,
+            CASE WHEN v_kept THEN p.response_head END,
+            CASE WHEN v_kept THEN p.response_body END,
+            p_class, p_error
+        FROM locked l LEFT JOIN mq_payloads p ON p.id = l.id
+    )
+    SELECT
+        coalesce(array_agg(l.id), '{}'), array_agg(l.waiter),
+        array_agg(DISTINCT l.channel_name) FILTER (WHERE l.ordered AND NOT l.halts)
+    INTO v_ended, v_waiters, v_channels
+    FROM locked l;
+
+    -- A payload has to be shorter than 8000 bytes: 200 ids are 7400.
+    PERFORM pg_notify('requeuest_' || replace(told.waiter::text, '-', ''), string_agg(told.id::text, ','))
+    FROM (
+        SELECT w.id, w.waiter, row_number() OVER (PARTITION BY w.waiter) / 200 AS part
+        FROM unnest(v_ended, v_waiters) AS w(id, waiter) WHERE w.waiter IS NOT NULL
+    ) told
+    GROUP BY told.waiter, told.part;
+    -- Others of their ordering keys may go now.
+    IF v_channels IS NOT NULL THEN
+        PERFORM pg_notify('mq_' || c.name, '') FROM unnest(v_channels) AS c(name);
+        PERFORM pg_notify('mq', '');
+    END IF;
+    RETURN v_ended;
+END;
+$$;
+
+-- Gives up requests whose deadline has passed and that nobody is attempting. One that may have been sent and must not be sent
+-- again (state 4) is left to the claim that finds out about it.
+CREATE FUNCTION expire_requests(p_limit int) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    v_ids uuid[];
+BEGIN
+    SELECT array_agg(due.id) INTO v_ids FROM (
+        SELECT m.id FROM mq_msgs m
+        WHERE m.deadline <= v_now AND (m.state = 0 OR m.state IN (1, 2) AND m.attempt_at <= v_now)
+        ORDER BY m.deadline LIMIT p_limit FOR UPDATE SKIP LOCKED
+    ) due;
+    IF v_ids IS NULL THEN
+        RETURN 0;
+    END IF;
+    RETURN cardinality(end_requests(v_ids, 'discarded', 'deadline', 'its deadline passed', NULL));
+END;
+$$;
+
+-- Persists one request, in the caller's transaction: a commit sends it, a rollback never does.
+--
+-- Verdicts: `inserted`; `attached`, with the id of the request that has the key already; `conflict`, likewise, if that is
+-- another request; `busy`, with nothing done, if another transaction has one of the keys and p_wait is not set.
+CREATE FUNCTION enqueue(
+    p_id uuid,
+    p_channel text,
+    p_group text,
+    p_ordered boolean,
+    p_halts boolean,
+    p_delay interval,
+    p_deadline interval,
+    p_name text,
+    p_head text,
+    p_body bytea,
+    p_waiter uuid,
+    -- 0, or the state of a row that is inserted claimed, with this lease.
+    p_state smallint,
+    p_lease interval,
+    p_key text,
+    p_fingerprint bytea,
+    p_supersede text,
+    p_retention interval,
+    p_notify boolean,
+    p_wait boolean,
+    -- After a commit whose outcome is unknown: a row that is there, or has already ended, is left alone.
+    p_again boolean
+) RETURNS TABLE (verdict text, request_id uuid)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_first record;
+    v_older uuid[];
+    v_seq bigint;
+    v_now timestamptz;
+BEGIN
+    -- All locks first, always in this order: a later one that is not to be had must leave nothing done.
+    IF p_key IS NOT NULL AND NOT lock_key('key', p_channel, p_key, p_wait)
+        OR p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait)
+        OR p_ordered AND NOT lock_key('order', p_channel, p_group, p_wait)
+    THEN
+        RETURN QUERY SELECT 'busy', NULL::uuid;
+        RETURN;
+    END IF;
+    -- From here on in later statements than the locks were taken in: one and the same could be older than the wait.
+    IF p_again AND (
+        EXISTS (SELECT FROM mq_payloads p WHERE p.id = p_id) OR EXISTS (SELECT FROM outcomes o WHERE o.id = p_id)
+    ) THEN
+        RETURN QUERY SELECT 'inserted', p_id;
+        RETURN;
+    END IF;
+    IF p_key IS NOT NULL THEN
+        SELECT k.id, k.fingerprint = p_fingerprint AS same INTO v_first
+        FROM request_keys k
+        WHERE k.channel_name = p_channel AND k.key = p_key
+            -- In one statement, or a request that ends in between would look forgotten.
+            AND (EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id) OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id));
+        IF FOUND THEN
+            RETURN QUERY SELECT CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id;
+            RETURN;
+        END IF;
+        INSERT INTO request_keys AS k (channel_name, key, id, fingerprint) VALUES (p_channel, p_key, p_id, p_fingerprint)
+        ON CONFLICT (channel_name, key)
+            DO UPDATE SET id = excluded.id, fingerprint = excluded.fingerprint, created_at = excluded.created_at;
+    END IF;
+    IF p_supersede IS NOT NULL THEN
+        -- One that a runner is claiming right now is being sent.
+        SELECT array_agg(older.id) INTO v_older FROM (
+            SELECT m.id FROM mq_msgs m
+            WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede AND m.attempts = 0 AND m.state = 0
+            FOR UPDATE SKIP LOCKED
+        ) older;
+        IF v_older IS NOT NULL THEN
+            PERFORM end_requests(v_older, 'cancelled', 'superseded', 'a newer request took its place', p_retention);
+        END IF;
+    END IF;
+    IF p_ordered THEN
+        v_seq := nextval('mq_seq');
+    END IF;
+    INSERT INTO mq_payloads (id, name, head, body) VALUES (p_id, p_name, p_head, p_body);
+    v_now := clock_timestamp();
+    INSERT INTO mq_msgs (
+        id, channel_name, channel_args, attempt_at, seq, waiter, claim_no, attempts, state, deadline, supersede_key, halts
+    )
+    VALUES (
+        p_id, p_channel, p_group, v_now + CASE WHEN p_state = 0 THEN p_delay ELSE p_lease END, v_seq, p_waiter,
+        (p_state > 0)::int, (p_state > 0)::int, p_state, v_now + p_deadline, p_supersede, p_halts
+    );
+    IF p_notify THEN
+        PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
+    END IF;
+    RETURN QUERY SELECT 'inserted', p_id;
+END;
+$$;
+
+-- Cancels an unfinished request. Returns `cancelled`, or `ended` if it had ended already, or NULL if there is none.
+CREATE FUNCTION cancel_request(p_id uuid, p_retention interval) RETURNS text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    -- Waits for a settle that is about to end it.
+    IF cardinality(end_requests(ARRAY[p_id], 'cancelled', NULL, NULL, p_retention)) > 0 THEN
+        RETURN 'cancelled';
+    END IF;
+    IF EXISTS (SELECT FROM outcomes o WHERE o.id = p_id) THEN
+        RETURN 'ended';
+    END IF;
+    RETURN NULL;
+END;
+$$;
+
+-- Cancels up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) and lets go of their halted
+-- ordering keys. Returns those that it ended.
+CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int) RETURNS uuid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_ids uuid[];
+BEGIN
+    DELETE FROM mq_msgs m WHERE m.state = 3 AND (channel_names IS NULL OR m.channel_name = ANY (channel_names));
+    SELECT array_agg(found.id) INTO v_ids FROM (
+        SELECT m.id FROM mq_msgs m
+        WHERE channel_names IS NULL OR m.channel_name = ANY (channel_names)
+        ORDER BY m.id LIMIT p_limit FOR UPDATE
+    ) found;
+    RETURN end_requests(coalesce(v_ids, '{}'), 'cancelled', NULL, NULL, p_retention);
+END;
+$$;
+
+-- sqlxmq's entry points that insert and clear, for tools that speak its language.
+
+CREATE TYPE mq_new_t AS (
+    id uuid,
+    delay interval,
+    retries int,
+    retry_backoff interval,
+    channel_name text,
+    channel_args text,
+    commit_interval interval,
+    ordered boolean,
+    name text,
+    payload_json text,
+    payload_bytes bytea
+);
+
+CREATE FUNCTION mq_insert(new_messages mq_new_t[]) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    m mq_new_t;
+BEGIN
+    FOREACH m IN ARRAY new_messages LOOP
+        PERFORM enqueue(
+            m.id, m.channel_name, m.channel_args, coalesce(m.ordered, false), false, coalesce(m.delay, '0'), NULL,
+            m.name, m.payload_json, m.payload_bytes, NULL, 0::smallint, NULL, NULL, NULL, NULL, NULL, true, true, false
+        );
+    END LOOP;
+END;
+$$;
+
+CREATE FUNCTION mq_clear(channel_names text[]) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$ SELECT cancel_channels(coalesce(channel_names, '{}'), '1 day', NULL); SELECT NULL::void $$;
+
+CREATE FUNCTION mq_clear_all() RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$ SELECT cancel_channels(NULL, '1 day', NULL); SELECT NULL::void $$;
