@@ -33,6 +33,48 @@ END;
 $$;
 CREATE INDEX outcomes_id ON outcomes (id);
 
+-- Channels whose outcomes are handed to somebody in a transaction.
+CREATE TABLE handled_channels (
+    channel_name text COLLATE "C" PRIMARY KEY
+);
+
+-- Outcomes of those channels that have not been handed over yet.
+CREATE TABLE unhandled (
+    id uuid PRIMARY KEY,
+    channel_name text COLLATE "C" NOT NULL,
+    due_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- How often it was handed over and not taken.
+    failures int NOT NULL DEFAULT 0,
+    error text
+);
+CREATE INDEX unhandled_due ON unhandled (channel_name, due_at);
+
+-- Hands over an outcome that is due: it counts as handled if the transaction commits. Another transaction gets another one.
+-- The status is NULL if the outcome is known no more.
+CREATE FUNCTION take_unhandled(p_channel text)
+RETURNS TABLE (
+    id uuid, status text, attempts int, http_status smallint, head text, body bytea, error_class text, error text
+)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_id uuid;
+BEGIN
+    DELETE FROM unhandled d WHERE d.id = (
+        SELECT u.id FROM unhandled u
+        WHERE u.channel_name = p_channel AND u.due_at <= clock_timestamp()
+        ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED
+    )
+    RETURNING d.id INTO v_id;
+    RETURN QUERY
+    SELECT t.id, o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error
+    FROM (SELECT v_id AS id) t LEFT JOIN outcomes o ON o.id = t.id
+    WHERE t.id IS NOT NULL;
+END;
+$$;
+
 -- The slot of an outcome that ends now. Twelve slots span the retention; the others give the pruning time.
 CREATE FUNCTION outcome_slot(p_at timestamptz, p_retention interval) RETURNS smallint
 LANGUAGE sql
@@ -72,6 +114,10 @@ BEGIN
         -- Once more: processes with another retention may have added to it before it was locked.
         EXECUTE format(
             'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
+        ) INTO v_live;
+        CONTINUE WHEN v_live;
+        EXECUTE format(
+            'SELECT EXISTS (SELECT FROM unhandled u JOIN outcomes_%s o ON o.id = u.id)', v_slot
         ) INTO v_live;
         CONTINUE WHEN v_live;
         EXECUTE format('TRUNCATE outcomes_%s', v_slot);

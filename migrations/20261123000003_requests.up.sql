@@ -56,6 +56,9 @@ BEGIN
             CASE WHEN v_kept THEN p.response_body END,
             p_class, p_error
         FROM locked l LEFT JOIN mq_payloads p ON p.id = l.id
+    ), to_handle AS (
+        INSERT INTO unhandled (id, channel_name)
+        SELECT l.id, l.channel_name FROM locked l JOIN handled_channels h ON h.channel_name = l.channel_name
     )
     SELECT
         coalesce(array_agg(l.id), '{}'), array_agg(l.waiter),

@@ -15,8 +15,9 @@ pub(crate) const RESPONSE_TOO_LARGE: &str = "response_too_large";
 /// The class of an outcome whose request a newer one took the place of, as the migrations write it.
 const SUPERSEDED: &str = "superseded";
 
+/// The final result of a request.
 #[derive(Clone, Debug)]
-pub(crate) struct Outcome {
+pub struct Outcome {
     pub(crate) id: RequestId,
     pub(crate) status: Status,
     pub(crate) attempts: u32,
@@ -32,6 +33,31 @@ pub(crate) struct Fault {
 }
 
 impl Outcome {
+    /// The request.
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// How it ended: a terminal status.
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// How many attempts were made.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// The response: of a request that was given up, the last one if there was any.
+    pub fn response(&self) -> Option<&Response> {
+        self.response.as_ref()
+    }
+
+    /// Why there is no response, or not all of it.
+    pub fn error(&self) -> Option<&str> {
+        self.fault.as_ref().map(|fault| &*fault.text)
+    }
+
     /// Answered: with a final response, or with the last one of a request that is given up.
     pub(crate) fn answered(status: Status, response: Response) -> Self {
         Self {
@@ -102,7 +128,11 @@ impl Outcome {
     }
 
     /// What a waiter gets: the last response if there is one, else why there is none.
-    pub(crate) fn into_result(self) -> Result<Response, Error> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`Durable::response`](crate::Durable::response).
+    pub fn into_result(self) -> Result<Response, Error> {
         let too_large = self
             .fault
             .as_ref()

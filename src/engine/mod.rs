@@ -8,6 +8,7 @@
 
 pub(crate) mod attempt;
 pub(crate) mod enqueue;
+pub(crate) mod handlers;
 pub(crate) mod job;
 pub(crate) mod lane;
 pub(crate) mod live;
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -80,6 +81,8 @@ pub(crate) struct Shared {
     pub(crate) instance: Uuid,
     pub(crate) waiters: Arc<Waiters>,
     pub(crate) leases: Leases,
+    /// Told when requests have ended here.
+    pub(crate) settled: Notify,
     verified: AtomicBool,
     /// When the engine went away.
     left: Mutex<Option<Instant>>,
@@ -176,6 +179,7 @@ impl Engine {
             instance: Uuid::now_v7(),
             waiters: Arc::default(),
             leases: Leases::default(),
+            settled: Notify::new(),
             verified: AtomicBool::new(false),
             left: Mutex::default(),
             config,

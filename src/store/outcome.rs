@@ -47,7 +47,7 @@ pub(crate) async fn find(
         .collect()
 }
 
-fn outcome(
+pub(super) fn outcome(
     row: &sqlx::postgres::PgRow,
     id: RequestId,
     status: Status,

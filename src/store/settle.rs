@@ -101,6 +101,9 @@ const FINISH: &str = "
             CASE WHEN f.earlier THEN f.response_body ELSE f.body END,
             f.error_class, f.error
         FROM finished f
+    ), to_handle AS (
+        INSERT INTO unhandled (id, channel_name)
+        SELECT f.id, f.channel_name FROM finished f JOIN handled_channels h ON h.channel_name = f.channel_name
     )
     SELECT
         f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.seq IS NOT NULL AND NOT f.halts AS ordered,

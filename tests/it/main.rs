@@ -9,6 +9,7 @@ mod delivery;
 mod ending;
 mod faults;
 mod guarantee;
+mod handlers;
 mod input;
 mod keys;
 mod layer;

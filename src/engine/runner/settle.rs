@@ -168,6 +168,7 @@ async fn write_finishes(
         })
         .await?;
     word.about_finished(shared, &settled);
+    shared.settled.notify_waiters();
     let settled: HashSet<RequestId> = settled.iter().map(|settled| settled.fence.id).collect();
     let (written, rest) = std::mem::take(batch)
         .into_iter()
