@@ -223,7 +223,9 @@ BEGIN
         SELECT m.id, m.state = 4 AS lost FROM mq_msgs m WHERE m.id = ANY (v_picked)
     ), claimed AS (
         UPDATE mq_msgs m
-        SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1, state = 1
+        -- What may have been sent and must not be sent again stays so until somebody has recorded it.
+        SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
+            state = CASE WHEN b.lost THEN 4 ELSE 1 END
         FROM before b WHERE m.id = b.id
         RETURNING m.id, m.claim_no, m.attempts, m.deadline, b.lost
     )

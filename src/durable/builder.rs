@@ -233,7 +233,7 @@ impl DurableBuilder {
         self
     }
 
-    /// How many connections the crate's own pool opens at most, besides two for listening. At least 2.
+    /// How many connections the crate's own pool opens at most, besides one for waiting and two for the runner. At least 2.
     /// Defaults to [`DEFAULT_MAX_CONNECTIONS`].
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.max_connections = connections;

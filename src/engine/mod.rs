@@ -33,7 +33,7 @@ use crate::idempotency::IdempotencyKey;
 use crate::migrate::wanted_version;
 use crate::retry::RetryPolicy;
 use crate::store::inspect::{self, Schema};
-use crate::store::{BoxFuture, Db};
+use crate::store::{self, BoxFuture, Db};
 
 use enqueue::Submission;
 use runner::lease::{self, Leases};
@@ -149,7 +149,9 @@ pub(crate) struct Engine {
     inline_slots: Arc<Semaphore>,
     large_bodies: Semaphore,
     /// Whether this process claims from its channels, and so may make first attempts.
-    running: AtomicBool,
+    running: watch::Sender<bool>,
+    /// Has a receiver for each runner that may still bring claims.
+    runners: watch::Sender<()>,
     phase: watch::Sender<Phase>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -206,7 +208,8 @@ impl Engine {
             slots: Arc::new(Semaphore::new(concurrency)),
             inline_slots: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
             large_bodies: Semaphore::new(LARGE_BODIES),
-            running: AtomicBool::new(false),
+            running: watch::Sender::new(false),
+            runners: watch::Sender::new(()),
             phase: watch::Sender::new(Phase::Open),
             tasks,
             home,
@@ -247,7 +250,27 @@ impl Engine {
     }
 
     pub(crate) fn set_running(&self, running: bool) {
-        self.running.store(running, Ordering::Release);
+        self.running.send_replace(running);
+    }
+
+    /// Whether what is claimed now is sent from here.
+    pub(crate) fn is_claiming(&self) -> bool {
+        *self.running.borrow() && !self.is_closing()
+    }
+
+    /// Waits until the claiming is to end: with the guard of the runner or with the engine's shutdown, whoever keeps the guard.
+    pub(crate) async fn claiming_ends(&self) {
+        let mut running = self.running.subscribe();
+        tokio::select! {
+            () = self.closing() => {}
+            // The sender is this engine, so it doesn't go away.
+            _ = running.wait_for(|running| !running) => {}
+        }
+    }
+
+    /// Counts a runner for as long as it may bring claims, which is until this is dropped.
+    pub(crate) fn runner(&self) -> watch::Receiver<()> {
+        self.runners.subscribe()
     }
 
     pub(crate) fn is_closing(&self) -> bool {
@@ -301,8 +324,7 @@ impl Engine {
             Some(channels) => channels.iter().any(|subscribed| **subscribed == *channel),
         };
         let has_client = has_client || self.transport.is_known();
-        let running = self.running.load(Ordering::Acquire) && !self.is_closing();
-        if !(subscribed && running && has_client) {
+        if !(subscribed && self.is_claiming() && has_client) {
             return None;
         }
         let inline = Arc::clone(&self.inline_slots).try_acquire_owned().ok()?;
@@ -363,26 +385,17 @@ impl Engine {
     /// once, what was as a failed attempt.
     pub(crate) async fn shutdown(self: Arc<Self>, grace: Duration) -> Result<(), Error> {
         self.phase.send_replace(Phase::Closing);
-        if !self.drained(grace).await {
-            self.phase.send_replace(Phase::Stopping);
-            // No longer than others would wait for the leases anyway.
-            self.drained(self.config().lease).await;
-        }
-        self.shared.waiters.close();
-        let pool = self.shared.db.pool();
-        let closed = async {
-            // sqlx may return too early: for each idle connection that it closes, it waits for one less of the others, and
-            // those stay open when they come back.
-            loop {
-                pool.close().await;
-                if pool.size() == 0 {
-                    break;
-                }
-                tokio::time::sleep(DRAIN_POLL).await;
+        let attempts = async {
+            if !self.drained(grace).await {
+                self.phase.send_replace(Phase::Stopping);
             }
         };
-        // A connection that hangs in the network is left to its end.
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, closed).await;
+        // Each runner's end is bounded. What its last poll brings is noted by then, and on its way back.
+        tokio::join!(attempts, self.runners.closed());
+        // No longer than others would wait for the leases anyway.
+        self.drained(self.config().lease).await;
+        self.shared.waiters.close();
+        store::close(self.shared.db.pool(), CLOSE_TIMEOUT).await;
         Ok(())
     }
 

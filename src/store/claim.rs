@@ -14,7 +14,7 @@ use crate::error::Error;
 
 /// What `mq_poll` says of a claimed request.
 #[derive(Debug, Deserialize)]
-pub(crate) struct ClaimHead<'a> {
+pub(crate) struct ClaimHead {
     pub(crate) claim_no: i32,
     pub(crate) attempts: u32,
     #[serde(rename = "age_ms")]
@@ -26,12 +26,11 @@ pub(crate) struct ClaimHead<'a> {
     /// The body is too large to come with the claim.
     pub(crate) fetch_body: bool,
     /// The request's head, or nothing if its payload is gone.
-    #[serde(borrow)]
-    head: Option<&'a RawValue>,
+    head: Option<Box<RawValue>>,
 }
 
-impl<'a> ClaimHead<'a> {
-    pub(crate) fn parse(json: &'a str) -> Result<Self, Error> {
+impl ClaimHead {
+    pub(crate) fn parse(json: &str) -> Result<Self, Error> {
         serde_json::from_str(json)
             .map_err(|error| Error::corrupt(format!("the claim's head: {error}")))
     }
@@ -45,8 +44,8 @@ impl<'a> ClaimHead<'a> {
             .map(|ms| Duration::from_millis(ms.max(0) as u64))
     }
 
-    pub(crate) fn head(&self) -> Option<&'a str> {
-        self.head.map(RawValue::get)
+    pub(crate) fn head(&self) -> Option<&str> {
+        self.head.as_deref().map(RawValue::get)
     }
 }
 

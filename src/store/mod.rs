@@ -25,8 +25,12 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 const TRUSTED_FOR: Duration = Duration::from_secs(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections that are held for good: the runner's, which listens for due requests, and the waiters', for outcomes.
-const LISTENERS: u32 = 2;
+/// The connection that is held for good while anyone waits: the waiters', which listens for outcomes.
+const LISTENERS: u32 = 1;
+/// The connections of a runner: it listens on one and polls with the other.
+const RUNNER_CONNECTIONS: u32 = 2;
+/// How often it is looked whether a pool's connections are closed.
+const CLOSE_POLL: Duration = Duration::from_millis(5);
 
 pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -74,23 +78,7 @@ impl Db {
         lease: Duration,
         max_connections: u32,
     ) -> Self {
-        let pool = PgPoolOptions::new()
-            .max_connections(max_connections.saturating_add(LISTENERS))
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            // A ping for every statement would be a round trip on the hot path; one that lay idle may have died unnoticed.
-            .test_before_acquire(false)
-            .before_acquire(|connection, meta| {
-                Box::pin(async move {
-                    if meta.idle_for > TRUSTED_FOR {
-                        tokio::time::timeout(PING_TIMEOUT, connection.ping())
-                            .await
-                            .map_err(|_elapsed| {
-                                sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
-                            })??;
-                    }
-                    Ok(true)
-                })
-            })
+        let pool = pool_options(max_connections.saturating_add(LISTENERS))
             .connect_lazy_with(pinned(connect, schema, lease));
         Self {
             pool,
@@ -101,6 +89,16 @@ impl Db {
 
     pub(crate) fn pool(&self) -> &PgPool {
         &self.pool
+    }
+
+    /// A pool for one runner, to be closed with it: its polls wait for nobody else's statements, and whoever has the connection that it
+    /// polls with knows that it doesn't poll. Must be called within a tokio runtime.
+    pub(crate) fn runner_pool(&self) -> PgPool {
+        // Here it is the database that watches the time: sqlxmq does not, and a poll that nobody waits for should not claim.
+        let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
+        let connect = (*self.pool.connect_options()).clone();
+        pool_options(RUNNER_CONNECTIONS)
+            .connect_lazy_with(connect.options([("statement_timeout", timeout)]))
     }
 
     /// Connections made from now on use these options: passwords rotate and servers move.
@@ -137,6 +135,42 @@ impl Db {
             }
         }
     }
+}
+
+fn pool_options(max_connections: u32) -> PgPoolOptions {
+    PgPoolOptions::new()
+        .max_connections(max_connections)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        // A ping for every statement would be a round trip on the hot path; one that lay idle may have died unnoticed.
+        .test_before_acquire(false)
+        .before_acquire(|connection, meta| {
+            Box::pin(async move {
+                if meta.idle_for > TRUSTED_FOR {
+                    tokio::time::timeout(PING_TIMEOUT, connection.ping())
+                        .await
+                        .map_err(|_elapsed| {
+                            sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
+                        })??;
+                }
+                Ok(true)
+            })
+        })
+}
+
+/// Closes a pool, for as long as that may take. A connection that hangs in the network is left to its end.
+pub(crate) async fn close(pool: &PgPool, within: Duration) {
+    let closed = async {
+        // sqlx may return too early: for each idle connection that it closes, it waits for one less of the others, and
+        // those stay open when they come back.
+        loop {
+            pool.close().await;
+            if pool.size() == 0 {
+                break;
+            }
+            tokio::time::sleep(CLOSE_POLL).await;
+        }
+    };
+    let _ = tokio::time::timeout(within, closed).await;
 }
 
 /// Whether the statement may have been committed all the same.

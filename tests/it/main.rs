@@ -17,6 +17,7 @@ mod middleware;
 mod migrations;
 mod poll;
 mod runtimes;
+mod stopping;
 mod support;
 mod testkit;
 mod transparency;

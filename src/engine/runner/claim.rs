@@ -72,7 +72,7 @@ impl Claim {
         engine: &Arc<Engine>,
         lease: Arc<Lease>,
         job: Job,
-        head: &ClaimHead<'_>,
+        head: &ClaimHead,
     ) -> Self {
         // It may have waited for long here, for a slot or its body, and been taken over meanwhile.
         let unconfirmed = job.delivery.guarantee == Guarantee::AtMostOnce;

@@ -20,8 +20,8 @@ use crate::outcome::Outcome;
 use crate::store::claim::{self, ClaimHead};
 use crate::store::settle::Fence;
 
-/// Takes over what sqlxmq's runner claimed.
-pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
+/// Takes over what sqlxmq's runner claimed: notes it at once, so that it is known when the runner has ended, and leaves the rest to a task.
+pub(crate) fn take(engine: Arc<Engine>, current: CurrentJob) {
     let id = RequestId::from(current.id());
     let json = current.raw_json().unwrap_or_default();
     let head = match ClaimHead::parse(json) {
@@ -39,17 +39,28 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
         Registered::New(lease) => lease,
         Registered::Adopted => return,
     };
-    if engine.is_closing() {
+    lease.waiting();
+    let home = Arc::clone(&engine);
+    home.spawn(run(engine, current, lease, head));
+}
+
+async fn run(engine: Arc<Engine>, current: CurrentJob, lease: Arc<Lease>, head: ClaimHead) {
+    let id = lease.id;
+    if head.lost {
+        let text = "it may have been sent by a process that was lost before it recorded an answer";
+        let outcome = Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned());
+        return settle(&engine, lease, Settling::Finish(outcome)).await;
+    }
+    if !engine.is_claiming() {
+        // It came from the last poll. Others may send it at once.
         return settle(&engine, lease, unmade(Duration::ZERO)).await;
     }
-    lease.waiting();
     let body = current.raw_bytes().map(Bytes::copy_from_slice);
     match job(&engine, id, &head, body).await {
         Ok(job) => {
             let claim = Claim::polled(&engine, lease, job, &head);
             let overdue = head.deadline().is_some_and(|left| left.is_zero());
-            let lost = head.lost;
-            begin(claim.counted_by(current), lost, overdue).await;
+            begin(claim.counted_by(current), overdue).await;
         }
         Err(Unusable::Corrupt(error)) => {
             log::error!("request {id} is discarded: {error}");
@@ -64,20 +75,16 @@ pub(crate) async fn run(engine: Arc<Engine>, current: CurrentJob) {
     }
 }
 
-async fn begin(claim: Claim, lost: bool, overdue: bool) {
-    let id = claim.job().id;
-    let outcome = if lost {
-        let text = "it may have been sent by a process that was lost before it recorded an answer";
-        Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned())
-    } else if claim.is_exhausted() {
+async fn begin(claim: Claim, overdue: bool) {
+    let (class, text) = if claim.is_exhausted() {
         let text = "the last allowed attempt was lost with the process that made it";
-        Outcome::discarded(id, FailureClass::Lost.as_str(), text.to_owned())
+        (FailureClass::Lost, text)
     } else if overdue {
-        let text = "its deadline passed";
-        Outcome::discarded(id, FailureClass::Deadline.as_str(), text.to_owned())
+        (FailureClass::Deadline, "its deadline passed")
     } else {
         return live::hand_over(claim, None);
     };
+    let outcome = Outcome::discarded(claim.job().id, class.as_str(), text.to_owned());
     claim.finish(outcome).await;
 }
 
@@ -100,7 +107,7 @@ enum Unusable {
 async fn job(
     engine: &Engine,
     id: RequestId,
-    head: &ClaimHead<'_>,
+    head: &ClaimHead,
     mut body: Option<Bytes>,
 ) -> Result<Job, Unusable> {
     let stored = head

@@ -2,6 +2,9 @@
 //!
 //! The stock runner's delay after errors grows without bound, so a supervisor probes the database and replaces the runner when
 //! it is back. Its per-job keep-alive is off: [`lease`] renews all claims at once.
+//!
+//! A poll that is cut off goes on in the database, and leases what it finds to nobody. So a runner is not just dropped: it has a pool
+//! of its own, and when nobody holds the connection that it polls with, it has got all that it will.
 
 pub(crate) mod claim;
 pub(crate) mod dispatch;
@@ -9,38 +12,44 @@ pub(crate) mod lease;
 pub(crate) mod settle;
 pub(crate) mod sweep;
 
+use std::future::Future;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use sqlx::pool::PoolConnection;
+use sqlx::{PgPool, Postgres};
 use sqlxmq::{JobRunnerHandle, JobRunnerOptions};
-use tokio::task::JoinHandle;
+use tokio::sync::watch;
 
 use crate::engine::Engine;
-use crate::store::inspect;
+use crate::store::{self, inspect};
 
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 const START_RETRY_MIN: Duration = Duration::from_millis(100);
 const START_RETRY_MAX: Duration = Duration::from_secs(2);
+/// A poll ends in the database before.
+const STOP_TIMEOUT: Duration = Duration::from_secs(12);
+/// As long as sqlx gives to a connection that it closes.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Keeps the runner running; dropping it stops the claiming, not the attempts in flight.
 #[derive(Debug)]
 pub(crate) struct RunnerGuard {
     engine: Weak<Engine>,
-    supervisor: JoinHandle<()>,
 }
 
 impl RunnerGuard {
     pub(crate) fn start(engine: &Arc<Engine>) -> Self {
         engine.set_running(true);
+        // Counted from here on, so that a shutdown right after this waits for it.
+        engine.spawn(supervise(Arc::clone(engine), engine.runner()));
         Self {
             engine: Arc::downgrade(engine),
-            supervisor: engine.spawn(supervise(Arc::clone(engine))),
         }
     }
 
-    /// Stops the claiming.
+    /// Has the claiming stopped. What a poll brings from now on goes back at once.
     pub(crate) fn stop(&self) {
-        self.supervisor.abort();
         if let Some(engine) = self.engine.upgrade() {
             engine.set_running(false);
         }
@@ -53,62 +62,89 @@ impl Drop for RunnerGuard {
     }
 }
 
-/// Ends with the engine's shutdown, and the runner with it, whoever keeps the guard.
-async fn supervise(engine: Arc<Engine>) {
-    tokio::select! {
-        () = engine.closing() => {}
-        () = keep_running(&engine) => {}
+/// Keeps a runner going until the claiming is to end. It has the engine until then, so that claims can still be given back.
+async fn supervise(engine: Arc<Engine>, _counted: watch::Receiver<()>) {
+    if unless_ended(&engine, engine.transport_known())
+        .await
+        .is_none()
+    {
+        return;
     }
-}
-
-async fn keep_running(engine: &Arc<Engine>) {
-    engine.transport_known().await;
-    loop {
-        // Dropping the handle stops the runner's polling; what it claimed goes on.
-        let _runner = start(engine).await;
-        while probe(engine).await {
-            tokio::time::sleep(PROBE_INTERVAL).await;
+    while let Some(runner) = unless_ended(&engine, start(&engine)).await {
+        if unless_ended(&engine, down(&engine)).await.is_none() {
+            return runner.stop(&engine).await;
         }
-        // Down: the passwords may have changed in the meantime.
-        engine.reconnect();
-        while !probe(engine).await {
-            tokio::time::sleep(PROBE_INTERVAL).await;
-            engine.reconnect();
+        let back = unless_ended(&engine, up(&engine)).await;
+        // Not waited for: its connections may hang. Claims that it still brings are as good as those of the new one.
+        let old = Arc::clone(&engine);
+        engine.spawn(async move { runner.stop(&old).await });
+        if back.is_none() {
+            return;
         }
         log::info!("the database is back, the runner starts anew");
     }
 }
 
+/// What the work brings, or `None` if the claiming is to end before.
+async fn unless_ended<T>(engine: &Engine, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = engine.claiming_ends() => None,
+        done = work => Some(done),
+    }
+}
+
+/// sqlxmq's runner, and the pool that is its alone.
+struct Runner {
+    handle: JobRunnerHandle,
+    pool: PgPool,
+    _counted: watch::Receiver<()>,
+}
+
+impl Runner {
+    /// Ends the polling, as soon as all that was claimed is here.
+    async fn stop(mut self, engine: &Engine) {
+        // Of the two connections its listener has one. While the other is held here, it does not poll.
+        let held = tokio::select! {
+            held = tokio::time::timeout(STOP_TIMEOUT, polling_connection(&self.pool)) => held.ok(),
+            // There is nothing to wait for: what was claimed before is left to its lease.
+            () = down(engine) => None,
+        };
+        // Returns after a poll that has just ended has handed over what it brought.
+        self.handle.stop().await;
+        if let Some(connection) = held {
+            drop(connection);
+            store::close(&self.pool, CLOSE_TIMEOUT).await;
+        }
+    }
+}
+
+/// Waits until no poll is under way. `None` if the connection, which no poll has either, can't be made.
+async fn polling_connection(pool: &PgPool) -> Option<PoolConnection<Postgres>> {
+    loop {
+        match pool.acquire().await {
+            // The poll lasts longer than one waits for a connection.
+            Err(sqlx::Error::PoolTimedOut) => {}
+            connection => return connection.ok(),
+        }
+    }
+}
+
 /// Starts the runner, however long the database or its schema takes to appear.
-async fn start(engine: &Arc<Engine>) -> JobRunnerHandle {
-    let config = engine.config();
+async fn start(engine: &Arc<Engine>) -> Runner {
     let mut pause = START_RETRY_MIN;
     loop {
         let problem = match engine.shared().verify().await {
             Ok(()) => {
-                // Weak, or the runner that the engine owns would own the engine.
-                let weak = Arc::downgrade(engine);
-                let mut options =
-                    JobRunnerOptions::new(engine.shared().db.pool(), move |current| {
-                        // A panic here would end the runner silently: it only hands over.
-                        if let Some(engine) = weak.upgrade() {
-                            engine.spawn(dispatch::run(Arc::clone(&engine), current));
-                        }
-                    });
-                // The first is when the runner asks for more, the second how much it then holds: what is beyond the
-                // slots waits for one here, so that each poll brings many.
-                options
-                    .set_concurrency(
-                        config.concurrency,
-                        config.concurrency + config.concurrency / 2,
-                    )
-                    .set_keep_alive(false);
-                if let Some(channels) = &config.channels {
-                    let channels: Vec<&str> = channels.iter().map(|channel| &**channel).collect();
-                    options.set_channel_names(&channels);
-                }
-                match options.run().await {
-                    Ok(runner) => return runner,
+                let pool = engine.shared().db.runner_pool();
+                match options(engine, &pool).run().await {
+                    Ok(handle) => {
+                        return Runner {
+                            handle,
+                            pool,
+                            _counted: engine.runner(),
+                        };
+                    }
                     Err(error) => crate::Error::from(error),
                 }
             }
@@ -118,6 +154,50 @@ async fn start(engine: &Arc<Engine>) -> JobRunnerHandle {
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(START_RETRY_MAX);
         engine.reconnect();
+    }
+}
+
+fn options(engine: &Arc<Engine>, pool: &PgPool) -> JobRunnerOptions {
+    let config = engine.config();
+    // Weak, or the runner that the engine owns would own the engine.
+    let weak = Arc::downgrade(engine);
+    let mut options = JobRunnerOptions::new(pool, move |current| {
+        // A panic here would end the runner silently: it only hands over.
+        if let Some(engine) = weak.upgrade() {
+            dispatch::take(engine, current);
+        }
+    });
+    // The first is when the runner asks for more, the second how much it then holds: what is beyond the slots waits for
+    // one here, so that each poll brings many.
+    options
+        .set_concurrency(
+            config.concurrency,
+            config.concurrency + config.concurrency / 2,
+        )
+        .set_keep_alive(false);
+    if let Some(channels) = &config.channels {
+        let channels: Vec<&str> = channels.iter().map(|channel| &**channel).collect();
+        options.set_channel_names(&channels);
+    }
+    options
+}
+
+/// Waits until the database doesn't answer.
+async fn down(engine: &Engine) {
+    while probe(engine).await {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+    }
+}
+
+/// Waits until the database answers again.
+async fn up(engine: &Engine) {
+    loop {
+        // The passwords may have changed in the meantime.
+        engine.reconnect();
+        if probe(engine).await {
+            return;
+        }
+        tokio::time::sleep(PROBE_INTERVAL).await;
     }
 }
 
