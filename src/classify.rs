@@ -1,9 +1,54 @@
-//! Which answers end a request.
+//! What the result of an attempt means for its request.
+//!
+//! # Defaults
+//!
+//! A response is final unless its status asks for a repetition: 408 (RFC 9110 section 15.5.9), 425 (RFC 8470 section 5.2), 429
+//! (RFC 6585 section 4) and all of 5xx. Whatever keeps a response from coming, a [`FailureClass`], is retried.
+//!
+//! # Scoped
+//!
+//! [`Options::accept`](crate::Options::accept) names the responses that end one request; all others are then retried. It goes
+//! before everything else here, for responses.
+//!
+//! # Classifiers
+//!
+//! [`DurableBuilder::classify`](crate::DurableBuilder::classify) gives a handle a judgement of its own, a [`Classify`]. It is code, and is not
+//! stored with the request: it is called by whichever process makes the attempt. All handles that deliver a channel should
+//! therefore judge alike.
+//!
+//! Attempts whose result nobody saw are not judged: those of a process that died or a caller that went away are always
+//! retried, within the policy.
+//!
+//! # When not to retry
+//!
+//! An answer that says that the same request can never succeed is final: retrying a 401 or a 422 only keeps the receiver busy.
+//! To give a request up at once, as discarded instead of answered, return [`Verdict::Discard`].
+//!
+//! # Examples
+//!
+//! ```
+//! use requeuest::classify::{FailureClass, Verdict, classify_fn};
+//! use requeuest::{Durable, StatusCode};
+//!
+//! # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+//! let durable = Durable::builder(pool)
+//!     .classify(classify_fn(|attempt| match attempt.result() {
+//!         // This receiver says 404 until it has caught up.
+//!         Ok((StatusCode::NOT_FOUND, _)) if attempt.number() < 5 => Verdict::Retry,
+//!         // A name that does not resolve is a typing error here.
+//!         Err(FailureClass::Dns) => Verdict::Discard,
+//!         _ => attempt.default_verdict(),
+//!     }))
+//!     .build()?;
+//! # Ok(()) }
+//! ```
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
-use http::StatusCode;
+use http::{HeaderMap, Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
 /// A response that ends a request, for [`Options::accept`](crate::Options::accept) and
@@ -56,65 +101,220 @@ impl From<RangeInclusive<u16>> for AcceptedResponse {
     }
 }
 
-/// What a response means for its request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+/// What the result of an attempt means for its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// The response ends the request, which is completed. Where there is none, as [`Discard`](Self::Discard).
     Final,
+    /// Another attempt is made if the retry policy allows it.
     Retry,
+    /// The request is given up now, with the response if there is one.
+    Discard,
 }
 
-/// Judges a response. Without a list of accepted ones the statuses that ask for a repetition are retried
-/// (RFC 9110 section 15.5.9 for 408, RFC 8470 section 5.2 for 425, RFC 6585 section 4 for 429, and all of 5xx).
-pub(crate) fn classify(accept: Option<&[AcceptedResponse]>, status: StatusCode) -> Verdict {
-    let is_final = match accept {
-        Some(accepted) => accepted.iter().any(|accepted| accepted.matches(status)),
-        None => !(status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)),
-    };
-    if is_final {
-        Verdict::Final
-    } else {
-        Verdict::Retry
+/// The result of an attempt, for [`Classify`].
+#[derive(Clone, Copy, Debug)]
+pub struct Attempt<'a> {
+    method: &'a Method,
+    number: u32,
+    result: Result<(StatusCode, &'a HeaderMap), FailureClass>,
+}
+
+impl<'a> Attempt<'a> {
+    pub(crate) fn new(
+        method: &'a Method,
+        number: u32,
+        result: Result<(StatusCode, &'a HeaderMap), FailureClass>,
+    ) -> Self {
+        Self {
+            method,
+            number,
+            result,
+        }
+    }
+
+    /// The request's method.
+    pub fn method(&self) -> &'a Method {
+        self.method
+    }
+
+    /// Which attempt of its request it was. The first is 1.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// The status and headers of the response, or why there is none.
+    ///
+    /// # Errors
+    ///
+    /// Not of this function: they are the attempt's.
+    pub fn result(&self) -> Result<(StatusCode, &'a HeaderMap), FailureClass> {
+        self.result
+    }
+
+    /// What it means without a [`Classify`]: see the [module](self).
+    pub fn default_verdict(&self) -> Verdict {
+        match self.result {
+            Ok((status, _)) if !asks_for_repetition(status) => Verdict::Final,
+            Ok(_) | Err(_) => Verdict::Retry,
+        }
     }
 }
 
-/// Why an attempt brought no response.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FailureClass {
-    /// No answer within the attempt's time.
-    Timeout,
+fn asks_for_repetition(status: StatusCode) -> bool {
+    status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
+}
+
+/// Judges the results of attempts, for [`DurableBuilder::classify`](crate::DurableBuilder::classify). See the [module](self).
+///
+/// Called after each attempt of this process, so it must not block. If it panics, the default applies.
+pub trait Classify: Send + Sync + 'static {
+    /// What this result means for its request.
+    fn classify(&self, attempt: &Attempt<'_>) -> Verdict;
+}
+
+/// A [`Classify`] of a function.
+///
+/// # Examples
+///
+/// ```
+/// use requeuest::classify::{Verdict, classify_fn};
+///
+/// let once_is_enough = classify_fn(|_| Verdict::Final);
+/// ```
+pub fn classify_fn<F>(function: F) -> ClassifyFn<F>
+where
+    F: Fn(&Attempt<'_>) -> Verdict + Send + Sync + 'static,
+{
+    ClassifyFn(function)
+}
+
+/// What [`classify_fn`] returns.
+#[derive(Clone, Copy)]
+pub struct ClassifyFn<F>(F);
+
+impl<F> Classify for ClassifyFn<F>
+where
+    F: Fn(&Attempt<'_>) -> Verdict + Send + Sync + 'static,
+{
+    fn classify(&self, attempt: &Attempt<'_>) -> Verdict {
+        (self.0)(attempt)
+    }
+}
+
+impl<F> fmt::Debug for ClassifyFn<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClassifyFn")
+    }
+}
+
+/// A handle's own [`Classify`], or none.
+#[derive(Clone, Default)]
+pub(crate) struct Classifier(Option<Arc<dyn Classify>>);
+
+impl Classifier {
+    pub(crate) fn new(classify: impl Classify) -> Self {
+        Self(Some(Arc::new(classify)))
+    }
+
+    /// Judges an attempt. A list of accepted responses goes before everything else.
+    pub(crate) fn judge(
+        &self,
+        accept: Option<&[AcceptedResponse]>,
+        attempt: &Attempt<'_>,
+    ) -> Verdict {
+        if let (Some(accept), Ok((status, _))) = (accept, attempt.result) {
+            return if accept.iter().any(|accepted| accepted.matches(status)) {
+                Verdict::Final
+            } else {
+                Verdict::Retry
+            };
+        }
+        let own = self.0.as_ref().and_then(|classify| {
+            catch_unwind(AssertUnwindSafe(|| classify.classify(attempt))).ok()
+        });
+        own.unwrap_or_else(|| attempt.default_verdict())
+    }
+}
+
+impl fmt::Debug for Classifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Classifier")
+    }
+}
+
+/// Why an attempt did not bring an answer that ends its request.
+///
+/// It is told from the client's errors, as far as they say: those of reqwest, hyper, tower and the TLS libraries are known here, and
+/// another client's `std::io::Error`s. A client that follows redirects or has middleware that sends requests of its own may report
+/// what became of one of those.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FailureClass {
+    /// The host's name could not be resolved.
+    Dns,
     /// The connection could not be made.
     Connect,
-    /// The connection broke, or what came over it was no HTTP.
-    Transport,
+    /// The connection was made, but no TLS session on it.
+    Tls,
+    /// The client gave up while it was connecting.
+    ConnectTimeout,
+    /// The client never became ready to take the request, or failed before it did.
+    NotReady,
+    /// No full response came in time. The request may have been sent.
+    Timeout,
+    /// The connection broke after the request may have been sent, or while the response was read.
+    Reset,
+    /// What came was not HTTP, or not the body that it was said to be.
+    Protocol,
+    /// The client failed in a way that is not known here.
+    Other,
     /// A response came whose status asks for another attempt.
     Status,
-    /// The process or caller that made the attempt went away.
+    /// The caller that made the attempt went away, or a shutdown had no more time for it.
     Abandoned,
-    /// The process that made the attempt was lost.
+    /// The process that made the attempt died.
     Lost,
-    /// The request's deadline passed.
-    Deadline,
-    /// The stored request can't be sent.
+    /// The request can't be sent as it is.
     Unusable,
+    /// The request's time was over before it was sent.
+    Deadline,
 }
 
 impl FailureClass {
-    /// Whether bytes of the request may have left. Without certainty they may.
-    pub(crate) fn may_have_been_sent(self) -> bool {
-        !matches!(self, Self::Connect | Self::Deadline | Self::Unusable)
-    }
-
-    pub(crate) fn as_str(self) -> &'static str {
+    /// The lower-case name, as it stands in the database.
+    pub fn as_str(self) -> &'static str {
         match self {
-            Self::Timeout => "timeout",
+            Self::Dns => "dns",
             Self::Connect => "connect",
-            Self::Transport => "transport",
+            Self::Tls => "tls",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::NotReady => "not_ready",
+            Self::Timeout => "timeout",
+            Self::Reset => "reset",
+            Self::Protocol => "protocol",
+            Self::Other => "other",
             Self::Status => "status",
             Self::Abandoned => "abandoned",
             Self::Lost => "lost",
-            Self::Deadline => "deadline",
             Self::Unusable => "unusable",
+            Self::Deadline => "deadline",
         }
+    }
+
+    /// Whether some of the request may have left. `false` only where it certainly has not.
+    pub fn may_have_been_sent(self) -> bool {
+        !matches!(
+            self,
+            Self::Dns
+                | Self::Connect
+                | Self::Tls
+                | Self::ConnectTimeout
+                | Self::NotReady
+                | Self::Unusable
+                | Self::Deadline
+        )
     }
 }
 
@@ -128,26 +328,83 @@ impl fmt::Display for FailureClass {
 mod tests {
     use super::*;
 
-    fn verdict(status: u16) -> Verdict {
-        classify(None, StatusCode::from_u16(status).unwrap())
+    fn judged(
+        classifier: &Classifier,
+        accept: Option<&[AcceptedResponse]>,
+        result: Result<u16, FailureClass>,
+    ) -> Verdict {
+        let headers = HeaderMap::new();
+        let result = result.map(|status| (StatusCode::from_u16(status).unwrap(), &headers));
+        classifier.judge(accept, &Attempt::new(&Method::POST, 3, result))
+    }
+
+    fn by_default(result: Result<u16, FailureClass>) -> Verdict {
+        judged(&Classifier::default(), None, result)
     }
 
     #[test]
     fn answers_are_final_unless_they_ask_for_a_repetition() {
         for status in [200, 204, 301, 304, 400, 401, 404, 409, 418, 600, 999] {
-            assert_eq!(verdict(status), Verdict::Final, "{status}");
+            assert_eq!(by_default(Ok(status)), Verdict::Final, "{status}");
         }
         for status in [408, 425, 429, 500, 502, 503, 504, 599] {
-            assert_eq!(verdict(status), Verdict::Retry, "{status}");
+            assert_eq!(by_default(Ok(status)), Verdict::Retry, "{status}");
         }
+        assert_eq!(by_default(Err(FailureClass::Protocol)), Verdict::Retry);
     }
 
     #[test]
-    fn a_list_of_accepted_responses_replaces_the_default() {
+    fn a_list_of_accepted_responses_goes_before_everything_else() {
         let accept = [AcceptedResponse::Success, AcceptedResponse::Status(409)];
-        let of = |status| classify(Some(&accept), StatusCode::from_u16(status).unwrap());
-        assert_eq!(of(200), Verdict::Final);
-        assert_eq!(of(409), Verdict::Final);
-        assert_eq!(of(404), Verdict::Retry);
+        let discard = Classifier::new(classify_fn(|_| Verdict::Discard));
+        for classifier in [&Classifier::default(), &discard] {
+            let of = |status| judged(classifier, Some(&accept), Ok(status));
+            assert_eq!(of(200), Verdict::Final);
+            assert_eq!(of(409), Verdict::Final);
+            assert_eq!(of(404), Verdict::Retry);
+        }
+        // A failure is no response.
+        let failed = Err(FailureClass::Dns);
+        assert_eq!(judged(&discard, Some(&accept), failed), Verdict::Discard);
+    }
+
+    #[test]
+    fn a_classifier_sees_the_attempt_and_can_defer_to_the_default() {
+        let classifier = Classifier::new(classify_fn(|attempt| {
+            assert_eq!((attempt.method(), attempt.number()), (&Method::POST, 3));
+            match attempt.result() {
+                Ok((StatusCode::NOT_FOUND, headers)) if headers.is_empty() => Verdict::Retry,
+                Err(FailureClass::Dns) => Verdict::Discard,
+                _ => attempt.default_verdict(),
+            }
+        }));
+        assert_eq!(judged(&classifier, None, Ok(404)), Verdict::Retry);
+        assert_eq!(judged(&classifier, None, Ok(410)), Verdict::Final);
+        let failed = |class| judged(&classifier, None, Err(class));
+        assert_eq!(failed(FailureClass::Dns), Verdict::Discard);
+        assert_eq!(failed(FailureClass::Tls), Verdict::Retry);
+    }
+
+    #[test]
+    fn a_classifier_that_panics_is_done_without() {
+        let classifier = Classifier::new(classify_fn(|_| panic!("no verdict")));
+        assert_eq!(judged(&classifier, None, Ok(200)), Verdict::Final);
+    }
+
+    #[test]
+    fn classifiers_are_object_safe() {
+        struct Never;
+        impl Classify for Never {
+            fn classify(&self, _: &Attempt<'_>) -> Verdict {
+                Verdict::Discard
+            }
+        }
+        let headers = HeaderMap::new();
+        let attempt = Attempt::new(&Method::GET, 1, Ok((StatusCode::OK, &headers)));
+        let all: [Box<dyn Classify>; 2] =
+            [Box::new(Never), Box::new(classify_fn(|_| Verdict::Discard))];
+        for classify in all {
+            assert_eq!(classify.classify(&attempt), Verdict::Discard);
+        }
     }
 }

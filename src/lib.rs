@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod classify;
 pub mod client;
 pub mod error;
 pub mod migrate;
@@ -8,7 +9,6 @@ pub mod retry;
 pub mod testkit;
 
 mod body;
-mod classify;
 mod codec;
 mod destination;
 mod durable;
@@ -29,7 +29,7 @@ mod status;
 mod store;
 
 pub use body::Body;
-pub use classify::AcceptedResponse;
+pub use classify::{AcceptedResponse, Classify, FailureClass, Verdict};
 pub use client::{Channels, Client};
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,

@@ -12,6 +12,7 @@ use tower::Service;
 use super::head::{PassThrough, RequestHead};
 use super::{Durable, Handle};
 use crate::body::Body;
+use crate::classify::{Classifier, Classify};
 use crate::engine::runner::RunnerGuard;
 use crate::engine::transport::{ReqwestTransport, Transport, erase};
 use crate::engine::{Config, Engine};
@@ -71,6 +72,7 @@ pub struct DurableBuilder {
     attempt_timeout: Duration,
     retry_awaited: RetryPolicy,
     retry_fired: RetryPolicy,
+    classifier: Classifier,
     max_request_body: usize,
     max_response_body: usize,
     retention: Duration,
@@ -109,6 +111,7 @@ impl DurableBuilder {
             attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
             retry_awaited: RetryPolicy::awaited(),
             retry_fired: RetryPolicy::fired(),
+            classifier: Classifier::default(),
             max_request_body: DEFAULT_MAX_REQUEST_BODY,
             max_response_body: DEFAULT_MAX_RESPONSE_BODY,
             retention: DEFAULT_RETENTION,
@@ -204,6 +207,13 @@ impl DurableBuilder {
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry_awaited = policy.clone();
         self.retry_fired = policy;
+        self
+    }
+
+    /// How the results of attempts are judged that this handle makes, except where a request has its own
+    /// [`accept`](crate::Options::accept). Defaults to what [`classify`](crate::classify) says.
+    pub fn classify(mut self, classify: impl Classify) -> Self {
+        self.classifier = Classifier::new(classify);
         self
     }
 
@@ -371,6 +381,7 @@ impl DurableBuilder {
             attempt_timeout: self.attempt_timeout,
             retry_awaited: self.retry_awaited.clone(),
             retry_fired: self.retry_fired.clone(),
+            classifier: self.classifier.clone(),
             max_request_body: self.max_request_body,
             max_response_body: self.max_response_body,
             retention: self.retention,

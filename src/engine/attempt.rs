@@ -4,13 +4,15 @@
 //! result means, the claim settles it. No database connection is held while it is sent.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use tower::ServiceExt;
+use tower::{Service, ServiceExt};
 
 use crate::body::Body;
-use crate::classify::{FailureClass, Verdict, classify};
+use crate::classify::{Attempt, FailureClass, Verdict};
+use crate::engine::fault::class_of;
 use crate::engine::job::Job;
 use crate::engine::runner::claim::Claim;
 use crate::engine::transport::{ResponseUrl, Transport};
@@ -18,6 +20,7 @@ use crate::error::{BoxError, chain, without_url};
 use crate::outcome::Outcome;
 use crate::redact::redact_urls;
 use crate::response::Response;
+use crate::retry::retry_after;
 use crate::status::Status;
 use crate::store::BoxFuture;
 use crate::store::settle::Failure;
@@ -27,6 +30,11 @@ const MAX_HOLD: Duration = Duration::from_secs(60);
 
 /// Transmits one attempt.
 pub(crate) trait Sender: Send {
+    /// Waits until it can send. Nothing has been sent before this returns.
+    fn ready(&mut self) -> BoxFuture<'_, Result<(), BoxError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     fn send(
         &mut self,
         request: http::Request<Body>,
@@ -34,22 +42,36 @@ pub(crate) trait Sender: Send {
 }
 
 /// Sends with a client that belongs to the engine.
-struct ByEngine(Transport);
+struct ByEngine {
+    transport: Transport,
+    /// A service may only be called where it was ready: each attempt has a clone that is waited for and called.
+    ready: Option<Transport>,
+}
 
 impl Sender for ByEngine {
+    fn ready(&mut self) -> BoxFuture<'_, Result<(), BoxError>> {
+        let transport = self.ready.insert(self.transport.clone());
+        Box::pin(async move { transport.ready().await.map(drop) })
+    }
+
     fn send(
         &mut self,
         request: http::Request<Body>,
     ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>> {
-        // A service may only be called where it was ready: the clone is waited for and called.
-        Box::pin(self.0.clone().oneshot(request))
+        match self.ready.take() {
+            Some(mut ready) => Box::pin(ready.call(request)),
+            None => Box::pin(self.transport.clone().oneshot(request)),
+        }
     }
 }
 
 /// As [`drive`], with a client that belongs to the engine, and until a shutdown has no more time for it.
 pub(crate) async fn drive_by_engine(claim: Claim, transport: Transport) {
     let engine = Arc::clone(claim.engine());
-    let mut sender = ByEngine(transport);
+    let mut sender = ByEngine {
+        transport,
+        ready: None,
+    };
     tokio::select! {
         () = drive(claim, &mut sender) => {}
         () = engine.stopping() => {}
@@ -119,12 +141,15 @@ async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> M
     let mut request = job.request.to_http(job.uri.clone());
     *request.extensions_mut() = job.extensions.clone();
     let began = Instant::now();
+    let mut called = false;
     let exchange = async {
+        sender.ready().await.map_err(failed)?;
+        called = true;
         let response = sender.send(request).await.map_err(failed)?;
         read(job, response, max_response_body).await
     };
     let timeout = job.delivery.attempt_timeout;
-    let result = tokio::time::timeout(timeout, exchange)
+    let mut result = tokio::time::timeout(timeout, exchange)
         .await
         .unwrap_or_else(|_elapsed| {
             Err((
@@ -132,6 +157,12 @@ async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> M
                 format!("no full response within {timeout:?}"),
             ))
         });
+    if let (false, Err((class, _))) = (called, &mut result) {
+        // Whatever the error looks like, nothing has been sent.
+        if class.may_have_been_sent() {
+            *class = FailureClass::NotReady;
+        }
+    }
     Made {
         took: began.elapsed(),
         result,
@@ -180,32 +211,6 @@ fn failed(error: BoxError) -> (FailureClass, String) {
     (class, text.replace('\0', "\u{fffd}"))
 }
 
-fn class_of(error: &(dyn std::error::Error + 'static)) -> FailureClass {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<reqwest::Error>() {
-            if error.is_connect() {
-                return FailureClass::Connect;
-            }
-            if error.is_timeout() {
-                return FailureClass::Timeout;
-            }
-        }
-        if error.is::<tower::timeout::error::Elapsed>() {
-            return FailureClass::Timeout;
-        }
-        if let Some(error) = error.downcast_ref::<std::io::Error>() {
-            match error.kind() {
-                std::io::ErrorKind::ConnectionRefused => return FailureClass::Connect,
-                std::io::ErrorKind::TimedOut => return FailureClass::Timeout,
-                _ => {}
-            }
-        }
-        cause = error.source();
-    }
-    FailureClass::Transport
-}
-
 /// What an attempt's result means for its request.
 enum Judged {
     Ended(Outcome),
@@ -215,46 +220,67 @@ enum Judged {
 impl Judged {
     fn judge(made: Made, claim: &Claim) -> Self {
         let job = claim.job();
-        let limit = claim.engine().config().max_response_body;
-        let (class, text) = match made.result {
-            Ok(answer) => {
-                let status = answer.response().status;
-                let verdict = classify(job.delivery.accept.as_deref(), status);
-                let delay = match verdict {
-                    Verdict::Final => {
-                        return Self::Ended(answer.into_outcome(Status::Completed, limit));
-                    }
-                    Verdict::Retry => claim.next_delay(),
-                };
-                let Some(delay) = delay else {
-                    return Self::Ended(answer.into_outcome(Status::Discarded, limit));
-                };
-                return Self::Again {
-                    delay,
-                    failure: Failure {
-                        class: FailureClass::Status,
-                        text: format!("answered with {status}"),
-                        duration: made.took,
-                        response: answer.into_whole(),
-                    },
-                };
-            }
-            Err((class, text)) if claim.is_once() && class.may_have_been_sent() => {
-                return Self::Ended(Outcome::ambiguous(job.id, class.as_str(), text));
-            }
-            Err(failed) => failed,
+        let config = claim.engine().config();
+        let attempt = Attempt::new(&job.request.method, claim.attempts(), made.seen());
+        let verdict = config
+            .classifier
+            .judge(job.delivery.accept.as_deref(), &attempt);
+        let delay = match verdict {
+            Verdict::Retry => claim.next_delay(made.asked_delay()),
+            Verdict::Final | Verdict::Discard => None,
         };
-        match claim.next_delay() {
-            Some(delay) => Self::Again {
+        match (delay, made.result) {
+            // Whatever the verdict: nobody can tell whether it arrived.
+            (_, Err((class, text))) if claim.is_once() && class.may_have_been_sent() => {
+                Self::Ended(Outcome::ambiguous(job.id, class.as_str(), text))
+            }
+            (Some(delay), result) => Self::Again {
                 delay,
-                failure: Failure {
-                    class,
-                    text,
-                    duration: made.took,
-                    response: None,
-                },
+                failure: failure(made.took, result),
             },
-            None => Self::Ended(Outcome::discarded(job.id, class.as_str(), text)),
+            (None, Ok(answer)) => {
+                let status = match verdict {
+                    Verdict::Final => Status::Completed,
+                    Verdict::Retry | Verdict::Discard => Status::Discarded,
+                };
+                Self::Ended(answer.into_outcome(status, config.max_response_body))
+            }
+            (None, Err((class, text))) => {
+                Self::Ended(Outcome::discarded(job.id, class.as_str(), text))
+            }
         }
+    }
+}
+
+impl Made {
+    /// What a classifier sees of it.
+    fn seen(&self) -> Result<(StatusCode, &HeaderMap), FailureClass> {
+        match &self.result {
+            Ok(answer) => Ok((answer.response().status, &answer.response().headers)),
+            Err((class, _)) => Err(*class),
+        }
+    }
+
+    fn asked_delay(&self) -> Option<Duration> {
+        let answer = self.result.as_ref().ok()?;
+        retry_after(&answer.response().headers, SystemTime::now())
+    }
+}
+
+/// A failed attempt, for the record.
+fn failure(duration: Duration, result: Result<Answer, (FailureClass, String)>) -> Failure {
+    match result {
+        Ok(answer) => Failure {
+            class: FailureClass::Status,
+            text: format!("answered with {}", answer.response().status),
+            duration,
+            response: answer.into_whole(),
+        },
+        Err((class, text)) => Failure {
+            class,
+            text,
+            duration,
+            response: None,
+        },
     }
 }

@@ -8,6 +8,7 @@
 
 pub(crate) mod attempt;
 pub(crate) mod enqueue;
+mod fault;
 pub(crate) mod handlers;
 pub(crate) mod job;
 pub(crate) mod lane;
@@ -28,6 +29,7 @@ use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use crate::classify::Classifier;
 use crate::error::{Error, Kind, MigrationState};
 use crate::idempotency::IdempotencyKey;
 use crate::migrate::wanted_version;
@@ -62,6 +64,7 @@ pub(crate) struct Config {
     pub(crate) attempt_timeout: Duration,
     pub(crate) retry_awaited: RetryPolicy,
     pub(crate) retry_fired: RetryPolicy,
+    pub(crate) classifier: Classifier,
     pub(crate) max_request_body: usize,
     pub(crate) max_response_body: usize,
     pub(crate) retention: Duration,

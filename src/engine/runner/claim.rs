@@ -17,6 +17,7 @@ use crate::engine::runner::lease::Lease;
 use crate::engine::runner::settle::{Held, Settlement, Settling};
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
+use crate::retry::Retry;
 use crate::store::claim::{self, ClaimHead, Confirm};
 use crate::store::settle::{Failure, Fence};
 
@@ -209,10 +210,17 @@ impl Claim {
         self.job.delivery.guarantee == Guarantee::AtMostOnce
     }
 
-    /// The delay until the next attempt after this one, or `None` to give up.
-    pub(crate) fn next_delay(&self) -> Option<Duration> {
+    /// Transmissions begun, with this claim's.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// The delay until the next attempt after this one, or `None` to give up. `asked` is what the response asked for.
+    pub(crate) fn next_delay(&self, asked: Option<Duration>) -> Option<Duration> {
+        let retry = Retry::new(self.attempts, self.enqueued.elapsed());
+        let function = self.engine.config().retry_fired.function();
         let policy = &self.job.delivery.retry;
-        let delay = policy.delay(self.attempts, self.enqueued.elapsed(), fastrand::f64())?;
+        let delay = policy.delay(retry, fastrand::f64(), asked, function)?;
         // An attempt that would come too late is not waited for.
         let left = self
             .deadline
@@ -224,13 +232,7 @@ impl Claim {
     pub(super) fn is_exhausted(&self) -> bool {
         // With this attempt left out, as it has not been made.
         let before = self.attempts - 1;
-        before > 0
-            && self
-                .job
-                .delivery
-                .retry
-                .delay(before, Duration::ZERO, 0.0)
-                .is_none()
+        before > 0 && !self.job.delivery.retry.allows_after(before)
     }
 
     /// Waits until the attempt is due. `false` if a shutdown comes first: then it is given back at once, for others.
@@ -287,6 +289,9 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        if self.lease.is_none() {
+            return;
+        }
         let result = match self.sending {
             None => Settling::Again {
                 delay: self.due.saturating_duration_since(Instant::now()),
@@ -301,7 +306,7 @@ impl Drop for Claim {
             )),
             Some(began) => {
                 let text = ABANDONED.to_owned();
-                match self.next_delay() {
+                match self.next_delay(None) {
                     Some(delay) => Settling::Again {
                         delay,
                         hold: false,

@@ -1,0 +1,132 @@
+//! Telling clients' errors apart: above all whether anything of the request may have left.
+
+use std::error::Error as StdError;
+use std::io::{self, ErrorKind};
+use std::iter;
+
+use crate::classify::FailureClass;
+
+/// The class of a client's error. Only what certainly happened before the request was sent gets a class that says so.
+pub(super) fn class_of(error: &(dyn StdError + 'static)) -> FailureClass {
+    if is_unusable(error) {
+        FailureClass::Unusable
+    } else if causes(error).any(is_connect) {
+        while_connecting(error)
+    } else {
+        after_connecting(error)
+    }
+}
+
+/// An error and what caused it.
+fn causes<'a>(
+    error: &'a (dyn StdError + 'static),
+) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    iter::successors(Some(error), |&error: &&'a (dyn StdError + 'static)| {
+        // Its `source` is that of the error inside, which it leaves out itself.
+        match error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref)
+        {
+            Some(inner) => Some(inner as &(dyn StdError + 'static)),
+            None => error.source(),
+        }
+    })
+}
+
+fn io_kind(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
+    error.downcast_ref::<io::Error>().map(io::Error::kind)
+}
+
+/// Only the outermost: middleware may have sent requests of its own, after this one.
+fn is_unusable(error: &(dyn StdError + 'static)) -> bool {
+    error
+        .downcast_ref::<reqwest::Error>()
+        .is_some_and(reqwest::Error::is_builder)
+}
+
+fn is_connect(error: &(dyn StdError + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
+        return error.is_connect();
+    }
+    // What no connection that exists can report.
+    io_kind(error) == Some(ErrorKind::ConnectionRefused)
+}
+
+fn while_connecting(error: &(dyn StdError + 'static)) -> FailureClass {
+    if causes(error).any(is_dns) {
+        FailureClass::Dns
+    } else if causes(error).any(is_timeout) {
+        FailureClass::ConnectTimeout
+    } else if causes(error).any(is_tls) {
+        FailureClass::Tls
+    } else {
+        FailureClass::Connect
+    }
+}
+
+fn is_dns(error: &(dyn StdError + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<reqwest::Error>() {
+        return error.is_dns();
+    }
+    // The type of the error of hyper's connector is private, and its text the only thing that tells.
+    error.to_string() == "dns error"
+}
+
+fn is_tls(error: &(dyn StdError + 'static)) -> bool {
+    #[cfg(feature = "_rustls")]
+    if error.is::<rustls::Error>() {
+        return true;
+    }
+    #[cfg(feature = "_native-tls")]
+    if error.is::<native_tls::Error>() {
+        return true;
+    }
+    // A connection that was made and breaks before the request is sent breaks in the handshake.
+    matches!(
+        io_kind(error),
+        Some(ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
+    )
+}
+
+fn is_timeout(error: &(dyn StdError + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<reqwest::Error>() {
+        return error.is_timeout();
+    }
+    if let Some(error) = error.downcast_ref::<hyper::Error>() {
+        return error.is_timeout();
+    }
+    error.is::<tower::timeout::error::Elapsed>()
+        || error.is::<tokio::time::error::Elapsed>()
+        || io_kind(error) == Some(ErrorKind::TimedOut)
+}
+
+fn after_connecting(error: &(dyn StdError + 'static)) -> FailureClass {
+    if causes(error).any(is_timeout) {
+        FailureClass::Timeout
+    } else if causes(error).any(is_malformed) {
+        FailureClass::Protocol
+    } else if causes(error).any(|error| error.is::<hyper::Error>() || error.is::<io::Error>()) {
+        FailureClass::Reset
+    } else if causes(error).any(is_undecodable) {
+        FailureClass::Protocol
+    } else {
+        FailureClass::Other
+    }
+}
+
+fn is_malformed(error: &(dyn StdError + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<hyper::Error>() {
+        return error.is_parse();
+    }
+    matches!(
+        io_kind(error),
+        Some(ErrorKind::InvalidData | ErrorKind::InvalidInput)
+    )
+}
+
+/// A body that is not in the encoding that its header names.
+fn is_undecodable(error: &(dyn StdError + 'static)) -> bool {
+    error
+        .downcast_ref::<reqwest::Error>()
+        .is_some_and(reqwest::Error::is_decode)
+}

@@ -1,0 +1,401 @@
+//! What is retried, when, and what is told of each failure. The servers are real sockets on loopback.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant, SystemTime};
+
+use http::header::{DATE, HeaderValue, RETRY_AFTER};
+use requeuest::classify::{Verdict, classify_fn};
+use requeuest::retry::{Retry, RetryPolicy};
+use requeuest::testkit::{self, TestDatabase};
+use requeuest::{
+    AcceptedResponse, Body, Durable, FailureClass, Options, Request, ReqwestTransport, Status,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::support::{LONG, Server, closed_port, count, in_time, migrated, quick, reply};
+
+fn post(url: &str) -> Request {
+    http::Request::post(url)
+        .body("x")
+        .unwrap()
+        .try_into()
+        .unwrap()
+}
+
+fn once(url: &str) -> Request {
+    post(url).with(Options::default().retry(RetryPolicy::none()))
+}
+
+/// A server of bytes: what it does with its connections is up to the test.
+async fn raw<F>(serve: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    addr
+}
+
+/// Reads a request's head and answers with these bytes, then closes the connection.
+async fn answering(bytes: &'static str) -> SocketAddr {
+    raw(move |mut stream| async move {
+        let mut head = Vec::new();
+        while !head.windows(4).any(|end| end == b"\r\n\r\n") {
+            if stream.read_buf(&mut head).await.unwrap_or(0) == 0 {
+                return;
+            }
+        }
+        let _ = stream.write_all(bytes.as_bytes()).await;
+        let _ = stream.shutdown().await;
+        // Its end, so that it closes without a reset.
+        let _ = stream.read_to_end(&mut head).await;
+    })
+    .await
+}
+
+/// The class of the failure of a request that is tried once.
+async fn class_of(database: &TestDatabase, durable: &Durable, request: Request) -> String {
+    let error = in_time(durable.await_response(request)).await.unwrap_err();
+    assert!(error.is_discarded(), "{error:?}");
+    sqlx::query_scalar("select error_class from requeuest.outcomes where id = $1")
+        .bind(uuid(&error))
+        .fetch_one(database.pool())
+        .await
+        .unwrap()
+}
+
+fn uuid(error: &requeuest::Error) -> requeuest::Uuid {
+    error.request_id().unwrap().into()
+}
+
+#[tokio::test]
+async fn failures_before_the_request_has_left_are_told_apart() {
+    let database = migrated().await;
+    let plain = raw(|mut stream| async move {
+        let _ = stream.write_all(b"220 not TLS at all\r\n").await;
+        let mut read = Vec::new();
+        let _ = stream.read_to_end(&mut read).await;
+    })
+    .await;
+    let hung_up = raw(|mut stream| async move {
+        let mut hello = [0; 4096];
+        let _ = stream.read(&mut hello).await;
+    })
+    .await;
+    let cut_off = raw(|mut stream| async move {
+        // What is left unread makes the close a reset.
+        let mut hello = [0; 16];
+        let _ = stream.read(&mut hello).await;
+    })
+    .await;
+    // Taken by the kernel and never read: the handshake has no end.
+    let silent = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let client = reqwest::Client::builder()
+        .connect_timeout(Duration::from_millis(300))
+        .build()
+        .unwrap();
+    let impatient = Durable::builder(database.pool().clone())
+        .channel("impatient")
+        .transport(ReqwestTransport::new(client))
+        .build()
+        .unwrap();
+    let durable = Durable::new(database.pool().clone());
+    for (durable, url, class) in [
+        (
+            &durable,
+            format!("http://{}/", closed_port().await),
+            FailureClass::Connect,
+        ),
+        (
+            &durable,
+            "http://nonexistent.invalid/".to_owned(),
+            FailureClass::Dns,
+        ),
+        (&durable, format!("https://{plain}/"), FailureClass::Tls),
+        (&durable, format!("https://{hung_up}/"), FailureClass::Tls),
+        (&durable, format!("https://{cut_off}/"), FailureClass::Tls),
+        (
+            &impatient,
+            format!("https://{}/", silent.local_addr().unwrap()),
+            FailureClass::ConnectTimeout,
+        ),
+    ] {
+        let found = class_of(&database, durable, once(&url)).await;
+        assert_eq!(found, class.as_str(), "{url}");
+        assert!(!class.may_have_been_sent());
+    }
+}
+
+#[tokio::test]
+async fn failures_after_the_request_may_have_left_are_told_apart() {
+    let database = migrated().await;
+    let durable = Durable::builder(database.pool().clone())
+        .attempt_timeout(Duration::from_secs(1))
+        .build()
+        .unwrap();
+    let silent = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let answers = [
+        ("", FailureClass::Reset),
+        ("HTTP/1.1 200 OK\r\ncontent-le", FailureClass::Reset),
+        (
+            "HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf",
+            FailureClass::Reset,
+        ),
+        (
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhalf",
+            FailureClass::Reset,
+        ),
+        (
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nnot a size\r\n",
+            FailureClass::Protocol,
+        ),
+        ("+PONG this is no HTTP\r\n\r\n", FailureClass::Protocol),
+    ];
+    let mut cases = vec![(
+        silent.local_addr().unwrap(),
+        "nothing at all",
+        FailureClass::Timeout,
+    )];
+    for (answer, class) in answers {
+        cases.push((answering(answer).await, answer, class));
+    }
+    for (addr, answer, class) in cases {
+        let found = class_of(&database, &durable, once(&format!("http://{addr}/"))).await;
+        assert_eq!(found, class.as_str(), "{answer:?}");
+        assert!(class.may_have_been_sent());
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_is_reset_is_told_from_one_that_could_not_be_made() {
+    let database = migrated().await;
+    let resetting = raw(|mut stream| async move {
+        let mut some = [0; 8];
+        let _ = stream.read(&mut some).await;
+        // What is left unread makes the close a reset.
+    })
+    .await;
+    let durable = Durable::new(database.pool().clone());
+    let request = once(&format!("http://{resetting}/"));
+    let found = class_of(&database, &durable, request).await;
+    assert_eq!(found, FailureClass::Reset.as_str());
+}
+
+/// A service that is never ready, or fails to become ready.
+#[derive(Clone)]
+struct Unready {
+    fails: bool,
+}
+
+impl tower::Service<http::Request<Body>> for Unready {
+    type Response = http::Response<Body>;
+    type Error = tower::BoxError;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        if self.fails {
+            Poll::Ready(Err("out of order".into()))
+        } else {
+            Poll::Pending
+        }
+    }
+
+    fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+        panic!("called without being ready");
+    }
+}
+
+#[tokio::test]
+async fn a_service_that_never_was_ready_has_sent_nothing() {
+    let database = migrated().await;
+    for fails in [true, false] {
+        let durable = Durable::builder(database.pool().clone())
+            .attempt_timeout(Duration::from_millis(200))
+            .transport(Unready { fails })
+            .build()
+            .unwrap();
+        let found = class_of(&database, &durable, once("http://127.0.0.1/")).await;
+        assert_eq!(found, FailureClass::NotReady.as_str());
+        assert!(!FailureClass::NotReady.may_have_been_sent());
+    }
+}
+
+/// Answers 503 with this `Retry-After` and `Date` once, then 200, and notes when.
+async fn asking(retry_after: String, date: Option<String>) -> (Server, Arc<Mutex<Vec<Instant>>>) {
+    let times = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&times);
+    let server = Server::start(move |number, _| {
+        noted.lock().unwrap().push(Instant::now());
+        let mut response = reply(if number == 0 { 503 } else { 200 }, "");
+        let headers = response.headers_mut();
+        headers.insert(RETRY_AFTER, HeaderValue::from_str(&retry_after).unwrap());
+        if let Some(date) = &date {
+            headers.insert(DATE, HeaderValue::from_str(date).unwrap());
+        }
+        async move { response }
+    })
+    .await;
+    (server, times)
+}
+
+fn between(times: &Mutex<Vec<Instant>>) -> Duration {
+    let times = times.lock().unwrap();
+    assert_eq!(times.len(), 2);
+    times[1] - times[0]
+}
+
+#[tokio::test]
+async fn a_response_can_say_when_to_come_back() {
+    let database = migrated().await;
+    let durable = Durable::builder(database.pool().clone())
+        .retry(quick())
+        .build()
+        .unwrap();
+    // A server whose clock is days off: only its own date matters.
+    let wrong = SystemTime::now() - Duration::from_secs(3 * 24 * 60 * 60);
+    let date = httpdate::fmt_http_date;
+    for (retry_after, sent) in [
+        ("1".to_owned(), None),
+        (date(wrong + Duration::from_secs(1)), Some(date(wrong))),
+    ] {
+        let (server, times) = asking(retry_after, sent).await;
+        let response = in_time(durable.await_response(post(&server.url("/")))).await;
+        assert_eq!(response.unwrap().status(), 200);
+        assert!(between(&times) >= Duration::from_millis(990));
+    }
+}
+
+#[tokio::test]
+async fn what_a_response_asks_for_is_bounded() {
+    let database = migrated().await;
+    let durable = Durable::new(database.pool().clone());
+    for bound in [Duration::ZERO, Duration::from_millis(20)] {
+        let (server, _) = asking("86400".to_owned(), None).await;
+        let policy = quick().max_retry_after(bound);
+        let request = post(&server.url("/")).with(Options::default().retry(policy));
+        let response = in_time(durable.await_response(request)).await.unwrap();
+        assert_eq!(response.status(), 200);
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_given_up_at_once_if_its_time_ends_before_it_may_come_back() {
+    let database = migrated().await;
+    let (server, _) = asking("600".to_owned(), None).await;
+    let durable = Durable::builder(database.pool().clone())
+        .retry(quick().max_age(Duration::from_secs(300)))
+        .build()
+        .unwrap();
+    let response = in_time(durable.await_response(post(&server.url("/"))))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 503);
+    assert_eq!(response.headers()[RETRY_AFTER], "600");
+    let status = durable.status(response.id()).await.unwrap();
+    assert_eq!(status, Some(Status::Discarded));
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn a_schedule_is_followed_to_its_end() {
+    let database = migrated().await;
+    let server = Server::always(503).await;
+    let durable = Durable::new(database.pool().clone());
+    let schedule = RetryPolicy::schedule([10, 20, 30].map(Duration::from_millis));
+    let request = post(&server.url("/")).with(Options::default().retry(schedule));
+    let response = in_time(durable.await_response(request)).await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert_eq!(server.count(), 4);
+}
+
+#[tokio::test]
+async fn delays_can_be_computed_by_a_function() {
+    let database = migrated().await;
+    let server = Server::always(503).await;
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&asked);
+    let durable = Durable::builder(database.pool().clone())
+        .retry(RetryPolicy::from_fn(move |Retry { attempts, .. }| {
+            noted.lock().unwrap().push(attempts);
+            (attempts < 3).then_some(Duration::from_millis(10))
+        }))
+        .build()
+        .unwrap();
+    // The second waits in the queue, from where it comes without its function.
+    let delayed = post(&server.url("/")).with(Options::default().delay(Duration::from_millis(50)));
+    for request in [post(&server.url("/")), delayed] {
+        let id = durable.fire(request).await.unwrap();
+        let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
+        assert_eq!(outcome.status, Status::Discarded);
+        assert_eq!(std::mem::take(&mut *asked.lock().unwrap()), [1, 2, 3]);
+    }
+    assert_eq!(server.count(), 6);
+}
+
+#[tokio::test]
+async fn a_function_can_not_be_given_to_a_request() {
+    let database = migrated().await;
+    let durable = Durable::new(database.pool().clone());
+    let options = Options::default().retry(RetryPolicy::from_fn(|_| None));
+    let error = durable
+        .fire(post("http://127.0.0.1/").with(options))
+        .await
+        .unwrap_err();
+    assert!(error.is_request(), "{error:?}");
+    assert_eq!(error.field(), Some("retry"));
+    let stored = "select count(*) from requeuest.mq_msgs";
+    assert_eq!(count(&database, stored).await, 0);
+}
+
+#[tokio::test]
+async fn a_handle_can_judge_responses_for_itself() {
+    let database = migrated().await;
+    let server = Server::in_turn(&[404, 404, 410]).await;
+    let number = Arc::new(AtomicU32::new(0));
+    let last = Arc::clone(&number);
+    let durable = Durable::builder(database.pool().clone())
+        .retry(quick())
+        .classify(classify_fn(move |attempt| {
+            last.store(attempt.number(), Ordering::SeqCst);
+            match attempt.result() {
+                Ok((status, _)) if status == 404 => Verdict::Retry,
+                Ok((status, _)) if status == 410 => Verdict::Discard,
+                Err(FailureClass::Connect) => Verdict::Discard,
+                _ => attempt.default_verdict(),
+            }
+        }))
+        .build()
+        .unwrap();
+    let response = in_time(durable.await_response(post(&server.url("/"))))
+        .await
+        .unwrap();
+    // Given up, with the response that says why.
+    assert_eq!(response.status(), 410);
+    let status = durable.status(response.id()).await.unwrap();
+    assert_eq!(status, Some(Status::Discarded));
+    assert_eq!(number.load(Ordering::SeqCst), 3);
+
+    // A failure, at the first attempt.
+    let url = format!("http://{}/", closed_port().await);
+    let error = in_time(durable.await_response(post(&url)))
+        .await
+        .unwrap_err();
+    assert_eq!(error.attempts(), Some(1), "{error:?}");
+
+    // What a request accepts goes before it.
+    let options = Options::default().accept([AcceptedResponse::Status(410)]);
+    let request = post(&server.url("/")).with(options);
+    let response = in_time(durable.await_response(request)).await.unwrap();
+    let status = durable.status(response.id()).await.unwrap();
+    assert_eq!(status, Some(Status::Completed));
+}
