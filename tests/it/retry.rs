@@ -109,6 +109,12 @@ async fn failures_before_the_request_has_left_are_told_apart() {
         .transport(ReqwestTransport::new(client))
         .build()
         .unwrap();
+    // With no limit that a slow resolver could reach before it says no.
+    let patient = Durable::builder(database.pool().clone())
+        .channel("patient")
+        .transport(ReqwestTransport::new(reqwest::Client::new()))
+        .build()
+        .unwrap();
     let durable = Durable::new(database.pool().clone());
     for (durable, url, class) in [
         (
@@ -117,7 +123,7 @@ async fn failures_before_the_request_has_left_are_told_apart() {
             FailureClass::Connect,
         ),
         (
-            &durable,
+            &patient,
             "http://nonexistent.invalid/".to_owned(),
             FailureClass::Dns,
         ),
