@@ -131,8 +131,10 @@ impl Durable {
     ///
     /// An [`ordered`](crate::Options::ordered) request locks its key until the transaction ends, and so does one with a
     /// [`key`](crate::Options::key) or [`supersede`](crate::Options::supersede). Two transactions that take two keys in opposite order deadlock, and
-    /// Postgres ends one of them. Above `READ COMMITTED` a transaction doesn't see what was committed after its start: it may be refused with a
-    /// serialization failure, and must be run again.
+    /// Postgres ends one of them (SQLSTATE 40P01) with all that it did.
+    ///
+    /// The order is that of the commits at each isolation level. Above `READ COMMITTED` a transaction doesn't see a `key` that was
+    /// committed after its start: it is refused with a serialization failure (40001), and must be run again.
     ///
     /// # Errors
     ///

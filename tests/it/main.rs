@@ -16,6 +16,7 @@ mod layer;
 mod middleware;
 mod migrations;
 mod poll;
+mod processes;
 mod retry;
 mod runtimes;
 mod stopping;

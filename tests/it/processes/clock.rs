@@ -1,0 +1,175 @@
+//! Processes whose clocks are wrong.
+#![cfg(target_os = "linux")]
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use requeuest::{Durable, Options, RequestId};
+use tokio::sync::Semaphore;
+
+use super::{Arrivals, LEASE, Me, Member, SLACK, named, ordered, post, say};
+use crate::support::{Server, count, eventually, in_time, migrated, plays, reply};
+
+const DELAY: Duration = Duration::from_secs(2);
+const DAY: i64 = 24 * 60 * 60;
+
+/// Compiles what moves the clock of a process that it is preloaded into.
+fn compile(directory: &std::path::Path) -> String {
+    let (source, library) = (directory.join("skew.c"), directory.join("skew.so"));
+    std::fs::write(&source, include_str!("skew.c")).unwrap();
+    // The linker that Rust uses is one of its names.
+    let compiled = std::process::Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status();
+    assert!(compiled.expect("there is no C compiler `cc`").success());
+    library.to_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_wrong_clock_of_the_application_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let library = compile(directory.path());
+    for skew in [DAY, -DAY] {
+        under(skew, &library).await;
+    }
+}
+
+async fn under(skew: i64, library: &str) {
+    let database = migrated().await;
+    let arrivals = Arrivals::default();
+    let gate = Arc::new(Semaphore::new(0));
+    let server = Server::start({
+        let (arrivals, gate) = (arrivals.clone(), Arc::clone(&gate));
+        move |number, seen| {
+            let arrival = arrivals.note(&seen);
+            let gate = Arc::clone(&gate);
+            async move {
+                match &*arrival.number {
+                    "long" => gate.acquire().await.unwrap().forget(),
+                    // Retried soon, and not a day early or late.
+                    "again" if number < 3 => return reply(503, ""),
+                    _ => {}
+                }
+                reply(200, seen.body)
+            }
+        }
+    })
+    .await;
+    let skewed = skew.to_string();
+    let environment = [("LD_PRELOAD", library), ("REQUEUEST_TEST_SKEW", &*skewed)];
+    let (module, url) = (module_path!(), server.url("/"));
+    let mut member = Member::start_with(
+        module,
+        "live_on_another_day",
+        "skewed",
+        &database,
+        &url,
+        &environment,
+    );
+    member.says("ready").await;
+    // By the right clock, and by a runner with the right clock too: whoever claims, the database says when.
+    let right: Durable = named(database.pool(), "right")
+        .lease(LEASE)
+        .build()
+        .unwrap();
+    let clock: i64 = {
+        let words = member.lines.borrow();
+        let clock = words.iter().find_map(|line| line.strip_prefix("clock "));
+        clock.unwrap().parse().unwrap()
+    };
+    let wrong = clock - seconds();
+    assert!(
+        (wrong - skew).abs() < 60,
+        "its clock is wrong by {wrong} s, and not by {skew} s"
+    );
+
+    member.says("answered").await;
+    eventually("what is delayed is delivered", || async {
+        arrivals.by_number().contains_key("delayed")
+    })
+    .await;
+    // Neither early nor late by the database's clock, which the outcome's times are from.
+    let waited: f64 = sqlx::query_scalar(
+        "select extract(epoch from finished_at - created_at)::float8 from requeuest.outcomes o
+         where o.id = $1::uuid",
+    )
+    .bind(member_id(&member, "delayed"))
+    .fetch_one(database.pool())
+    .await
+    .unwrap();
+    assert!(
+        waited >= DELAY.as_secs_f64(),
+        "delivered {waited} s after its insert"
+    );
+    assert!(
+        waited < (DELAY + SLACK).as_secs_f64(),
+        "delivered {waited} s after its insert"
+    );
+    // Its attempt has lasted for more than two leases: renewed, although its clock is wrong.
+    assert_eq!(arrivals.by_number()["long"].len(), 1);
+    gate.add_permits(1);
+    member.says("long").await;
+    let off = "select count(*) from requeuest.outcomes
+               where created_at not between now() - interval '1 hour' and now()
+                   or finished_at not between created_at and now()";
+    assert_eq!(count(&database, off).await, 0);
+    let first: Vec<String> = arrivals
+        .all()
+        .into_iter()
+        .map(|arrival| arrival.number)
+        .collect();
+    let keyed: Vec<_> = first
+        .iter()
+        .filter(|number| number.starts_with("key"))
+        .collect();
+    assert_eq!(keyed, ["key/0", "key/1", "key/2"]);
+    let id: RequestId = member_id(&member, "delayed").parse().unwrap();
+    in_time(right.response(id)).await.unwrap();
+}
+
+fn member_id(member: &Member, what: &str) -> String {
+    let words = member.lines.borrow();
+    let id = words
+        .iter()
+        .find_map(|line| line.strip_prefix(&format!("{what} ")));
+    id.unwrap().to_owned()
+}
+
+fn seconds() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.unwrap().as_secs() as i64
+}
+
+#[tokio::test]
+#[ignore = "a part played by a copy of this binary"]
+async fn live_on_another_day() {
+    if !plays("live_on_another_day") {
+        return;
+    }
+    let me = Me::new();
+    let durable = me.handle().lease(LEASE).build().unwrap();
+    say(&format!("clock {}", seconds()));
+    let long = tokio::spawn({
+        let (durable, request) = (durable.clone(), post(&me.url, "long"));
+        async move { durable.await_response(request).await.unwrap() }
+    });
+    let delayed = post(&me.url, "delayed").with(Options::default().delay(DELAY));
+    say(&format!("delayed {}", durable.fire(delayed).await.unwrap()));
+    say("ready");
+    for n in 0..3 {
+        durable
+            .fire(ordered(&me.url, &format!("key/{n}"), "key"))
+            .await
+            .unwrap();
+    }
+    durable
+        .await_response(post(&me.url, "again"))
+        .await
+        .unwrap();
+    durable.await_response(post(&me.url, "soon")).await.unwrap();
+    say("answered");
+    long.await.unwrap();
+    say("long");
+    std::future::pending::<()>().await;
+}

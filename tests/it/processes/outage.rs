@@ -1,0 +1,108 @@
+//! Postgres goes away, and comes back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use requeuest::testkit::{Postgres, StopMode};
+use requeuest::{Options, Status};
+use tokio::sync::Semaphore;
+
+use super::{Arrivals, LEASE, long, named, post};
+use crate::support::{Server, eventually, in_time, reply};
+
+/// The promise, and what a busy machine may add: sqlxmq's own delay alone would be longer than that after a minute.
+const RECOVERY: Duration = Duration::from_secs(5);
+const SLACK: Duration = Duration::from_secs(3);
+
+#[tokio::test]
+async fn work_goes_on_soon_after_an_outage_of_postgres() {
+    let outage = Duration::from_secs(if long() { 60 } else { 5 });
+    let postgres = Postgres::builder().private().start().await.unwrap();
+    let database = postgres.database().await.unwrap();
+    requeuest::migrate(database.pool()).await.unwrap();
+    let arrivals = Arrivals::default();
+    let gate = Arc::new(Semaphore::new(0));
+    let server = Server::start({
+        let (arrivals, gate) = (arrivals.clone(), Arc::clone(&gate));
+        move |_, seen| {
+            arrivals.note(&seen);
+            let gate = Arc::clone(&gate);
+            async move {
+                gate.acquire().await.unwrap().forget();
+                reply(200, seen.body)
+            }
+        }
+    })
+    .await;
+    let url = server.url("/");
+    let durable = named(database.pool(), "runner")
+        .lease(LEASE)
+        .build()
+        .unwrap();
+    let source = named(database.pool(), "source")
+        .runner(false)
+        .build()
+        .unwrap();
+
+    // Two attempts are under way when the server stops, and answered while it is away; one request falls due in between.
+    let fired = durable.fire(post(&url, "fired")).await.unwrap();
+    let awaited = tokio::spawn({
+        let (durable, request) = (durable.clone(), post(&url, "awaited"));
+        async move { durable.await_response(request).await }
+    });
+    server.wait_for(2).await;
+    let due = Options::default().delay(Duration::from_secs(2));
+    let delayed = source.fire(post(&url, "delayed").with(due)).await.unwrap();
+    postgres.stop(StopMode::Immediate).await.unwrap();
+    gate.add_permits(1000);
+    tokio::time::sleep(outage).await;
+    assert!(durable.fire(post(&url, "refused")).await.is_err());
+    assert!(
+        !awaited.is_finished(),
+        "a response was handed out before it was stored"
+    );
+    postgres.resume().await.unwrap();
+
+    let back = Instant::now();
+    let settled = async { in_time(awaited).await.unwrap().unwrap() };
+    let delivered = async {
+        eventually("what fell due is delivered", || async {
+            source
+                .status(delayed)
+                .await
+                .is_ok_and(|status| status == Some(Status::Completed))
+        })
+        .await;
+        back.elapsed()
+    };
+    let claimed = async {
+        // Through the runner alone.
+        let id = loop {
+            match source.fire(post(&url, "new")).await {
+                Ok(id) => break id,
+                Err(error) => assert!(back.elapsed() < RECOVERY + SLACK, "{error}"),
+            }
+        };
+        in_time(source.response(id)).await.unwrap();
+        back.elapsed()
+    };
+    let answered = async {
+        let response = settled.await;
+        assert_eq!(response.text().unwrap(), "awaited");
+        back.elapsed()
+    };
+    let (answered, delivered, claimed) = tokio::join!(answered, delivered, claimed);
+    in_time(durable.response(fired)).await.unwrap();
+    let by_number = arrivals.by_number();
+    let duplicates: usize = by_number.values().map(|sent| sent.len() - 1).sum();
+    println!(
+        "recovery from {outage:?} without Postgres: a kept result settled after {answered:?}, what fell due delivered after \
+         {delivered:?}, a new request after {claimed:?}; duplicates: {duplicates} of {} requests",
+        by_number.len()
+    );
+    for took in [answered, delivered, claimed] {
+        assert!(took < RECOVERY + SLACK, "took {took:?}");
+    }
+    // Refused means refused; or it was not known, and then it is delivered once.
+    assert!(by_number.get("refused").is_none_or(|sent| sent.len() == 1));
+}
