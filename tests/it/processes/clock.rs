@@ -8,7 +8,7 @@ use requeuest::{Durable, Options, RequestId};
 use tokio::sync::Semaphore;
 
 use super::{Arrivals, LEASE, Me, Member, SLACK, named, ordered, post, say};
-use crate::support::{Server, count, eventually, in_time, migrated, plays, reply};
+use crate::support::{Server, count, in_time, migrated, plays, reply};
 
 const DELAY: Duration = Duration::from_secs(2);
 const DAY: i64 = 24 * 60 * 60;
@@ -85,16 +85,14 @@ async fn under(skew: i64, library: &str) {
     );
 
     member.says("answered").await;
-    eventually("what is delayed is delivered", || async {
-        arrivals.by_number().contains_key("delayed")
-    })
-    .await;
+    let id: RequestId = member_id(&member, "delayed").parse().unwrap();
+    in_time(right.response(id)).await.unwrap();
     // Neither early nor late by the database's clock, which the outcome's times are from.
     let waited: f64 = sqlx::query_scalar(
         "select extract(epoch from finished_at - created_at)::float8 from requeuest.outcomes o
-         where o.id = $1::uuid",
+         where o.id = $1",
     )
-    .bind(member_id(&member, "delayed"))
+    .bind(uuid::Uuid::from(id))
     .fetch_one(database.pool())
     .await
     .unwrap();
@@ -124,8 +122,6 @@ async fn under(skew: i64, library: &str) {
         .filter(|number| number.starts_with("key"))
         .collect();
     assert_eq!(keyed, ["key/0", "key/1", "key/2"]);
-    let id: RequestId = member_id(&member, "delayed").parse().unwrap();
-    in_time(right.response(id)).await.unwrap();
 }
 
 fn member_id(member: &Member, what: &str) -> String {

@@ -31,6 +31,8 @@ enum Step {
     Shutdown,
     /// A foreign runner claims up to so many, for an hour.
     Claim(i32),
+    /// The leases of what the live handle attempts end, and the foreign runner is there before its next poll.
+    TakeOver(i32),
     /// The leases of what is being attempted end, those of the foreign runner included, and all that waits falls due.
     EndLeases,
     /// The receiver answers the oldest attempts that it holds. If they were taken over meanwhile, the result is stale.
@@ -63,6 +65,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Crash),
         1 => Just(Step::Shutdown),
         3 => (1..4_i32).prop_map(Step::Claim),
+        4 => (1..6_i32).prop_map(Step::TakeOver),
         3 => Just(Step::EndLeases),
         8 => (1..6_usize, status).prop_map(|(number, status)| Step::Answer(number, status)),
         1 => Just(Step::Clear),
@@ -217,7 +220,8 @@ impl<'t> Case<'t> {
                     runtime.block_on(in_time(stopped)).unwrap();
                 }
             }
-            Step::Claim(most) => self.claim(*most)?,
+            Step::Claim(most) => self.claim(*most, false)?,
+            Step::TakeOver(most) => self.claim(*most, true)?,
             Step::EndLeases => {
                 // The foreign runner's too: from here on they are anybody's.
                 self.foreign.clear();
@@ -250,13 +254,25 @@ impl<'t> Case<'t> {
     }
 
     /// Claims as any runner of the channel would.
-    fn claim(&mut self, most: i32) -> Result<(), TestCaseError> {
+    fn claim(&mut self, most: i32, end_leases: bool) -> Result<(), TestCaseError> {
+        let held: Vec<uuid::Uuid> = self.foreign.keys().map(|id| (*id).into()).collect();
         let claims = self.runtime.block_on(async {
             let mut transaction = self.database.pool().begin().await.unwrap();
             sqlx::query("set local requeuest.lease = '1 hour'")
                 .execute(&mut *transaction)
                 .await
                 .unwrap();
+            if end_leases {
+                sqlx::query(
+                    "update requeuest.mq_msgs set attempt_at = now() - interval '1 hour'
+                     where channel_name = $1 and state = 1 and id <> all ($2)",
+                )
+                .bind(&self.channel)
+                .bind(&held)
+                .execute(&mut *transaction)
+                .await
+                .unwrap();
+            }
             let claims = sqlx::query("select id, payload_json from requeuest.mq_poll(array[$1], $2) where id is not null")
                 .bind(&self.channel)
                 .bind(most)
