@@ -12,6 +12,7 @@ use http::{HeaderMap, StatusCode};
 
 use crate::id::RequestId;
 use crate::redact::redact_urls;
+use crate::status::Status;
 
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
@@ -75,6 +76,13 @@ pub(crate) enum Kind {
     Ambiguous,
     /// The caller's key belongs to another request.
     KeyConflict,
+    /// The request is not in a state in which this can be done to it.
+    WrongState {
+        status: Status,
+        replayed_as: Option<RequestId>,
+    },
+    /// Delivered, as somebody found out who could not get at the response.
+    ResponseUnknown,
     UnknownId,
     /// The pool was closed or the handle shut down.
     Closed,
@@ -244,6 +252,18 @@ impl Error {
         matches!(self.0.kind, Kind::Ambiguous)
     }
 
+    /// Whether the request is not in a state in which this can be done to it: a request that has not ended can't be replayed, for
+    /// example. Nothing was changed.
+    pub fn is_wrong_state(&self) -> bool {
+        matches!(self.0.kind, Kind::WrongState { .. })
+    }
+
+    /// Whether the request was delivered, but its response is not known: it was
+    /// [resolved](crate::Durable::resolve) as sent.
+    pub fn is_response_unknown(&self) -> bool {
+        matches!(self.0.kind, Kind::ResponseUnknown)
+    }
+
     /// Whether no request of this id exists: it never did, or its outcome is older than the retention.
     pub fn is_unknown_id(&self) -> bool {
         matches!(self.0.kind, Kind::UnknownId)
@@ -362,6 +382,17 @@ impl fmt::Display for Kind {
             }
             Self::Ambiguous => {
                 f.write_str("the request may have been sent, no answer came, and it must not be sent twice")
+            }
+            Self::WrongState {
+                status,
+                replayed_as: None,
+            } => write!(f, "it is {status}, and this can't be done to it"),
+            Self::WrongState {
+                status,
+                replayed_as: Some(id),
+            } => write!(f, "it is {status}, and was replayed as request {id}"),
+            Self::ResponseUnknown => {
+                f.write_str("the request was delivered, but its response is not known")
             }
             Self::UnknownId => f.write_str("no request of this id exists, or no more"),
             Self::Closed => f.write_str("the handle was shut down or its pool closed"),

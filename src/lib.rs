@@ -17,6 +17,7 @@ mod fingerprint;
 mod handler;
 mod id;
 mod idempotency;
+mod kept;
 mod layer;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
@@ -41,6 +42,7 @@ pub use error::Error;
 pub use handler::{OutcomeHandler, OutcomeListener};
 pub use id::RequestId;
 pub use idempotency::IdempotencyKey;
+pub use kept::{DEFAULT_KEPT_LIMIT, Filter, HaltedKey, Kept, Reconcile, Reconciled, Resolution};
 pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
 pub use migrate::migrate;
 pub use options::{Guarantee, Options};

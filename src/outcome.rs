@@ -151,6 +151,7 @@ impl Outcome {
             (Status::Completed | Status::Discarded, Some(response)) => return Ok(response),
             (Status::Cancelled, _) => Kind::Cancelled { superseded },
             (Status::Ambiguous, _) => Kind::Ambiguous,
+            (Status::Completed, None) => Kind::ResponseUnknown,
             (_, _) => Kind::Discarded {
                 attempts: self.attempts,
                 last: self

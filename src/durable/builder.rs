@@ -13,11 +13,13 @@ use super::head::{PassThrough, RequestHead};
 use super::{Durable, Handle};
 use crate::body::Body;
 use crate::classify::{Classifier, Classify};
+use crate::engine::reconcile::ReconcileGuard;
 use crate::engine::runner::RunnerGuard;
 use crate::engine::transport::{ReqwestTransport, Transport, erase};
 use crate::engine::{Config, Engine};
 use crate::error::{BoxError, Error};
 use crate::idempotency::IdempotencyKey;
+use crate::kept::Reconcile;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{validate_channel, validate_timeout};
 use crate::retry::{MAX_DURATION, RetryPolicy};
@@ -81,6 +83,7 @@ pub struct DurableBuilder {
     notify_in_transactions: bool,
     connect: Option<PgConnectOptions>,
     idempotency_key: IdempotencyKey,
+    reconcile: Option<Arc<dyn Reconcile>>,
 }
 
 enum Subscription {
@@ -120,6 +123,7 @@ impl DurableBuilder {
             notify_in_transactions: true,
             connect: None,
             idempotency_key: IdempotencyKey::default(),
+            reconcile: None,
         }
     }
 
@@ -264,6 +268,17 @@ impl DurableBuilder {
         self
     }
 
+    /// Asks the other side about requests that ended as [`Status::Ambiguous`](crate::Status::Ambiguous), instead of leaving them to
+    /// [`Durable::resolve`]. Defaults to none.
+    ///
+    /// The handle looks every few seconds for those of the channels that its runner delivers, with or without a runner. The hook may take a
+    /// minute for each; it is asked again, after 5 seconds at first and up to 5 minutes later, while it doesn't know or fails. Several
+    /// processes with a hook never ask about a request at the same time.
+    pub fn reconcile(mut self, hook: impl Reconcile) -> Self {
+        self.reconcile = Some(Arc::new(hook));
+        self
+    }
+
     /// Connect options for the crate's own pool, which needs sessions of its own: to be given where the application's pool goes
     /// through a pooler in transaction mode. Defaults to the options of the application's pool.
     pub fn runner_connect(mut self, options: PgConnectOptions) -> Self {
@@ -291,10 +306,14 @@ impl DurableBuilder {
             }
         }
         let runner = self.runner.then(|| RunnerGuard::start(&engine));
+        let reconciler = self
+            .reconcile
+            .map(|hook| ReconcileGuard::start(&engine, hook));
         Ok(Durable {
             handle: Arc::new(Handle {
                 engine,
                 runner,
+                _reconciler: reconciler,
                 pass_through: self.pass_through,
                 plain_transport,
             }),

@@ -2,6 +2,7 @@
 
 mod builder;
 mod head;
+pub(crate) mod kept;
 mod submit;
 
 use std::fmt;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use sqlx::{PgExecutor, PgPool};
 
 use crate::engine::Engine;
+use crate::engine::reconcile::ReconcileGuard;
 use crate::engine::runner::RunnerGuard;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
@@ -65,6 +67,7 @@ pub struct Durable {
 struct Handle {
     engine: Arc<Engine>,
     runner: Option<RunnerGuard>,
+    _reconciler: Option<ReconcileGuard>,
     pass_through: Option<PassThrough>,
     /// Background attempts go through a client of the crate's own making.
     plain_transport: bool,

@@ -13,6 +13,7 @@ pub(crate) mod handlers;
 pub(crate) mod job;
 pub(crate) mod lane;
 pub(crate) mod live;
+pub(crate) mod reconcile;
 pub(crate) mod runner;
 pub(crate) mod runtime;
 pub(crate) mod transport;

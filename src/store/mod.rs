@@ -8,6 +8,7 @@ pub(crate) mod claim;
 pub(crate) mod enqueue;
 pub(crate) mod handle;
 pub(crate) mod inspect;
+pub(crate) mod kept;
 pub(crate) mod outcome;
 pub(crate) mod settle;
 

@@ -11,6 +11,7 @@ mod faults;
 mod guarantee;
 mod handlers;
 mod input;
+mod kept;
 mod keys;
 mod layer;
 mod middleware;

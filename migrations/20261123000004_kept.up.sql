@@ -1,0 +1,229 @@
+-- What is done with requests that ended without success: they are listed, sent anew, resolved, asked about, forgotten.
+--
+-- Each of these changes locks the outcome first, then the row that holds up an ordering key, then the payload.
+
+ALTER TABLE outcomes
+    -- The request that was made of it.
+    ADD COLUMN replayed_as uuid,
+    -- When the other side may be asked about it again; while it is asked, the end of a lease.
+    ADD COLUMN reconcile_at timestamptz,
+    -- How often the other side was asked.
+    ADD COLUMN reconciles int NOT NULL DEFAULT 0;
+CREATE INDEX outcomes_kept_reconcile ON outcomes_kept (reconcile_at) WHERE status = 'ambiguous';
+
+ALTER TABLE mq_payloads
+    -- How often it went back into the queue after it had ended.
+    ADD COLUMN returns int NOT NULL DEFAULT 0,
+    -- It held up its ordering key, which was let go.
+    ADD COLUMN halts boolean NOT NULL DEFAULT false;
+
+-- What holds up an ordering key.
+CREATE INDEX mq_msgs_halted ON mq_msgs (channel_name, channel_args, seq) WHERE state = 3;
+
+-- Scheme, host and port of a stored request, without its credentials. NULL for a head that can't be read, which must not keep
+-- the others from being listed.
+CREATE FUNCTION request_destination(p_head text) RETURNS text
+LANGUAGE sql
+IMMUTABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT lower(u.url[1] || '://' || CASE
+        WHEN u.url[2] ~ ':[0-9]+$' THEN u.url[2]
+        ELSE rtrim(u.url[2], ':') || CASE lower(u.url[1]) WHEN 'https' THEN ':443' ELSE ':80' END
+    END)
+    FROM regexp_match(
+        p_head, '^\{"method":"[^"\\]*","url":"(https?)://(?:[^/?#"\\]*@)?([^/?#"\\@]+)', 'i'
+    ) AS u(url);
+$$;
+
+CREATE FUNCTION tell_runners(p_channel text) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    SELECT pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
+    SELECT NULL::void;
+$$;
+
+-- Makes a new request of a kept one. Returns `replayed`; `gone` if there is nothing left to be sent; `busy`, with nothing done, if a
+-- transaction has its ordering key; NULL if it is not kept.
+CREATE FUNCTION replay_request(p_id uuid, p_new uuid, p_retention interval) RETURNS text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_kept outcomes%ROWTYPE;
+    v_in_place boolean;
+    v_ordered boolean;
+    v_halts boolean;
+    v_seq bigint;
+    v_now timestamptz;
+BEGIN
+    SELECT * INTO v_kept FROM outcomes o WHERE o.id = p_id AND o.slot = -1 FOR UPDATE;
+    IF NOT FOUND THEN
+        -- Asked again after a commit whose outcome is unknown.
+        IF EXISTS (SELECT FROM outcomes o WHERE o.id = p_id AND o.replayed_as = p_new) THEN
+            RETURN 'replayed';
+        END IF;
+        RETURN NULL;
+    END IF;
+    PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 3 FOR UPDATE;
+    v_in_place := FOUND;
+    v_ordered := substr(v_kept.channel_args, 5, 3) = '|o|';
+    IF v_ordered AND NOT v_in_place AND NOT lock_key('order', v_kept.channel_name, v_kept.channel_args, false) THEN
+        RETURN 'busy';
+    END IF;
+    v_now := clock_timestamp();
+    UPDATE mq_payloads p
+    SET id = p_new, created_at = v_now, returns = 0, response_status = NULL, response_head = NULL, response_body = NULL
+    WHERE p.id = p_id RETURNING p.halts INTO v_halts;
+    IF NOT FOUND THEN
+        RETURN 'gone';
+    END IF;
+    IF v_in_place THEN
+        UPDATE mq_msgs m
+        SET id = p_new, attempt_at = v_now, waiter = NULL, claim_no = 0, attempts = 0, state = 0
+        WHERE m.id = p_id;
+    ELSE
+        IF v_ordered THEN
+            v_seq := nextval('mq_seq');
+        END IF;
+        INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, halts)
+        VALUES (p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq, v_ordered AND v_halts);
+    END IF;
+    UPDATE request_keys k SET id = p_new WHERE k.id = p_id;
+    -- Not an update: who waits for the lock of a row that moves to another partition gets an error.
+    DELETE FROM outcomes o WHERE o.id = p_id AND o.slot = -1;
+    v_kept.slot := outcome_slot(v_now, p_retention);
+    v_kept.expires_at := v_now + p_retention;
+    v_kept.replayed_as := p_new;
+    INSERT INTO outcomes SELECT v_kept.*;
+    PERFORM tell_runners(v_kept.channel_name);
+    RETURN 'replayed';
+END;
+$$;
+
+-- Says of an ambiguous request whether it was sent. With p_finished only if it is still the end that was asked about.
+-- Returns as replay_request does, with `resolved`.
+CREATE FUNCTION resolve_request(p_id uuid, p_sent boolean, p_finished timestamptz, p_retention interval) RETURNS text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_kept outcomes%ROWTYPE;
+    v_in_place boolean;
+    v_ordered boolean;
+    v_attempts int;
+    v_returns int;
+    v_halts boolean;
+    v_seq bigint;
+    v_now timestamptz;
+BEGIN
+    SELECT * INTO v_kept FROM outcomes o
+    WHERE o.id = p_id AND o.slot = -1 AND o.status = 'ambiguous'
+        AND (p_finished IS NULL OR o.finished_at = p_finished)
+    FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 3 FOR UPDATE;
+    v_in_place := FOUND;
+    v_now := clock_timestamp();
+    IF p_sent THEN
+        DELETE FROM mq_msgs m WHERE m.id = p_id AND m.state = 3;
+        DELETE FROM mq_payloads p WHERE p.id = p_id;
+        DELETE FROM outcomes o WHERE o.id = p_id AND o.slot = -1;
+        v_kept.slot := outcome_slot(v_now, p_retention);
+        v_kept.status := 'completed';
+        v_kept.finished_at := v_now;
+        v_kept.expires_at := v_now + p_retention;
+        v_kept.http_status := NULL;
+        v_kept.head := NULL;
+        v_kept.body := NULL;
+        v_kept.error_class := 'response_unknown';
+        v_kept.error := 'it was sent, and its response is not known';
+        INSERT INTO outcomes SELECT v_kept.*;
+        IF v_in_place THEN
+            PERFORM tell_runners(v_kept.channel_name);
+        END IF;
+    ELSE
+        v_ordered := substr(v_kept.channel_args, 5, 3) = '|o|';
+        IF v_ordered AND NOT v_in_place
+            AND NOT lock_key('order', v_kept.channel_name, v_kept.channel_args, false)
+        THEN
+            RETURN 'busy';
+        END IF;
+        UPDATE mq_payloads p SET returns = p.returns + 1
+        WHERE p.id = p_id RETURNING p.returns, p.halts INTO v_returns, v_halts;
+        IF NOT FOUND THEN
+            RETURN 'gone';
+        END IF;
+        -- The attempt that did not arrive is not counted, nor is the claim that found it lost: a policy of one attempt
+        -- has to allow the next.
+        v_attempts := greatest(v_kept.attempts - CASE v_kept.error_class WHEN 'lost' THEN 2 ELSE 1 END, 0);
+        IF v_in_place THEN
+            UPDATE mq_msgs m
+            SET attempt_at = v_now, waiter = NULL, claim_no = m.claim_no + 1, attempts = v_attempts, state = 0
+            WHERE m.id = p_id;
+        ELSE
+            IF v_ordered THEN
+                v_seq := nextval('mq_seq');
+            END IF;
+            INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, claim_no, attempts, halts)
+            VALUES (
+                p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_seq,
+                -- Beyond all that it had, for a claim of then must not be taken for one of now.
+                least(v_returns, 2000) * 1000000, v_attempts, v_ordered AND v_halts
+            );
+        END IF;
+        DELETE FROM outcomes o WHERE o.id = p_id AND o.slot = -1;
+        PERFORM tell_runners(v_kept.channel_name);
+    END IF;
+    PERFORM pg_notify('requeuest_00000000000000000000000000000000', p_id::text);
+    RETURN 'resolved';
+END;
+$$;
+
+-- Forgets kept requests, and lets go of the ordering keys that they hold up. Returns how many.
+CREATE FUNCTION purge_requests(p_ids uuid[]) RETURNS bigint
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_ids uuid[];
+BEGIN
+    SELECT array_agg(kept.id) INTO v_ids FROM (
+        SELECT o.id FROM outcomes o WHERE o.slot = -1 AND o.id = ANY (p_ids) ORDER BY o.id FOR UPDATE
+    ) kept;
+    PERFORM tell_runners(let_go.channel_name) FROM (
+        SELECT DISTINCT m.channel_name FROM mq_msgs m WHERE m.id = ANY (v_ids) AND m.state = 3
+    ) let_go;
+    DELETE FROM mq_msgs m WHERE m.id = ANY (v_ids) AND m.state = 3;
+    DELETE FROM mq_payloads p WHERE p.id = ANY (v_ids);
+    DELETE FROM attempts a WHERE a.id = ANY (v_ids);
+    DELETE FROM request_keys k WHERE k.id = ANY (v_ids);
+    DELETE FROM outcomes o WHERE o.slot = -1 AND o.id = ANY (v_ids);
+    RETURN coalesce(cardinality(v_ids), 0);
+END;
+$$;
+
+-- Lets an ordering key go on past the first request that holds it up. Returns false if none does.
+CREATE FUNCTION resume_key(p_channel text, p_group text) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_id uuid;
+BEGIN
+    SELECT m.id INTO v_id FROM mq_msgs m
+    WHERE m.channel_name = p_channel AND m.channel_args = p_group AND m.state = 3
+    ORDER BY m.seq LIMIT 1 FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    DELETE FROM mq_msgs m WHERE m.id = v_id;
+    -- For a replay of it, which asks for the same.
+    UPDATE mq_payloads p SET halts = true WHERE p.id = v_id;
+    PERFORM tell_runners(p_channel);
+    RETURN true;
+END;
+$$;

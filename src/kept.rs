@@ -1,0 +1,320 @@
+//! Requests that ended without success, and what can be said of them.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::{Duration, SystemTime};
+
+use url::Url;
+
+use crate::error::{BoxError, Error};
+use crate::id::RequestId;
+use crate::options::validate_channel;
+use crate::request::Request;
+use crate::retry::MAX_DURATION;
+use crate::status::Status;
+
+/// How many requests a list has at most unless its [`Filter`] says otherwise: 100.
+pub const DEFAULT_KEPT_LIMIT: u32 = 100;
+const MAX_LIMIT: u32 = 10_000;
+
+/// Which of the kept requests are meant: those that were discarded or are ambiguous. Defaults to all of them.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use requeuest::{Filter, Status};
+///
+/// let outage = Filter::default()
+///     .destination("https://pay.example.com")
+///     .status(Status::Discarded)
+///     .finished_within(Duration::from_secs(3600));
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    channel: Option<String>,
+    destination: Option<String>,
+    status: Option<Status>,
+    finished_within: Option<Duration>,
+    finished_before: Option<Duration>,
+    limit: Option<u32>,
+    after: Option<RequestId>,
+}
+
+impl Filter {
+    /// Only requests of this channel.
+    #[must_use]
+    pub fn channel(mut self, channel: impl Into<String>) -> Self {
+        self.channel = Some(channel.into());
+        self
+    }
+
+    /// Only requests to this scheme, host and port: `https://example.com` is the same as `https://example.com:443`.
+    #[must_use]
+    pub fn destination(mut self, destination: impl Into<String>) -> Self {
+        self.destination = Some(destination.into());
+        self
+    }
+
+    /// Only requests that ended so: [`Status::Discarded`] or [`Status::Ambiguous`].
+    #[must_use]
+    pub fn status(mut self, status: Status) -> Self {
+        self.status = Some(status);
+        self
+    }
+
+    /// Only requests that ended at most so long ago, by the database's clock. Longer than zero.
+    #[must_use]
+    pub fn finished_within(mut self, time: Duration) -> Self {
+        self.finished_within = Some(time);
+        self
+    }
+
+    /// Only requests that ended longer ago than this, by the database's clock.
+    #[must_use]
+    pub fn finished_before(mut self, time: Duration) -> Self {
+        self.finished_before = Some(time);
+        self
+    }
+
+    /// At most so many, from 1 to 10,000. Defaults to [`DEFAULT_KEPT_LIMIT`] for lists, and to all for what is done with them.
+    #[must_use]
+    pub fn limit(mut self, limit: u32) -> Self {
+        self.limit = Some(limit);
+        self
+    }
+
+    /// Only requests whose id is greater: those that come after the last one of a page, as lists are in the order of the ids, which is
+    /// about that of the enqueueing.
+    #[must_use]
+    pub fn after(mut self, id: RequestId) -> Self {
+        self.after = Some(id);
+        self
+    }
+
+    /// The filter as the store asks for it.
+    pub(crate) fn checked(&self) -> Result<Wanted, Error> {
+        if let Some(channel) = &self.channel {
+            validate_channel(channel).map_err(|reason| Error::request("channel", reason))?;
+        }
+        if self
+            .status
+            .is_some_and(|status| !matches!(status, Status::Discarded | Status::Ambiguous))
+        {
+            return Err(Error::request(
+                "status",
+                "only discarded and ambiguous requests are kept",
+            ));
+        }
+        if self.finished_within.is_some_and(|time| time.is_zero()) {
+            return Err(Error::request(
+                "finished_within",
+                "must be longer than zero",
+            ));
+        }
+        for (field, time) in [
+            ("finished_within", self.finished_within),
+            ("finished_before", self.finished_before),
+        ] {
+            if time.is_some_and(|time| time > MAX_DURATION) {
+                return Err(Error::request(field, "longer than a hundred years"));
+            }
+        }
+        if self
+            .limit
+            .is_some_and(|limit| !(1..=MAX_LIMIT).contains(&limit))
+        {
+            return Err(Error::request("limit", "must be from 1 to 10,000"));
+        }
+        Ok(Wanted {
+            channel: self.channel.clone(),
+            destination: self.destination.as_deref().map(origin).transpose()?,
+            status: self.status,
+            finished_within: self.finished_within,
+            finished_before: self.finished_before,
+            limit: self.limit,
+            after: self.after,
+        })
+    }
+}
+
+/// A filter that was checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    pub(crate) channel: Option<String>,
+    /// As `request_destination` writes it.
+    pub(crate) destination: Option<String>,
+    pub(crate) status: Option<Status>,
+    pub(crate) finished_within: Option<Duration>,
+    pub(crate) finished_before: Option<Duration>,
+    pub(crate) limit: Option<u32>,
+    pub(crate) after: Option<RequestId>,
+}
+
+fn origin(destination: &str) -> Result<String, Error> {
+    let malformed = || Error::request("destination", "is not of the form https://host:port");
+    let url = Url::parse(destination).map_err(|_| malformed())?;
+    let plain = matches!(url.scheme(), "http" | "https")
+        && url.username().is_empty()
+        && url.password().is_none()
+        && url.path() == "/"
+        && url.query().is_none()
+        && url.fragment().is_none();
+    match (url.host_str(), url.port_or_known_default()) {
+        (Some(host), Some(port)) if plain => Ok(format!("{}://{host}:{port}", url.scheme())),
+        _ => Err(malformed()),
+    }
+}
+
+/// A request that ended without success, as far as it may be shown: nothing here has a header's value, a URL's path or query,
+/// or credentials.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Kept {
+    /// Its id.
+    pub id: RequestId,
+    /// Its channel.
+    pub channel: String,
+    /// Scheme, host and port, always with the port. `None` if the stored request can't be read.
+    pub destination: Option<String>,
+    /// The method. `None` if the stored request can't be read.
+    pub method: Option<String>,
+    /// The key of an [`ordered`](crate::Options::ordered) request.
+    pub ordering_key: Option<String>,
+    /// [`Status::Discarded`] or [`Status::Ambiguous`].
+    pub status: Status,
+    /// How many attempts were made.
+    pub attempts: u32,
+    /// When it was enqueued, by the database's clock.
+    pub created_at: SystemTime,
+    /// When it ended, by the database's clock.
+    pub finished_at: SystemTime,
+    /// The status of the last response, if there was one.
+    pub http_status: Option<u16>,
+    /// Why it ended, in a word: `timeout`, `connect`, `deadline`, … `None` if a response was the reason.
+    pub error_class: Option<String>,
+    /// Why it ended.
+    pub error: Option<String>,
+}
+
+/// An ordering key whose requests wait until somebody has seen to one that ended without success.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct HaltedKey {
+    /// The channel.
+    pub channel: String,
+    /// The key, as it was given to [`ordered`](crate::Options::ordered).
+    pub key: String,
+    /// The request that holds it up.
+    pub id: RequestId,
+    /// Since when, by the database's clock.
+    pub since: SystemTime,
+}
+
+/// What somebody found out about an ambiguous request; for [`Durable::resolve`](crate::Durable::resolve).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Resolution {
+    /// The receiver has it: it ends as completed, without a response.
+    Sent,
+    /// The receiver never got it: it is sent again.
+    NotSent,
+}
+
+/// What the other side says about an ambiguous request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reconciled {
+    /// It has the request.
+    Sent,
+    /// It never got the request and will not: it is sent again.
+    NotSent,
+    /// It can't tell, or not yet: it is asked again later.
+    Unknown,
+}
+
+/// Asks the other side about requests that may have been sent; for [`DurableBuilder::reconcile`](crate::DurableBuilder::reconcile).
+///
+/// Functions and closures that take a [`Kept`] and a [`Request`] implement it.
+///
+/// # Examples
+///
+/// ```no_run
+/// use requeuest::{Durable, Kept, Reconciled, Request};
+///
+/// async fn ask(kept: Kept, request: Request) -> Result<Reconciled, Box<dyn std::error::Error + Send + Sync>> {
+///     let order = request.headers().get("x-order").ok_or("a request without an order")?.to_str()?;
+///     let found = reqwest::get(format!("https://pay.example.com/charges?order={order}")).await?;
+///     Ok(match found.status().as_u16() {
+///         200 => Reconciled::Sent,
+///         404 => Reconciled::NotSent,
+///         _ => Reconciled::Unknown,
+///     })
+/// }
+///
+/// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+/// let durable = Durable::builder(pool).reconcile(ask).build()?;
+/// # Ok(()) }
+/// ```
+pub trait Reconcile: Send + Sync + 'static {
+    /// Finds out what became of a request. An error counts as [`Reconciled::Unknown`].
+    fn reconcile(
+        &self,
+        kept: Kept,
+        request: Request,
+    ) -> Pin<Box<dyn Future<Output = Result<Reconciled, BoxError>> + Send + '_>>;
+}
+
+impl<F, Fut> Reconcile for F
+where
+    F: Fn(Kept, Request) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<Reconciled, BoxError>> + Send + 'static,
+{
+    fn reconcile(
+        &self,
+        kept: Kept,
+        request: Request,
+    ) -> Pin<Box<dyn Future<Output = Result<Reconciled, BoxError>> + Send + '_>> {
+        Box::pin(self(kept, request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hook_is_an_object() {
+        let hook = |_: Kept, _: Request| async { Ok(Reconciled::Unknown) };
+        let _: Box<dyn Reconcile> = Box::new(hook);
+    }
+
+    #[test]
+    fn default_ports_are_no_difference() {
+        for (given, stored) in [
+            ("https://A.example", "https://a.example:443"),
+            ("http://a.example:80/", "http://a.example:80"),
+            ("http://[::1]:8080", "http://[::1]:8080"),
+        ] {
+            assert_eq!(origin(given).unwrap(), stored);
+        }
+    }
+
+    #[test]
+    fn a_bad_field_is_named() {
+        let filter = Filter::default;
+        for (filter, field) in [
+            (filter().limit(0), "limit"),
+            (filter().limit(10_001), "limit"),
+            (filter().channel(""), "channel"),
+            (filter().status(Status::Completed), "status"),
+            (filter().destination("example.com"), "destination"),
+            (filter().destination("https://u@example.com"), "destination"),
+            (filter().destination("https://example.com/a"), "destination"),
+            (filter().finished_within(Duration::ZERO), "finished_within"),
+            (filter().finished_before(Duration::MAX), "finished_before"),
+        ] {
+            let error = filter.checked().unwrap_err();
+            assert_eq!(error.field(), Some(field));
+            assert!(error.is_request());
+        }
+    }
+}
