@@ -103,7 +103,7 @@ END;
 $$;
 
 -- Says of an ambiguous request whether it was sent. With p_finished only if it is still the end that was asked about.
--- Returns as replay_request does, with `resolved`.
+-- Returns as replay_request does, with `resolved`, and with `busy` also while its end is being handled.
 CREATE FUNCTION resolve_request(p_id uuid, p_sent boolean, p_finished timestamptz, p_retention interval) RETURNS text
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -125,6 +125,12 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
+    BEGIN
+        PERFORM FROM unhandled u WHERE u.id = p_id FOR UPDATE NOWAIT;
+    EXCEPTION WHEN lock_not_available THEN
+        -- Its first end is being handled, for as long as that takes.
+        RETURN 'busy';
+    END;
     PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 3 FOR UPDATE;
     v_in_place := FOUND;
     v_now := clock_timestamp();
@@ -142,6 +148,10 @@ BEGIN
         v_kept.error_class := 'response_unknown';
         v_kept.error := 'it was sent, and its response is not known';
         INSERT INTO outcomes SELECT v_kept.*;
+        -- Handled anew: it has ended otherwise.
+        INSERT INTO unhandled AS u (id, channel_name)
+        SELECT p_id, h.channel_name FROM handled_channels h WHERE h.channel_name = v_kept.channel_name
+        ON CONFLICT (id) DO UPDATE SET due_at = excluded.due_at, failures = 0, error = NULL;
         IF v_in_place THEN
             PERFORM tell_runners(v_kept.channel_name);
         END IF;
@@ -175,6 +185,8 @@ BEGIN
                 least(v_returns, 2000) * 1000000, v_attempts, v_ordered AND v_halts
             );
         END IF;
+        -- It has not ended after all.
+        DELETE FROM unhandled u WHERE u.id = p_id;
         DELETE FROM outcomes o WHERE o.id = p_id AND o.slot = -1;
         PERFORM tell_runners(v_kept.channel_name);
     END IF;

@@ -162,6 +162,8 @@ impl Durable {
     /// ([`Error::is_response_unknown`]). [`Resolution::NotSent`] puts it back into the queue under its id, without the attempt that did not
     /// arrive and without a deadline. If it holds up its ordering key, it is sent in its place; any other ordered one goes last.
     ///
+    /// A handler ([`on_outcome`](Self::on_outcome)) gets the new end, too. While it handles the first one, this waits: don't await it in there.
+    ///
     /// # Errors
     ///
     /// If there is no such request ([`Error::is_unknown_id`]), or it is not ambiguous ([`Error::is_wrong_state`]): nothing is changed then.

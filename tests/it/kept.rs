@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use requeuest::testkit::{self, TestDatabase};
 use requeuest::{
-    Durable, DurableBuilder, Filter, Guarantee, Kept, Options, Reconciled, Request, RequestId,
-    Resolution, Status,
+    Durable, DurableBuilder, Filter, Guarantee, Kept, Options, Outcome, Reconciled, Request,
+    RequestId, Resolution, Status,
 };
+
+use sqlx::PgConnection;
 
 use crate::support::{LONG, Seen, Server, count, eventually, in_time, migrated, quick, reply};
 
@@ -407,6 +409,37 @@ async fn resolved_as_not_sent_it_keeps_its_place_in_a_halted_key() {
     durable.resolve(id, Resolution::NotSent).await.unwrap();
     in_time(durable.response(next)).await.unwrap();
     assert_eq!(bodies(&server.seen()), ["x", "x", "next"]);
+}
+
+#[tokio::test]
+async fn a_handler_gets_the_end_that_a_resolution_makes() {
+    let database = migrated().await;
+    let (server, answers) = mute().await;
+    let durable = once(&database).build().unwrap();
+    let handled = Arc::new(Mutex::new(Vec::new()));
+    let record = Arc::clone(&handled);
+    let _listener = durable
+        .on_outcome("default", move |_: &mut PgConnection, outcome: &Outcome| {
+            record
+                .lock()
+                .unwrap()
+                .push((outcome.id(), outcome.status()));
+            Box::pin(async { Ok(()) })
+        })
+        .await
+        .unwrap();
+    let sent = ambiguous(&durable, &server.url("/"), Options::default()).await;
+    let lost = ambiguous(&durable, &server.url("/"), Options::default()).await;
+    answers.store(true, Ordering::SeqCst);
+    durable.resolve(sent, Resolution::Sent).await.unwrap();
+    durable.resolve(lost, Resolution::NotSent).await.unwrap();
+    eventually("both ends", || async {
+        let handled = handled.lock().unwrap();
+        [sent, lost]
+            .iter()
+            .all(|id| handled.contains(&(*id, Status::Completed)))
+    })
+    .await;
 }
 
 #[tokio::test]
