@@ -25,6 +25,8 @@ use crate::store::outcome::{self, Found};
 
 /// How long an outcome that another process settled can go unnoticed when its notification is lost.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// The connection may have died unnoticed, and sqlx would wait for an answer to the end of the socket's own patience.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many ids one question to the database holds.
 const MAX_IDS: usize = 1000;
 
@@ -219,7 +221,8 @@ pub(crate) async fn watch(shared: Arc<Shared>) {
         }
         let mut whole_round = Instant::now() >= next_round;
         if listener.is_none() {
-            listener = listen(&shared).await;
+            let listening = tokio::time::timeout(LISTEN_TIMEOUT, listen(&shared));
+            listener = listening.await.ok().flatten();
             // What ended before there was a listener has to be asked for.
             whole_round = true;
         }
