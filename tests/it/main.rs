@@ -18,6 +18,7 @@ mod middleware;
 mod migrations;
 mod poll;
 mod processes;
+mod proxy;
 mod retry;
 mod runtimes;
 mod stopping;

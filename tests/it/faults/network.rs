@@ -1,0 +1,343 @@
+//! The network between this process and Postgres, and between it and the receiver.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use requeuest::testkit::{self, TestDatabase};
+use requeuest::{Durable, Options, Status};
+use sqlx::PgPool;
+use sqlx::postgres::{PgPoolOptions, PgSslMode};
+
+use super::{
+    LEASE, builder, call, echo_server, held_server, load, post, post_body, settle_accounts,
+};
+use crate::proxy::{Manner, Proxy};
+use crate::support::{LONG, Server, count, eventually, in_time, migrated, passing, reply};
+
+/// After how long a statement without an answer is given up, and some seconds for a busy machine.
+const RECOVERY: Duration = Duration::from_secs(10 + 8);
+
+/// Where the database's server listens.
+pub(super) fn address(database: &TestDatabase) -> SocketAddr {
+    let options = database.options();
+    let address = format!("{}:{}", options.get_host(), options.get_port());
+    std::net::ToSocketAddrs::to_socket_addrs(&address)
+        .unwrap()
+        .next()
+        .unwrap()
+}
+
+/// An application's pool whose connections go through the proxy.
+pub(super) fn pool_through(proxy: &Proxy, database: &TestDatabase) -> PgPool {
+    let options = database
+        .options()
+        .host(&proxy.addr.ip().to_string())
+        .port(proxy.addr.port())
+        .ssl_mode(PgSslMode::Disable);
+    PgPoolOptions::new()
+        .acquire_timeout(Duration::from_secs(5))
+        .connect_lazy_with(options)
+}
+
+struct Through {
+    database: TestDatabase,
+    proxy: Proxy,
+    pool: PgPool,
+}
+
+async fn through_a_proxy() -> Through {
+    let database = migrated().await;
+    let proxy = Proxy::postgres(address(&database)).await;
+    let pool = pool_through(&proxy, &database);
+    Through {
+        database,
+        proxy,
+        pool,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_network_to_postgres_loses_nothing() {
+    let Through { proxy, pool, .. } = through_a_proxy().await;
+    let server = echo_server().await;
+    let durable = builder(&pool).build().unwrap();
+    let manners = [
+        Manner::Delay(Duration::from_millis(3)),
+        Manner::CutRequest(3000),
+        Manner::CutAnswer(3000),
+        Manner::ResetAnswer(5000),
+        Manner::Pass,
+    ];
+    let url = server.url("/");
+    let calling = load(&durable, &url, 8, 20);
+    tokio::pin!(calling);
+    let mut turns = manners.iter().cycle();
+    let mut resets = 0;
+    let ledger = loop {
+        proxy.treat(*turns.next().unwrap());
+        tokio::select! {
+            ledger = &mut calling => break ledger,
+            () = tokio::time::sleep(Duration::from_millis(300)) => resets += proxy.reset(),
+        }
+    };
+    proxy.treat(Manner::Pass);
+    assert!(resets > 0);
+    settle_accounts("resets and cuts to Postgres", &durable, &server, ledger).await;
+}
+
+#[tokio::test]
+async fn connections_that_vanish_hold_callers_up_no_longer_than_a_statement_may_take() {
+    let Through { proxy, pool, .. } = through_a_proxy().await;
+    let server = echo_server().await;
+    let durable = builder(&pool).build().unwrap();
+    let url = server.url("/");
+    let mut calling = Box::pin(load(&durable, &url, 8, 30));
+    let mut hole = None;
+    let told = loop {
+        tokio::select! {
+            told = &mut calling => break told,
+            () = server.wait_for(30), if hole.is_none() => {
+                proxy.black_hole();
+                proxy.treat(Manner::Pass);
+                hole = Some(Instant::now());
+            }
+        }
+    };
+    let took = hole.expect("the load was too small").elapsed();
+    println!("all callers went on within {took:?} of a black hole");
+    assert!(took < RECOVERY, "took {took:?}");
+    // What is left to a runner is left to one whose connections have not vanished.
+    drop(calling);
+    drop(durable);
+    let other = builder(&pool).build().unwrap();
+    settle_accounts("vanished connections", &other, &server, told).await;
+}
+
+#[tokio::test]
+async fn an_insert_whose_commit_is_not_acknowledged_is_sent_once() {
+    let Through { proxy, pool, .. } = through_a_proxy().await;
+    let server = echo_server().await;
+    let durable = builder(&pool).build().unwrap();
+    let mut ledger = super::Ledger::new();
+    for number in 0..10 {
+        // The second time it is the second try as well that goes unheard.
+        proxy.lose_answers_to("INSERT INTO mq_msgs", 1 + number % 2);
+        let name = number.to_string();
+        let told = in_time(call(&durable, &server.url("/"), &name, number % 4 < 2)).await;
+        assert!(!matches!(
+            told,
+            super::Told::Refused | super::Told::Unknown(_)
+        ));
+        ledger.insert(name, told);
+    }
+    assert_eq!(proxy.lost(), 15);
+    let twice = settle_accounts(
+        "lost acknowledgements of inserts",
+        &durable,
+        &server,
+        ledger,
+    )
+    .await;
+    assert_eq!(twice, 0);
+}
+
+#[tokio::test]
+async fn an_ordered_insert_whose_commit_is_not_acknowledged_says_so_and_is_sent_once() {
+    let Through { proxy, pool, .. } = through_a_proxy().await;
+    let server = echo_server().await;
+    let durable = builder(&pool).build().unwrap();
+    durable
+        .status("00000000-0000-7000-8000-000000000000".parse().unwrap())
+        .await
+        .unwrap();
+    proxy.lose_answers_to(".enqueue(", 1);
+    let request = post_body(&server.url("/"), "one").with(Options::default().ordered("key"));
+    let error = in_time(durable.fire(request)).await.unwrap_err();
+    assert!(error.is_indeterminate(), "{error:?}");
+    let outcome = testkit::outcome(&durable, error.request_id().unwrap(), LONG)
+        .await
+        .unwrap();
+    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn a_settle_whose_commit_is_not_acknowledged_wakes_its_waiters_and_sends_nothing_again() {
+    let Through { proxy, pool, .. } = through_a_proxy().await;
+    let server = echo_server().await;
+    let durable = builder(&pool).build().unwrap();
+    let mut ledger = super::Ledger::new();
+    for number in 0..10 {
+        proxy.lose_answers_to("DELETE FROM mq_msgs m USING locked", 1);
+        let name = number.to_string();
+        let told = in_time(call(&durable, &server.url("/"), &name, number < 8)).await;
+        eventually("the answer is lost", || async { proxy.lost() > number }).await;
+        ledger.insert(name, told);
+    }
+    let twice = settle_accounts(
+        "lost acknowledgements of settles",
+        &durable,
+        &server,
+        ledger,
+    )
+    .await;
+    assert_eq!(twice, 0);
+}
+
+#[tokio::test]
+async fn a_failed_attempt_whose_settle_is_not_acknowledged_is_followed_by_one_other() {
+    let Through { proxy, pool, .. } = through_a_proxy().await;
+    let server = Server::in_turn(&[503, 200]).await;
+    let durable = builder(&pool).build().unwrap();
+    proxy.lose_answers_to("INSERT INTO attempts", 1);
+    // It was held for this process, which doesn't know: the lease has to run out.
+    let response = in_time(durable.await_response(post(&server.url("/"))))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(proxy.lost(), 1);
+    assert_eq!(server.count(), 2);
+}
+
+#[tokio::test]
+async fn a_renewal_that_is_not_acknowledged_has_nothing_sent_twice() {
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    // Not the shortest lease: a lost renewal costs a third of it, and a busy machine some more.
+    let lease = 3 * LEASE;
+    let (server, gate) = held_server().await;
+    let durable = builder(&pool).lease(lease).build().unwrap();
+    let _other = builder(database.pool()).lease(lease).build().unwrap();
+    let waiting = tokio::spawn({
+        let (durable, url) = (durable.clone(), server.url("/"));
+        async move { durable.await_response(post(&url)).await }
+    });
+    server.wait_for(1).await;
+    proxy.lose_answers_to("FOR UPDATE OF m SKIP LOCKED", 3);
+    eventually("renewals are lost", || async { proxy.lost() == 3 }).await;
+    passing(&database, lease).await;
+    gate.add_permits(10);
+    let response = in_time(waiting).await.unwrap().unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(server.count(), 1);
+    let left = "select count(*) from requeuest.mq_msgs";
+    assert_eq!(count(&database, left).await, 0);
+}
+
+#[tokio::test]
+async fn a_claim_that_is_not_acknowledged_is_made_again_when_its_lease_has_run_out() {
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    let server = echo_server().await;
+    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let id = enqueue_only.fire(post(&server.url("/"))).await.unwrap();
+    proxy.lose_answers_to("mq_poll", 1);
+    let durable = builder(&pool).build().unwrap();
+    let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
+    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(proxy.lost(), 1);
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn waiters_whose_word_is_lost_in_silence_wake_by_themselves() {
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    let (server, gate) = held_server().await;
+    let runner = builder(database.pool()).build().unwrap();
+    let elsewhere = builder(&pool).runner(false).build().unwrap();
+    let id = runner.fire(post(&server.url("/"))).await.unwrap();
+    let waiting = tokio::spawn({
+        let elsewhere = elsewhere.clone();
+        async move { elsewhere.response(id).await }
+    });
+    server.wait_for(1).await;
+    let mut silenced = 0;
+    eventually("it listens", || {
+        silenced += proxy.black_hole_those_that_said("LISTEN");
+        std::future::ready(silenced > 0)
+    })
+    .await;
+    let released = Instant::now();
+    gate.add_permits(1);
+    in_time(waiting).await.unwrap().unwrap();
+    // The poll interval is one second.
+    assert!(
+        released.elapsed() < Duration::from_secs(5),
+        "took {:?}",
+        released.elapsed()
+    );
+}
+
+/// Requests that meet a manner of the network to the receiver, and then a network without fault.
+async fn under(fault: &str, manner: Manner) -> (usize, Server) {
+    let database = migrated().await;
+    let server = Server::start(|_, seen| async move {
+        // Long enough to be cut in the middle.
+        let mut response = reply(200, seen.body);
+        response
+            .headers_mut()
+            .insert("padding", "x".repeat(500).parse().unwrap());
+        response
+    })
+    .await;
+    let proxy = Proxy::start(server.addr).await;
+    proxy.treat(manner);
+    let durable: Durable = builder(database.pool())
+        .attempt_timeout(Duration::from_secs(1))
+        .build()
+        .unwrap();
+    let url = proxy.url("/");
+    let calling = load(&durable, &url, 4, 5);
+    tokio::pin!(calling);
+    let ledger = tokio::select! {
+        ledger = &mut calling => ledger,
+        () = eventually("it breaks", || async { proxy.broken() >= 4 }) => {
+            proxy.treat(Manner::Pass);
+            calling.await
+        }
+    };
+    let twice = settle_accounts(fault, &durable, &server, ledger).await;
+    (twice, server)
+}
+
+#[tokio::test]
+async fn a_slow_network_to_the_receiver_has_nothing_sent_twice() {
+    let delay = Manner::Delay(Duration::from_millis(10));
+    let (twice, server) = under("a slow network to the receiver", delay).await;
+    assert_eq!((twice, server.count()), (0, 20));
+}
+
+#[tokio::test]
+async fn requests_cut_on_their_way_arrive_with_a_later_attempt() {
+    let (twice, server) = under("requests cut on their way", Manner::CutRequest(60)).await;
+    assert_eq!((twice, server.count()), (0, 20));
+}
+
+#[tokio::test]
+async fn answers_cut_on_their_way_are_asked_for_again() {
+    // The receiver has got these, and gets them again.
+    let (twice, _) = under("answers cut on their way", Manner::CutAnswer(300)).await;
+    assert!(twice >= 1);
+}
+
+#[tokio::test]
+async fn answers_lost_to_a_reset_are_asked_for_again() {
+    let (twice, _) = under("answers lost to a reset", Manner::ResetAnswer(300)).await;
+    assert!(twice >= 1);
+}
+
+#[tokio::test]
+async fn requests_that_vanish_arrive_with_a_later_attempt() {
+    let (twice, server) = under("requests that vanish", Manner::BlackHole).await;
+    assert_eq!((twice, server.count()), (0, 20));
+}

@@ -1,0 +1,237 @@
+//! Receivers that answer slowly, wrongly, or not to the end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use requeuest::{ReqwestTransport, Response};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+
+use super::{builder, load, post, settle_accounts};
+use crate::support::{Server, count, in_time, migrated};
+
+const GOOD: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ngood";
+
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    NoHeaders,
+    SlowBody,
+    HalfABody,
+    Garbage,
+    EndlessBody,
+    EarlyHints,
+    /// A good answer, and the connection is closed without a word.
+    ClosedWhenIdle,
+}
+
+async fn read_request(stream: &mut TcpStream) -> bool {
+    let mut request = Vec::new();
+    while !request.windows(4).any(|window| window == b"\r\n\r\n") {
+        if !matches!(stream.read_buf(&mut request).await, Ok(1..)) {
+            return false;
+        }
+    }
+    true
+}
+
+async fn misbehave(fault: Fault, stream: &mut TcpStream) -> std::io::Result<()> {
+    match fault {
+        Fault::NoHeaders => std::future::pending().await,
+        Fault::SlowBody => {
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+                .await?;
+            loop {
+                stream.write_all(b"x").await?;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        Fault::HalfABody => {
+            let half = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf";
+            stream.write_all(half).await
+        }
+        // With a NUL, which no text in Postgres holds.
+        Fault::Garbage => stream.write_all(b"\0\xff\xfe garbage\r\n\r\n").await,
+        Fault::EndlessBody => {
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+                .await?;
+            loop {
+                stream.write_all(b"4\r\nmore\r\n").await?;
+            }
+        }
+        Fault::EarlyHints => {
+            let hints = b"HTTP/1.1 103 Early Hints\r\nlink: </style.css>\r\n\r\n";
+            stream.write_all(hints).await?;
+            stream.write_all(GOOD).await
+        }
+        Fault::ClosedWhenIdle => stream.write_all(GOOD).await,
+    }
+}
+
+/// Misbehaves on the first connection, then closes it, and answers well on all others. Counts the requests.
+async fn faulty(fault: Fault) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&requests);
+    tokio::spawn(async move {
+        let mut first = true;
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let counted = Arc::clone(&counted);
+            let misbehaves = std::mem::replace(&mut first, false);
+            tokio::spawn(async move {
+                while read_request(&mut stream).await {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    if misbehaves {
+                        // The client may go away before.
+                        let _ = misbehave(fault, &mut stream).await;
+                        return;
+                    }
+                    if stream.write_all(GOOD).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (addr, requests)
+}
+
+/// What the caller gets, after how many requests, and the class of the failed attempt.
+async fn under(fault: Fault) -> (Result<Response, requeuest::Error>, usize, Option<String>) {
+    let database = migrated().await;
+    let (addr, requests) = faulty(fault).await;
+    let durable = builder(database.pool())
+        .attempt_timeout(Duration::from_secs(1))
+        .max_response_body(64 * 1024)
+        .build()
+        .unwrap();
+    let result = in_time(durable.await_response(post(&format!("http://{addr}/")))).await;
+    if let Ok(response) = &result {
+        let again = in_time(durable.response(response.id())).await.unwrap();
+        assert_eq!(again.text().unwrap(), "good");
+    }
+    let class = "select error_class from requeuest.attempts order by number limit 1";
+    let class = sqlx::query_scalar(class)
+        .fetch_optional(database.pool())
+        .await
+        .unwrap();
+    (result, requests.load(Ordering::SeqCst), class)
+}
+
+#[tokio::test]
+async fn what_is_no_whole_answer_is_asked_for_again() {
+    for (fault, class) in [
+        (Fault::NoHeaders, "timeout"),
+        (Fault::SlowBody, "timeout"),
+        (Fault::HalfABody, "transport"),
+        (Fault::Garbage, "transport"),
+    ] {
+        let (response, requests, failed) = under(fault).await;
+        assert_eq!(response.unwrap().text().unwrap(), "good", "{fault:?}");
+        assert_eq!((requests, failed.as_deref()), (2, Some(class)), "{fault:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_endless_body_counts_as_delivered_and_is_read_no_further_than_the_limit() {
+    let (response, requests, _) = under(Fault::EndlessBody).await;
+    let error = response.unwrap_err();
+    assert!(error.is_response_too_large(), "{error:?}");
+    assert_eq!(error.response_head().unwrap().0, 200);
+    assert_eq!(requests, 1);
+}
+
+#[tokio::test]
+async fn early_hints_are_no_answer() {
+    let (response, requests, failed) = under(Fault::EarlyHints).await;
+    assert_eq!(response.unwrap().status(), 200);
+    assert_eq!((requests, failed), (1, None));
+}
+
+#[tokio::test]
+async fn a_connection_that_is_closed_between_requests_costs_an_attempt_at_most() {
+    let database = migrated().await;
+    let (addr, requests) = faulty(Fault::ClosedWhenIdle).await;
+    let durable = builder(database.pool()).build().unwrap();
+    for _ in 0..5 {
+        let response = in_time(durable.await_response(post(&format!("http://{addr}/")))).await;
+        assert_eq!(response.unwrap().text().unwrap(), "good");
+    }
+    assert_eq!(requests.load(Ordering::SeqCst), 5);
+}
+
+/// HTTP/2 without TLS, whose connections say GOAWAY after some requests each.
+async fn leaving_server(after: usize) -> (Server, SocketAddr, Arc<AtomicUsize>) {
+    let behind = super::echo_server().await;
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let left = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&left);
+    let client = reqwest::Client::new();
+    let url = behind.url("/");
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (client, url, counted) = (client.clone(), url.clone(), Arc::clone(&counted));
+            tokio::spawn(async move {
+                let (enough, served) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+                let reached = Arc::clone(&enough);
+                let service = service_fn(move |request: http::Request<Incoming>| {
+                    if served.fetch_add(1, Ordering::SeqCst) + 1 == after {
+                        reached.notify_one();
+                    }
+                    let (client, url) = (client.clone(), url.clone());
+                    async move {
+                        let body = request.into_body().collect().await?.to_bytes();
+                        let answer = client.post(url).body(body).send().await;
+                        let body = answer.unwrap().bytes().await.unwrap();
+                        Ok::<_, hyper::Error>(http::Response::new(Full::<Bytes>::new(body)))
+                    }
+                });
+                let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(stream), service);
+                tokio::pin!(connection);
+                tokio::select! {
+                    _ = &mut connection => return,
+                    () = enough.notified() => {}
+                }
+                counted.fetch_add(1, Ordering::SeqCst);
+                connection.as_mut().graceful_shutdown();
+                // The client may have gone before.
+                let _ = connection.await;
+            });
+        }
+    });
+    (behind, addr, left)
+}
+
+#[tokio::test]
+async fn a_server_that_says_goaway_gets_each_request_once() {
+    let database = migrated().await;
+    let (server, addr, left) = leaving_server(5).await;
+    let client = reqwest::Client::builder()
+        .http2_prior_knowledge()
+        .build()
+        .unwrap();
+    let durable = builder(database.pool())
+        .transport(ReqwestTransport::new(client))
+        .build()
+        .unwrap();
+    let ledger = load(&durable, &format!("http://{addr}/"), 8, 10).await;
+    let twice = settle_accounts("GOAWAY", &durable, &server, ledger).await;
+    assert_eq!(twice, 0);
+    assert!(left.load(Ordering::SeqCst) > 1);
+    let outcomes = "select count(*) from requeuest.outcomes where status = 'completed'";
+    assert_eq!(count(&database, outcomes).await, 80);
+}

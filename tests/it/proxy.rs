@@ -1,0 +1,414 @@
+//! A bad network: a TCP proxy whose connections delay, break off, vanish or reset, and that knows enough of Postgres'
+//! protocol to lose the answer to one statement, or what a pooler loses.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// What a connection does to the bytes that go through it.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Manner {
+    #[default]
+    Pass,
+    /// Each piece, in either direction, comes so much later.
+    Delay(Duration),
+    /// Closed after so many bytes from the client.
+    CutRequest(usize),
+    /// Closed after so many bytes from the server.
+    CutAnswer(usize),
+    /// Reset (RST) after so many bytes from the server.
+    ResetAnswer(usize),
+    /// Connected, and nothing goes through.
+    BlackHole,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    Any,
+    Postgres,
+}
+
+/// Passes connections on to another address.
+pub struct Proxy {
+    pub addr: SocketAddr,
+    shared: Arc<Shared>,
+    accepting: JoinHandle<()>,
+}
+
+struct Shared {
+    target: SocketAddr,
+    protocol: Protocol,
+    manner: Mutex<Manner>,
+    drop_options: bool,
+    /// The statement whose next answers are lost, and how many of them.
+    losing: Mutex<(String, usize)>,
+    lost: AtomicUsize,
+    broken: AtomicUsize,
+    connections: Mutex<Vec<Connection>>,
+}
+
+/// One that is open, or was.
+struct Connection {
+    fate: watch::Sender<Option<Fate>>,
+    /// The statements that its client named, in their text.
+    said: Arc<Mutex<HashMap<String, String>>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Closed,
+    Reset,
+    /// Both sockets stay open, and nothing goes through.
+    Held,
+}
+
+impl Proxy {
+    /// For any protocol.
+    pub async fn start(target: SocketAddr) -> Self {
+        Self::with(target, Protocol::Any, false).await
+    }
+
+    /// For Postgres without TLS.
+    pub async fn postgres(target: SocketAddr) -> Self {
+        Self::with(target, Protocol::Postgres, false).await
+    }
+
+    /// Loses the `options` that a client connects with, as poolers do.
+    pub async fn pooler(target: SocketAddr) -> Self {
+        Self::with(target, Protocol::Postgres, true).await
+    }
+
+    async fn with(target: SocketAddr, protocol: Protocol, drop_options: bool) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared {
+            target,
+            protocol,
+            manner: Mutex::default(),
+            drop_options,
+            losing: Mutex::default(),
+            lost: AtomicUsize::new(0),
+            broken: AtomicUsize::new(0),
+            connections: Mutex::default(),
+        });
+        let passed = Arc::clone(&shared);
+        // The set goes with the proxy, and with it all connections.
+        let accepting = tokio::spawn(async move {
+            let mut open = tokio::task::JoinSet::new();
+            loop {
+                let (client, _) = listener.accept().await.unwrap();
+                let manner = *passed.manner.lock().unwrap();
+                open.spawn(serve(Arc::clone(&passed), manner, client));
+            }
+        });
+        Self {
+            addr,
+            shared,
+            accepting,
+        }
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.addr)
+    }
+
+    /// How connections behave that are made from now on.
+    pub fn treat(&self, manner: Manner) {
+        *self.shared.manner.lock().unwrap() = manner;
+    }
+
+    /// Nothing goes through any more, on what is connected and what will be. [`treat`](Self::treat) ends it for new connections.
+    pub fn black_hole(&self) {
+        self.treat(Manner::BlackHole);
+        self.decide(Fate::Held, |_| true);
+    }
+
+    /// As [`black_hole`](Self::black_hole), only for connections whose client once sent a statement with this text.
+    pub fn black_hole_those_that_said(&self, text: &str) -> usize {
+        self.decide(Fate::Held, |said| {
+            said.values().any(|statement| statement.contains(text))
+        })
+    }
+
+    /// Resets all connections.
+    pub fn reset(&self) -> usize {
+        self.decide(Fate::Reset, |_| true)
+    }
+
+    /// Closes a connection instead of passing on the answer to the next statements, `times` of them, with this text: they are
+    /// carried out and nobody hears of it.
+    pub fn lose_answers_to(&self, text: &str, times: usize) {
+        *self.shared.losing.lock().unwrap() = (text.to_owned(), times);
+    }
+
+    /// How many answers were lost.
+    pub fn lost(&self) -> usize {
+        self.shared.lost.load(Ordering::SeqCst)
+    }
+
+    /// How many connections came to the end that their manner had for them.
+    pub fn broken(&self) -> usize {
+        self.shared.broken.load(Ordering::SeqCst)
+    }
+
+    fn decide(&self, fate: Fate, concerned: impl Fn(&HashMap<String, String>) -> bool) -> usize {
+        let connections = self.shared.connections.lock().unwrap();
+        let concerned = connections
+            .iter()
+            .filter(|connection| !connection.fate.is_closed())
+            .filter(|connection| concerned(&connection.said.lock().unwrap()));
+        let mut count = 0;
+        for connection in concerned {
+            connection.fate.send_replace(Some(fate));
+            count += 1;
+        }
+        count
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn serve(shared: Arc<Shared>, manner: Manner, mut client: TcpStream) {
+    let (fate, mut fated) = watch::channel(None);
+    let said = Arc::default();
+    shared.connections.lock().unwrap().push(Connection {
+        fate,
+        said: Arc::clone(&said),
+    });
+    if matches!(manner, Manner::BlackHole) {
+        shared.broken.fetch_add(1, Ordering::SeqCst);
+        return std::future::pending().await;
+    }
+    let Ok(mut server) = TcpStream::connect(shared.target).await else {
+        return;
+    };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let ended = tokio::select! {
+        ended = pass(&shared, manner, &said, &mut client, &mut server) => ended,
+        fated = fated.wait_for(Option::is_some) => match fated {
+            Ok(fate) => fate.unwrap_or(Fate::Closed),
+            Err(_) => Fate::Closed,
+        },
+    };
+    match ended {
+        Fate::Closed => {}
+        Fate::Reset => {
+            let _ = client.set_zero_linger();
+        }
+        Fate::Held => std::future::pending().await,
+    }
+}
+
+/// Until one side closes, or the manner says so.
+async fn pass(
+    shared: &Shared,
+    manner: Manner,
+    said: &Mutex<HashMap<String, String>>,
+    client: &mut TcpStream,
+    server: &mut TcpStream,
+) -> Fate {
+    let (from_client, to_client) = client.split();
+    let (from_server, to_server) = server.split();
+    let delay = match manner {
+        Manner::Delay(delay) => delay,
+        _ => Duration::ZERO,
+    };
+    let limit = |limit: Option<usize>| limit.unwrap_or(usize::MAX);
+    let request = limit(match manner {
+        Manner::CutRequest(bytes) => Some(bytes),
+        _ => None,
+    });
+    let answer = limit(match manner {
+        Manner::CutAnswer(bytes) | Manner::ResetAnswer(bytes) => Some(bytes),
+        _ => None,
+    });
+    let (losing, lost) = watch::channel(false);
+    let asking = {
+        let mut frontend = Frontend {
+            shared,
+            said,
+            started: false,
+            losing,
+        };
+        let take = move |input: &mut BytesMut| match shared.protocol {
+            Protocol::Any => Some(input.split()),
+            Protocol::Postgres => frontend.take(input),
+        };
+        pump(from_client, to_server, delay, request, take)
+    };
+    let answering = {
+        let take = move |input: &mut BytesMut| {
+            if *lost.borrow() {
+                lose_answer(input)
+            } else {
+                Some(input.split())
+            }
+        };
+        pump(from_server, to_client, delay, answer, take)
+    };
+    let ended = tokio::select! {
+        ended = asking => ended,
+        ended = answering => ended,
+    };
+    match ended {
+        Ok(Pumped::Ended) | Err(_) => {}
+        Ok(Pumped::Lost) => {
+            shared.lost.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(Pumped::Limit) => {
+            shared.broken.fetch_add(1, Ordering::SeqCst);
+            if matches!(manner, Manner::ResetAnswer(_)) {
+                return Fate::Reset;
+            }
+        }
+    }
+    Fate::Closed
+}
+
+enum Pumped {
+    Ended,
+    Limit,
+    Lost,
+}
+
+/// Passes on what `take` takes out of what came; `None` ends it.
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    delay: Duration,
+    mut limit: usize,
+    mut take: impl FnMut(&mut BytesMut) -> Option<BytesMut>,
+) -> io::Result<Pumped> {
+    let mut input = BytesMut::new();
+    while from.read_buf(&mut input).await? > 0 {
+        let Some(mut output) = take(&mut input) else {
+            return Ok(Pumped::Lost);
+        };
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
+        }
+        output.truncate(limit);
+        limit -= output.len();
+        to.write_all(&output).await?;
+        if limit == 0 {
+            return Ok(Pumped::Limit);
+        }
+    }
+    Ok(Pumped::Ended)
+}
+
+/// What a Postgres client sends.
+struct Frontend<'a> {
+    shared: &'a Shared,
+    said: &'a Mutex<HashMap<String, String>>,
+    started: bool,
+    losing: watch::Sender<bool>,
+}
+
+impl Frontend<'_> {
+    /// Takes whole messages.
+    #[allow(clippy::unnecessary_wraps)] // as `pump` wants it
+    fn take(&mut self, input: &mut BytesMut) -> Option<BytesMut> {
+        let mut output = BytesMut::new();
+        loop {
+            let kind = usize::from(self.started);
+            let Some(length) = message_length(input, kind) else {
+                return Some(output);
+            };
+            let message = input.split_to(kind + length);
+            if self.started {
+                self.look_at(message[0], &message[5..]);
+                output.extend_from_slice(&message);
+            } else {
+                self.started = true;
+                output.extend_from_slice(&self.startup(&message));
+            }
+        }
+    }
+
+    fn startup(&self, message: &[u8]) -> BytesMut {
+        let mut rewritten = BytesMut::from(&message[..8]);
+        let mut parameters = message[8..].split(|byte| *byte == 0);
+        while let (Some(name), Some(value)) = (parameters.next(), parameters.next()) {
+            if name.is_empty() || (self.shared.drop_options && name == b"options") {
+                continue;
+            }
+            for part in [name, value] {
+                rewritten.extend_from_slice(part);
+                rewritten.extend_from_slice(&[0]);
+            }
+        }
+        rewritten.extend_from_slice(&[0]);
+        let length = u32::try_from(rewritten.len()).unwrap();
+        rewritten[..4].copy_from_slice(&length.to_be_bytes());
+        rewritten
+    }
+
+    fn look_at(&self, kind: u8, body: &[u8]) {
+        let mut texts = body
+            .split(|byte| *byte == 0)
+            .map(|text| String::from_utf8_lossy(text).into_owned());
+        let mut next = || texts.next().unwrap_or_default();
+        match kind {
+            // Parse: the statement's name, its text.
+            b'P' => {
+                let name = next();
+                self.said.lock().unwrap().insert(name, next());
+            }
+            // Bind: the portal's name, the statement's.
+            b'B' => {
+                let name = { (next(), next()).1 };
+                let text = self.said.lock().unwrap().get(&name).cloned();
+                self.carried_out(&text.unwrap_or_default());
+            }
+            // Query: its text.
+            b'Q' => {
+                let text = next();
+                self.carried_out(&text);
+                self.said.lock().unwrap().insert(text.clone(), text);
+            }
+            _ => {}
+        }
+    }
+
+    fn carried_out(&self, text: &str) {
+        let (marker, times) = &mut *self.shared.losing.lock().unwrap();
+        if *times > 0 && text.contains(&**marker) {
+            *times -= 1;
+            self.losing.send_replace(true);
+        }
+    }
+}
+
+/// Waits for the whole answer, which comes after the commit, and ends the connection.
+fn lose_answer(input: &mut BytesMut) -> Option<BytesMut> {
+    while let Some(length) = message_length(input, 1) {
+        let kind = input[0];
+        input.advance(1 + length);
+        // ReadyForQuery
+        if kind == b'Z' {
+            return None;
+        }
+    }
+    Some(BytesMut::new())
+}
+
+/// The length that a message says it has, if it has come whole.
+fn message_length(input: &[u8], kind: usize) -> Option<usize> {
+    let length = input.get(kind..kind + 4)?;
+    let length = u32::from_be_bytes(length.try_into().ok()?) as usize;
+    (input.len() >= kind + length).then_some(length)
+}
