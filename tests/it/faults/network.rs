@@ -120,6 +120,27 @@ async fn connections_that_vanish_hold_callers_up_no_longer_than_a_statement_may_
 }
 
 #[tokio::test]
+async fn a_runner_whose_connections_vanished_in_the_middle_of_a_poll_is_replaced() {
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    let server = echo_server().await;
+    let _durable = builder(&pool).build().unwrap();
+    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let request = post_body(&server.url("/"), "before");
+    let id = enqueue_only.fire(request).await.unwrap();
+    testkit::outcome(&enqueue_only, id, LONG).await.unwrap();
+    proxy.black_hole();
+    proxy.treat(Manner::Pass);
+    let request = post_body(&server.url("/"), "after");
+    let id = enqueue_only.fire(request).await.unwrap();
+    let outcome = testkit::outcome(&enqueue_only, id, RECOVERY).await.unwrap();
+    assert_eq!(outcome.status, Status::Completed);
+}
+
+#[tokio::test]
 async fn an_insert_whose_commit_is_not_acknowledged_is_sent_once() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = echo_server().await;
