@@ -167,9 +167,8 @@ BEGIN
         IF NOT FOUND THEN
             RETURN 'gone';
         END IF;
-        -- The attempt that did not arrive is not counted, nor is the claim that found it lost: a policy of one attempt
-        -- has to allow the next.
-        v_attempts := greatest(v_kept.attempts - CASE v_kept.error_class WHEN 'lost' THEN 2 ELSE 1 END, 0);
+        -- The attempt that did not arrive is not counted: a policy of one attempt has to allow the next.
+        v_attempts := greatest(v_kept.attempts - 1, 0);
         IF v_in_place THEN
             UPDATE mq_msgs m
             SET attempt_at = v_now, waiter = NULL, claim_no = m.claim_no + 1, attempts = v_attempts, state = 0

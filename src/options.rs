@@ -25,6 +25,9 @@ pub enum Guarantee {
     /// Once bytes of it may have left without an answer it is not sent again: it ends as [`Status::Ambiguous`](crate::Status::Ambiguous)
     /// and is kept until somebody finds out and says so. An attempt that certainly sent nothing, and an answer that asks for a
     /// repetition, are followed by another attempt all the same.
+    ///
+    /// What a client reports is believed. One that follows redirects by itself may report that it could not connect to the second place,
+    /// when the first had acted: give it a client that follows none.
     AtMostOnce,
 }
 

@@ -23,6 +23,8 @@ pub struct Outcome {
     pub(crate) attempts: u32,
     pub(crate) response: Option<Response>,
     pub(crate) fault: Option<Fault>,
+    /// The claim that ended it made no attempt: it is not counted.
+    pub(crate) unmade: bool,
 }
 
 /// Why there is no response, or not all of it.
@@ -66,6 +68,7 @@ impl Outcome {
             attempts: 0,
             response: Some(response),
             fault: None,
+            unmade: false,
         }
     }
 
@@ -112,7 +115,14 @@ impl Outcome {
                 class: class.into(),
                 text,
             }),
+            unmade: false,
         }
+    }
+
+    /// As found by a claim that makes no attempt.
+    pub(crate) fn without_attempt(mut self) -> Self {
+        self.unmade = true;
+        self
     }
 
     /// May have been sent, without an answer, and must not be sent again.

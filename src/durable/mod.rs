@@ -6,6 +6,7 @@ pub(crate) mod kept;
 mod submit;
 
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -354,6 +355,12 @@ impl Durable {
         }
         let engine = Arc::clone(self.engine());
         self.engine().run(engine.shutdown(grace)).await
+    }
+
+    /// How many results of this handle's attempts changed nothing, because the request had been taken over or had ended in the meantime: after
+    /// a pause of the process that outlasted the [`lease`](DurableBuilder::lease), say, or a cancellation.
+    pub fn stale_results(&self) -> u64 {
+        self.engine().shared().stale_results.load(Ordering::Relaxed)
     }
 
     /// The caller's pool.

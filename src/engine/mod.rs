@@ -20,7 +20,7 @@ pub(crate) mod transport;
 pub(crate) mod waiters;
 
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -87,6 +87,10 @@ pub(crate) struct Shared {
     pub(crate) leases: Leases,
     /// Told when requests have ended here.
     pub(crate) settled: Notify,
+    /// Results wait here that the database has not taken yet.
+    pub(crate) settling_fails: AtomicBool,
+    /// Results that came too late to count.
+    pub(crate) stale_results: AtomicU64,
     verified: AtomicBool,
     /// When the engine went away.
     left: Mutex<Option<Instant>>,
@@ -186,6 +190,8 @@ impl Engine {
             waiters: Arc::default(),
             leases: Leases::default(),
             settled: Notify::new(),
+            settling_fails: AtomicBool::new(false),
+            stale_results: AtomicU64::new(0),
             verified: AtomicBool::new(false),
             left: Mutex::default(),
             config,

@@ -80,6 +80,7 @@ pub(super) fn outcome(
                 })
             })
             .transpose()?,
+        unmade: false,
     })
 }
 

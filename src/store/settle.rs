@@ -61,10 +61,11 @@ pub(crate) struct Settled {
 const FINISH: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
-            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $6::bytea[], $7::text[], $8::text[]
-        ) AS i(id, claim_no, status, http_status, head, body, error_class, error)
+            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $6::bytea[], $7::text[], $8::text[], $10::bool[]
+        ) AS i(id, claim_no, status, http_status, head, body, error_class, error, unmade)
     ), locked AS MATERIALIZED (
-        SELECT m.id, m.channel_name, m.channel_args, m.seq, m.waiter, m.attempts, m.claim_no,
+        SELECT m.id, m.channel_name, m.channel_args, m.seq, m.waiter, m.claim_no,
+            m.attempts - i.unmade::int AS attempts,
             m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts
         FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
         ORDER BY m.id FOR UPDATE OF m
@@ -165,10 +166,16 @@ pub(crate) async fn finish(
         )
         .bind(
             column
+                .clone()
                 .map(|(_, outcome)| outcome.fault.as_ref().map(|fault| &*fault.text))
                 .collect::<Vec<_>>(),
         )
         .bind(millis(retention))
+        .bind(
+            column
+                .map(|(_, outcome)| outcome.unmade)
+                .collect::<Vec<_>>(),
+        )
         .fetch_all(connection)
         .await?;
 

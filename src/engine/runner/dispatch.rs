@@ -49,6 +49,7 @@ async fn run(engine: Arc<Engine>, current: CurrentJob, lease: Arc<Lease>, head: 
     if head.lost {
         let text = "it may have been sent by a process that was lost before it recorded an answer";
         let outcome = Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned());
+        let outcome = outcome.without_attempt();
         return settle(&engine, lease, Settling::Finish(outcome)).await;
     }
     if !engine.is_claiming() {
@@ -65,7 +66,7 @@ async fn run(engine: Arc<Engine>, current: CurrentJob, lease: Arc<Lease>, head: 
         Err(Unusable::Corrupt(error)) => {
             log::error!("request {id} is discarded: {error}");
             let class = FailureClass::Unusable.as_str();
-            let outcome = Outcome::discarded(id, class, error.to_string());
+            let outcome = Outcome::discarded(id, class, error.to_string()).without_attempt();
             settle(&engine, lease, Settling::Finish(outcome)).await;
         }
         Err(Unusable::Later(error)) => {
@@ -85,7 +86,7 @@ async fn begin(claim: Claim, overdue: bool) {
         return live::hand_over(claim, None);
     };
     let outcome = Outcome::discarded(claim.job().id, class.as_str(), text.to_owned());
-    claim.finish(outcome).await;
+    claim.finish(outcome.without_attempt()).await;
 }
 
 async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {

@@ -13,6 +13,7 @@ pub(crate) mod settle;
 pub(crate) mod sweep;
 
 use std::future::Future;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -27,6 +28,11 @@ use crate::store::{self, inspect};
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 const START_RETRY_MIN: Duration = Duration::from_millis(100);
 const START_RETRY_MAX: Duration = Duration::from_secs(2);
+/// A poll that takes longer is ended by the database.
+const POLL_TIMEOUT: Duration = Duration::from_secs(10);
+const SETTLED_POLL: Duration = Duration::from_millis(10);
+/// Longer than the pause between two tries to settle.
+const SETTLED_TIMEOUT: Duration = Duration::from_secs(3);
 /// A poll ends in the database before.
 const STOP_TIMEOUT: Duration = Duration::from_secs(12);
 /// As long as sqlx gives to a connection that it closes.
@@ -71,14 +77,13 @@ async fn supervise(engine: Arc<Engine>, _counted: watch::Receiver<()>) {
         return;
     }
     while let Some(runner) = unless_ended(&engine, start(&engine)).await {
-        if unless_ended(&engine, down(&engine)).await.is_none() {
+        if unless_ended(&engine, runner.fails(&engine)).await.is_none() {
             return runner.stop(&engine).await;
         }
-        let back = unless_ended(&engine, up(&engine)).await;
         // Not waited for: its connections may hang. Claims that it still brings are as good as those of the new one.
         let old = Arc::clone(&engine);
         engine.spawn(async move { runner.stop(&old).await });
-        if back.is_none() {
+        if unless_ended(&engine, up(&engine)).await.is_none() {
             return;
         }
         log::info!("the database is back, the runner starts anew");
@@ -102,6 +107,23 @@ struct Runner {
 }
 
 impl Runner {
+    /// Waits until the database doesn't answer, or the polls hang though it does: their connection may have vanished without a
+    /// sign.
+    async fn fails(&self, engine: &Engine) {
+        while probe(engine).await {
+            let connection = tokio::time::timeout(POLL_TIMEOUT, polling_connection(&self.pool));
+            // Given back before anything is waited for: the next poll needs it.
+            let polls = connection
+                .await
+                .is_ok_and(|connection| connection.is_some());
+            if !polls {
+                log::warn!("the runner's polls get no answer");
+                return;
+            }
+            tokio::time::sleep(PROBE_INTERVAL).await;
+        }
+    }
+
     /// Ends the polling, as soon as all that was claimed is here.
     async fn stop(mut self, engine: &Engine) {
         // Of the two connections its listener has one. While the other is held here, it does not poll.
@@ -189,16 +211,24 @@ async fn down(engine: &Engine) {
     }
 }
 
-/// Waits until the database answers again.
+/// Waits until the database answers again and has taken the results that were kept for it: a poll before that could claim their
+/// requests, whose leases are over.
 async fn up(engine: &Engine) {
     loop {
         // The passwords may have changed in the meantime.
         engine.reconnect();
         if probe(engine).await {
-            return;
+            break;
         }
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
+    let settled = async {
+        while engine.shared().settling_fails.load(Ordering::Acquire) {
+            tokio::time::sleep(SETTLED_POLL).await;
+        }
+    };
+    // A result that the database goes on refusing must not hold up the others.
+    let _ = tokio::time::timeout(SETTLED_TIMEOUT, settled).await;
 }
 
 async fn probe(engine: &Engine) -> bool {

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -100,6 +101,7 @@ async fn write(shared: &Shared, batch: Vec<Settlement>) {
         let error = match write_once(shared, &mut batch).await {
             Ok(()) => {
                 pause = RETRY_MIN;
+                shared.settling_fails.store(false, Ordering::Release);
                 continue;
             }
             Err(error) => error,
@@ -120,6 +122,7 @@ async fn write(shared: &Shared, batch: Vec<Settlement>) {
                 continue;
             }
         } else {
+            shared.settling_fails.store(true, Ordering::Release);
             log::warn!("settling failed, trying again: {}", error.error);
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
@@ -135,11 +138,12 @@ async fn write(shared: &Shared, batch: Vec<Settlement>) {
 /// Writes what is in the batch and takes it out as it is committed.
 async fn write_once(shared: &Shared, batch: &mut Vec<Settlement>) -> Result<(), DbError> {
     let mut word = Word::default();
-    if batch.iter().any(Settlement::is_finish) {
-        write_finishes(shared, batch, &mut word).await?;
-    }
-    if !batch.is_empty() {
-        write_agains(shared, batch, &mut word).await?;
+    while !batch.is_empty() {
+        if batch.iter().any(Settlement::is_finish) {
+            write_finishes(shared, batch, &mut word).await?;
+        } else {
+            write_agains(shared, batch, &mut word).await?;
+        }
     }
     word.send(shared).await;
     Ok(())
@@ -177,6 +181,11 @@ async fn write_finishes(
     let mut stale = Vec::new();
     // In the same order, as one was made from the other.
     for (settlement, (fence, outcome)) in written.into_iter().zip(finishes) {
+        if !settled.contains(&fence.id) && settlement.lease.fence() != fence {
+            // A poll of this process claimed it anew in between: the result stands, under the new number.
+            batch.push(settlement);
+            continue;
+        }
         shared.leases.remove(&settlement.lease);
         if settled.contains(&fence.id) {
             shared.waiters.wake(&outcome);
@@ -213,6 +222,7 @@ async fn write_agains(
             }),
         })
         .collect();
+    let fences: Vec<_> = agains.iter().map(|again| again.fence).collect();
     let lease = shared.config.lease;
     let settled = shared
         .db
@@ -225,8 +235,12 @@ async fn write_agains(
         .map(|settled| (settled.fence.id, settled))
         .collect();
     let mut returned = Vec::new();
-    for settlement in batch.drain(..) {
+    for (settlement, fence) in std::mem::take(batch).into_iter().zip(fences) {
         let settled = settled.remove(&settlement.lease.id);
+        if settled.is_none() && settlement.lease.fence() != fence {
+            batch.push(settlement);
+            continue;
+        }
         shared.leases.remove(&settlement.lease);
         let held = match (settled, &settlement.result) {
             (Some(settled), Settling::Again { hold: true, .. }) => Some(Held {
@@ -258,6 +272,9 @@ fn read_stale(shared: &Shared, ids: Vec<RequestId>) {
     if ids.is_empty() {
         return;
     }
+    shared
+        .stale_results
+        .fetch_add(ids.len() as u64, Ordering::Relaxed);
     log::info!(
         "{} results change nothing: their requests were taken over or ended in the meantime",
         ids.len()

@@ -251,6 +251,10 @@ async fn a_stale_result_changes_nothing() {
         0
     );
     assert!(!waiting.is_finished());
+    eventually("the stale result is counted", || async {
+        durable.stale_results() == 1
+    })
+    .await;
     // The other process gives it back; it is delivered, and the waiter gets that response.
     sqlx::query("update requeuest.mq_msgs set claim_no = claim_no + 1, attempt_at = now()")
         .execute(database.pool())

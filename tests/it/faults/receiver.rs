@@ -134,8 +134,8 @@ async fn what_is_no_whole_answer_is_asked_for_again() {
     for (fault, class) in [
         (Fault::NoHeaders, "timeout"),
         (Fault::SlowBody, "timeout"),
-        (Fault::HalfABody, "transport"),
-        (Fault::Garbage, "transport"),
+        (Fault::HalfABody, "reset"),
+        (Fault::Garbage, "protocol"),
     ] {
         let (response, requests, failed) = under(fault).await;
         assert_eq!(response.unwrap().text().unwrap(), "good", "{fault:?}");

@@ -4,7 +4,7 @@
 //! what it holds must not change. After each step one statement reads the whole state, and all invariants are checked on it. A new
 //! operation is a variant of [`Step`], its weight in [`steps`], and its arm in [`Case::take`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -38,6 +38,10 @@ enum Step {
     /// The receiver answers the oldest attempts that it holds. If they were taken over meanwhile, the result is stale.
     Answer(usize, u16),
     Clear,
+    /// One of the requests, wherever it stands.
+    Cancel(prop::sample::Index),
+    /// One of the requests, which may have been given up or not.
+    Replay(prop::sample::Index),
     /// Time goes by.
     Pause,
 }
@@ -69,6 +73,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Step::EndLeases),
         8 => (1..6_usize, status).prop_map(|(number, status)| Step::Answer(number, status)),
         1 => Just(Step::Clear),
+        3 => any::<prop::sample::Index>().prop_map(Step::Cancel),
+        4 => any::<prop::sample::Index>().prop_map(Step::Replay),
         4 => Just(Step::Pause),
     ];
     proptest::collection::vec(step, 90..130)
@@ -143,6 +149,7 @@ struct Case<'t> {
     last: HashMap<RequestId, Row>,
     /// What the foreign runner holds, with the claim's number.
     foreign: HashMap<RequestId, i32>,
+    replayed: HashSet<RequestId>,
 }
 
 impl<'t> Case<'t> {
@@ -183,6 +190,7 @@ impl<'t> Case<'t> {
             enqueued: Vec::new(),
             last: HashMap::new(),
             foreign: HashMap::new(),
+            replayed: HashSet::new(),
         }
     }
 
@@ -207,7 +215,6 @@ impl<'t> Case<'t> {
                     runtime.block_on(async { builder(self.database, &self.channel).build() });
                 self.live = Some((runtime, live.unwrap()));
             }
-            Step::Start => {}
             Step::Crash => {
                 if let Some((runtime, live)) = self.live.take() {
                     drop(runtime);
@@ -248,7 +255,52 @@ impl<'t> Case<'t> {
                     "not all are cleared: {rows:?}"
                 );
             }
+            Step::Cancel(which) if !self.enqueued.is_empty() => self.cancel(*which)?,
+            Step::Replay(which) if !self.enqueued.is_empty() => self.replay(*which)?,
+            Step::Start | Step::Cancel(_) | Step::Replay(_) => {}
             Step::Pause => std::thread::sleep(Duration::from_millis(25)),
+        }
+        Ok(())
+    }
+
+    fn cancel(&mut self, which: prop::sample::Index) -> Result<(), TestCaseError> {
+        let id = which.get(&self.enqueued).0;
+        let before = self.state().remove(&id).unwrap();
+        let cancelled = self.runtime.block_on(in_time(self.source.cancel(id)));
+        let cancelled = cancelled.map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
+        let held = self.foreign.remove(&id).is_some();
+        let after = self.state().remove(&id).unwrap();
+        if before.status.is_some() {
+            prop_assert!(!cancelled && before == after, "{id}: {before:?}, {after:?}");
+        }
+        // In between it may have ended by itself, unless it was in other hands.
+        prop_assert!(cancelled || !held, "{id}: {after:?}");
+        prop_assert_eq!(
+            cancelled,
+            before.status.is_none() && after.status.as_deref() == Some("cancelled"),
+            "{}: {:?}",
+            id,
+            after
+        );
+        Ok(())
+    }
+
+    fn replay(&mut self, which: prop::sample::Index) -> Result<(), TestCaseError> {
+        let (id, number) = which.get(&self.enqueued).clone();
+        let before = self.state().remove(&id).unwrap();
+        let kept = before.status.as_deref() == Some("discarded") && !self.replayed.contains(&id);
+        match self.runtime.block_on(in_time(self.source.replay(id))) {
+            Ok(new) => {
+                self.replayed.insert(id);
+                // Its outcome says so, once.
+                let after = self.state().remove(&id).unwrap();
+                prop_assert_eq!(after.status.as_deref(), Some("discarded"));
+                self.last.insert(id, after);
+                self.enqueued.push((new, number));
+            }
+            Err(error) => {
+                prop_assert!(error.is_wrong_state() && !kept, "{error:?}: {before:?}");
+            }
         }
         Ok(())
     }
@@ -345,7 +397,8 @@ impl<'t> Case<'t> {
                 id,
                 row
             );
-            let kept = row.queued || row.status.as_deref() == Some("discarded");
+            let given_up = row.status.as_deref() == Some("discarded");
+            let kept = row.queued || given_up && !self.replayed.contains(id);
             prop_assert_eq!(
                 row.payload,
                 kept,
