@@ -179,6 +179,7 @@ impl Durable {
             again: false,
             lease: config.lease,
             retention: config.retention,
+            prepared: config.callers_sessions_last(),
         };
         match enqueue::insert_one(executor, &config.schema, &prepared.row, how).await? {
             Inserted::Attached(first) => Ok(first),

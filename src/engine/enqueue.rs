@@ -228,6 +228,7 @@ async fn try_locked(
         again,
         lease: shared.config.lease,
         retention: shared.config.retention,
+        prepared: true,
     };
     shared
         .db

@@ -43,8 +43,11 @@ async fn hand_over(
     handler: &Arc<dyn OutcomeHandler>,
 ) -> Result<bool, sqlx::Error> {
     let mut transaction = engine.user_pool().begin().await?;
-    let schema = &engine.config().schema;
-    let outcome = match handle::take(&mut *transaction, schema, channel).await? {
+    let (schema, prepared) = (
+        &engine.config().schema,
+        engine.config().callers_sessions_last(),
+    );
+    let outcome = match handle::take(&mut *transaction, schema, channel, prepared).await? {
         Taken::Nothing => return Ok(false),
         Taken::Gone => {
             transaction.commit().await?;

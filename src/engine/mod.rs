@@ -77,6 +77,13 @@ pub(crate) struct Config {
     pub(crate) connect: Option<PgConnectOptions>,
 }
 
+impl Config {
+    /// Whether the caller's pool keeps its sessions, as it seems: connect options beside it are for those behind a pooler.
+    pub(crate) fn callers_sessions_last(&self) -> bool {
+        self.connect.is_none()
+    }
+}
+
 /// What the engine and its tasks share. It holds no sender, so the tasks end when the engine does.
 #[derive(Debug)]
 pub(crate) struct Shared {

@@ -21,8 +21,9 @@
 //!
 //! # When not to retry
 //!
-//! A request whose effect must not happen twice, sent to a receiver that can't recognise a repetition, should use
-//! [`RetryPolicy::none`].
+//! A request whose effect must not happen twice, sent to a receiver that can't recognise a repetition, should ask for
+//! [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce): it is then repeated only where it certainly did not arrive or was answered.
+//! [`RetryPolicy::none`] makes one attempt, and says of a crash in the middle of it that the request was given up.
 //!
 //! # Examples
 //!

@@ -144,6 +144,10 @@ pub(crate) async fn insert(
 }
 
 /// How [`insert_one`] goes about it.
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each says something of its own"
+)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct InsertOne {
     /// Whether runners are told at the commit.
@@ -154,6 +158,8 @@ pub(crate) struct InsertOne {
     pub(crate) again: bool,
     pub(crate) lease: Duration,
     pub(crate) retention: Duration,
+    /// Whether the statement may stay prepared: behind a pooler, the session may be another one's next time.
+    pub(crate) prepared: bool,
 }
 
 /// What became of an insert.
@@ -207,6 +213,7 @@ pub(crate) async fn insert_one<'c>(
         .bind(how.notify)
         .bind(how.wait)
         .bind(how.again)
+        .persistent(how.prepared)
         .fetch_one(executor)
         .await?;
     Ok(match (&*verdict, id) {

@@ -47,16 +47,18 @@ pub(crate) enum Taken {
     Outcome(Box<Outcome>),
 }
 
-/// Takes an outcome that is due, for as long as the transaction lasts; a commit makes it handled.
+/// Takes an outcome that is due (`prepared`: by a statement that may stay so in the session), for as long as the transaction lasts; a commit makes it handled.
 pub(crate) async fn take<'c>(
     executor: impl PgExecutor<'c>,
     schema: &str,
     channel: &str,
+    prepared: bool,
 ) -> Result<Taken, sqlx::Error> {
     // On the caller's connection nothing may depend on its search_path.
     let call = format!("SELECT * FROM {}.take_unhandled($1)", quoted(schema));
     let row = sqlx::query(&call)
         .bind(channel)
+        .persistent(prepared)
         .fetch_optional(executor)
         .await?;
     let Some(row) = row else {
