@@ -181,7 +181,8 @@ async fn a_process_that_is_killed_while_it_sends_leaves_it_ambiguous() {
     child.wait().unwrap();
 
     let durable = builder(database.pool()).build().unwrap();
-    let ambiguous = "select count(*) from requeuest.outcomes where status = 'ambiguous'";
+    let ambiguous =
+        "select count(*) from requeuest.outcomes where status = 'ambiguous' and attempts = 1";
     eventually("both are ambiguous", || async {
         count(&database, ambiguous).await == 2
     })

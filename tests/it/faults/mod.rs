@@ -426,15 +426,15 @@ async fn what_the_database_refuses_of_a_result_fails_alone() {
     let (server, gate) = held_server().await;
     let durable = builder(database.pool()).build().unwrap();
     let mut callers = JoinSet::new();
-    for number in 0..20 {
+    for number in 0..256 {
         let durable = durable.clone();
         let body = if number == 7 { "poison" } else { "good" };
         let request = http::Request::post(server.url("/")).body(body).unwrap();
         callers.spawn(async move { (body, durable.await_response(request).await) });
     }
     // All together, so that they are settled in few batches.
-    server.wait_for(20).await;
-    gate.add_permits(20);
+    server.wait_for(256).await;
+    gate.add_permits(256);
     for (body, response) in in_time(callers.join_all()).await {
         match response {
             Ok(response) => assert_eq!((body, response.text().unwrap()), ("good", "good")),
@@ -445,7 +445,7 @@ async fn what_the_database_refuses_of_a_result_fails_alone() {
             }
         }
     }
-    assert_eq!(server.count(), 20);
+    assert_eq!(server.count(), 256);
 }
 
 #[tokio::test]
@@ -460,7 +460,7 @@ async fn what_the_database_refuses_of_a_request_fails_alone() {
     let server = Server::always(200).await;
     let durable = builder(database.pool()).build().unwrap();
     let mut callers = JoinSet::new();
-    for number in 0..20 {
+    for number in 0..256 {
         let durable = durable.clone();
         let body = if number == 7 { "poison" } else { "good" };
         let request = http::Request::post(server.url("/")).body(body).unwrap();
@@ -475,11 +475,11 @@ async fn what_the_database_refuses_of_a_request_fails_alone() {
             }
         }
     }
-    server.wait_for(19).await;
+    server.wait_for(255).await;
     let completed = "select count(*) from requeuest.outcomes where status = 'completed'";
     eventually("the good ones end", || async {
-        count(&database, completed).await == 19
+        count(&database, completed).await == 255
     })
     .await;
-    assert_eq!(server.count(), 19);
+    assert_eq!(server.count(), 255);
 }
