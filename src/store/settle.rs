@@ -18,10 +18,20 @@ use crate::outcome::Outcome;
 use crate::response::Response;
 
 /// The claim that a settle stands on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Fence {
     pub(crate) id: RequestId,
     pub(crate) claim_no: i32,
+}
+
+impl Fence {
+    /// The claim that a settle turned into this one.
+    pub(crate) fn before(self) -> Self {
+        Self {
+            claim_no: self.claim_no - 1,
+            ..self
+        }
+    }
 }
 
 /// A failed attempt, for the record.
@@ -49,6 +59,7 @@ pub(crate) struct Again {
 /// A row that was settled.
 #[derive(Debug)]
 pub(crate) struct Settled {
+    /// The claim, as it is now.
     pub(crate) fence: Fence,
     pub(crate) attempts: u32,
     /// The instance that waits for the outcome.
@@ -82,7 +93,8 @@ const FINISH: &str = "
             i.http_status IS NULL AND p.response_head IS NOT NULL AND i.status = 'discarded' AS earlier,
             i.http_status, i.head, i.body, p.response_status, p.response_head, p.response_body
         FROM locked l
-        JOIN input i ON i.id = l.id
+        -- With the number: an earlier claim of the same request may be settled in the same batch.
+        JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
         LEFT JOIN mq_payloads p ON p.id = l.id
     ), payloads AS (
         DELETE FROM mq_payloads p USING finished f WHERE p.id = f.id AND f.status IN ('completed', 'cancelled')
@@ -179,18 +191,18 @@ pub(crate) async fn finish(
         .fetch_all(connection)
         .await?;
 
-    let mut places: HashMap<RequestId, usize> = HashMap::with_capacity(finishes.len());
+    let mut places: HashMap<Fence, usize> = HashMap::with_capacity(finishes.len());
     places.extend(
         finishes
             .iter()
             .enumerate()
-            .map(|(place, (fence, _))| (fence.id, place)),
+            .map(|(place, (fence, _))| (*fence, place)),
     );
     rows.iter()
         .map(|row| {
             let settled = settled(row)?;
             let earlier: Option<i16> = row.try_get("earlier_status")?;
-            if let Some(&place) = places.get(&settled.fence.id) {
+            if let Some(&place) = places.get(&settled.fence) {
                 let outcome = &mut finishes[place].1;
                 outcome.attempts = settled.attempts;
                 if let Some(status) = earlier {
@@ -214,17 +226,17 @@ const AGAIN: &str = "
             $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[], $11::bytea[]
         ) AS i(id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms, http_status, head, body)
     ), locked AS MATERIALIZED (
-        SELECT m.id, m.attempts FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
+        SELECT m.id, m.claim_no, m.attempts FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
         ORDER BY m.id FOR UPDATE OF m
     ), payloads AS (
         UPDATE mq_payloads p
         SET response_status = i.http_status, response_head = i.head, response_body = i.body
-        FROM locked l JOIN input i ON i.id = l.id
+        FROM locked l JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
         WHERE p.id = l.id AND i.http_status IS NOT NULL
     ), failed AS (
         INSERT INTO attempts (id, number, duration_ms, http_status, error_class, error)
         SELECT l.id, l.attempts, i.duration_ms, i.http_status, i.error_class, i.error
-        FROM locked l JOIN input i ON i.id = l.id
+        FROM locked l JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
         WHERE i.error_class IS NOT NULL
         ON CONFLICT DO NOTHING
     )
@@ -233,7 +245,7 @@ const AGAIN: &str = "
         claim_no = m.claim_no + 1,
         attempts = m.attempts - i.uncounted::int,
         state = CASE WHEN i.hold THEN 2 ELSE 0 END
-    FROM locked l JOIN input i ON i.id = l.id
+    FROM locked l JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
     WHERE m.id = l.id
     RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";
 
@@ -320,4 +332,72 @@ fn settled(row: &sqlx::postgres::PgRow) -> Result<Settled, sqlx::Error> {
         channel: row.try_get("channel_name")?,
         ordered: row.try_get("ordered")?,
     })
+}
+
+#[cfg(all(test, feature = "testkit"))]
+mod tests {
+    use super::*;
+    use crate::testkit::Postgres;
+
+    #[tokio::test]
+    async fn an_earlier_claim_in_the_same_batch_changes_nothing() {
+        let database = Postgres::shared().await.unwrap().database().await.unwrap();
+        crate::migrate(database.pool()).await.unwrap();
+        let mut connection = database.pool().acquire().await.unwrap();
+        sqlx::query("SET search_path TO requeuest")
+            .execute(&mut *connection)
+            .await
+            .unwrap();
+        for again_first in [true, false] {
+            let id = RequestId::generate();
+            sqlx::query(
+                "INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, claim_no, attempts)
+                 VALUES ($1, 'c', 'g', now(), 2, 2)",
+            )
+            .bind(Uuid::from(id))
+            .execute(&mut *connection)
+            .await
+            .unwrap();
+            let fence = |claim_no| Fence { id, claim_no };
+            let again = |claim_no, seconds| Again {
+                fence: fence(claim_no),
+                delay: Duration::from_secs(seconds),
+                hold: false,
+                uncounted: false,
+                failure: None,
+            };
+            let latest = if again_first {
+                let agains = [again(1, 0), again(2, 3600)];
+                let settled = super::again(&mut connection, &agains, Duration::ZERO).await;
+                let settled = settled.unwrap();
+                assert_eq!(settled.len(), 1);
+                let delayed: bool =
+                    sqlx::query_scalar("SELECT attempt_at > now() FROM mq_msgs WHERE id = $1")
+                        .bind(Uuid::from(id))
+                        .fetch_one(&mut *connection)
+                        .await
+                        .unwrap();
+                assert!(delayed);
+                settled[0].fence.claim_no
+            } else {
+                2
+            };
+            let outcome = |text: &str| Outcome::discarded(id, "other", text.to_owned());
+            let mut finishes = [
+                (fence(latest - 1), outcome("stale")),
+                (fence(latest), outcome("latest")),
+            ];
+            let settled = finish(&mut connection, &mut finishes, Duration::from_secs(60)).await;
+            let settled = settled.unwrap();
+            assert_eq!(settled.len(), 1);
+            assert_eq!(settled[0].fence, fence(latest));
+            let stored: Vec<String> =
+                sqlx::query_scalar("SELECT error FROM outcomes WHERE id = $1")
+                    .bind(Uuid::from(id))
+                    .fetch_all(&mut *connection)
+                    .await
+                    .unwrap();
+            assert_eq!(stored, ["latest"]);
+        }
+    }
 }

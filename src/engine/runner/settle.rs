@@ -17,7 +17,7 @@ use crate::engine::runner::lease::Lease;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::store::outcome;
-use crate::store::settle::{self, Again, Failure, Settled};
+use crate::store::settle::{self, Again, Failure, Fence, Settled};
 use crate::store::{DbError, enqueue};
 
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -173,7 +173,8 @@ async fn write_finishes(
         .await?;
     word.about_finished(shared, &settled);
     shared.settled.notify_waiters();
-    let settled: HashSet<RequestId> = settled.iter().map(|settled| settled.fence.id).collect();
+    // By claim: an earlier one of the same request may be in the same batch.
+    let settled: HashSet<Fence> = settled.iter().map(|settled| settled.fence).collect();
     let (written, rest) = std::mem::take(batch)
         .into_iter()
         .partition(Settlement::is_finish);
@@ -181,13 +182,13 @@ async fn write_finishes(
     let mut stale = Vec::new();
     // In the same order, as one was made from the other.
     for (settlement, (fence, outcome)) in written.into_iter().zip(finishes) {
-        if !settled.contains(&fence.id) && settlement.lease.fence() != fence {
+        if !settled.contains(&fence) && settlement.lease.fence() != fence {
             // A poll of this process claimed it anew in between: the result stands, under the new number.
             batch.push(settlement);
             continue;
         }
         shared.leases.remove(&settlement.lease);
-        if settled.contains(&fence.id) {
+        if settled.contains(&fence) {
             shared.waiters.wake(&outcome);
         } else {
             stale.push(fence.id);
@@ -230,13 +231,13 @@ async fn write_agains(
             Box::pin(async move { settle::again(connection, &agains, lease).await })
         })
         .await?;
-    let mut settled: HashMap<RequestId, Settled> = settled
+    let mut settled: HashMap<Fence, Settled> = settled
         .into_iter()
-        .map(|settled| (settled.fence.id, settled))
+        .map(|settled| (settled.fence.before(), settled))
         .collect();
     let mut returned = Vec::new();
     for (settlement, fence) in std::mem::take(batch).into_iter().zip(fences) {
-        let settled = settled.remove(&settlement.lease.id);
+        let settled = settled.remove(&fence);
         if settled.is_none() && settlement.lease.fence() != fence {
             batch.push(settlement);
             continue;
