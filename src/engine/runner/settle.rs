@@ -16,12 +16,14 @@ use crate::engine::lane;
 use crate::engine::runner::lease::Lease;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
-use crate::store::outcome;
+use crate::store::outcome::{self, Found};
 use crate::store::settle::{self, Again, Failure, Fence, Settled};
 use crate::store::{DbError, enqueue};
 
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
+/// Between the commit of a poll and its claims' being known here.
+const ADOPTION_TIME: Duration = Duration::from_millis(250);
 
 /// A result on its way into the database.
 pub(crate) struct Settlement {
@@ -179,25 +181,52 @@ async fn write_finishes(
         .into_iter()
         .partition(Settlement::is_finish);
     *batch = rest;
-    let mut stale = Vec::new();
+    let mut unsettled = Vec::new();
     // In the same order, as one was made from the other.
     for (settlement, (fence, outcome)) in written.into_iter().zip(finishes) {
-        if !settled.contains(&fence) && settlement.lease.fence() != fence {
-            // A poll of this process claimed it anew in between: the result stands, under the new number.
+        if !settled.contains(&fence) {
+            unsettled.push((settlement, fence));
+            continue;
+        }
+        shared.leases.remove(&settlement.lease);
+        shared.waiters.wake(&outcome);
+        // Whoever drove the attempt may be gone.
+        let _ = settlement.done.send(None);
+    }
+    if unsettled.is_empty() {
+        return Ok(());
+    }
+    if any_queued(shared, &unsettled).await {
+        // A poll of this process may have claimed it anew, as after an outage that outlasted the lease, and its answer be on the way.
+        tokio::time::sleep(ADOPTION_TIME).await;
+    }
+    let mut stale = Vec::new();
+    for (settlement, fence) in unsettled {
+        if settlement.lease.fence() != fence {
+            // So it was: the result stands, under the new number.
             batch.push(settlement);
             continue;
         }
         shared.leases.remove(&settlement.lease);
-        if settled.contains(&fence) {
-            shared.waiters.wake(&outcome);
-        } else {
-            stale.push(fence.id);
-        }
-        // Whoever drove the attempt may be gone.
+        stale.push(fence.id);
         let _ = settlement.done.send(None);
     }
     read_stale(shared, stale);
     Ok(())
+}
+
+/// Whether one of them has not ended. Without an answer it may be.
+async fn any_queued(shared: &Shared, unsettled: &[(Settlement, Fence)]) -> bool {
+    let ids: Vec<_> = unsettled.iter().map(|(_, fence)| fence.id).collect();
+    let found = shared
+        .db
+        .run(move |connection| Box::pin(async move { outcome::find(connection, &ids).await }))
+        .await;
+    found.map_or(true, |found| {
+        found
+            .iter()
+            .any(|(_, found)| matches!(found, Found::Pending))
+    })
 }
 
 async fn write_agains(
