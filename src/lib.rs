@@ -35,11 +35,11 @@ pub use client::{Channels, Client};
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
-    DEFAULT_RETENTION, Durable, DurableBuilder, RequestHead,
+    DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeListener, RequestHead,
 };
 pub use engine::transport::{ReqwestFuture, ReqwestTransport};
 pub use error::Error;
-pub use handler::{OutcomeHandler, OutcomeListener};
+pub use handler::OutcomeHandler;
 pub use id::RequestId;
 pub use idempotency::IdempotencyKey;
 pub use kept::{DEFAULT_KEPT_LIMIT, Filter, HaltedKey, Kept, Reconcile, Reconciled, Resolution};

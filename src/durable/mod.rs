@@ -1,8 +1,9 @@
 //! The handle that everything else is a front for.
 
 mod builder;
+mod handle;
 mod head;
-pub(crate) mod kept;
+mod kept;
 mod submit;
 
 use std::fmt;
@@ -29,6 +30,7 @@ pub use self::builder::{
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
     DEFAULT_RETENTION, DurableBuilder,
 };
+pub use self::handle::OutcomeListener;
 pub use self::head::RequestHead;
 pub(crate) use self::submit::{AwaitResponse, Mode, enqueued};
 

@@ -87,11 +87,7 @@ async fn write(shared: &Shared, batch: Vec<Submission>) {
                 let error = if unknown {
                     Error::new(Kind::Indeterminate(Some(error.error)))
                 } else {
-                    let error = Error::from(error);
-                    if error.is_not_migrated() {
-                        shared.unverify();
-                    }
-                    error
+                    shared.refused(error)
                 };
                 for (row, (_, done)) in rows.iter().zip(parts) {
                     let error = error.share();
@@ -199,13 +195,7 @@ async fn insert_when_free(
                     return Err(Error::new(Kind::Indeterminate(Some(error.error))).with_id(row.id));
                 }
             }
-            Err(error) => {
-                let error = Error::from(error);
-                if error.is_not_migrated() {
-                    shared.unverify();
-                }
-                return Err(error);
-            }
+            Err(error) => return Err(shared.refused(error)),
         }
         tokio::select! {
             () = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())) => {}

@@ -11,6 +11,7 @@ pub(crate) mod enqueue;
 mod fault;
 pub(crate) mod handlers;
 pub(crate) mod job;
+pub(crate) mod kept;
 pub(crate) mod lane;
 pub(crate) mod live;
 pub(crate) mod reconcile;
@@ -36,7 +37,7 @@ use crate::idempotency::IdempotencyKey;
 use crate::migrate::wanted_version;
 use crate::retry::RetryPolicy;
 use crate::store::inspect::{self, Schema};
-use crate::store::{self, BoxFuture, Db};
+use crate::store::{self, BoxFuture, Db, DbError};
 
 use enqueue::Submission;
 use runner::lease::{self, Leases};
@@ -130,9 +131,28 @@ impl Shared {
         Err(Error::new(Kind::Migrations(state)))
     }
 
-    /// Something of the schema turned out to be gone: the next call looks again.
-    pub(crate) fn unverify(&self) {
-        self.verified.store(false, Ordering::Relaxed);
+    /// Runs statements on the crate's own pool, after making sure of the schema. From the engine's own runtime; others go through
+    /// [`Engine::query`].
+    pub(crate) async fn query<T: Send>(
+        &self,
+        statements: impl for<'c> FnOnce(
+            &'c mut sqlx::PgConnection,
+        ) -> BoxFuture<'c, Result<T, sqlx::Error>>
+        + Send,
+    ) -> Result<T, Error> {
+        self.verify().await?;
+        let result = self.db.run(statements).await;
+        result.map_err(|error| self.refused(error))
+    }
+
+    /// What a caller is told of a statement that failed.
+    pub(crate) fn refused(&self, error: DbError) -> Error {
+        let error = Error::from(error);
+        if error.is_not_migrated() {
+            // Something of the schema turned out to be gone: the next call looks again.
+            self.verified.store(false, Ordering::Relaxed);
+        }
+        error
     }
 
     /// Whether the engine has been gone for so long that others have taken its requests over.
@@ -163,7 +183,7 @@ pub(crate) struct Engine {
     /// Half of the slots: new requests can't starve those that wait in the queue.
     inline_slots: Arc<Semaphore>,
     large_bodies: Semaphore,
-    /// Whether this process claims from its channels, and so may make first attempts.
+    /// Whether a runner claims here, so that this process may make first attempts.
     running: watch::Sender<bool>,
     /// Has a receiver for each runner that may still bring claims.
     runners: watch::Sender<()>,
@@ -381,15 +401,8 @@ impl Engine {
             return Err(Error::new(Kind::Closed));
         }
         let shared = Arc::clone(&self.shared);
-        self.run(async move {
-            shared.verify().await?;
-            let result = shared.db.run(statements).await.map_err(Error::from);
-            if result.as_ref().is_err_and(Error::is_not_migrated) {
-                shared.unverify();
-            }
-            result
-        })
-        .await
+        self.run(async move { shared.query(statements).await })
+            .await
     }
 
     /// New connections use what the caller's pool uses now.

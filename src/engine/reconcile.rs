@@ -9,8 +9,8 @@ use std::time::Duration;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::codec;
-use crate::durable::kept::resolve;
 use crate::engine::Engine;
+use crate::engine::kept::resolve;
 use crate::error::{BoxError, Error, chain};
 use crate::kept::{Reconcile, Reconciled, Resolution};
 use crate::redact::redact_urls;
@@ -66,14 +66,12 @@ async fn run(engine: Arc<Engine>, hook: Arc<dyn Reconcile>) {
 /// Asks about a batch. Returns how many it had.
 async fn round(engine: &Arc<Engine>, hook: &Arc<dyn Reconcile>) -> Result<usize, Error> {
     let shared = engine.shared();
-    shared.verify().await?;
     let channels: Option<Vec<String>> = shared.config.channels.as_ref().map(|channels| {
         let channels = channels.iter();
         channels.map(ToString::to_string).collect()
     });
     let asked = shared
-        .db
-        .run(move |connection| {
+        .query(move |connection| {
             Box::pin(async move {
                 kept::ask(
                     connection,
