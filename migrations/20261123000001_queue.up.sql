@@ -7,7 +7,8 @@
 CREATE TABLE mq_msgs (
     id uuid PRIMARY KEY,
     channel_name text COLLATE "C" NOT NULL,
-    -- The group: `hhhh|o|key` for an ordering key, `hhhh|d|origin` else; hhhh is a hash that spreads the groups.
+    -- The group: `hhhh|o|key` for an ordering key, `hhhh|c|key` for one that each channel has for itself, `hhhh|d|origin` else;
+    -- hhhh is a hash that spreads the groups.
     channel_args text COLLATE "C" NOT NULL,
     -- When the next attempt is due; while one is made, the end of its lease.
     attempt_at timestamptz NOT NULL,
@@ -44,8 +45,8 @@ CREATE TABLE mq_msgs (
 CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, attempt_at);
 -- Skipping from group to group, and what is due in one.
 CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, channel_args, attempt_at);
--- The head of an ordering key.
-CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_name, channel_args, seq) WHERE seq IS NOT NULL;
+-- The head of an ordering key, and whether another channel has the key.
+CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_args, channel_name, seq) WHERE seq IS NOT NULL;
 
 -- What is given up by time.
 CREATE INDEX mq_msgs_deadline ON mq_msgs (deadline) WHERE deadline IS NOT NULL;
@@ -111,6 +112,7 @@ DECLARE
     v_wait interval;
     v_channel text;
     v_group text;
+    v_ordered boolean;
     v_start text;
     v_cursor text;
     v_wrapped boolean;
@@ -150,7 +152,7 @@ BEGIN
             v_wrapped := false;
             LOOP
                 EXIT channels WHEN cardinality(v_picked) >= batch_size OR v_visits >= batch_size;
-                SELECT m.channel_args INTO v_group FROM mq_msgs m
+                SELECT m.channel_args, m.seq IS NOT NULL INTO v_group, v_ordered FROM mq_msgs m
                 WHERE m.channel_name = v_channel AND m.channel_args > v_cursor
                 ORDER BY m.channel_args LIMIT 1;
                 IF NOT FOUND THEN
@@ -162,7 +164,7 @@ BEGIN
                 EXIT WHEN v_wrapped AND v_group > v_start;
                 v_cursor := v_group;
                 v_visits := v_visits + 1;
-                IF substr(v_group, 5, 3) = '|o|' THEN
+                IF v_ordered THEN
                     SELECT array_agg(locked.id) INTO v_some FROM (
                         SELECT m.id FROM mq_msgs m
                         WHERE m.id = (

@@ -10,4 +10,7 @@ DROP FUNCTION enqueue(
 );
 DROP FUNCTION expire_requests(int);
 DROP FUNCTION end_requests(uuid[], text, text, text, interval);
+DROP FUNCTION is_ordered_elsewhere(text, text);
+DROP FUNCTION lock_order(text, text, boolean);
+DROP FUNCTION is_ordered(text);
 DROP FUNCTION lock_key(text, text, text, boolean);

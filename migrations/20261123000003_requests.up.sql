@@ -16,6 +16,34 @@ BEGIN
 END;
 $$;
 
+-- Whether the key of a group is kept in order: over all channels, or within each.
+CREATE FUNCTION is_ordered(p_group text) RETURNS boolean
+LANGUAGE sql
+IMMUTABLE
+SET search_path FROM CURRENT
+AS $$ SELECT substr(p_group, 5, 3) IN ('|o|', '|c|') $$;
+
+-- Locks an ordering key, as lock_key does.
+CREATE FUNCTION lock_order(p_channel text, p_group text, p_wait boolean) RETURNS boolean
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$ SELECT lock_key('order', CASE WHEN substr(p_group, 5, 3) = '|o|' THEN '' ELSE p_channel END, p_group, p_wait) $$;
+
+-- Whether unfinished requests of another channel have the ordering key. With its lock held, in a later statement.
+CREATE FUNCTION is_ordered_elsewhere(p_channel text, p_group text) RETURNS boolean
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    -- Two ranges of the index, or the key's own backlog would be read.
+    SELECT substr(p_group, 5, 3) = '|o|' AND (
+        EXISTS (
+            SELECT FROM mq_msgs m WHERE m.channel_args = p_group AND m.channel_name < p_channel AND m.seq IS NOT NULL
+        ) OR EXISTS (
+            SELECT FROM mq_msgs m WHERE m.channel_args = p_group AND m.channel_name > p_channel AND m.seq IS NOT NULL
+        )
+    );
+$$;
+
 -- Ends unfinished requests without an answer and tells who waits for them. Returns those that it ended.
 CREATE FUNCTION end_requests(p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval)
 RETURNS uuid[]
@@ -107,7 +135,8 @@ $$;
 -- Persists one request, in the caller's transaction: a commit sends it, a rollback never does.
 --
 -- Verdicts: `inserted`; `attached`, with the id of the request that has the key already; `conflict`, likewise, if that is
--- another request; `busy`, with nothing done, if another transaction has one of the keys and p_wait is not set.
+-- another request; `busy`, with nothing done, if another transaction has one of the keys and p_wait is not set; `elsewhere`, with
+-- nothing done, if unfinished requests of another channel have the ordering key.
 CREATE FUNCTION enqueue(
     p_id uuid,
     p_channel text,
@@ -144,7 +173,7 @@ BEGIN
     -- All locks first, always in this order: a later one that is not to be had must leave nothing done.
     IF p_key IS NOT NULL AND NOT lock_key('key', p_channel, p_key, p_wait)
         OR p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait)
-        OR p_ordered AND NOT lock_key('order', p_channel, p_group, p_wait)
+        OR p_ordered AND NOT lock_order(p_channel, p_group, p_wait)
     THEN
         RETURN QUERY SELECT 'busy', NULL::uuid;
         RETURN;
@@ -166,6 +195,12 @@ BEGIN
             RETURN QUERY SELECT CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id;
             RETURN;
         END IF;
+    END IF;
+    IF p_ordered AND is_ordered_elsewhere(p_channel, p_group) THEN
+        RETURN QUERY SELECT 'elsewhere', NULL::uuid;
+        RETURN;
+    END IF;
+    IF p_key IS NOT NULL THEN
         INSERT INTO request_keys AS k (channel_name, key, id, fingerprint) VALUES (p_channel, p_key, p_id, p_fingerprint)
         ON CONFLICT (channel_name, key)
             DO UPDATE SET id = excluded.id, fingerprint = excluded.fingerprint, created_at = excluded.created_at;
@@ -260,10 +295,13 @@ DECLARE
     m mq_new_t;
 BEGIN
     FOREACH m IN ARRAY new_messages LOOP
-        PERFORM enqueue(
+        PERFORM FROM enqueue(
             m.id, m.channel_name, m.channel_args, coalesce(m.ordered, false), false, coalesce(m.delay, '0'), NULL,
             m.name, m.payload_json, m.payload_bytes, NULL, 0::smallint, NULL, NULL, NULL, NULL, NULL, true, true, false
-        );
+        ) AS e WHERE e.verdict = 'elsewhere';
+        IF FOUND THEN
+            RAISE EXCEPTION 'unfinished requests of another channel have the ordering key' USING ERRCODE = 'object_in_use';
+        END IF;
     END LOOP;
 END;
 $$;

@@ -45,7 +45,7 @@ AS $$
 $$;
 
 -- Makes a new request of a kept one. Returns `replayed`; `gone` if there is nothing left to be sent; `busy`, with nothing done, if a
--- transaction has its ordering key; NULL if it is not kept.
+-- transaction has its ordering key; `elsewhere`, likewise, if another channel has it; NULL if it is not kept.
 CREATE FUNCTION replay_request(p_id uuid, p_new uuid, p_retention interval) RETURNS text
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -68,9 +68,14 @@ BEGIN
     END IF;
     PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 3 FOR UPDATE;
     v_in_place := FOUND;
-    v_ordered := substr(v_kept.channel_args, 5, 3) = '|o|';
-    IF v_ordered AND NOT v_in_place AND NOT lock_key('order', v_kept.channel_name, v_kept.channel_args, false) THEN
-        RETURN 'busy';
+    v_ordered := is_ordered(v_kept.channel_args);
+    IF v_ordered AND NOT v_in_place THEN
+        IF NOT lock_order(v_kept.channel_name, v_kept.channel_args, false) THEN
+            RETURN 'busy';
+        END IF;
+        IF is_ordered_elsewhere(v_kept.channel_name, v_kept.channel_args) THEN
+            RETURN 'elsewhere';
+        END IF;
     END IF;
     v_now := clock_timestamp();
     UPDATE mq_payloads p
@@ -156,11 +161,14 @@ BEGIN
             PERFORM tell_runners(v_kept.channel_name);
         END IF;
     ELSE
-        v_ordered := substr(v_kept.channel_args, 5, 3) = '|o|';
-        IF v_ordered AND NOT v_in_place
-            AND NOT lock_key('order', v_kept.channel_name, v_kept.channel_args, false)
-        THEN
-            RETURN 'busy';
+        v_ordered := is_ordered(v_kept.channel_args);
+        IF v_ordered AND NOT v_in_place THEN
+            IF NOT lock_order(v_kept.channel_name, v_kept.channel_args, false) THEN
+                RETURN 'busy';
+            END IF;
+            IF is_ordered_elsewhere(v_kept.channel_name, v_kept.channel_args) THEN
+                RETURN 'elsewhere';
+            END IF;
         END IF;
         UPDATE mq_payloads p SET returns = p.returns + 1
         WHERE p.id = p_id RETURNING p.returns, p.halts INTO v_returns, v_halts;

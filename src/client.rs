@@ -290,7 +290,9 @@ fn configured(
         options = options.retry(policy);
     }
     options = match (job.ordered, job.channel_args) {
-        (true, args) => options.ordered(args.unwrap_or_default()),
+        (true, args) => options
+            .ordered(args.unwrap_or_default())
+            .ordered_by_channel(),
         (false, Some(args)) => options.group(args),
         (false, None) => options,
     };

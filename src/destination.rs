@@ -1,7 +1,7 @@
 //! The groups among which runners share their attention.
 //!
 //! A group is the second part of a row's queue (`channel_args`): `hhhh|o|key` for requests that must go out one after
-//! another, `hhhh|d|origin` for the others. The four hexadecimal digits are a hash of the rest: they spread the groups
+//! another, `hhhh|c|key` for those that do so in each channel for itself, `hhhh|d|origin` for the others. The four hexadecimal digits are a hash of the rest: they spread the groups
 //! evenly over the index, so that a runner can start its round anywhere and skip from group to group.
 
 use http::Uri;
@@ -9,6 +9,11 @@ use http::Uri;
 /// The group of requests with an ordering key.
 pub(crate) fn ordered_group(key: &str) -> String {
     group('o', key)
+}
+
+/// The group of requests with an ordering key that each channel has for itself, as the older API has them.
+pub(crate) fn channel_ordered_group(key: &str) -> String {
+    group('c', key)
 }
 
 /// The group of requests that may go out in any order, by a name of the caller's.

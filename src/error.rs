@@ -76,6 +76,8 @@ pub(crate) enum Kind {
     Ambiguous,
     /// The caller's key belongs to another request.
     KeyConflict,
+    /// Unfinished requests of another channel have the ordering key.
+    OrderConflict,
     /// The request is not in a state in which this can be done to it.
     WrongState {
         status: Status,
@@ -171,6 +173,7 @@ impl Error {
             Kind::Request { field, .. } | Kind::Config { field, .. } => Some(field),
             Kind::BodyTooLarge { .. } | Kind::Body(_) => Some("body"),
             Kind::KeyConflict => Some("key"),
+            Kind::OrderConflict => Some("ordered"),
             _ => None,
         }
     }
@@ -245,6 +248,12 @@ impl Error {
     /// [`request_id`](Self::request_id) is that one's. Nothing was persisted.
     pub fn is_key_conflict(&self) -> bool {
         matches!(self.0.kind, Kind::KeyConflict)
+    }
+
+    /// Whether unfinished requests of another channel have the ordering key, so that no order could be kept: see
+    /// [`Options::ordered`](crate::Options::ordered). Nothing was persisted or changed. It is of use to try again when they have ended.
+    pub fn is_order_conflict(&self) -> bool {
+        matches!(self.0.kind, Kind::OrderConflict)
     }
 
     /// Whether the request may have been sent and must not be sent again.
@@ -380,6 +389,9 @@ impl fmt::Display for Kind {
             Self::KeyConflict => {
                 f.write_str("invalid request: key: it was given to a different request before")
             }
+            Self::OrderConflict => f.write_str(
+                "ordered: unfinished requests of another channel have this ordering key, and no order is kept between channels",
+            ),
             Self::Ambiguous => {
                 f.write_str("the request may have been sent, no answer came, and it must not be sent twice")
             }

@@ -72,6 +72,7 @@ pub struct Options {
     pub(crate) guarantee: Guarantee,
     pub(crate) idempotency_key: Option<IdempotencyKey>,
     pub(crate) halt_on_discard: bool,
+    pub(crate) ordered_by_channel: bool,
 }
 
 impl Options {
@@ -83,8 +84,13 @@ impl Options {
         self
     }
 
-    /// Delivers the request after all earlier ones of the same channel and key have ended, one at a time, in the order in which
+    /// Delivers the request after all earlier ones of the same key have ended, one at a time, in the order in which
     /// their inserts committed. A request that is being retried holds up its own key only. Up to 255 bytes. Defaults to no order.
+    ///
+    /// An order is kept within a channel, because each channel has runners of its own. So a key belongs to one channel at a time: while
+    /// unfinished requests of another one have it, the request is refused
+    /// ([`Error::is_order_conflict`](crate::Error::is_order_conflict)) rather than sent out of order. Where channels may go on side by side, put
+    /// the channel's name into the key.
     #[must_use]
     pub fn ordered(mut self, key: impl Into<Arc<str>>) -> Self {
         self.ordered = Some(key.into());
@@ -157,6 +163,12 @@ impl Options {
     #[must_use]
     pub fn idempotency_key(mut self, key: IdempotencyKey) -> Self {
         self.idempotency_key = Some(key);
+        self
+    }
+
+    /// With [`ordered`](Self::ordered): other channels may have the same key, and an order of their own.
+    pub(crate) fn ordered_by_channel(mut self) -> Self {
+        self.ordered_by_channel = true;
         self
     }
 

@@ -140,7 +140,8 @@ impl Durable {
     /// Postgres ends one of them (SQLSTATE 40P01) with all that it did.
     ///
     /// The order is that of the commits at each isolation level. Above `READ COMMITTED` a transaction doesn't see a `key` that was
-    /// committed after its start: it is refused with a serialization failure (40001), and must be run again.
+    /// committed after its start: it is refused with a serialization failure (40001), and must be run again. Nor does it see that another
+    /// channel has taken its ordering key since.
     ///
     /// # Errors
     ///
@@ -186,6 +187,7 @@ impl Durable {
         match enqueue::insert_one(executor, &config.schema, &prepared.row, how).await? {
             Inserted::Attached(first) => Ok(first),
             Inserted::Conflict(first) => Err(Error::new(Kind::KeyConflict).with_id(first)),
+            Inserted::Elsewhere => Err(Error::new(Kind::OrderConflict)),
             Inserted::New | Inserted::Busy => Ok(prepared.id()),
         }
     }
@@ -244,7 +246,7 @@ impl Durable {
         let waiter = shared.waiters.subscribe(id, None);
         let found = self
             .engine()
-            .query(move |connection| {
+            .query_large(shared.config.max_response_body, move |connection| {
                 Box::pin(async move { outcome::find(connection, &[id]).await })
             })
             .await?;

@@ -61,6 +61,9 @@ impl Durable {
             id,
             channel: Arc::clone(options.channel.as_ref().unwrap_or(&config.channel)),
             group: match (&options.ordered, &options.group) {
+                (Some(key), _) if options.ordered_by_channel => {
+                    destination::channel_ordered_group(key)
+                }
                 (Some(key), _) => destination::ordered_group(key),
                 (None, Some(group)) => destination::named_group(group),
                 (None, None) => destination::destination_group(&uri),
@@ -222,5 +225,57 @@ impl Future for AwaitResponse {
         Pin::new(&mut this.waiter)
             .poll(cx)
             .map(|waited| waited.and_then(crate::outcome::Outcome::into_result))
+    }
+}
+
+#[cfg(all(test, feature = "testkit"))]
+mod tests {
+    use super::*;
+    use crate::testkit::Postgres;
+
+    /// What no index takes: long, and hard to compress.
+    fn overlong() -> String {
+        std::iter::repeat_with(fastrand::alphanumeric)
+            .take(20_000)
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn rows_that_the_database_refuses_fail_alone() {
+        let database = Postgres::shared().await.unwrap().database().await.unwrap();
+        crate::migrate(database.pool()).await.unwrap();
+        let durable = Durable::builder(database.pool().clone()).runner(false);
+        let durable = durable.build().unwrap();
+        let mut prepared: Vec<Prepared> = (0..256)
+            .map(|number| {
+                let request = http::Request::post("http://a/").body(number.to_string());
+                let request = Request::try_from(request.unwrap()).unwrap();
+                durable.prepare(request, Mode::Fired).unwrap()
+            })
+            .collect();
+        // The checks before let none of these come so far.
+        prepared[17].row.head.push('\0');
+        prepared[80].row.group = overlong();
+        prepared[200].row.id = prepared[100].row.id;
+        // Handed in at once: they are one batch.
+        let submitted: Vec<_> = prepared
+            .into_iter()
+            .map(|prepared| durable.submit(prepared, None).unwrap())
+            .collect();
+        let mut refused = Vec::new();
+        for (number, submitted) in submitted.into_iter().enumerate() {
+            if let Err(error) = enqueued(submitted.enqueued).await {
+                assert!(error.is_database(), "{error:?}");
+                refused.push(number);
+            }
+        }
+        assert_eq!(refused, [17, 80, 200]);
+        for table in ["mq_msgs", "mq_payloads"] {
+            let rows: i64 = sqlx::query_scalar(&format!("SELECT count(*) FROM requeuest.{table}"))
+                .fetch_one(database.pool())
+                .await
+                .unwrap();
+            assert_eq!(rows, 253, "{table}");
+        }
     }
 }

@@ -48,7 +48,11 @@ pub(crate) struct Start {
 /// Runs until the last sender is gone.
 pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<Submission>) {
     let size = |submission: &Submission| submission.row.size();
-    lane::run(incoming, size, |batch| write(&shared, batch)).await;
+    lane::run(incoming, size, |batch| {
+        let shared = Arc::clone(&shared);
+        async move { write(&shared, batch).await }
+    })
+    .await;
 }
 
 type Parts = (Option<Start>, Done);
@@ -116,10 +120,11 @@ fn rejoin(rows: Vec<NewRequest>, parts: Vec<Parts>) -> Vec<Submission> {
 async fn insert(shared: &Shared, rows: Vec<NewRequest>) -> (Vec<NewRequest>, Result<(), DbError>) {
     let lease = shared.config.lease;
     let began = Instant::now();
+    let bytes = rows.iter().map(NewRequest::size).sum();
     let rows = Arc::new(rows);
     let try_once = |again: bool| {
         let rows = Arc::clone(&rows);
-        shared.db.run(move |connection| {
+        shared.db.run_large(bytes, move |connection| {
             Box::pin(async move { enqueue::insert(connection, &rows, lease, again).await })
         })
     };
@@ -188,6 +193,7 @@ async fn insert_when_free(
             Ok(Inserted::Conflict(first)) => {
                 return Err(Error::new(Kind::KeyConflict).with_id(first));
             }
+            Ok(Inserted::Elsewhere) => return Err(Error::new(Kind::OrderConflict)),
             Ok(Inserted::Busy) => {}
             Err(error) if error.unknown || unknown_since.is_some() => {
                 let since = *unknown_since.get_or_insert_with(Instant::now);
@@ -211,6 +217,7 @@ async fn try_locked(
     row: &Arc<NewRequest>,
     again: bool,
 ) -> Result<Inserted, DbError> {
+    let bytes = row.size();
     let (schema, row) = (shared.config.schema.clone(), Arc::clone(row));
     let how = InsertOne {
         notify: row.needs_runner(),
@@ -222,7 +229,7 @@ async fn try_locked(
     };
     shared
         .db
-        .run(move |connection| {
+        .run_large(bytes, move |connection| {
             Box::pin(async move { enqueue::insert_one(connection, &schema, &row, how).await })
         })
         .await

@@ -30,7 +30,10 @@ fn not_changed(id: RequestId, changed: Changed) -> Error {
                 replayed_as: standing.replayed_as,
             },
         },
-        _ => Kind::Corrupt("its payload is gone".into()),
+        Changed::Elsewhere => Kind::OrderConflict,
+        Changed::Gone | Changed::Done | Changed::Busy => {
+            Kind::Corrupt("its payload is gone".into())
+        }
     };
     Error::new(kind).with_id(id)
 }
@@ -120,11 +123,14 @@ pub(crate) async fn replay_all(
                 Changed::Done => all.push(new),
                 Changed::Busy => match replay_one(Arc::clone(&engine), old).await {
                     Ok(new) => all.push(new),
-                    Err(error) if error.is_wrong_state() || error.is_unknown_id() => {}
+                    Err(error)
+                        if error.is_wrong_state()
+                            || error.is_unknown_id()
+                            || error.is_order_conflict() => {}
                     Err(error) => return Err(error),
                 },
-                // Somebody else was quicker, or there is nothing to send.
-                Changed::NotKept(_) | Changed::Gone => {}
+                // Somebody else was quicker, there is nothing to send, or it has to stay kept for now.
+                Changed::NotKept(_) | Changed::Gone | Changed::Elsewhere => {}
             }
         }
     }

@@ -37,10 +37,11 @@ use crate::idempotency::IdempotencyKey;
 use crate::migrate::wanted_version;
 use crate::retry::RetryPolicy;
 use crate::store::inspect::{self, Schema};
-use crate::store::{self, BoxFuture, Db, DbError};
+use crate::store::{self, BoxFuture, Db, DbError, Session};
 
 use enqueue::Submission;
 use runner::lease::{self, Leases};
+use runner::polls::Polls;
 use runner::settle::{self, Settlement};
 use runner::sweep;
 use runtime::Home;
@@ -95,8 +96,7 @@ pub(crate) struct Shared {
     pub(crate) leases: Leases,
     /// Told when requests have ended here.
     pub(crate) settled: Notify,
-    /// Results wait here that the database has not taken yet.
-    pub(crate) settling_fails: AtomicBool,
+    pub(crate) polls: Polls,
     /// Results that came too late to count.
     pub(crate) stale_results: AtomicU64,
     verified: AtomicBool,
@@ -140,8 +140,20 @@ impl Shared {
         ) -> BoxFuture<'c, Result<T, sqlx::Error>>
         + Send,
     ) -> Result<T, Error> {
+        self.query_large(0, statements).await
+    }
+
+    /// As [`query`](Self::query), for statements that may move so many bytes.
+    pub(crate) async fn query_large<T: Send>(
+        &self,
+        bytes: usize,
+        statements: impl for<'c> FnOnce(
+            &'c mut sqlx::PgConnection,
+        ) -> BoxFuture<'c, Result<T, sqlx::Error>>
+        + Send,
+    ) -> Result<T, Error> {
         self.verify().await?;
-        let result = self.db.run(statements).await;
+        let result = self.db.run_large(bytes, statements).await;
         result.map_err(|error| self.refused(error))
     }
 
@@ -209,15 +221,18 @@ impl Engine {
         let shared = Arc::new(Shared {
             db: Db::new(
                 &connect,
-                &config.schema,
-                config.lease,
+                Session {
+                    schema: config.schema.clone(),
+                    lease: config.lease,
+                    max_body: config.max_request_body.max(config.max_response_body),
+                },
                 config.max_connections,
             ),
             instance: Uuid::now_v7(),
             waiters: Arc::default(),
             leases: Leases::default(),
             settled: Notify::new(),
-            settling_fails: AtomicBool::new(false),
+            polls: Polls::default(),
             stale_results: AtomicU64::new(0),
             verified: AtomicBool::new(false),
             left: Mutex::default(),
@@ -397,11 +412,24 @@ impl Engine {
         + Send
         + 'static,
     ) -> Result<T, Error> {
+        self.query_large(0, statements).await
+    }
+
+    /// As [`query`](Self::query), for statements that may move so many bytes.
+    pub(crate) async fn query_large<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        statements: impl for<'c> FnOnce(
+            &'c mut sqlx::PgConnection,
+        ) -> BoxFuture<'c, Result<T, sqlx::Error>>
+        + Send
+        + 'static,
+    ) -> Result<T, Error> {
         if self.user_pool.is_closed() {
             return Err(Error::new(Kind::Closed));
         }
         let shared = Arc::clone(&self.shared);
-        self.run(async move { shared.query(statements).await })
+        self.run(async move { shared.query_large(bytes, statements).await })
             .await
     }
 

@@ -271,7 +271,9 @@ async fn ask(shared: &Shared, ids: &[RequestId]) {
     let asked = ids.to_vec();
     let found = shared
         .db
-        .run(move |connection| Box::pin(async move { outcome::find(connection, &asked).await }))
+        .run_large(shared.config.max_response_body, move |connection| {
+            Box::pin(async move { outcome::find(connection, &asked).await })
+        })
         .await;
     let found = match found {
         Ok(found) => found,

@@ -87,17 +87,18 @@ impl NewRequest {
 }
 
 /// With `$12`, after a commit whose outcome is unknown, a row that is there, or has already ended, is left alone.
+/// Bodies are picked by their number: unnested they would be copied more than once, through temporary files if they are large.
 const INSERT: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
-            $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[], $7::bytea[], $8::uuid[], $9::smallint[]
-        ) AS i(id, channel_name, channel_args, delay_ms, deadline_ms, head, body, waiter, state)
+            $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[], $8::uuid[], $9::smallint[]
+        ) WITH ORDINALITY AS i(id, channel_name, channel_args, delay_ms, deadline_ms, head, waiter, state, number)
         WHERE NOT $12 OR NOT (
             EXISTS (SELECT FROM mq_payloads p WHERE p.id = i.id) OR EXISTS (SELECT FROM outcomes o WHERE o.id = i.id)
         )
     ), payloads AS (
         INSERT INTO mq_payloads (id, name, head, body)
-        SELECT i.id, $10, i.head, i.body FROM input i
+        SELECT i.id, $10, i.head, ($7::bytea[])[i.number] FROM input i
     )
     INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline)
     SELECT
@@ -172,6 +173,8 @@ pub(crate) enum Inserted {
     Conflict(RequestId),
     /// Another transaction has one of the keys; nothing was done.
     Busy,
+    /// Unfinished requests of another channel have the ordering key; nothing was done.
+    Elsewhere,
 }
 
 /// Inserts one request through the schema's own function: on any connection, in any transaction.
@@ -220,6 +223,7 @@ pub(crate) async fn insert_one<'c>(
         ("attached", Some(id)) if id != Uuid::from(request.id) => Inserted::Attached(id.into()),
         ("conflict", Some(id)) => Inserted::Conflict(id.into()),
         ("busy", _) => Inserted::Busy,
+        ("elsewhere", _) => Inserted::Elsewhere,
         _ => Inserted::New,
     })
 }

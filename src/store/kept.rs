@@ -31,7 +31,7 @@ pub(crate) async fn now(connection: &mut PgConnection) -> Result<i64, sqlx::Erro
 
 const COLUMNS: &str = r#"
     o.id, o.channel_name, o.status, o.attempts, o.http_status, o.error_class, o.error,
-    CASE WHEN substr(o.channel_args, 5, 3) = '|o|' THEN substr(o.channel_args, 8) END AS ordering_key,
+    CASE WHEN is_ordered(o.channel_args) THEN substr(o.channel_args, 8) END AS ordering_key,
     (extract(epoch FROM o.created_at) * 1000000)::bigint AS created_at,
     (extract(epoch FROM o.finished_at) * 1000000)::bigint AS finished_at,
     request_destination(p.head) AS destination,
@@ -94,6 +94,8 @@ pub(crate) enum Changed {
     Done,
     /// A transaction has its ordering key; nothing was done.
     Busy,
+    /// Unfinished requests of another channel have its ordering key; nothing was done.
+    Elsewhere,
     /// Its payload is not there any more.
     Gone,
     /// It is not kept, or not so.
@@ -111,6 +113,7 @@ pub(crate) struct Standing {
 fn changed(verdict: Option<&str>, standing: Standing) -> Changed {
     match verdict {
         Some("busy") => Changed::Busy,
+        Some("elsewhere") => Changed::Elsewhere,
         Some("gone") => Changed::Gone,
         Some(_) => Changed::Done,
         None => Changed::NotKept(standing),

@@ -14,6 +14,8 @@ pub(crate) mod settle;
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -22,6 +24,10 @@ use sqlx::{Connection, PgConnection, PgPool};
 /// After this long without an answer a statement's connection is thrown away: sqlx sets no keepalive, so a black-holed
 /// socket would hang for minutes.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// For what nobody waits for any more.
+const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Large bodies take time; a network that is slower than this is of no use.
+const BYTES_PER_MILLISECOND: u64 = 4 * 1024;
 /// A connection that was used so lately is taken to be alive.
 const TRUSTED_FOR: Duration = Duration::from_secs(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -39,8 +45,16 @@ pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 #[derive(Clone, Debug)]
 pub(crate) struct Db {
     pool: PgPool,
-    schema: String,
-    lease: Duration,
+    session: Session,
+}
+
+/// What the statements ask of their sessions.
+#[derive(Clone, Debug)]
+pub(crate) struct Session {
+    pub(crate) schema: String,
+    pub(crate) lease: Duration,
+    /// The largest body that a statement may move.
+    pub(crate) max_body: usize,
 }
 
 /// Why a statement brought no result.
@@ -73,19 +87,10 @@ impl From<DbError> for crate::Error {
 
 impl Db {
     /// A pool that connects when it is first used, with `max_connections` for statements. Must be called within a tokio runtime.
-    pub(crate) fn new(
-        connect: &PgConnectOptions,
-        schema: &str,
-        lease: Duration,
-        max_connections: u32,
-    ) -> Self {
+    pub(crate) fn new(connect: &PgConnectOptions, session: Session, max_connections: u32) -> Self {
         let pool = pool_options(max_connections.saturating_add(LISTENERS))
-            .connect_lazy_with(pinned(connect, schema, lease));
-        Self {
-            pool,
-            schema: schema.to_owned(),
-            lease,
-        }
+            .connect_lazy_with(pinned(connect, &session));
+        Self { pool, session }
     }
 
     pub(crate) fn pool(&self) -> &PgPool {
@@ -93,19 +98,31 @@ impl Db {
     }
 
     /// A pool for one runner, to be closed with it: its polls wait for nobody else's statements, and whoever has the connection that it
-    /// polls with knows that it doesn't poll. Must be called within a tokio runtime.
-    pub(crate) fn runner_pool(&self) -> PgPool {
+    /// polls with knows that it doesn't poll. `used` counts how often a connection is taken. Must be called within a tokio runtime.
+    pub(crate) fn runner_pool(&self, used: &Arc<AtomicU64>) -> PgPool {
         // Here it is the database that watches the time: sqlxmq does not, and a poll that nobody waits for should not claim.
         let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
         let connect = (*self.pool.connect_options()).clone();
-        pool_options(RUNNER_CONNECTIONS)
+        let (connected, taken) = (Arc::clone(used), Arc::clone(used));
+        PgPoolOptions::new()
+            .max_connections(RUNNER_CONNECTIONS)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .test_before_acquire(false)
+            .after_connect(move |_, _| {
+                connected.fetch_add(1, Ordering::Relaxed);
+                Box::pin(async { Ok(()) })
+            })
+            .before_acquire(move |connection, meta| {
+                taken.fetch_add(1, Ordering::Relaxed);
+                answers(connection, meta.idle_for)
+            })
             .connect_lazy_with(connect.options([("statement_timeout", timeout)]))
     }
 
     /// Connections made from now on use these options: passwords rotate and servers move.
     pub(crate) fn reconnect_with(&self, connect: &PgConnectOptions) {
         self.pool
-            .set_connect_options(pinned(connect, &self.schema, self.lease));
+            .set_connect_options(pinned(connect, &self.session));
     }
 
     /// Runs statements on one connection, which is thrown away if no answer comes in time.
@@ -114,11 +131,26 @@ impl Db {
         statements: impl for<'c> FnOnce(&'c mut PgConnection) -> BoxFuture<'c, Result<T, sqlx::Error>>
         + Send,
     ) -> Result<T, DbError> {
+        self.run_large(0, statements).await
+    }
+
+    /// As [`run`](Self::run), with the time that it takes to move as many bytes as the statements may.
+    pub(crate) async fn run_large<T: Send>(
+        &self,
+        bytes: usize,
+        statements: impl for<'c> FnOnce(&'c mut PgConnection) -> BoxFuture<'c, Result<T, sqlx::Error>>
+        + Send,
+    ) -> Result<T, DbError> {
         let mut connection = self.pool.acquire().await.map_err(|error| DbError {
             error,
             unknown: false,
         })?;
-        match tokio::time::timeout(STATEMENT_TIMEOUT, statements(&mut connection)).await {
+        match tokio::time::timeout(
+            STATEMENT_TIMEOUT + moving(bytes),
+            statements(&mut connection),
+        )
+        .await
+        {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => {
                 let unknown = is_unknown(&error);
@@ -138,24 +170,31 @@ impl Db {
     }
 }
 
+fn moving(bytes: usize) -> Duration {
+    Duration::from_millis(bytes as u64 / BYTES_PER_MILLISECOND)
+}
+
 fn pool_options(max_connections: u32) -> PgPoolOptions {
     PgPoolOptions::new()
         .max_connections(max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        // A ping for every statement would be a round trip on the hot path; one that lay idle may have died unnoticed.
         .test_before_acquire(false)
-        .before_acquire(|connection, meta| {
-            Box::pin(async move {
-                if meta.idle_for > TRUSTED_FOR {
-                    tokio::time::timeout(PING_TIMEOUT, connection.ping())
-                        .await
-                        .map_err(|_elapsed| {
-                            sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
-                        })??;
-                }
-                Ok(true)
-            })
-        })
+        .before_acquire(|connection, meta| answers(connection, meta.idle_for))
+}
+
+/// A ping for every statement would be a round trip on the hot path; one that lay idle may have died unnoticed.
+fn answers(
+    connection: &mut PgConnection,
+    idle_for: Duration,
+) -> BoxFuture<'_, Result<bool, sqlx::Error>> {
+    Box::pin(async move {
+        if idle_for > TRUSTED_FOR {
+            tokio::time::timeout(PING_TIMEOUT, connection.ping())
+                .await
+                .map_err(|_elapsed| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))??;
+        }
+        Ok(true)
+    })
 }
 
 /// Closes a pool, for as long as that may take. A connection that hangs in the network is left to its end.
@@ -188,16 +227,18 @@ fn is_unknown(error: &sqlx::Error) -> bool {
 }
 
 /// The caller's options, with the settings that the statements were written for.
-fn pinned(connect: &PgConnectOptions, schema: &str, lease: Duration) -> PgConnectOptions {
-    let lease = format!(r"{}\ milliseconds", lease.as_millis());
-    let search_path = quoted(schema);
+fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
+    let lease = format!(r"{}\ milliseconds", session.lease.as_millis());
+    let search_path = quoted(&session.schema);
+    let timeout = SERVER_TIMEOUT + moving(session.max_body);
+    let timeout = timeout.as_millis().to_string();
     connect.clone().options([
         ("search_path", search_path.as_str()),
         ("requeuest.lease", &lease),
         ("default_transaction_isolation", r"read\ committed"),
         ("default_transaction_read_only", "off"),
         ("lock_timeout", "5s"),
-        ("statement_timeout", "30s"),
+        ("statement_timeout", &timeout),
         ("idle_in_transaction_session_timeout", "30s"),
         ("jit", "off"),
         // A plan made while the tables were tiny is kept for the connection's life. Every access here is by an index,

@@ -69,11 +69,12 @@ pub(crate) struct Settled {
     pub(crate) ordered: bool,
 }
 
+/// Bodies are picked by their number, as in the insert.
 const FINISH: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
-            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $6::bytea[], $7::text[], $8::text[], $10::bool[]
-        ) AS i(id, claim_no, status, http_status, head, body, error_class, error, unmade)
+            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[], $10::bool[]
+        ) WITH ORDINALITY AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)
     ), locked AS MATERIALIZED (
         SELECT m.id, m.channel_name, m.channel_args, m.seq, m.waiter, m.claim_no,
             m.attempts - i.unmade::int AS attempts,
@@ -91,7 +92,7 @@ const FINISH: &str = "
             l.*, i.status, i.error_class, i.error, coalesce(p.created_at, clock_timestamp()) AS created_at,
             -- A request that is given up ends with the last response it ever got.
             i.http_status IS NULL AND p.response_head IS NOT NULL AND i.status = 'discarded' AS earlier,
-            i.http_status, i.head, i.body, p.response_status, p.response_head, p.response_body
+            i.http_status, i.head, i.number, p.response_status, p.response_head, p.response_body
         FROM locked l
         -- With the number: an earlier claim of the same request may be settled in the same batch.
         JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
@@ -111,7 +112,7 @@ const FINISH: &str = "
                 THEN clock_timestamp() + $9 * interval '1 millisecond' END,
             CASE WHEN f.earlier THEN f.response_status ELSE f.http_status END,
             CASE WHEN f.earlier THEN f.response_head ELSE f.head END,
-            CASE WHEN f.earlier THEN f.response_body ELSE f.body END,
+            CASE WHEN f.earlier THEN f.response_body ELSE ($6::bytea[])[f.number] END,
             f.error_class, f.error
         FROM finished f
     ), to_handle AS (
@@ -223,14 +224,15 @@ const AGAIN: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
             $1::uuid[], $2::int[], $3::bigint[], $4::bool[], $5::bool[],
-            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[], $11::bytea[]
-        ) AS i(id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms, http_status, head, body)
+            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[]
+        ) WITH ORDINALITY
+            AS i(id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms, http_status, head, number)
     ), locked AS MATERIALIZED (
         SELECT m.id, m.claim_no, m.attempts FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
         ORDER BY m.id FOR UPDATE OF m
     ), payloads AS (
         UPDATE mq_payloads p
-        SET response_status = i.http_status, response_head = i.head, response_body = i.body
+        SET response_status = i.http_status, response_head = i.head, response_body = ($11::bytea[])[i.number]
         FROM locked l JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
         WHERE p.id = l.id AND i.http_status IS NOT NULL
     ), failed AS (

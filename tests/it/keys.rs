@@ -1,9 +1,10 @@
-//! A caller's keys: calls that attach to an earlier one, and requests that take another's place.
+//! A caller's keys: calls that attach to an earlier one, requests that take another's place, and the channel of an ordering key.
 
 use std::process::Stdio;
 use std::time::Duration;
 
-use requeuest::{Durable, Options, Request, RequestId, Status, testkit};
+use requeuest::retry::RetryPolicy;
+use requeuest::{Channels, Client, Durable, Options, Request, RequestId, Status, testkit};
 use sqlx::PgPool;
 use tokio::task::JoinSet;
 
@@ -274,4 +275,100 @@ async fn the_latest_request_takes_the_place_of_those_not_sent() {
         durable.status(third).await.unwrap(),
         Some(Status::Completed)
     );
+}
+
+fn ordered(url: &str, channel: &'static str) -> Request {
+    let request = http::Request::post(url).body(channel).unwrap();
+    let request = Request::try_from(request).unwrap();
+    let options = Options::default().ordered("k").channel(channel);
+    request.with(options.retry(RetryPolicy::none()))
+}
+
+#[tokio::test]
+async fn an_ordering_key_belongs_to_one_channel_at_a_time() {
+    let database = migrated().await;
+    let server = echo().await;
+    let url = server.url("/");
+    let durable = Durable::builder(database.pool().clone()).runner(false);
+    let durable = durable.build().unwrap();
+    let first = durable.fire(ordered(&url, "m")).await.unwrap();
+    durable.fire(ordered(&url, "m")).await.unwrap();
+    for other in ["a", "z"] {
+        let request = ordered(&url, other);
+        for error in [
+            durable.fire(&request).await.unwrap_err(),
+            in_time(durable.await_response(&request)).await.unwrap_err(),
+            durable
+                .fire_in(database.pool(), &request)
+                .await
+                .unwrap_err(),
+        ] {
+            assert!(error.is_order_conflict(), "{error:?}");
+            assert_eq!(error.field(), Some("ordered"));
+        }
+        // Nor in one transaction, where nothing is committed yet.
+        let mut transaction = database.pool().begin().await.unwrap();
+        let own = ordered(&url, other).with(Options::default().ordered("l").channel(other));
+        durable.fire_in(&mut *transaction, own).await.unwrap();
+        let own = ordered(&url, "m").with(Options::default().ordered("l").channel("m"));
+        let error = durable.fire_in(&mut *transaction, own).await.unwrap_err();
+        assert!(error.is_order_conflict(), "{error:?}");
+        transaction.rollback().await.unwrap();
+    }
+    let unfinished = "select count(*) from requeuest.mq_msgs";
+    assert_eq!(count(&database, unfinished).await, 2);
+    assert_eq!(
+        durable.status(first).await.unwrap(),
+        Some(Status::Available)
+    );
+
+    // Once they have ended, another channel may have it.
+    let runner = Durable::builder(database.pool().clone()).channel("m");
+    let _runner = runner.build().unwrap();
+    eventually("they have ended", || async {
+        count(&database, unfinished).await == 0
+    })
+    .await;
+    durable.fire(ordered(&url, "a")).await.unwrap();
+    assert_eq!(server.count(), 2);
+}
+
+#[tokio::test]
+async fn a_kept_request_is_not_replayed_while_another_channel_has_its_ordering_key() {
+    let database = migrated().await;
+    let server = Server::in_turn(&[503, 200]).await;
+    let url = server.url("/");
+    let durable = Durable::builder(database.pool().clone()).channel("m");
+    let durable = durable.build().unwrap();
+    let kept = durable.fire(ordered(&url, "m")).await.unwrap();
+    let outcome = testkit::outcome(&durable, kept, LONG).await.unwrap();
+    assert_eq!(outcome.status, Status::Discarded);
+    let holder = durable.fire(ordered(&url, "a")).await.unwrap();
+    let error = durable.replay(kept).await.unwrap_err();
+    assert!(error.is_order_conflict(), "{error:?}");
+    assert_eq!(error.request_id(), Some(kept));
+    assert_eq!(durable.status(kept).await.unwrap(), Some(Status::Discarded));
+    assert!(durable.cancel(holder).await.unwrap());
+    let replayed = durable.replay(kept).await.unwrap();
+    assert_eq!(
+        in_time(durable.response(replayed)).await.unwrap().status(),
+        200
+    );
+}
+
+#[tokio::test]
+async fn the_older_api_keeps_an_order_in_each_channel() {
+    let database = migrated().await;
+    let client = Client::new(database.pool().clone(), Channels::List(&["other"]))
+        .await
+        .unwrap();
+    let request = ordered("http://127.0.0.1:9/", "unused");
+    for channel in ["a", "b"] {
+        client
+            .spawn_cfg(channel, &request, |job| job.set_ordered(true))
+            .await
+            .unwrap();
+    }
+    let unfinished = "select count(*) from requeuest.mq_msgs where seq is not null";
+    assert_eq!(count(&database, unfinished).await, 2);
 }

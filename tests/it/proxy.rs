@@ -1,5 +1,5 @@
 //! A bad network: a TCP proxy whose connections delay, break off, vanish or reset, and that knows enough of Postgres'
-//! protocol to lose the answer to one statement, or what a pooler loses.
+//! protocol to lose the answer to one statement, to refuse one in the server's place, or to lose what a pooler loses.
 
 use std::collections::HashMap;
 use std::io;
@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 /// What a connection does to the bytes that go through it.
@@ -52,6 +52,9 @@ struct Shared {
     /// The statement whose next answers are lost, and how many of them.
     losing: Mutex<(String, usize)>,
     lost: AtomicUsize,
+    /// What statements contain that are refused, and the SQLSTATE.
+    refusing: Mutex<Option<(String, String)>>,
+    refused: AtomicUsize,
     broken: AtomicUsize,
     connections: Mutex<Vec<Connection>>,
 }
@@ -97,6 +100,8 @@ impl Proxy {
             drop_options,
             losing: Mutex::default(),
             lost: AtomicUsize::new(0),
+            refusing: Mutex::default(),
+            refused: AtomicUsize::new(0),
             broken: AtomicUsize::new(0),
             connections: Mutex::default(),
         });
@@ -148,6 +153,22 @@ impl Proxy {
     /// carried out and nobody hears of it.
     pub fn lose_answers_to(&self, text: &str, times: usize) {
         *self.shared.losing.lock().unwrap() = (text.to_owned(), times);
+    }
+
+    /// Answers statements with this text in the server's place from now on: with an error of this SQLSTATE. They don't reach it.
+    pub fn refuse(&self, text: &str, code: &str) {
+        *self.shared.refusing.lock().unwrap() = Some((text.to_owned(), code.to_owned()));
+    }
+
+    /// All statements go to the server again. Returns how many were refused since the last time.
+    pub fn refuse_nothing(&self) -> usize {
+        *self.shared.refusing.lock().unwrap() = None;
+        self.shared.refused.swap(0, Ordering::SeqCst)
+    }
+
+    /// How many statements were refused.
+    pub fn refused(&self) -> usize {
+        self.shared.refused.load(Ordering::SeqCst)
     }
 
     /// How many answers were lost.
@@ -236,18 +257,22 @@ async fn pass(
         _ => None,
     });
     let (losing, lost) = watch::channel(false);
+    let (own_answers, to_be_said) = mpsc::unbounded_channel();
+    let (_nothing, to_be_asked) = mpsc::unbounded_channel();
     let asking = {
         let mut frontend = Frontend {
             shared,
             said,
             started: false,
             losing,
+            refusing: None,
+            own_answers,
         };
         let take = move |input: &mut BytesMut| match shared.protocol {
             Protocol::Any => Some(input.split()),
             Protocol::Postgres => frontend.take(input),
         };
-        pump(from_client, to_server, delay, request, take)
+        pump(from_client, to_server, to_be_asked, delay, request, take)
     };
     let answering = {
         let take = move |input: &mut BytesMut| {
@@ -257,7 +282,7 @@ async fn pass(
                 Some(input.split())
             }
         };
-        pump(from_server, to_client, delay, answer, take)
+        pump(from_server, to_client, to_be_said, delay, answer, take)
     };
     let ended = tokio::select! {
         ended = asking => ended,
@@ -284,18 +309,26 @@ enum Pumped {
     Lost,
 }
 
-/// Passes on what `take` takes out of what came; `None` ends it.
+/// Passes on what `take` takes out of what came, `None` ends it, and what is `added` from elsewhere.
 async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
+    mut added: mpsc::UnboundedReceiver<BytesMut>,
     delay: Duration,
     mut limit: usize,
     mut take: impl FnMut(&mut BytesMut) -> Option<BytesMut>,
 ) -> io::Result<Pumped> {
     let mut input = BytesMut::new();
-    while from.read_buf(&mut input).await? > 0 {
-        let Some(mut output) = take(&mut input) else {
-            return Ok(Pumped::Lost);
+    loop {
+        let mut output = tokio::select! {
+            Some(added) = added.recv() => added,
+            read = from.read_buf(&mut input) => match read? {
+                0 => return Ok(Pumped::Ended),
+                _ => match take(&mut input) {
+                    Some(output) => output,
+                    None => return Ok(Pumped::Lost),
+                },
+            },
         };
         if !delay.is_zero() {
             tokio::time::sleep(delay).await;
@@ -307,7 +340,6 @@ async fn pump(
             return Ok(Pumped::Limit);
         }
     }
-    Ok(Pumped::Ended)
 }
 
 /// What a Postgres client sends.
@@ -316,6 +348,9 @@ struct Frontend<'a> {
     said: &'a Mutex<HashMap<String, String>>,
     started: bool,
     losing: watch::Sender<bool>,
+    /// The SQLSTATE with which a statement is refused, until the client waits for the answer.
+    refusing: Option<String>,
+    own_answers: mpsc::UnboundedSender<BytesMut>,
 }
 
 impl Frontend<'_> {
@@ -331,7 +366,11 @@ impl Frontend<'_> {
             let message = input.split_to(kind + length);
             if self.started {
                 self.look_at(message[0], &message[5..]);
-                output.extend_from_slice(&message);
+                if self.refusing.is_none() {
+                    output.extend_from_slice(&message);
+                } else if matches!(message[0], b'S' | b'Q') {
+                    self.refuse();
+                }
             } else {
                 self.started = true;
                 output.extend_from_slice(&self.startup(&message));
@@ -357,7 +396,7 @@ impl Frontend<'_> {
         rewritten
     }
 
-    fn look_at(&self, kind: u8, body: &[u8]) {
+    fn look_at(&mut self, kind: u8, body: &[u8]) {
         let mut texts = body
             .split(|byte| *byte == 0)
             .map(|text| String::from_utf8_lossy(text).into_owned());
@@ -384,7 +423,39 @@ impl Frontend<'_> {
         }
     }
 
-    fn carried_out(&self, text: &str) {
+    /// Answers as the server does: an error, and that it is ready.
+    fn refuse(&mut self) {
+        let Some(code) = self.refusing.take() else {
+            return;
+        };
+        let mut fields = Vec::new();
+        for (kind, value) in [
+            ('S', "ERROR"),
+            ('V', "ERROR"),
+            ('C', &code),
+            ('M', "a fault for a test"),
+        ] {
+            fields.put_slice(&[kind as u8]);
+            fields.put_slice(value.as_bytes());
+            fields.put_u8(0);
+        }
+        fields.put_u8(0);
+        let mut answer = BytesMut::new();
+        answer.put_u8(b'E');
+        answer.put_u32(u32::try_from(fields.len() + 4).unwrap());
+        answer.put_slice(&fields);
+        answer.put_slice(b"Z\0\0\0\x05I");
+        self.shared.refused.fetch_add(1, Ordering::SeqCst);
+        let _ = self.own_answers.send(answer);
+    }
+
+    fn carried_out(&mut self, text: &str) {
+        if let Some((marker, code)) = &*self.shared.refusing.lock().unwrap() {
+            if text.contains(&**marker) {
+                self.refusing = Some(code.clone());
+                return;
+            }
+        }
         let (marker, times) = &mut *self.shared.losing.lock().unwrap();
         if *times > 0 && text.contains(&**marker) {
             *times -= 1;

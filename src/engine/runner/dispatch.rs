@@ -120,7 +120,7 @@ async fn job(
         let fetched = engine
             .shared()
             .db
-            .run(move |connection| {
+            .run_large(engine.config().max_request_body, move |connection| {
                 Box::pin(async move { claim::body(connection, id.into()).await })
             })
             .await

@@ -167,6 +167,13 @@ impl Leases {
             .is_some_and(|lease| lease.lock().since.elapsed() < age)
     }
 
+    /// Those whose result waits for its commit.
+    pub(crate) fn settling(&self) -> Vec<Arc<Lease>> {
+        let mut held = self.all();
+        held.retain(|lease| lease.lock().phase == Phase::Settling);
+        held
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }

@@ -3,33 +3,31 @@
 //! The stock runner's delay after errors grows without bound, so a supervisor probes the database and replaces the runner when
 //! it is back. Its per-job keep-alive is off: [`lease`] renews all claims at once.
 //!
-//! A poll that is cut off goes on in the database, and leases what it finds to nobody. So a runner is not just dropped: it has a pool
-//! of its own, and when nobody holds the connection that it polls with, it has got all that it will.
+//! A poll that is cut off goes on in the database, and leases what it finds to nobody. So a runner is not just dropped: [`polls`] waits
+//! until it has got all that it will.
 
 pub(crate) mod claim;
 pub(crate) mod dispatch;
 pub(crate) mod lease;
+pub(crate) mod polls;
 pub(crate) mod settle;
 pub(crate) mod sweep;
 
 use std::future::Future;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use sqlx::pool::PoolConnection;
-use sqlx::{PgPool, Postgres};
 use sqlxmq::{JobRunnerHandle, JobRunnerOptions};
 use tokio::sync::watch;
 
 use crate::engine::Engine;
 use crate::store::{self, inspect};
 
+use polls::PollingPool;
+
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 const START_RETRY_MIN: Duration = Duration::from_millis(100);
 const START_RETRY_MAX: Duration = Duration::from_secs(2);
-/// A poll that takes longer is ended by the database.
-const POLL_TIMEOUT: Duration = Duration::from_secs(10);
 const SETTLED_POLL: Duration = Duration::from_millis(10);
 /// Longer than the pause between two tries to settle.
 const SETTLED_TIMEOUT: Duration = Duration::from_secs(3);
@@ -102,33 +100,39 @@ async fn unless_ended<T>(engine: &Engine, work: impl Future<Output = T>) -> Opti
 /// sqlxmq's runner, and the pool that is its alone.
 struct Runner {
     handle: JobRunnerHandle,
-    pool: PgPool,
+    pool: Arc<PollingPool>,
     _counted: watch::Receiver<()>,
 }
 
 impl Runner {
-    /// Waits until the database doesn't answer, or the polls hang though it does: their connection may have vanished without a
-    /// sign.
+    /// Waits until the database doesn't answer, or there are no polls though it does: one may hang whose connection vanished without a
+    /// sign, or they were refused until the pauses between them have grown long.
     async fn fails(&self, engine: &Engine) {
+        let mut before: Option<u64> = None;
         while probe(engine).await {
-            let connection = tokio::time::timeout(POLL_TIMEOUT, polling_connection(&self.pool));
-            // Given back before anything is waited for: the next poll needs it.
-            let polls = connection
-                .await
-                .is_ok_and(|connection| connection.is_some());
-            if !polls {
+            if before == Some(self.pool.used()) {
+                log::warn!("the runner has not polled for {PROBE_INTERVAL:?}");
+                return;
+            }
+            if !self.pool.has_polled().await {
                 log::warn!("the runner's polls get no answer");
                 return;
             }
+            before = self.has_room(engine).then(|| self.pool.used());
             tokio::time::sleep(PROBE_INTERVAL).await;
         }
     }
 
+    /// With as many requests as it may hold it doesn't poll.
+    fn has_room(&self, engine: &Engine) -> bool {
+        self.handle.num_running_jobs() < engine.config().concurrency
+    }
+
     /// Ends the polling, as soon as all that was claimed is here.
     async fn stop(mut self, engine: &Engine) {
-        // Of the two connections its listener has one. While the other is held here, it does not poll.
+        // While its connection is held here, it does not poll.
         let held = tokio::select! {
-            held = tokio::time::timeout(STOP_TIMEOUT, polling_connection(&self.pool)) => held.ok(),
+            held = tokio::time::timeout(STOP_TIMEOUT, self.pool.connection()) => held.ok(),
             // There is nothing to wait for: what was claimed before is left to its lease.
             () = down(engine) => None,
         };
@@ -136,18 +140,7 @@ impl Runner {
         self.handle.stop().await;
         if let Some(connection) = held {
             drop(connection);
-            store::close(&self.pool, CLOSE_TIMEOUT).await;
-        }
-    }
-}
-
-/// Waits until no poll is under way. `None` if the connection, which no poll has either, can't be made.
-async fn polling_connection(pool: &PgPool) -> Option<PoolConnection<Postgres>> {
-    loop {
-        match pool.acquire().await {
-            // The poll lasts longer than one waits for a connection.
-            Err(sqlx::Error::PoolTimedOut) => {}
-            connection => return connection.ok(),
+            store::close(self.pool.pool(), CLOSE_TIMEOUT).await;
         }
     }
 }
@@ -158,8 +151,9 @@ async fn start(engine: &Arc<Engine>) -> Runner {
     loop {
         let problem = match engine.shared().verify().await {
             Ok(()) => {
-                let pool = engine.shared().db.runner_pool();
-                match options(engine, &pool).run().await {
+                let shared = engine.shared();
+                let pool = shared.polls.open(&shared.db);
+                match options(engine, pool.pool()).run().await {
                     Ok(handle) => {
                         return Runner {
                             handle,
@@ -179,7 +173,7 @@ async fn start(engine: &Arc<Engine>) -> Runner {
     }
 }
 
-fn options(engine: &Arc<Engine>, pool: &PgPool) -> JobRunnerOptions {
+fn options(engine: &Arc<Engine>, pool: &sqlx::PgPool) -> JobRunnerOptions {
     let config = engine.config();
     // Weak, or the runner that the engine owns would own the engine.
     let weak = Arc::downgrade(engine);
@@ -222,8 +216,10 @@ async fn up(engine: &Engine) {
         }
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
+    let leases = &engine.shared().leases;
+    let kept = leases.settling();
     let settled = async {
-        while engine.shared().settling_fails.load(Ordering::Acquire) {
+        while kept.iter().any(|lease| leases.holds(lease)) {
             tokio::time::sleep(SETTLED_POLL).await;
         }
     };

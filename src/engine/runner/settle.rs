@@ -22,8 +22,6 @@ use crate::store::{DbError, enqueue};
 
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-/// Between the commit of a poll and its claims' being known here.
-const ADOPTION_TIME: Duration = Duration::from_millis(250);
 
 /// A result on its way into the database.
 pub(crate) struct Settlement {
@@ -92,7 +90,11 @@ impl Settlement {
 
 /// Runs until the last sender is gone and everything is settled.
 pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<Settlement>) {
-    lane::run(incoming, Settlement::size, |batch| write(&shared, batch)).await;
+    lane::run(incoming, Settlement::size, |batch| {
+        let shared = Arc::clone(&shared);
+        async move { write(&shared, batch).await }
+    })
+    .await;
 }
 
 /// Writes a batch, splitting it down to the row that the database refuses.
@@ -103,7 +105,6 @@ async fn write(shared: &Shared, batch: Vec<Settlement>) {
         let error = match write_once(shared, &mut batch).await {
             Ok(()) => {
                 pause = RETRY_MIN;
-                shared.settling_fails.store(false, Ordering::Release);
                 continue;
             }
             Err(error) => error,
@@ -124,7 +125,6 @@ async fn write(shared: &Shared, batch: Vec<Settlement>) {
                 continue;
             }
         } else {
-            shared.settling_fails.store(true, Ordering::Release);
             log::warn!("settling failed, trying again: {}", error.error);
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
@@ -164,9 +164,10 @@ async fn write_finishes(
         })
         .collect();
     let retention = shared.config.retention;
+    let bytes = batch.iter().map(Settlement::size).sum();
     let (finishes, settled) = shared
         .db
-        .run(move |connection| {
+        .run_large(bytes, move |connection| {
             Box::pin(async move {
                 let settled = settle::finish(connection, &mut finishes, retention).await?;
                 Ok((finishes, settled))
@@ -193,17 +194,27 @@ async fn write_finishes(
         // Whoever drove the attempt may be gone.
         let _ = settlement.done.send(None);
     }
+    look_into(shared, unsettled, batch).await;
+    Ok(())
+}
+
+/// Results whose claims are not the latest. Those that a poll of this process claimed anew stand under the new number, and go back into
+/// the batch; the others are stale.
+async fn look_into(
+    shared: &Shared,
+    unsettled: Vec<(Settlement, Fence)>,
+    batch: &mut Vec<Settlement>,
+) {
     if unsettled.is_empty() {
-        return Ok(());
+        return;
     }
     if any_queued(shared, &unsettled).await {
-        // A poll of this process may have claimed it anew, as after an outage that outlasted the lease, and its answer be on the way.
-        tokio::time::sleep(ADOPTION_TIME).await;
+        // As after an outage that outlasted the lease; the poll's answer may be on the way.
+        shared.polls.wait_out().await;
     }
     let mut stale = Vec::new();
     for (settlement, fence) in unsettled {
         if settlement.lease.fence() != fence {
-            // So it was: the result stands, under the new number.
             batch.push(settlement);
             continue;
         }
@@ -212,7 +223,6 @@ async fn write_finishes(
         let _ = settlement.done.send(None);
     }
     read_stale(shared, stale);
-    Ok(())
 }
 
 /// Whether one of them has not ended. Without an answer it may be.
@@ -254,9 +264,10 @@ async fn write_agains(
         .collect();
     let fences: Vec<_> = agains.iter().map(|again| again.fence).collect();
     let lease = shared.config.lease;
+    let bytes = batch.iter().map(Settlement::size).sum();
     let settled = shared
         .db
-        .run(move |connection| {
+        .run_large(bytes, move |connection| {
             Box::pin(async move { settle::again(connection, &agains, lease).await })
         })
         .await?;
@@ -265,26 +276,26 @@ async fn write_agains(
         .map(|settled| (settled.fence.before(), settled))
         .collect();
     let mut returned = Vec::new();
+    let mut unsettled = Vec::new();
     for (settlement, fence) in std::mem::take(batch).into_iter().zip(fences) {
-        let settled = settled.remove(&fence);
-        if settled.is_none() && settlement.lease.fence() != fence {
-            batch.push(settlement);
+        let Some(settled) = settled.remove(&fence) else {
+            unsettled.push((settlement, fence));
             continue;
-        }
+        };
         shared.leases.remove(&settlement.lease);
-        let held = match (settled, &settlement.result) {
-            (Some(settled), Settling::Again { hold: true, .. }) => Some(Held {
+        let held = match &settlement.result {
+            Settling::Again { hold: true, .. } => Some(Held {
                 lease: shared.leases.insert(settled.fence, Vec::new()),
                 attempts: settled.attempts,
             }),
-            (Some(settled), Settling::Again { delay, .. }) => {
+            Settling::Again { delay, .. } => {
                 returned.push(settled.fence.id);
                 if *delay < enqueue::RUNNER_WAIT {
                     word.runners.push(settled.channel.into());
                 }
                 None
             }
-            _ => None,
+            Settling::Finish(_) => None,
         };
         if let Err(Some(held)) = settlement.done.send(held) {
             // Nobody is left to make the attempt; when its time and the lease are over, another runner will.
@@ -293,6 +304,7 @@ async fn write_agains(
     }
     // Those who wait for what went back into the queue have to listen for it.
     shared.waiters.ask_soon(returned);
+    look_into(shared, unsettled, batch).await;
     Ok(())
 }
 

@@ -6,58 +6,25 @@ use requeuest::testkit::{self, TestDatabase};
 use requeuest::{Durable, Options, Status};
 use tokio::task::JoinSet;
 
-use super::network::{address, pool_through};
+use super::network::{Through, address, pool_through, through_a_proxy};
 use super::{builder, echo_server, held_server, load, post_body, settle_accounts};
 use crate::proxy::Proxy;
-use crate::support::{count, eventually, in_time, migrated};
+use crate::support::{Server, count, eventually, in_time, migrated, passing, reply};
 
 /// Read-only, disk full, statement timeout, deadlock, serialization failure.
 const FAULTS: [&str; 5] = ["25006", "53100", "57014", "40P01", "40001"];
 
-/// Has statements that write to a table fail with the code that stands in the table `fault`, while one does.
-async fn may_fail(database: &TestDatabase, table: &str, operation: &str) {
-    let statement = format!(
-        "create table public.fault (code text);
-         create function public.fail() returns trigger language plpgsql as $$
-         declare failing text := (select min(code) from public.fault);
-         begin
-             if failing is not null then
-                 raise exception 'a fault for a test' using errcode = failing;
-             end if;
-             return null;
-         end $$;
-         create trigger fail before {operation} on requeuest.{table}
-             for each statement execute function public.fail()"
-    );
-    sqlx::raw_sql(&statement)
-        .execute(database.pool())
-        .await
-        .unwrap();
-}
-
-async fn set_fault(database: &TestDatabase, code: Option<&str>) {
-    let mut transaction = database.pool().begin().await.unwrap();
-    sqlx::query("delete from public.fault")
-        .execute(&mut *transaction)
-        .await
-        .unwrap();
-    sqlx::query("insert into public.fault select $1 where $1 is not null")
-        .bind(code)
-        .execute(&mut *transaction)
-        .await
-        .unwrap();
-    transaction.commit().await.unwrap();
-}
-
 #[tokio::test]
 async fn a_request_that_postgres_can_not_take_is_refused_with_an_error_and_never_sent() {
-    let database = migrated().await;
-    may_fail(&database, "mq_msgs", "insert").await;
+    let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = builder(&pool).build().unwrap();
     for code in FAULTS {
-        set_fault(&database, Some(code)).await;
-        for options in [Options::default(), Options::default().ordered("key")] {
+        for (statement, options) in [
+            ("INSERT INTO mq_msgs", Options::default()),
+            (".enqueue(", Options::default().ordered("key")),
+        ] {
+            proxy.refuse(statement, code);
             let request = post_body(&server.url("/"), code).with(options);
             let error = in_time(durable.fire(request)).await.unwrap_err();
             assert!(
@@ -68,8 +35,8 @@ async fn a_request_that_postgres_can_not_take_is_refused_with_an_error_and_never
                 format!("{error:?}").contains("a fault for a test"),
                 "{error:?}"
             );
+            assert_eq!(proxy.refuse_nothing(), 1);
         }
-        set_fault(&database, None).await;
         let good = in_time(durable.await_response(post_body(&server.url("/"), "good"))).await;
         assert_eq!(good.unwrap().text().unwrap(), "good");
     }
@@ -78,10 +45,14 @@ async fn a_request_that_postgres_can_not_take_is_refused_with_an_error_and_never
 
 #[tokio::test]
 async fn results_that_postgres_can_not_take_are_kept_until_it_can() {
-    let database = migrated().await;
-    may_fail(&database, "outcomes", "insert").await;
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
     let (server, gate) = held_server().await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = builder(&pool).build().unwrap();
+    // Would take them over, if their leases ran out.
     let _other = builder(database.pool()).build().unwrap();
     let url = server.url("/");
     for (round, code) in FAULTS.iter().enumerate() {
@@ -91,16 +62,12 @@ async fn results_that_postgres_can_not_take_are_kept_until_it_can() {
             callers.spawn(async move { durable.await_response(request).await });
         }
         server.wait_for(10 * (round + 1)).await;
-        set_fault(&database, Some(code)).await;
+        proxy.refuse("DELETE FROM mq_msgs m USING locked", code);
         gate.add_permits(10);
-        // Longer than the lease, which is renewed all the while.
-        let failing = Instant::now();
-        eventually("a lease goes by", || async {
-            failing.elapsed() > super::LEASE * 3 / 2
-        })
-        .await;
+        // Renewed all the while.
+        passing(&database, super::LEASE * 3 / 2).await;
         assert!(callers.try_join_next().is_none(), "{code}");
-        set_fault(&database, None).await;
+        assert!(proxy.refuse_nothing() > 0);
         for response in in_time(callers.join_all()).await {
             assert_eq!(response.unwrap().status(), 200);
         }
@@ -110,10 +77,126 @@ async fn results_that_postgres_can_not_take_are_kept_until_it_can() {
     println!("duplicates under failing settles: 0 of 50 requests");
 }
 
+#[tokio::test]
+async fn failed_attempts_that_postgres_can_not_note_are_kept_until_it_can() {
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    let server = Server::start(|number, _| async move {
+        // Each request's first attempt fails.
+        reply(if number % 2 == 0 { 503 } else { 200 }, "")
+    })
+    .await;
+    let durable = builder(&pool).build().unwrap();
+    let _other = builder(database.pool()).build().unwrap();
+    for (round, code) in FAULTS.iter().enumerate() {
+        proxy.refuse("INSERT INTO attempts", code);
+        let calling = in_time(durable.await_response(post_body(&server.url("/"), code)));
+        let (response, ()) = tokio::join!(calling, async {
+            eventually("it is refused", || async { proxy.refused() > 0 }).await;
+            passing(&database, super::LEASE * 3 / 2).await;
+            assert_eq!(server.count(), 2 * round + 1, "{code}");
+            proxy.refuse_nothing();
+        });
+        assert_eq!(response.unwrap().status(), 200, "{code}");
+        assert_eq!(server.count(), 2 * round + 2, "{code}");
+    }
+}
+
+#[tokio::test]
+async fn a_repetition_that_postgres_can_not_confirm_is_made_later() {
+    let Through { proxy, pool, .. } = through_a_proxy().await;
+    let server =
+        Server::start(
+            |number, _| async move { reply(if number % 2 == 0 { 503 } else { 200 }, "") },
+        )
+        .await;
+    let durable = builder(&pool).build().unwrap();
+    for (round, code) in FAULTS.iter().enumerate() {
+        proxy.refuse("attempts = m.attempts + $4::int, state = $5", code);
+        let calling = in_time(durable.await_response(post_body(&server.url("/"), code)));
+        let (response, ()) = tokio::join!(calling, async {
+            eventually("it is refused", || async { proxy.refused() > 0 }).await;
+            proxy.refuse_nothing();
+        });
+        assert_eq!(response.unwrap().status(), 200, "{code}");
+        assert_eq!(server.count(), 2 * round + 2, "{code}");
+    }
+}
+
+#[tokio::test]
+async fn renewals_that_postgres_can_not_make_are_made_again_in_time() {
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    let lease = 3 * super::LEASE;
+    let (server, gate) = held_server().await;
+    let durable = builder(&pool).lease(lease).build().unwrap();
+    let _other = builder(database.pool()).lease(lease).build().unwrap();
+    let waiting = tokio::spawn({
+        let (durable, request) = (durable.clone(), post_body(&server.url("/"), "x"));
+        async move { durable.await_response(request).await }
+    });
+    server.wait_for(1).await;
+    for code in FAULTS {
+        proxy.refuse("FOR UPDATE OF m SKIP LOCKED", code);
+        eventually("a renewal is refused", || async { proxy.refused() > 0 }).await;
+        proxy.refuse_nothing();
+        passing(&database, lease * 2 / 3).await;
+    }
+    gate.add_permits(10);
+    assert_eq!(in_time(waiting).await.unwrap().unwrap().status(), 200);
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn polls_that_postgres_refused_for_long_go_on_soon_when_it_does_no_more() {
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    let server = echo_server().await;
+    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let mut refused = 0;
+    proxy.refuse("mq_poll", FAULTS[0]);
+    let _durable = builder(&pool).build().unwrap();
+    // sqlxmq by itself waits for 50 ms after a refusal, and twice as long after each other one: for 3.2 s after the sixth.
+    for code in FAULTS {
+        proxy.refuse("mq_poll", code);
+        refused += 2;
+        eventually("more polls are refused", || async {
+            proxy.refused() >= refused
+        })
+        .await;
+    }
+    let id = enqueue_only
+        .fire(post_body(&server.url("/"), "x"))
+        .await
+        .unwrap();
+    proxy.refuse_nothing();
+    let back = Instant::now();
+    let outcome = testkit::outcome(&enqueue_only, id, crate::support::LONG).await;
+    assert_eq!(outcome.unwrap().status, Status::Completed);
+    println!(
+        "polls that were refused {refused} times went on after {:?}",
+        back.elapsed()
+    );
+    assert!(
+        back.elapsed() < Duration::from_secs(5),
+        "took {:?}",
+        back.elapsed()
+    );
+    assert_eq!(server.count(), 1);
+}
+
 /// How long a transaction of the application sits on its ordering key.
 fn long() -> Duration {
-    let long = std::env::var_os("REQUEUEST_LONG_FAULTS").is_some();
-    Duration::from_secs(if long { 60 } else { 5 })
+    Duration::from_secs(if super::is_long() { 60 } else { 5 })
 }
 
 #[tokio::test]
@@ -209,6 +292,41 @@ async fn requests_that_are_too_large_for_one_batch_are_all_persisted() {
         assert_eq!(response.unwrap().body().len(), size);
     }
     assert_eq!(server.count(), 6);
+}
+
+#[tokio::test]
+async fn the_largest_body_that_is_allowed_goes_both_ways() {
+    // Half of what Postgres takes in one value. In the short form, what is sent beside the claim.
+    let mib = if super::is_long() { 512 } else { 32 };
+    let size = mib * 1024 * 1024;
+    let database = migrated().await;
+    let server = Server::start(|_, seen| async move { reply(200, seen.body) }).await;
+    let durable = builder(database.pool())
+        .attempt_timeout(Duration::from_secs(120))
+        .max_request_body(size)
+        .max_response_body(size)
+        .build()
+        .unwrap();
+    let body = bytes::Bytes::from(vec![b'x'; size]);
+    let request = http::Request::post(server.url("/")).body(body.clone());
+    let large = durable.await_response(request.unwrap());
+    let small = async {
+        // Others go on beside it.
+        let mut callers = JoinSet::new();
+        for number in 0..20 {
+            let (durable, request) = (
+                durable.clone(),
+                post_body(&server.url("/"), &number.to_string()),
+            );
+            callers.spawn(async move { durable.await_response(request).await });
+        }
+        for response in in_time(callers.join_all()).await {
+            response.unwrap();
+        }
+    };
+    let (large, ()) = tokio::join!(large, small);
+    assert!(*large.unwrap().body() == body);
+    assert_eq!(server.count(), 21);
 }
 
 #[tokio::test]

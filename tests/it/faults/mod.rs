@@ -21,6 +21,11 @@ use crate::support::{LONG, Server, count, eventually, in_time, migrated, part, p
 /// The shortest that there is, so that take-overs are quick.
 const LEASE: Duration = Duration::from_secs(1);
 
+/// Whether the faults are to last.
+fn is_long() -> bool {
+    std::env::var_os("REQUEUEST_LONG_FAULTS").is_some()
+}
+
 fn post(url: &str) -> Request {
     http::Request::post(url)
         .body("x")

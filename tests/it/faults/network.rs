@@ -39,13 +39,13 @@ pub(super) fn pool_through(proxy: &Proxy, database: &TestDatabase) -> PgPool {
         .connect_lazy_with(options)
 }
 
-struct Through {
-    database: TestDatabase,
-    proxy: Proxy,
-    pool: PgPool,
+pub(super) struct Through {
+    pub(super) database: TestDatabase,
+    pub(super) proxy: Proxy,
+    pub(super) pool: PgPool,
 }
 
-async fn through_a_proxy() -> Through {
+pub(super) async fn through_a_proxy() -> Through {
     let database = migrated().await;
     let proxy = Proxy::postgres(address(&database)).await;
     let pool = pool_through(&proxy, &database);
