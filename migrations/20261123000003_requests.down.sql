@@ -4,6 +4,9 @@ DROP FUNCTION mq_insert(mq_new_t[]);
 DROP TYPE mq_new_t;
 DROP FUNCTION cancel_channels(text[], interval, int);
 DROP FUNCTION cancel_request(uuid, interval);
+DROP FUNCTION enqueue_many(
+    uuid[], text[], text[], boolean[], boolean[], bigint[], bigint[], text, text[], bytea[], boolean
+);
 DROP FUNCTION enqueue(
     uuid, text, text, boolean, boolean, interval, interval, text, text, bytea, uuid, smallint, interval, text, bytea, text,
     interval, boolean, boolean, boolean
@@ -11,6 +14,7 @@ DROP FUNCTION enqueue(
 DROP FUNCTION expire_requests(int);
 DROP FUNCTION end_requests(uuid[], text, text, text, interval);
 DROP FUNCTION is_ordered_elsewhere(text, text);
+DROP FUNCTION tell_runners(text);
 DROP FUNCTION lock_order(text, text, boolean);
 DROP FUNCTION is_ordered(text);
 DROP FUNCTION lock_key(text, text, text, boolean);

@@ -16,6 +16,14 @@ BEGIN
 END;
 $$;
 
+CREATE FUNCTION tell_runners(p_channel text) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    SELECT pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
+    SELECT NULL::void;
+$$;
+
 -- Whether the key of a group is kept in order: over all channels, or within each.
 CREATE FUNCTION is_ordered(p_group text) RETURNS boolean
 LANGUAGE sql
@@ -232,6 +240,70 @@ BEGIN
         PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
     END IF;
     RETURN QUERY SELECT 'inserted', p_id;
+END;
+$$;
+
+-- Persists many requests without a key of the caller's, in the caller's transaction and in their order. Returns NULL, or the id of one
+-- whose ordering key unfinished requests of another channel have: then nothing was done.
+CREATE FUNCTION enqueue_many(
+    p_ids uuid[],
+    p_channels text[],
+    p_groups text[],
+    p_ordered boolean[],
+    p_halts boolean[],
+    p_delays_ms bigint[],
+    p_deadlines_ms bigint[],
+    p_name text,
+    p_heads text[],
+    p_bodies bytea[],
+    p_notify boolean
+) RETURNS uuid
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+-- A plan for this call's arrays is not worth its time.
+SET plan_cache_mode = force_generic_plan
+AS $$
+DECLARE
+    v_elsewhere uuid;
+    v_now timestamptz;
+BEGIN
+    IF true = ANY (p_ordered) THEN
+        -- Sorted, so that two of these don't deadlock; and before the statement that takes the numbers.
+        PERFORM lock_order(k.channel, k.key_group, true)
+        FROM (
+            SELECT DISTINCT i.channel, i.key_group
+            FROM unnest(p_channels, p_groups, p_ordered) AS i(channel, key_group, ordered)
+            WHERE i.ordered ORDER BY i.key_group, i.channel
+        ) k;
+        SELECT i.id INTO v_elsewhere
+        FROM unnest(p_ids, p_channels, p_groups, p_ordered) AS i(id, channel, key_group, ordered)
+        WHERE i.ordered AND (
+            is_ordered_elsewhere(i.channel, i.key_group) OR EXISTS (
+                SELECT FROM unnest(p_channels, p_groups, p_ordered) AS o(channel, key_group, ordered)
+                WHERE o.ordered AND o.key_group = i.key_group AND o.channel <> i.channel
+                    AND substr(i.key_group, 5, 3) = '|o|'
+            )
+        )
+        LIMIT 1;
+        IF v_elsewhere IS NOT NULL THEN
+            RETURN v_elsewhere;
+        END IF;
+    END IF;
+    v_now := clock_timestamp();
+    INSERT INTO mq_payloads (id, name, created_at, head, body)
+    SELECT i.id, p_name, v_now, i.head, i.body FROM unnest(p_ids, p_heads, p_bodies) AS i(id, head, body);
+    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, deadline, halts)
+    SELECT
+        i.id, i.channel, i.key_group, v_now + i.delay_ms * interval '1 millisecond',
+        -- Unnested rows come in their order.
+        CASE WHEN i.ordered THEN nextval('mq_seq') END,
+        v_now + i.deadline_ms * interval '1 millisecond', i.halts
+    FROM unnest(p_ids, p_channels, p_groups, p_ordered, p_halts, p_delays_ms, p_deadlines_ms)
+        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms);
+    IF p_notify THEN
+        PERFORM tell_runners(told.channel) FROM (SELECT DISTINCT i.channel FROM unnest(p_channels) AS i(channel)) told;
+    END IF;
+    RETURN NULL;
 END;
 $$;
 

@@ -36,14 +36,6 @@ AS $$
     ) AS u(url);
 $$;
 
-CREATE FUNCTION tell_runners(p_channel text) RETURNS void
-LANGUAGE sql
-SET search_path FROM CURRENT
-AS $$
-    SELECT pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
-    SELECT NULL::void;
-$$;
-
 -- Makes a new request of a kept one. Returns `replayed`; `gone` if there is nothing left to be sent; `busy`, with nothing done, if a
 -- transaction has its ordering key; `elsewhere`, likewise, if another channel has it; NULL if it is not kept.
 CREATE FUNCTION replay_request(p_id uuid, p_new uuid, p_retention interval) RETURNS text

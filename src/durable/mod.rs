@@ -1,6 +1,7 @@
 //! The handle that everything else is a front for.
 
 mod builder;
+mod bulk;
 mod handle;
 mod head;
 mod kept;

@@ -7,6 +7,7 @@
 //! ```
 
 pub(crate) mod attempt;
+pub(crate) mod bulk;
 pub(crate) mod enqueue;
 mod fault;
 pub(crate) mod handlers;
@@ -50,6 +51,8 @@ use waiters::Waiters;
 
 /// How many bodies that were too large to come with their claim are fetched at a time.
 const LARGE_BODIES: usize = 16;
+/// How many bulk inserts there are at a time: each holds a connection, perhaps while it waits for a caller's ordering key.
+const BULK_TURNS: usize = 2;
 /// Longer than any statement may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a shutdown looks whether everything is settled.
@@ -195,6 +198,7 @@ pub(crate) struct Engine {
     /// Half of the slots: new requests can't starve those that wait in the queue.
     inline_slots: Arc<Semaphore>,
     large_bodies: Semaphore,
+    bulk_turns: Semaphore,
     /// Whether a runner claims here, so that this process may make first attempts.
     running: watch::Sender<bool>,
     /// Has a receiver for each runner that may still bring claims.
@@ -260,6 +264,7 @@ impl Engine {
             slots: Arc::new(Semaphore::new(concurrency)),
             inline_slots: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
             large_bodies: Semaphore::new(LARGE_BODIES),
+            bulk_turns: Semaphore::new(BULK_TURNS),
             running: watch::Sender::new(false),
             runners: watch::Sender::new(()),
             phase: watch::Sender::new(Phase::Open),
@@ -286,6 +291,10 @@ impl Engine {
 
     pub(crate) fn large_bodies(&self) -> &Semaphore {
         &self.large_bodies
+    }
+
+    pub(crate) fn bulk_turns(&self) -> &Semaphore {
+        &self.bulk_turns
     }
 
     pub(crate) fn transport(&self) -> Option<Transport> {

@@ -13,7 +13,7 @@ use crate::id::RequestId;
 /// The longest that a runner goes without a look, as `mq_poll` tells it.
 pub(crate) const RUNNER_WAIT: Duration = Duration::from_secs(1);
 /// Names the rows for anybody who looks into the queue with sqlxmq's eyes.
-const MESSAGE_NAME: &str = "requeuest";
+pub(super) const MESSAGE_NAME: &str = "requeuest";
 
 /// A request on its way into the queue.
 #[derive(Debug)]

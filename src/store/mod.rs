@@ -4,6 +4,7 @@
 //! queries, and callers that sit in a transaction can't block the engine that would let them go on. Its sessions are pinned to what
 //! the statements were written for.
 
+pub(crate) mod bulk;
 pub(crate) mod claim;
 pub(crate) mod enqueue;
 pub(crate) mod handle;
@@ -79,6 +80,15 @@ impl DbError {
     }
 }
 
+impl From<sqlx::Error> for DbError {
+    fn from(error: sqlx::Error) -> Self {
+        Self {
+            unknown: is_unknown(&error),
+            error,
+        }
+    }
+}
+
 impl From<DbError> for crate::Error {
     fn from(error: DbError) -> Self {
         error.error.into()
@@ -134,6 +144,17 @@ impl Db {
         self.run_large(0, statements).await
     }
 
+    /// Waits for a statement on a connection that its owner throws away after a failure.
+    pub(crate) async fn within<T, E: From<sqlx::Error>>(
+        &self,
+        bytes: usize,
+        statement: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        tokio::time::timeout(STATEMENT_TIMEOUT + moving(bytes), statement)
+            .await
+            .unwrap_or_else(|_elapsed| Err(timed_out().into()))
+    }
+
     /// As [`run`](Self::run), with the time that it takes to move as many bytes as the statements may.
     pub(crate) async fn run_large<T: Send>(
         &self,
@@ -153,21 +174,22 @@ impl Db {
         {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => {
-                let unknown = is_unknown(&error);
-                if unknown {
+                let error = DbError::from(error);
+                if error.unknown {
                     drop(connection.detach());
                 }
-                Err(DbError { error, unknown })
+                Err(error)
             }
             Err(_elapsed) => {
                 drop(connection.detach());
-                Err(DbError {
-                    error: sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()),
-                    unknown: true,
-                })
+                Err(timed_out().into())
             }
         }
     }
+}
+
+fn timed_out() -> sqlx::Error {
+    sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
 }
 
 fn moving(bytes: usize) -> Duration {
@@ -191,7 +213,7 @@ fn answers(
         if idle_for > TRUSTED_FOR {
             tokio::time::timeout(PING_TIMEOUT, connection.ping())
                 .await
-                .map_err(|_elapsed| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))??;
+                .map_err(|_elapsed| timed_out())??;
         }
         Ok(true)
     })

@@ -185,7 +185,7 @@ async fn send_until_killed() {
         for n in 0.. {
             let number = format!("{}/key/{n}", me.name);
             let id = durable
-                .fire(ordered(&me.url, &number, "key"))
+                .fire(ordered(&me.url, &number, &me.name))
                 .await
                 .unwrap();
             say(&format!("accepted {id} {number}"));

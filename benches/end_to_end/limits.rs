@@ -1,0 +1,125 @@
+//! What bounds a durable call: the exchange alone, and bare statements that write the rows that it writes.
+
+use std::time::Instant;
+
+use requeuest::sqlx::{self, PgPool, Row};
+
+use crate::load::{Measured, each};
+use crate::receiver::Receiver;
+use crate::{AnyError, BODY};
+
+pub(crate) async fn exchange(
+    receiver: &Receiver,
+    callers: usize,
+    count: usize,
+) -> Result<Measured, AnyError> {
+    let client = reqwest::Client::new();
+    let url = receiver.url.clone();
+    each(callers, count, move || {
+        let (client, url) = (client.clone(), url.clone());
+        async move {
+            client.post(&url).body(BODY).send().await?.bytes().await?;
+            Ok(())
+        }
+    })
+    .await
+}
+
+/// Tables like those that an insert writes to, with their indexes.
+pub(crate) async fn tables(pool: &PgPool) -> Result<(), AnyError> {
+    sqlx::raw_sql(
+        "CREATE SCHEMA bare;
+         CREATE TABLE bare.mq_msgs (LIKE requeuest.mq_msgs INCLUDING ALL);
+         CREATE TABLE bare.mq_payloads (LIKE requeuest.mq_payloads INCLUDING ALL);
+         CREATE TABLE bare.outcomes (LIKE requeuest.outcomes INCLUDING ALL);",
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+const COMMIT: &str = "
+    WITH payload AS (INSERT INTO bare.mq_payloads (id, name, head, body) VALUES ($1, 'requeuest', $2, $3))
+    INSERT INTO bare.mq_msgs (id, channel_name, channel_args, attempt_at)
+    VALUES ($1, 'default', 'a840|d|http://127.0.0.1:12345', now())";
+
+/// One row in each of the tables that an insert writes to, by one statement each.
+pub(crate) async fn commits(
+    pool: &PgPool,
+    callers: usize,
+    count: usize,
+) -> Result<Measured, AnyError> {
+    let pool = pool.clone();
+    each(callers, count, move || {
+        let pool = pool.clone();
+        async move {
+            sqlx::query(COMMIT)
+                .bind(requeuest::Uuid::now_v7())
+                .bind("x".repeat(400))
+                .bind(&BODY[..])
+                .execute(&pool)
+                .await?;
+            Ok(())
+        }
+    })
+    .await
+}
+
+/// The same rows, many by one statement, on one connection; and their deletes.
+pub(crate) async fn batches(
+    pool: &PgPool,
+    size: usize,
+    count: usize,
+) -> Result<(Measured, Measured), AnyError> {
+    let mut connection = pool.acquire().await?;
+    sqlx::query("TRUNCATE bare.mq_payloads, bare.mq_msgs")
+        .execute(&mut *connection)
+        .await?;
+    let (head, rounds) = ("x".repeat(400), count / size);
+    let mut all = Vec::new();
+    let began = Instant::now();
+    for _ in 0..rounds {
+        let ids: Vec<_> = (0..size).map(|_| requeuest::Uuid::now_v7()).collect();
+        sqlx::query(
+            "WITH input AS MATERIALIZED (SELECT unnest($1::uuid[]) AS id),
+             payloads AS (INSERT INTO bare.mq_payloads (id, name, head, body) SELECT id, 'requeuest', $2, $3 FROM input)
+             INSERT INTO bare.mq_msgs (id, channel_name, channel_args, attempt_at)
+             SELECT id, 'default', 'a840|d|http://127.0.0.1:12345', now() FROM input",
+        )
+        .bind(&ids)
+        .bind(&head)
+        .bind(&BODY[..])
+        .execute(&mut *connection)
+        .await?;
+        all.push(ids);
+    }
+    let inserts = Measured::whole(rounds * size, began.elapsed());
+    let began = Instant::now();
+    for ids in all {
+        sqlx::query(
+            "WITH gone AS (DELETE FROM bare.mq_payloads WHERE id = ANY ($1))
+             DELETE FROM bare.mq_msgs WHERE id = ANY ($1)",
+        )
+        .bind(&ids)
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok((inserts, Measured::whole(rounds * size, began.elapsed())))
+}
+
+/// What the machine's Postgres says of itself.
+pub(crate) async fn settings(pool: &PgPool) -> Result<String, AnyError> {
+    let row = sqlx::query(
+        "SELECT current_setting('server_version') AS version, current_setting('fsync') AS fsync,
+            current_setting('synchronous_commit') AS commit, current_setting('shared_buffers') AS buffers",
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(format!(
+        "Postgres {}, fsync {}, synchronous_commit {}, shared_buffers {}",
+        row.get::<String, _>("version"),
+        row.get::<String, _>("fsync"),
+        row.get::<String, _>("commit"),
+        row.get::<String, _>("buffers"),
+    ))
+}

@@ -1,0 +1,285 @@
+//! How many requests a second go all the way: persisted, sent, answered, settled; and how long one takes.
+//!
+//! `cargo bench --bench end_to_end -- --callers 64 --requests 20000 --drain 100000 --json figures.json`; with `--only`, some of
+//! `limits,await,fire,single,drain`, and with `--set synchronous_commit=off` another server.
+//!
+//! The receiver, Postgres (with `fsync` on) and the callers share the machine. Beside the durable calls it measures, in the same run,
+//! what bounds them: the exchange alone, and bare statements that write the same rows. Compare ratios within one run; absolute figures vary
+//! with the machine. Each count is checked: a request too many or too few fails the run.
+
+mod limits;
+mod load;
+mod receiver;
+mod report;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use requeuest::Durable;
+use requeuest::sqlx::{self, PgPool};
+use requeuest::testkit::Postgres;
+
+use load::{Measured, each};
+use receiver::Receiver;
+use report::{Report, micros};
+
+type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+const BODY: Bytes = Bytes::from_static(&[b'x'; 256]);
+/// Rows in a bare batch: about what a busy lane writes at a time.
+const BATCH: usize = 64;
+
+fn main() -> Result<(), AnyError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(run(&Arguments::parse()?))
+}
+
+/// What was asked for.
+struct Arguments {
+    callers: usize,
+    requests: usize,
+    /// Calls of a single caller, for their latency.
+    single: usize,
+    drain: usize,
+    json: Option<PathBuf>,
+    /// Nothing: everything.
+    only: Vec<String>,
+    /// Of the server.
+    settings: Vec<(String, String)>,
+}
+
+impl Arguments {
+    fn parse() -> Result<Self, AnyError> {
+        let mut parsed = Self {
+            callers: 64,
+            requests: 20_000,
+            single: 2000,
+            drain: 100_000,
+            json: None,
+            only: Vec::new(),
+            settings: Vec::new(),
+        };
+        let mut arguments = std::env::args().skip(1);
+        while let Some(name) = arguments.next() {
+            // Cargo's own.
+            if name == "--bench" {
+                continue;
+            }
+            let value = arguments.next().ok_or_else(|| format!("{name} of what?"))?;
+            match &*name {
+                "--callers" => parsed.callers = value.parse()?,
+                "--requests" => parsed.requests = value.parse()?,
+                "--single" => parsed.single = value.parse()?,
+                "--drain" => parsed.drain = value.parse()?,
+                "--set" => {
+                    let (name, value) = value.split_once('=').ok_or("--set takes name=value")?;
+                    parsed.settings.push((name.to_owned(), value.to_owned()));
+                }
+                "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
+                "--json" => parsed.json = Some(value.into()),
+                _ => return Err(format!("unknown argument {name}").into()),
+            }
+        }
+        Ok(parsed)
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|wanted| wanted == name)
+    }
+}
+
+async fn run(arguments: &Arguments) -> Result<(), AnyError> {
+    let mut server = Postgres::builder().config("fsync", "on");
+    for (name, value) in &arguments.settings {
+        server = server.config(name, value);
+    }
+    let postgres = server.start().await?;
+    let database = postgres.database().await?;
+    let pool = database.pool();
+    requeuest::migrate(pool).await?;
+    limits::tables(pool).await?;
+    let bench = Bench {
+        pool,
+        receiver: Receiver::start()?,
+        arguments,
+    };
+    let mut report = Report::default();
+    println!("{}", limits::settings(pool).await?);
+    report.note("settings", limits::settings(pool).await?);
+    println!(
+        "{} requests of {} bytes from {} callers; p50 / p99 of each call\n",
+        arguments.requests,
+        BODY.len(),
+        arguments.callers
+    );
+    bench.together(&mut report).await?;
+    if arguments.wants("single") {
+        bench.alone(&mut report).await?;
+    }
+    if arguments.wants("drain") {
+        bench.backlog(&mut report).await?;
+    }
+    if let Some(path) = &arguments.json {
+        report.write(path)?;
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    pool: &'a PgPool,
+    receiver: Receiver,
+    arguments: &'a Arguments,
+}
+
+impl Bench<'_> {
+    /// Many callers: rates.
+    async fn together(&self, report: &mut Report) -> Result<(), AnyError> {
+        let (callers, requests) = (self.arguments.callers, self.arguments.requests);
+        let mut limit = None;
+        if self.arguments.wants("limits") {
+            let before = self.receiver.received();
+            let bare = limits::exchange(&self.receiver, callers, requests).await?;
+            report.rate("the exchange alone", &bare, None);
+            self.receiver.expect(before + requests)?;
+            let commits = limits::commits(self.pool, callers, requests / 2).await?;
+            report.rate("bare one-row inserts", &commits, None);
+            let (inserts, deletes) = limits::batches(self.pool, BATCH, requests).await?;
+            report.rate("bare inserts in batches", &inserts, None);
+            report.rate("bare deletes in batches", &deletes, None);
+            limit = Some(("bare one-row inserts", commits.rate()));
+        }
+        let durable = self.durable().await?;
+        if self.arguments.wants("await") {
+            let awaited = self.awaited(&durable, callers, requests).await?;
+            report.rate("await_response", &awaited, limit);
+        }
+        if self.arguments.wants("fire") {
+            let (until_persisted, until_received) = self.fired(&durable, callers, requests).await?;
+            report.rate("fire, until persisted", &until_persisted, limit);
+            report.rate("fire, until received", &until_received, limit);
+        }
+        durable.shutdown(Duration::from_secs(5)).await?;
+        Ok(())
+    }
+
+    /// One caller: latencies.
+    async fn alone(&self, report: &mut Report) -> Result<(), AnyError> {
+        let single = self.arguments.single;
+        let exchange = limits::exchange(&self.receiver, 1, single).await?;
+        report.rate("1 caller: the exchange alone", &exchange, None);
+        let commit = limits::commits(self.pool, 1, single).await?;
+        report.rate("1 caller: bare one-row insert", &commit, None);
+        let durable = self.durable().await?;
+        let (fired, _) = self.fired(&durable, 1, single).await?;
+        report.rate("1 caller: fire", &fired, None);
+        let awaited = self.awaited(&durable, 1, single).await?;
+        report.rate("1 caller: await_response", &awaited, None);
+        let p50 = |measured: &Measured| micros(measured.percentile(0.5).unwrap_or_default());
+        let fire = p50(&fired) / p50(&commit);
+        let both = p50(&awaited) / (2.0 * p50(&commit) + p50(&exchange));
+        println!(
+            "  p50 of fire: {fire:.2} × a bare insert; of await_response: {both:.2} × two bare inserts and the exchange"
+        );
+        report.note("fire / bare insert, p50", fire);
+        report.note("await_response / (2 bare inserts + exchange), p50", both);
+        durable.shutdown(Duration::from_secs(5)).await?;
+        Ok(())
+    }
+
+    /// Many that wait already when the runner starts.
+    async fn backlog(&self, report: &mut Report) -> Result<(), AnyError> {
+        let count = self.arguments.drain;
+        let enqueuer = Durable::builder(self.pool.clone()).runner(false).build()?;
+        let before = self.receiver.received();
+        let url = &self.receiver.url;
+        let requests = (0..count).map(|_| request(url));
+        let began = Instant::now();
+        enqueuer.fire_many(requests).await?;
+        let filled = Measured::whole(count, began.elapsed());
+        report.rate("fire_many", &filled, None);
+        let began = Instant::now();
+        let durable = self.durable().await?;
+        let ended = self.receiver.wait_for(before + count).await?;
+        let drained = Measured::whole(count, ended - began);
+        report.rate("draining", &drained, None);
+        self.settled().await?;
+        self.receiver.expect(before + count)?;
+        durable.shutdown(Duration::from_secs(5)).await?;
+        Ok(())
+    }
+
+    /// With its connections made, and its statements prepared.
+    async fn durable(&self) -> Result<Durable, AnyError> {
+        let durable = Durable::builder(self.pool.clone()).build()?;
+        durable.status(requeuest::Uuid::nil().into()).await?;
+        Ok(durable)
+    }
+
+    async fn awaited(
+        &self,
+        durable: &Durable,
+        callers: usize,
+        count: usize,
+    ) -> Result<Measured, AnyError> {
+        let before = self.receiver.received();
+        let (durable, url) = (durable.clone(), self.receiver.url.clone());
+        let measured = each(callers, count, move || {
+            let (durable, request) = (durable.clone(), request(&url));
+            async move {
+                durable.await_response(request).await?;
+                Ok(())
+            }
+        })
+        .await?;
+        self.receiver.expect(before + count)?;
+        Ok(measured)
+    }
+
+    /// Until the callers had their ids, and until the receiver had all.
+    async fn fired(
+        &self,
+        durable: &Durable,
+        callers: usize,
+        count: usize,
+    ) -> Result<(Measured, Measured), AnyError> {
+        let before = self.receiver.received();
+        let (durable, url) = (durable.clone(), self.receiver.url.clone());
+        let began = Instant::now();
+        let persisted = each(callers, count, move || {
+            let (durable, request) = (durable.clone(), request(&url));
+            async move {
+                durable.fire(request).await?;
+                Ok(())
+            }
+        })
+        .await?;
+        let ended = self.receiver.wait_for(before + count).await?;
+        self.settled().await?;
+        self.receiver.expect(before + count)?;
+        Ok((persisted, Measured::whole(count, ended - began)))
+    }
+
+    async fn settled(&self) -> Result<(), AnyError> {
+        let unfinished = "SELECT count(*) FROM requeuest.mq_msgs";
+        while sqlx::query_scalar::<_, i64>(unfinished)
+            .fetch_one(self.pool)
+            .await?
+            > 0
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
+}
+
+fn request(url: &str) -> http::Request<Bytes> {
+    let mut request = http::Request::new(BODY);
+    *request.method_mut() = http::Method::POST;
+    if let Ok(uri) = url.parse() {
+        *request.uri_mut() = uri;
+    }
+    request
+}

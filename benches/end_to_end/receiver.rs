@@ -1,0 +1,98 @@
+//! A server on a thread of its own, which counts what it gets.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+
+use crate::AnyError;
+
+/// Longer than any measurement may stand still.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+pub(crate) struct Receiver {
+    pub(crate) url: String,
+    counted: Arc<Counted>,
+}
+
+#[derive(Default)]
+struct Counted {
+    received: AtomicUsize,
+    /// Told when so many have come.
+    goal: AtomicUsize,
+    reached: Notify,
+}
+
+impl Receiver {
+    pub(crate) fn start() -> Result<Self, AnyError> {
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+        listener.set_nonblocking(true)?;
+        let url = format!("http://{}/", listener.local_addr()?);
+        let counted = Arc::new(Counted::default());
+        let counter = Arc::clone(&counted);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        std::thread::spawn(move || runtime.block_on(serve(listener, counter)));
+        Ok(Self { url, counted })
+    }
+
+    pub(crate) fn received(&self) -> usize {
+        self.counted.received.load(Ordering::SeqCst)
+    }
+
+    /// Waits until so many requests have come since the start. More are as wrong as less.
+    pub(crate) async fn wait_for(&self, count: usize) -> Result<Instant, AnyError> {
+        self.counted.goal.store(count, Ordering::SeqCst);
+        let reached = async {
+            while self.received() < count {
+                let told = self.counted.reached.notified();
+                if self.received() >= count {
+                    break;
+                }
+                told.await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, reached).await?;
+        Ok(Instant::now())
+    }
+
+    pub(crate) fn expect(&self, count: usize) -> Result<(), AnyError> {
+        match self.received() {
+            received if received == count => Ok(()),
+            received => Err(format!("{count} requests were made and {received} received").into()),
+        }
+    }
+}
+
+async fn serve(listener: std::net::TcpListener, counted: Arc<Counted>) {
+    let Ok(listener) = TcpListener::from_std(listener) else {
+        return;
+    };
+    while let Ok((stream, _)) = listener.accept().await {
+        let _ = stream.set_nodelay(true);
+        let counted = Arc::clone(&counted);
+        let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
+            let counted = Arc::clone(&counted);
+            async move {
+                let _ = request.into_body().collect().await;
+                let received = counted.received.fetch_add(1, Ordering::SeqCst) + 1;
+                if received == counted.goal.load(Ordering::SeqCst) {
+                    counted.reached.notify_one();
+                }
+                Ok::<_, Infallible>(http::Response::new(Full::new(Bytes::from_static(b"ok"))))
+            }
+        });
+        tokio::spawn(
+            hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service),
+        );
+    }
+}
