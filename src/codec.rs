@@ -145,7 +145,12 @@ pub(crate) fn encode_request(request: &Request, uri: &Uri, delivery: &Delivery) 
 
 /// Serializing maps with string keys, strings and numbers can't fail.
 fn to_json<T: Serialize>(head: &T) -> String {
-    serde_json::to_string(head).unwrap_or_default()
+    // Most heads fit, so that it need not grow.
+    let mut json = Vec::with_capacity(768);
+    match serde_json::to_writer(&mut json, head) {
+        Ok(()) => String::from_utf8(json).unwrap_or_default(),
+        Err(_) => String::new(),
+    }
 }
 
 pub(crate) fn decode_request(

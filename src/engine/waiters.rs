@@ -80,15 +80,20 @@ impl Waiters {
         }
     }
 
-    /// Hands a committed outcome to everybody who waits for it.
-    pub(crate) fn wake(&self, outcome: &Outcome) {
-        let Some(entries) = self.lock().remove(&outcome.id) else {
+    /// Hands a committed outcome to everybody who waits for it. It is made if anybody does.
+    pub(crate) fn wake(&self, id: RequestId, outcome: impl FnOnce() -> Outcome) {
+        let Some(mut entries) = self.lock().remove(&id) else {
             return;
         };
+        let Some(last) = entries.pop() else {
+            return;
+        };
+        let outcome = outcome();
         for entry in entries {
             // A receiver that is gone wants nothing.
             let _ = entry.sender.send(Ok(outcome.clone()));
         }
+        let _ = last.sender.send(Ok(outcome));
     }
 
     /// Whether somebody here waits for the request.
@@ -289,7 +294,7 @@ async fn ask(shared: &Shared, ids: &[RequestId]) {
             Found::Finished(outcome) => {
                 // It may be in flight here, and have been ended elsewhere.
                 shared.leases.forget(id);
-                shared.waiters.wake(&outcome);
+                shared.waiters.wake(id, || *outcome);
             }
             Found::Unknown => shared
                 .waiters

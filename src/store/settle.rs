@@ -1,12 +1,13 @@
 //! Recording what came of attempts: finished, or due again.
 //!
-//! Both statements first lock the rows of the claims that still hold, in the order of their ids, so that two settles
+//! The statements take the rows of the claims that still hold in the order of their ids, so that two settles
 //! can't deadlock. A claim that is no longer the latest finds no row: nothing is changed for it.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
@@ -16,6 +17,7 @@ use crate::codec;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::response::Response;
+use crate::status::Status;
 
 /// The claim that a settle stands on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,155 +71,165 @@ pub(crate) struct Settled {
     pub(crate) ordered: bool,
 }
 
-/// Bodies are picked by their number, as in the insert.
-const FINISH: &str = "
-    WITH input AS MATERIALIZED (
-        SELECT i.* FROM unnest(
-            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[], $10::bool[]
-        ) WITH ORDINALITY AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)
-    ), locked AS MATERIALIZED (
-        SELECT m.id, m.channel_name, m.channel_args, m.seq, m.waiter, m.claim_no,
-            m.attempts - i.unmade::int AS attempts,
-            m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts
+/// What leaves the queue, with what it left.
+///
+/// Requests that end as they should are deleted at once; those that may hold up their ordering key are locked first, to tell. Bodies are
+/// picked by their number, as in the insert.
+macro_rules! finish {
+    ($leaving:literal) => {
+        concat!(
+            "WITH input AS MATERIALIZED (
+                SELECT i.* FROM unnest(
+                    $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[], $10::bool[]
+                ) WITH ORDINALITY AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)
+            ), ",
+            $leaving,
+            ", finished AS MATERIALIZED (
+                SELECT
+                    l.*, coalesce(p.created_at, clock_timestamp()) AS created_at,
+                    -- A request that is given up ends with the last response it ever got.
+                    l.http_status IS NULL AND p.response_head IS NOT NULL AND l.status = 'discarded' AS earlier,
+                    p.response_status, p.response_head, p.response_body
+                FROM leaving l LEFT JOIN mq_payloads p ON p.id = l.id
+            ), payloads AS (
+                DELETE FROM mq_payloads p USING finished f WHERE p.id = f.id AND f.status IN ('completed', 'cancelled')
+            ), stored AS (
+                INSERT INTO outcomes (
+                    slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at,
+                    http_status, head, body, error_class, error
+                )
+                SELECT
+                    CASE WHEN f.status IN ('completed', 'cancelled')
+                        THEN outcome_slot(clock_timestamp(), $9 * interval '1 millisecond') ELSE -1 END,
+                    f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at, clock_timestamp(),
+                    CASE WHEN f.status IN ('completed', 'cancelled')
+                        THEN clock_timestamp() + $9 * interval '1 millisecond' END,
+                    CASE WHEN f.earlier THEN f.response_status ELSE f.http_status END,
+                    CASE WHEN f.earlier THEN f.response_head ELSE f.head END,
+                    CASE WHEN f.earlier THEN f.response_body ELSE ($6::bytea[])[f.number] END,
+                    f.error_class, f.error
+                FROM finished f
+            ), to_handle AS (
+                INSERT INTO unhandled (id, channel_name)
+                SELECT f.id, f.channel_name FROM finished f JOIN handled_channels h ON h.channel_name = f.channel_name
+            )
+            SELECT
+                f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.ordered AND NOT f.halts AS ordered,
+                CASE WHEN f.earlier THEN f.response_status END AS earlier_status,
+                CASE WHEN f.earlier THEN f.response_head END AS earlier_head,
+                CASE WHEN f.earlier THEN f.response_body END AS earlier_body
+            FROM finished f"
+        )
+    };
+}
+
+/// For requests that have been answered. Their rows are deleted in the order of the arrays, which is that of the ids.
+const FINISH: &str = finish!(
+    "leaving AS (
+        DELETE FROM mq_msgs m USING input i WHERE m.id = i.id AND m.claim_no = i.claim_no
+        RETURNING
+            i.*, m.channel_name, m.channel_args, m.waiter, m.seq IS NOT NULL AS ordered, false AS halts,
+            m.attempts - i.unmade::int AS attempts
+    )"
+);
+
+const FINISH_KEPT: &str = finish!(
+    "leaving AS MATERIALIZED (
+        SELECT
+            i.*, m.channel_name, m.channel_args, m.waiter, m.seq IS NOT NULL AS ordered,
+            m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts,
+            m.attempts - i.unmade::int AS attempts
         FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
         ORDER BY m.id FOR UPDATE OF m
     ), removed AS (
-        DELETE FROM mq_msgs m USING locked l WHERE m.id = l.id AND NOT l.halts
+        DELETE FROM mq_msgs m USING leaving l WHERE m.id = l.id AND NOT l.halts
     ), halted AS (
         UPDATE mq_msgs m
         SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL, supersede_key = NULL
-        FROM locked l WHERE m.id = l.id AND l.halts
-    ), finished AS MATERIALIZED (
-        SELECT
-            l.*, i.status, i.error_class, i.error, coalesce(p.created_at, clock_timestamp()) AS created_at,
-            -- A request that is given up ends with the last response it ever got.
-            i.http_status IS NULL AND p.response_head IS NOT NULL AND i.status = 'discarded' AS earlier,
-            i.http_status, i.head, i.number, p.response_status, p.response_head, p.response_body
-        FROM locked l
-        -- With the number: an earlier claim of the same request may be settled in the same batch.
-        JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
-        LEFT JOIN mq_payloads p ON p.id = l.id
-    ), payloads AS (
-        DELETE FROM mq_payloads p USING finished f WHERE p.id = f.id AND f.status IN ('completed', 'cancelled')
-    ), stored AS (
-        INSERT INTO outcomes (
-            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at,
-            http_status, head, body, error_class, error
-        )
-        SELECT
-            CASE WHEN f.status IN ('completed', 'cancelled')
-                THEN outcome_slot(clock_timestamp(), $9 * interval '1 millisecond') ELSE -1 END,
-            f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at, clock_timestamp(),
-            CASE WHEN f.status IN ('completed', 'cancelled')
-                THEN clock_timestamp() + $9 * interval '1 millisecond' END,
-            CASE WHEN f.earlier THEN f.response_status ELSE f.http_status END,
-            CASE WHEN f.earlier THEN f.response_head ELSE f.head END,
-            CASE WHEN f.earlier THEN f.response_body ELSE ($6::bytea[])[f.number] END,
-            f.error_class, f.error
-        FROM finished f
-    ), to_handle AS (
-        INSERT INTO unhandled (id, channel_name)
-        SELECT f.id, f.channel_name FROM finished f JOIN handled_channels h ON h.channel_name = f.channel_name
-    )
-    SELECT
-        f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.seq IS NOT NULL AND NOT f.halts AS ordered,
-        CASE WHEN f.earlier THEN f.response_status END AS earlier_status,
-        CASE WHEN f.earlier THEN f.response_head END AS earlier_head,
-        CASE WHEN f.earlier THEN f.response_body END AS earlier_body
-    FROM finished f";
+        FROM leaving l WHERE m.id = l.id AND l.halts
+    )"
+);
 
-/// Finishes requests: their outcomes are stored and their rows leave the queue, in one statement.
-/// Outcomes get the number of attempts and, where they were given up, the last response.
+/// A result that ends its request.
+pub(crate) type Finish = (Fence, Arc<Outcome>);
+
+/// A request that ended.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) settled: Settled,
+    /// It was given up without a response to the last attempt, and this is the last that there was.
+    pub(crate) earlier: Option<Response>,
+}
+
+/// Finishes requests, sorted by their ids: their outcomes are stored and their rows leave the queue, in one statement.
 pub(crate) async fn finish(
     connection: &mut PgConnection,
-    finishes: &mut [(Fence, Outcome)],
+    finishes: &[Finish],
     retention: Duration,
-) -> Result<Vec<Settled>, sqlx::Error> {
-    let column = finishes.iter();
-    let rows = sqlx::query(FINISH)
+) -> Result<Vec<Finished>, sqlx::Error> {
+    let outcomes = finishes.iter().map(|(_, outcome)| outcome);
+    let kept = outcomes
+        .clone()
+        .any(|outcome| matches!(outcome.status, Status::Discarded | Status::Ambiguous));
+    let responses = outcomes.clone().map(|outcome| outcome.response.as_ref());
+    let faults = outcomes.clone().map(|outcome| outcome.fault.as_ref());
+    let fences = finishes.iter().map(|(fence, _)| fence);
+    let rows = sqlx::query(if kept { FINISH_KEPT } else { FINISH })
+        .bind(fences.clone().map(|f| f.id.into()).collect::<Vec<Uuid>>())
+        .bind(fences.map(|f| f.claim_no).collect::<Vec<_>>())
         .bind(
-            column
+            outcomes
                 .clone()
-                .map(|(fence, _)| fence.id.into())
-                .collect::<Vec<Uuid>>(),
+                .map(|outcome| outcome.status.as_str())
+                .collect::<Vec<_>>(),
         )
+        .bind(responses.clone().map(status_of).collect::<Vec<_>>())
         .bind(
-            column
+            responses
                 .clone()
-                .map(|(fence, _)| fence.claim_no)
+                .map(|response| response.map(codec::encode_response))
                 .collect::<Vec<_>>(),
         )
         .bind(
-            column
-                .clone()
-                .map(|(_, outcome)| outcome.status.as_str())
+            responses
+                .map(|response| response.map(|response| &*response.body))
                 .collect::<Vec<_>>(),
         )
         .bind(
-            column
+            faults
                 .clone()
-                .map(|(_, outcome)| status_of(outcome.response.as_ref()))
+                .map(|fault| fault.map(|fault| &*fault.class))
                 .collect::<Vec<_>>(),
         )
         .bind(
-            column
-                .clone()
-                .map(|(_, outcome)| outcome.response.as_ref().map(codec::encode_response))
-                .collect::<Vec<_>>(),
-        )
-        .bind(
-            column
-                .clone()
-                .map(|(_, outcome)| outcome.response.as_ref().map(|response| &*response.body))
-                .collect::<Vec<_>>(),
-        )
-        .bind(
-            column
-                .clone()
-                .map(|(_, outcome)| outcome.fault.as_ref().map(|fault| &*fault.class))
-                .collect::<Vec<_>>(),
-        )
-        .bind(
-            column
-                .clone()
-                .map(|(_, outcome)| outcome.fault.as_ref().map(|fault| &*fault.text))
+            faults
+                .map(|fault| fault.map(|fault| &*fault.text))
                 .collect::<Vec<_>>(),
         )
         .bind(millis(retention))
-        .bind(
-            column
-                .map(|(_, outcome)| outcome.unmade)
-                .collect::<Vec<_>>(),
-        )
+        .bind(outcomes.map(|outcome| outcome.unmade).collect::<Vec<_>>())
         .fetch_all(connection)
         .await?;
-
-    let mut places: HashMap<Fence, usize> = HashMap::with_capacity(finishes.len());
-    places.extend(
-        finishes
-            .iter()
-            .enumerate()
-            .map(|(place, (fence, _))| (*fence, place)),
-    );
     rows.iter()
         .map(|row| {
             let settled = settled(row)?;
-            let earlier: Option<i16> = row.try_get("earlier_status")?;
-            if let Some(&place) = places.get(&settled.fence) {
-                let outcome = &mut finishes[place].1;
-                outcome.attempts = settled.attempts;
-                if let Some(status) = earlier {
-                    let head: String = row.try_get("earlier_head")?;
-                    let body: Option<Vec<u8>> = row.try_get("earlier_body")?;
-                    let body = Bytes::from(body.unwrap_or_default());
-                    // A stored head that can't be read back leaves the error, which says enough.
-                    outcome.response =
-                        codec::decode_response(settled.fence.id, status as u16, &head, body).ok();
-                }
-            }
-            Ok(settled)
+            Ok(Finished {
+                earlier: earlier(row, settled.fence.id)?,
+                settled,
+            })
         })
         .collect()
+}
+
+fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Response>, sqlx::Error> {
+    let Some(status) = row.try_get::<Option<i16>, _>("earlier_status")? else {
+        return Ok(None);
+    };
+    let head: String = row.try_get("earlier_head")?;
+    let body: Option<Vec<u8>> = row.try_get("earlier_body")?;
+    let body = Bytes::from(body.unwrap_or_default());
+    // A stored head that can't be read back leaves the error, which says enough.
+    Ok(codec::decode_response(id, status as u16, &head, body).ok())
 }
 
 const AGAIN: &str = "
@@ -228,27 +240,24 @@ const AGAIN: &str = "
         ) WITH ORDINALITY
             AS i(id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms, http_status, head, number)
     ), locked AS MATERIALIZED (
-        SELECT m.id, m.claim_no, m.attempts FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
+        SELECT i.*, m.attempts FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
         ORDER BY m.id FOR UPDATE OF m
     ), payloads AS (
         UPDATE mq_payloads p
-        SET response_status = i.http_status, response_head = i.head, response_body = ($11::bytea[])[i.number]
-        FROM locked l JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
-        WHERE p.id = l.id AND i.http_status IS NOT NULL
+        SET response_status = l.http_status, response_head = l.head, response_body = ($11::bytea[])[l.number]
+        FROM locked l WHERE p.id = l.id AND l.http_status IS NOT NULL
     ), failed AS (
         INSERT INTO attempts (id, number, duration_ms, http_status, error_class, error)
-        SELECT l.id, l.attempts, i.duration_ms, i.http_status, i.error_class, i.error
-        FROM locked l JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
-        WHERE i.error_class IS NOT NULL
+        SELECT l.id, l.attempts, l.duration_ms, l.http_status, l.error_class, l.error
+        FROM locked l WHERE l.error_class IS NOT NULL
         ON CONFLICT DO NOTHING
     )
     UPDATE mq_msgs m
-    SET attempt_at = clock_timestamp() + (i.delay_ms + CASE WHEN i.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
+    SET attempt_at = clock_timestamp() + (l.delay_ms + CASE WHEN l.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
         claim_no = m.claim_no + 1,
-        attempts = m.attempts - i.uncounted::int,
-        state = CASE WHEN i.hold THEN 2 ELSE 0 END
-    FROM locked l JOIN input i ON i.id = l.id AND i.claim_no = l.claim_no
-    WHERE m.id = l.id
+        attempts = m.attempts - l.uncounted::int,
+        state = CASE WHEN l.hold THEN 2 ELSE 0 END
+    FROM locked l WHERE m.id = l.id
     RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";
 
 /// Puts requests back into the queue, or holds them for this process's next attempt.
@@ -322,7 +331,7 @@ fn status_of(response: Option<&Response>) -> Option<i16> {
     response.map(|response| response.status.as_u16() as i16)
 }
 
-fn settled(row: &sqlx::postgres::PgRow) -> Result<Settled, sqlx::Error> {
+fn settled(row: &PgRow) -> Result<Settled, sqlx::Error> {
     let attempts: i32 = row.try_get("attempts")?;
     Ok(Settled {
         fence: Fence {
@@ -384,15 +393,15 @@ mod tests {
             } else {
                 2
             };
-            let outcome = |text: &str| Outcome::discarded(id, "other", text.to_owned());
-            let mut finishes = [
+            let outcome = |text: &str| Arc::new(Outcome::discarded(id, "other", text.to_owned()));
+            let finishes = [
                 (fence(latest - 1), outcome("stale")),
                 (fence(latest), outcome("latest")),
             ];
-            let settled = finish(&mut connection, &mut finishes, Duration::from_secs(60)).await;
+            let settled = finish(&mut connection, &finishes, Duration::from_secs(60)).await;
             let settled = settled.unwrap();
             assert_eq!(settled.len(), 1);
-            assert_eq!(settled[0].fence, fence(latest));
+            assert_eq!(settled[0].settled.fence, fence(latest));
             let stored: Vec<String> =
                 sqlx::query_scalar("SELECT error FROM outcomes WHERE id = $1")
                     .bind(Uuid::from(id))

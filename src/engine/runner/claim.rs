@@ -245,7 +245,7 @@ impl Claim {
 
     /// Ends the request; returns after the commit.
     pub(crate) async fn finish(mut self, outcome: Outcome) {
-        if let Some(done) = self.settle(Settling::Finish(outcome)) {
+        if let Some(done) = self.settle(Settling::Finish(Arc::new(outcome))) {
             let _ = done.await;
         }
     }
@@ -299,11 +299,11 @@ impl Drop for Claim {
                 uncounted: self.counted,
                 failure: None,
             },
-            Some(_) if self.is_once() => Settling::Finish(Outcome::ambiguous(
+            Some(_) if self.is_once() => Settling::Finish(Arc::new(Outcome::ambiguous(
                 self.job.id,
                 FailureClass::Abandoned.as_str(),
                 ABANDONED.to_owned(),
-            )),
+            ))),
             Some(began) => {
                 let text = ABANDONED.to_owned();
                 match self.next_delay(None) {
@@ -318,11 +318,11 @@ impl Drop for Claim {
                             response: None,
                         }),
                     },
-                    None => Settling::Finish(Outcome::discarded(
+                    None => Settling::Finish(Arc::new(Outcome::discarded(
                         self.job.id,
                         FailureClass::Abandoned.as_str(),
                         text,
-                    )),
+                    ))),
                 }
             }
         };

@@ -50,7 +50,7 @@ async fn run(engine: Arc<Engine>, current: CurrentJob, lease: Arc<Lease>, head: 
         let text = "it may have been sent by a process that was lost before it recorded an answer";
         let outcome = Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned());
         let outcome = outcome.without_attempt();
-        return settle(&engine, lease, Settling::Finish(outcome)).await;
+        return settle(&engine, lease, Settling::Finish(Arc::new(outcome))).await;
     }
     if !engine.is_claiming() {
         // It came from the last poll. Others may send it at once.
@@ -67,7 +67,7 @@ async fn run(engine: Arc<Engine>, current: CurrentJob, lease: Arc<Lease>, head: 
             log::error!("request {id} is discarded: {error}");
             let class = FailureClass::Unusable.as_str();
             let outcome = Outcome::discarded(id, class, error.to_string()).without_attempt();
-            settle(&engine, lease, Settling::Finish(outcome)).await;
+            settle(&engine, lease, Settling::Finish(Arc::new(outcome))).await;
         }
         Err(Unusable::Later(error)) => {
             log::warn!("fetching the body of request {id} failed: {error}");

@@ -3,7 +3,7 @@
 //! A result is never dropped: while the database fails the lane keeps what it has and tries again. Waiters are woken, and
 //! other processes told, only after the commit.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::engine::runner::lease::Lease;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::store::outcome::{self, Found};
-use crate::store::settle::{self, Again, Failure, Fence, Settled};
+use crate::store::settle::{self, Again, Failure, Fence, Finished, Settled};
 use crate::store::{DbError, enqueue};
 
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -32,7 +32,8 @@ pub(crate) struct Settlement {
 }
 
 pub(crate) enum Settling {
-    Finish(Outcome),
+    /// Shared with the statement that writes it.
+    Finish(Arc<Outcome>),
     Again {
         delay: Duration,
         hold: bool,
@@ -67,6 +68,7 @@ impl Settlement {
         const REFUSED: &str = "the database refused what there is to say of it";
         let (response, text) = match &mut self.result {
             Settling::Finish(outcome) => {
+                let outcome = Arc::make_mut(outcome);
                 if outcome.drop_body() {
                     return true;
                 }
@@ -98,7 +100,9 @@ pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<S
 }
 
 /// Writes a batch, splitting it down to the row that the database refuses.
-async fn write(shared: &Shared, batch: Vec<Settlement>) {
+async fn write(shared: &Shared, mut batch: Vec<Settlement>) {
+    // As the statements want it.
+    batch.sort_unstable_by_key(|settlement| settlement.lease.id);
     let mut stack = vec![batch];
     let mut pause = RETRY_MIN;
     while let Some(mut batch) = stack.pop() {
@@ -156,46 +160,62 @@ async fn write_finishes(
     batch: &mut Vec<Settlement>,
     word: &mut Word,
 ) -> Result<(), DbError> {
-    let mut finishes: Vec<_> = batch
+    let finishes: Vec<_> = batch
         .iter()
         .filter_map(|settlement| match &settlement.result {
-            Settling::Finish(outcome) => Some((settlement.lease.fence(), outcome.clone())),
+            Settling::Finish(outcome) => Some((settlement.lease.fence(), Arc::clone(outcome))),
             Settling::Again { .. } => None,
         })
         .collect();
+    let fences: Vec<_> = finishes.iter().map(|(fence, _)| *fence).collect();
     let retention = shared.config.retention;
     let bytes = batch.iter().map(Settlement::size).sum();
-    let (finishes, settled) = shared
+    let finished = shared
         .db
         .run_large(bytes, move |connection| {
-            Box::pin(async move {
-                let settled = settle::finish(connection, &mut finishes, retention).await?;
-                Ok((finishes, settled))
-            })
+            Box::pin(async move { settle::finish(connection, &finishes, retention).await })
         })
         .await?;
-    word.about_finished(shared, &settled);
-    shared.settled.notify_waiters();
+    word.about_finished(shared, &finished);
     // By claim: an earlier one of the same request may be in the same batch.
-    let settled: HashSet<Fence> = settled.iter().map(|settled| settled.fence).collect();
+    let mut finished: HashMap<Fence, Finished> = finished
+        .into_iter()
+        .map(|finished| (finished.settled.fence, finished))
+        .collect();
     let (written, rest) = std::mem::take(batch)
         .into_iter()
         .partition(Settlement::is_finish);
     *batch = rest;
     let mut unsettled = Vec::new();
     // In the same order, as one was made from the other.
-    for (settlement, (fence, outcome)) in written.into_iter().zip(finishes) {
-        if !settled.contains(&fence) {
+    for (settlement, fence) in written.into_iter().zip(fences) {
+        let Some(finished) = finished.remove(&fence) else {
             unsettled.push((settlement, fence));
             continue;
-        }
+        };
         shared.leases.remove(&settlement.lease);
-        shared.waiters.wake(&outcome);
+        if let Settling::Finish(outcome) = settlement.result {
+            shared
+                .waiters
+                .wake(fence.id, || completed(outcome, finished));
+        }
         // Whoever drove the attempt may be gone.
         let _ = settlement.done.send(None);
     }
+    shared.settled.notify_waiters();
     look_into(shared, unsettled, batch).await;
     Ok(())
+}
+
+/// The outcome with what only the database knows.
+fn completed(outcome: Arc<Outcome>, finished: Finished) -> Outcome {
+    // The statement is over, and with it the other owner.
+    let outcome = Arc::unwrap_or_clone(outcome);
+    Outcome {
+        attempts: finished.settled.attempts,
+        response: finished.earlier.or(outcome.response),
+        ..outcome
+    }
 }
 
 /// Results whose claims are not the latest. Those that a poll of this process claimed anew stand under the new number, and go back into
@@ -333,8 +353,8 @@ struct Word {
 }
 
 impl Word {
-    fn about_finished(&mut self, shared: &Shared, settled: &[Settled]) {
-        for settled in settled {
+    fn about_finished(&mut self, shared: &Shared, finished: &[Finished]) {
+        for Finished { settled, .. } in finished {
             let waiter = settled.waiter.filter(|waiter| *waiter != shared.instance);
             self.waiters
                 .extend(waiter.map(|waiter| (waiter, settled.fence.id)));

@@ -1,0 +1,143 @@
+//! What a call costs this process, in time and in allocations: without a network, and without waiting for a disk.
+//!
+//! `cargo bench --bench micro`
+//!
+//! Everything runs on the thread that is measured: the lanes, the attempts, the driver of Postgres. The client that sends is a function that
+//! answers at once. Postgres itself runs without `fsync`; its own time shows in the times of the durable calls, not in their allocations.
+
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+
+use bytes::Bytes;
+use divan::counter::ItemsCount;
+use divan::{AllocProfiler, Bencher, black_box};
+use futures_util::future::join_all;
+use requeuest::testkit::{Postgres, TestDatabase};
+use requeuest::{Body, Durable, Request};
+use tokio::runtime::Runtime;
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+#[global_allocator]
+static ALLOCATOR: AllocProfiler = AllocProfiler::system();
+
+fn main() {
+    divan::main();
+}
+
+fn request() -> http::Request<Bytes> {
+    http::Request::post("http://api.example.com/v1/charges?expand=customer")
+        .header("content-type", "application/json")
+        .header("authorization", "Bearer secret")
+        .header("user-agent", "billing/1.0")
+        .body(Bytes::from_static(&[b'x'; 256]))
+        .expect("a valid request")
+}
+
+type Answer = Ready<Result<http::Response<Body>, Infallible>>;
+
+fn answer<B>(_: http::Request<B>) -> Answer {
+    ready(Ok(http::Response::new(Body::from("ok"))))
+}
+
+/// The request as the crate keeps it.
+#[divan::bench]
+fn intake(bencher: Bencher<'_, '_>) {
+    bencher
+        .with_inputs(request)
+        .bench_values(|request| Request::try_from(black_box(request)));
+}
+
+struct Fixture {
+    runtime: Runtime,
+    durable: Durable,
+    // Goes last: the handle's connections are to it.
+    _database: TestDatabase,
+}
+
+fn fixture() -> Fixture {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let (durable, database) = runtime.block_on(async {
+        let postgres = Postgres::shared().await.expect("a Postgres");
+        let database = postgres.database().await.expect("a database");
+        requeuest::migrate(database.pool()).await.expect("a schema");
+        let durable = Durable::builder(database.pool().clone())
+            .transport(service_fn(answer::<Body>))
+            .build()
+            .expect("a handle");
+        // Connections are made and statements prepared.
+        for _ in 0..10 {
+            durable.await_response(request()).await.expect("an answer");
+        }
+        (durable, database)
+    });
+    Fixture {
+        runtime,
+        durable,
+        _database: database,
+    }
+}
+
+/// One after another: each has its statements for itself.
+#[divan::bench(sample_count = 200)]
+fn await_response_alone(bencher: Bencher<'_, '_>) {
+    let fixture = fixture();
+    bencher.with_inputs(request).bench_local_values(|request| {
+        let awaited = fixture.durable.await_response(request);
+        fixture.runtime.block_on(awaited).expect("an answer");
+    });
+}
+
+const TOGETHER: usize = 64;
+
+/// Many at once, which share their statements. The counts are those of all of them.
+#[divan::bench(sample_count = 200)]
+fn await_response_64_together(bencher: Bencher<'_, '_>) {
+    let fixture = fixture();
+    bencher
+        .with_inputs(|| (0..TOGETHER).map(|_| request()).collect::<Vec<_>>())
+        .input_counter(|requests| ItemsCount::new(requests.len()))
+        .bench_local_values(|requests| {
+            let calls = requests
+                .into_iter()
+                .map(|request| fixture.durable.await_response(request));
+            for answered in fixture.runtime.block_on(join_all(calls)) {
+                answered.expect("an answer");
+            }
+        });
+}
+
+/// What a request costs that passes through a layer untouched, beside the same without the layer.
+#[divan::bench(args = [false, true])]
+fn pass_through(bencher: Bencher<'_, '_>, layered: bool) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let _context = runtime.enter();
+    let pool = requeuest::sqlx::PgPool::connect_lazy("postgres://localhost/unused");
+    let durable = Durable::builder(pool.expect("a URL"))
+        .runner(false)
+        .pass_through(|_| true)
+        .build()
+        .expect("a handle");
+    let bare = service_fn(answer::<Body>);
+    let request = || request().map(Body::from);
+    if layered {
+        let mut service = durable.layer().layer(bare);
+        bencher.with_inputs(request).bench_local_values(|request| {
+            let ready = runtime.block_on(ServiceExt::<http::Request<Body>>::ready(&mut service));
+            let answered = runtime.block_on(ready.expect("readiness").call(request));
+            answered.expect("an answer");
+        });
+    } else {
+        let mut service = bare;
+        bencher.with_inputs(request).bench_local_values(|request| {
+            let ready = runtime.block_on(ServiceExt::<http::Request<Body>>::ready(&mut service));
+            let answered = runtime.block_on(ready.expect("readiness").call(request));
+            answered.expect("an answer");
+        });
+    }
+}
