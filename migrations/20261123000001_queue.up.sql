@@ -41,10 +41,13 @@ CREATE TABLE mq_msgs (
     autovacuum_vacuum_cost_delay = 0
 );
 
--- What is due, and when the next one will be.
-CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, attempt_at);
+-- Of those that wait: what is due, and when the next one will be.
+CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, attempt_at) WHERE state = 0;
 -- Skipping from group to group, and what is due in one.
-CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, channel_args, attempt_at);
+CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, channel_args, attempt_at) WHERE state = 0;
+-- Of those that somebody has: whose lease has run out. An index of its own, because most requests are inserted with a lease and gone long
+-- before its end: what they leave in an index until it is vacuumed is not to be passed by each poll.
+CREATE INDEX mq_msgs_leases ON mq_msgs (channel_name, attempt_at) WHERE state IN (1, 2, 4);
 -- The head of an ordering key, and whether another channel has the key.
 CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_args, channel_name, seq) WHERE seq IS NOT NULL;
 
@@ -79,7 +82,8 @@ ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
 -- Claims up to batch_size due requests. The lease is the session's `requeuest.lease`.
 --
 -- The cost doesn't grow with the backlog: a bounded number of due rows is read by due time; where there are more, groups
--- are skipped through from a random start, so that one destination's backlog can't hide the others.
+-- are skipped through from a random start, so that one destination's backlog can't hide the others. Then leases that have run out are
+-- looked for by one poll in eight; a runner with nothing better to do looks each time.
 CREATE FUNCTION mq_poll(channel_names text[], batch_size int DEFAULT 1)
 RETURNS TABLE (
     id uuid,
@@ -105,8 +109,11 @@ DECLARE
     v_window int := 4 * batch_size;
     v_channels text[] := channel_names;
     v_candidates uuid[];
+    v_backlog boolean;
     v_picked uuid[] := '{}';
     v_some uuid[];
+    v_from int := 1;
+    v_open int;
     v_claimed int;
     v_next timestamptz;
     v_wait interval;
@@ -124,26 +131,51 @@ BEGIN
     END IF;
 
     IF v_channels IS NULL THEN
-        WITH RECURSIVE present(channel) AS (
-            (SELECT m.channel_name FROM mq_msgs m ORDER BY m.channel_name LIMIT 1)
+        WITH RECURSIVE waiting(channel) AS (
+            (SELECT m.channel_name FROM mq_msgs m WHERE m.state = 0 ORDER BY m.channel_name LIMIT 1)
             UNION ALL
             SELECT (
                 SELECT m.channel_name FROM mq_msgs m
-                WHERE m.channel_name > present.channel ORDER BY m.channel_name LIMIT 1
+                WHERE m.state = 0 AND m.channel_name > waiting.channel ORDER BY m.channel_name LIMIT 1
             )
-            FROM present WHERE present.channel IS NOT NULL
+            FROM waiting WHERE waiting.channel IS NOT NULL
+        ), leased(channel) AS (
+            (SELECT m.channel_name FROM mq_msgs m WHERE m.state IN (1, 2, 4) ORDER BY m.channel_name LIMIT 1)
+            UNION ALL
+            SELECT (
+                SELECT m.channel_name FROM mq_msgs m
+                WHERE m.state IN (1, 2, 4) AND m.channel_name > leased.channel ORDER BY m.channel_name LIMIT 1
+            )
+            FROM leased WHERE leased.channel IS NOT NULL
         )
-        SELECT array_agg(channel) INTO v_channels FROM present WHERE channel IS NOT NULL;
+        SELECT array_agg(present.channel) INTO v_channels
+        FROM (SELECT channel FROM waiting UNION SELECT channel FROM leased) present
+        WHERE present.channel IS NOT NULL;
     END IF;
 
     SELECT array_agg(due.id ORDER BY due.attempt_at) INTO v_candidates
     FROM unnest(v_channels) AS wanted(channel), LATERAL (
         SELECT m.id, m.attempt_at FROM mq_msgs m
-        WHERE m.channel_name = wanted.channel AND m.attempt_at <= v_now
+        WHERE m.channel_name = wanted.channel AND m.state = 0 AND m.attempt_at <= v_now
         ORDER BY m.attempt_at LIMIT v_window
     ) due;
+    v_backlog := coalesce(cardinality(v_candidates), 0) >= v_window;
 
-    IF coalesce(cardinality(v_candidates), 0) >= v_window THEN
+    IF NOT v_backlog OR random() < 0.125 THEN
+        SELECT array_agg(locked.id) INTO v_some FROM (
+            SELECT m.id
+            FROM unnest(v_channels) AS wanted(channel), LATERAL (
+                SELECT l.id FROM mq_msgs l
+                WHERE l.channel_name = wanted.channel AND l.state IN (1, 2, 4) AND l.attempt_at <= v_now
+                ORDER BY l.attempt_at LIMIT batch_size
+            ) lapsed JOIN mq_msgs m ON m.id = lapsed.id
+            WHERE m.state IN (1, 2, 4) AND m.attempt_at <= v_now
+            LIMIT batch_size FOR UPDATE OF m SKIP LOCKED
+        ) locked;
+        v_picked := coalesce(v_some, '{}');
+    END IF;
+
+    IF v_backlog THEN
         -- A backlog: a share for each group that is met, until the batch is full or enough groups were looked at.
         v_start := lpad(to_hex((random() * 65535)::int), 4, '0');
         <<channels>>
@@ -153,7 +185,7 @@ BEGIN
             LOOP
                 EXIT channels WHEN cardinality(v_picked) >= batch_size OR v_visits >= batch_size;
                 SELECT m.channel_args, m.seq IS NOT NULL INTO v_group, v_ordered FROM mq_msgs m
-                WHERE m.channel_name = v_channel AND m.channel_args > v_cursor
+                WHERE m.channel_name = v_channel AND m.state = 0 AND m.channel_args > v_cursor
                 ORDER BY m.channel_args LIMIT 1;
                 IF NOT FOUND THEN
                     EXIT WHEN v_wrapped;
@@ -172,13 +204,14 @@ BEGIN
                             WHERE head.channel_name = v_channel AND head.channel_args = v_group
                                 AND head.seq IS NOT NULL
                             ORDER BY head.seq LIMIT 1
-                        ) AND m.attempt_at <= v_now
+                        ) AND m.state = 0 AND m.attempt_at <= v_now
                         FOR UPDATE SKIP LOCKED
                     ) locked;
                 ELSE
                     SELECT array_agg(locked.id) INTO v_some FROM (
                         SELECT m.id FROM mq_msgs m
-                        WHERE m.channel_name = v_channel AND m.channel_args = v_group AND m.attempt_at <= v_now
+                        WHERE m.channel_name = v_channel AND m.channel_args = v_group AND m.state = 0
+                            AND m.attempt_at <= v_now
                         ORDER BY m.attempt_at LIMIT least(v_share, batch_size - cardinality(v_picked))
                         FOR UPDATE SKIP LOCKED
                     ) locked;
@@ -188,26 +221,32 @@ BEGIN
         END LOOP;
     END IF;
 
-    -- The oldest ones fill what is left. Of an ordering key only the head may go, leased or not.
-    SELECT array_agg(locked.id) INTO v_some FROM (
-        SELECT m.id FROM mq_msgs m
-        WHERE m.id = ANY (v_candidates) AND NOT m.id = ANY (v_picked) AND m.attempt_at <= v_now
-            AND (m.seq IS NULL OR NOT EXISTS (
-                SELECT FROM mq_msgs ahead
-                WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
-                    AND ahead.seq < m.seq
-            ))
-        ORDER BY m.attempt_at LIMIT greatest(0, batch_size - cardinality(v_picked))
-        FOR UPDATE SKIP LOCKED
-    ) locked;
-    v_picked := v_picked || coalesce(v_some, '{}');
+    -- The oldest ones fill what is left, as many at a time as there is room for. Of an ordering key only the head may go, leased or
+    -- not.
+    LOOP
+        v_open := batch_size - cardinality(v_picked);
+        EXIT WHEN v_open <= 0 OR v_from > coalesce(cardinality(v_candidates), 0);
+        SELECT array_agg(locked.id) INTO v_some FROM (
+            SELECT m.id FROM unnest(v_candidates[v_from:v_from + v_open - 1]) AS c(id) JOIN mq_msgs m ON m.id = c.id
+            WHERE m.state = 0 AND m.attempt_at <= v_now AND NOT m.id = ANY (v_picked)
+                AND (m.seq IS NULL OR NOT EXISTS (
+                    SELECT FROM mq_msgs ahead
+                    WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
+                        AND ahead.seq < m.seq
+                ))
+            FOR UPDATE OF m SKIP LOCKED
+        ) locked;
+        v_picked := v_picked || coalesce(v_some, '{}');
+        v_from := v_from + v_open;
+    END LOOP;
     v_claimed := cardinality(v_picked);
 
     IF v_claimed < batch_size THEN
+        -- No further than it matters: beyond there is what will be gone by then.
         SELECT min(upcoming.attempt_at) INTO v_next
         FROM unnest(v_channels) AS wanted(channel), LATERAL (
             SELECT m.attempt_at FROM mq_msgs m
-            WHERE m.channel_name = wanted.channel AND m.attempt_at > v_now
+            WHERE m.channel_name = wanted.channel AND m.state = 0 AND m.attempt_at > v_now AND m.attempt_at < v_now + c_wait_max
             ORDER BY m.attempt_at LIMIT 1
         ) upcoming;
         v_wait := least(greatest(coalesce(v_next - v_now, c_wait_max), c_wait_min), c_wait_max);
@@ -221,15 +260,13 @@ BEGIN
     END IF;
 
     RETURN QUERY
-    WITH before AS MATERIALIZED (
-        SELECT m.id, m.state = 4 AS lost FROM mq_msgs m WHERE m.id = ANY (v_picked)
-    ), claimed AS (
+    WITH claimed AS (
         UPDATE mq_msgs m
         -- What may have been sent and must not be sent again stays so until somebody has recorded it.
         SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
-            state = CASE WHEN b.lost THEN 4 ELSE 1 END
-        FROM before b WHERE m.id = b.id
-        RETURNING m.id, m.claim_no, m.attempts, m.deadline, b.lost
+            state = CASE WHEN m.state = 4 THEN 4 ELSE 1 END
+        WHERE m.id = ANY (v_picked)
+        RETURNING m.id, m.claim_no, m.attempts, m.deadline, m.state = 4 AS lost
     )
     SELECT
         c.id,
@@ -242,6 +279,8 @@ BEGIN
             ',"age_ms":', coalesce((extract(epoch FROM v_now - p.created_at) * 1000)::bigint, 0),
             ',"deadline_ms":', coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
             ',"lost":', c.lost::text,
+            -- Whether more are due than this poll took.
+            ',"more":', (v_claimed = batch_size)::text,
             ',"fetch_body":', CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
             ',"head":', coalesce(p.head, 'null'),
             '}'

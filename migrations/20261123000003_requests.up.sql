@@ -334,11 +334,22 @@ DECLARE
     v_ids uuid[];
 BEGIN
     DELETE FROM mq_msgs m WHERE m.state = 3 AND (channel_names IS NULL OR m.channel_name = ANY (channel_names));
-    SELECT array_agg(found.id) INTO v_ids FROM (
-        SELECT m.id FROM mq_msgs m
-        WHERE channel_names IS NULL OR m.channel_name = ANY (channel_names)
-        ORDER BY m.id LIMIT p_limit FOR UPDATE
-    ) found;
+    IF channel_names IS NULL THEN
+        SELECT array_agg(found.id) INTO v_ids FROM (
+            SELECT m.id FROM mq_msgs m ORDER BY m.id LIMIT p_limit FOR UPDATE
+        ) found;
+    ELSE
+        -- By the indexes of those that wait and of those that somebody has.
+        SELECT array_agg(locked.id) INTO v_ids FROM (
+            SELECT m.id FROM (
+                SELECT w.id FROM mq_msgs w WHERE w.channel_name = ANY (channel_names) AND w.state = 0
+                UNION ALL
+                SELECT l.id FROM mq_msgs l WHERE l.channel_name = ANY (channel_names) AND l.state IN (1, 2, 4)
+                LIMIT p_limit
+            ) found JOIN mq_msgs m ON m.id = found.id
+            ORDER BY m.id FOR UPDATE OF m
+        ) locked;
+    END IF;
     RETURN end_requests(coalesce(v_ids, '{}'), 'cancelled', NULL, NULL, p_retention);
 END;
 $$;

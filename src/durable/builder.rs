@@ -185,7 +185,7 @@ impl DurableBuilder {
         self
     }
 
-    /// How many attempts are made at a time, at least 1. New requests may use half of them, so that they can't
+    /// How many attempts are made at a time, at least 1. While there is a backlog, new requests may use half of them, so that they can't
     /// starve those in the queue. Defaults to [`DEFAULT_CONCURRENCY`].
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.concurrency = concurrency;

@@ -100,6 +100,8 @@ pub(crate) struct Shared {
     /// Told when requests have ended here.
     pub(crate) settled: Notify,
     pub(crate) polls: Polls,
+    /// The last poll that brought anything left more behind.
+    pub(crate) backlog: AtomicBool,
     /// Results that came too late to count.
     pub(crate) stale_results: AtomicU64,
     verified: AtomicBool,
@@ -195,7 +197,7 @@ pub(crate) struct Engine {
     settle: mpsc::UnboundedSender<Settlement>,
     transport: TransportSlot,
     slots: Arc<Semaphore>,
-    /// Half of the slots: new requests can't starve those that wait in the queue.
+    /// Half of the slots: while there is a backlog, new requests can't starve those that wait in the queue.
     inline_slots: Arc<Semaphore>,
     large_bodies: Semaphore,
     bulk_turns: Semaphore,
@@ -237,6 +239,7 @@ impl Engine {
             leases: Leases::default(),
             settled: Notify::new(),
             polls: Polls::default(),
+            backlog: AtomicBool::new(false),
             stale_results: AtomicU64::new(0),
             verified: AtomicBool::new(false),
             left: Mutex::default(),
@@ -388,8 +391,11 @@ impl Engine {
         if !(subscribed && self.is_claiming() && has_client) {
             return None;
         }
-        let inline = Arc::clone(&self.inline_slots).try_acquire_owned().ok()?;
         let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
+        if !self.shared.backlog.load(Ordering::Relaxed) {
+            return Some(vec![slot]);
+        }
+        let inline = Arc::clone(&self.inline_slots).try_acquire_owned().ok()?;
         Some(vec![inline, slot])
     }
 

@@ -23,6 +23,8 @@ pub(crate) struct ClaimHead {
     deadline_ms: Option<i64>,
     /// The last claim ended with its process, and the request may have been sent and must not be sent again.
     pub(crate) lost: bool,
+    /// As many were claimed as were asked for: there may be more.
+    pub(crate) more: bool,
     /// The body is too large to come with the claim.
     pub(crate) fetch_body: bool,
     /// The request's head, or nothing if its payload is gone.

@@ -640,7 +640,7 @@ async fn no_statement_reads_a_whole_table_though_it_was_planned_while_that_was_e
     let sent = server.count();
     pool.execute(
         "update requeuest.mq_msgs set attempt_at = now() where id in (
-            select id from requeuest.mq_msgs where channel_name = 'default' order by attempt_at limit 1500
+            select id from requeuest.mq_msgs where channel_name = 'default' and state = 0 order by attempt_at limit 1500
          )",
     )
     .await

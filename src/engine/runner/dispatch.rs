@@ -1,6 +1,7 @@
 //! Taking over what sqlxmq's runner claimed.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -31,6 +32,7 @@ pub(crate) fn take(engine: Arc<Engine>, current: CurrentJob) {
             return;
         }
     };
+    engine.shared().backlog.store(head.more, Ordering::Relaxed);
     let fence = Fence {
         id,
         claim_no: head.claim_no,

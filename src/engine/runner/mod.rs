@@ -110,7 +110,7 @@ impl Runner {
     async fn fails(&self, engine: &Engine) {
         let mut before: Option<u64> = None;
         while probe(engine).await {
-            if before == Some(self.pool.used()) {
+            if before == Some(self.pool.used()) && self.has_room(engine) {
                 log::warn!("the runner has not polled for {PROBE_INTERVAL:?}");
                 return;
             }
