@@ -1,7 +1,9 @@
-//! Group commit: one writer, and whatever piled up while it wrote.
+//! Group commit: what piles up while one batch is written goes into the next.
 //!
-//! No timer, so no added latency: an idle lane writes at once, a busy one writes more at a time. Batches are capped by rows
-//! and by bytes. What is over a batch's bytes by itself is written beside the lane, so that the small ones don't wait for it.
+//! No timer, so no added latency: an idle lane writes at once, a busy one writes more at a time. Batches are capped by rows and by bytes.
+//! When much piles up, a second batch is written beside the first: one is carried out while the other waits for the disk, and
+//! callers that were answered together don't go on in step for ever. What is over a batch's bytes by itself goes beside them, so that the
+//! small ones don't wait for it.
 
 use std::future::Future;
 
@@ -10,6 +12,9 @@ use tokio::task::JoinSet;
 
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
+const MAX_WRITES: usize = 2;
+/// How many have to wait for a second batch.
+const SECOND_FROM: usize = 16;
 /// How many large ones are written at a time, beside the lane.
 const MAX_LARGE: usize = 2;
 
@@ -21,31 +26,77 @@ pub(crate) async fn run<T, F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut large = JoinSet::new();
-    let mut waiting = Vec::with_capacity(MAX_BATCH);
-    while incoming.recv_many(&mut waiting, MAX_BATCH).await > 0 {
-        let mut batch = Vec::with_capacity(waiting.len());
-        let mut bytes = 0;
-        for item in waiting.drain(..) {
-            let size = size(&item);
-            if size > MAX_BATCH_BYTES {
-                while large.len() >= MAX_LARGE {
-                    large.join_next().await;
-                }
-                large.spawn(write(vec![item]));
-                continue;
-            }
-            if bytes + size > MAX_BATCH_BYTES {
-                write(std::mem::take(&mut batch)).await;
-                bytes = 0;
-            }
-            bytes += size;
-            batch.push(item);
+    let mut writes = JoinSet::new();
+    let mut large_writes = JoinSet::new();
+    let mut batch = Batch::default();
+    let mut large = Vec::new();
+    let mut came = Vec::with_capacity(MAX_BATCH);
+    let mut open = true;
+    loop {
+        let has_room = batch.has_room() && large.is_empty();
+        tokio::select! {
+            biased;
+            Some(_) = writes.join_next() => {}
+            Some(_) = large_writes.join_next() => {}
+            count = incoming.recv_many(&mut came, MAX_BATCH), if open && has_room => open = count > 0,
+            // Nothing is written and nothing will come.
+            else => break,
         }
-        if !batch.is_empty() {
-            write(batch).await;
+        for item in came.drain(..) {
+            match size(&item) {
+                bytes if bytes > MAX_BATCH_BYTES => large.push(item),
+                bytes => batch.push(item, bytes),
+            }
         }
-        while large.try_join_next().is_some() {}
+        while large_writes.len() < MAX_LARGE {
+            let Some(item) = large.pop() else { break };
+            large_writes.spawn(write(vec![item]));
+        }
+        while writes.len() < batch.wanted_writes() {
+            writes.spawn(write(batch.take()));
+        }
     }
-    large.join_all().await;
+}
+
+/// What waits to be written.
+struct Batch<T> {
+    items: std::collections::VecDeque<(T, usize)>,
+}
+
+impl<T> Default for Batch<T> {
+    fn default() -> Self {
+        Self {
+            items: std::collections::VecDeque::with_capacity(MAX_BATCH),
+        }
+    }
+}
+
+impl<T> Batch<T> {
+    fn push(&mut self, item: T, bytes: usize) {
+        self.items.push_back((item, bytes));
+    }
+
+    /// What is not taken waits in the channel.
+    fn has_room(&self) -> bool {
+        self.items.len() < MAX_BATCH
+    }
+
+    fn wanted_writes(&self) -> usize {
+        match self.items.len() {
+            0 => 0,
+            1..SECOND_FROM => 1,
+            _ => MAX_WRITES,
+        }
+    }
+
+    /// As much as goes into one write.
+    fn take(&mut self) -> Vec<T> {
+        let mut bytes = 0;
+        let fits = self.items.iter().take(MAX_BATCH).take_while(|(_, size)| {
+            bytes += size;
+            bytes <= MAX_BATCH_BYTES
+        });
+        let count = fits.count();
+        self.items.drain(..count).map(|(item, _)| item).collect()
+    }
 }
