@@ -193,7 +193,7 @@ async fn a_settle_whose_commit_is_not_acknowledged_wakes_its_waiters_and_sends_n
     let durable = builder(&pool).build().unwrap();
     let mut ledger = super::Ledger::new();
     for number in 0..10 {
-        proxy.lose_answers_to("DELETE FROM mq_msgs m USING locked", 1);
+        proxy.lose_answers_to("INSERT INTO outcomes", 1);
         let name = number.to_string();
         let told = in_time(call(&durable, &server.url("/"), &name, number < 8)).await;
         eventually("the answer is lost", || async { proxy.lost() > number }).await;

@@ -1,0 +1,236 @@
+//! What a backlog costs: a poll, an insert and a delivery, while many others wait.
+//!
+//! `cargo bench --bench backlog -- --rows 1000000`
+//!
+//! Each poll claims 256 requests. Its time is compared with that among a thousand ready ones, in the same run.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use requeuest::Durable;
+use requeuest::sqlx::postgres::{PgConnectOptions, PgConnection};
+use requeuest::sqlx::{self, ConnectOptions, PgPool};
+use requeuest::testkit::{Postgres, TestDatabase};
+
+type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+const BATCH: i32 = 256;
+const POLLS: usize = 21;
+/// What the crate asks of its sessions.
+const SESSION: [(&str, &str); 7] = [
+    ("search_path", "requeuest"),
+    ("requeuest.lease", r"1\ hour"),
+    ("jit", "off"),
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("plan_cache_mode", "force_generic_plan"),
+];
+
+fn main() -> Result<(), AnyError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let rows = argument("--rows")?.unwrap_or(1_000_000);
+    runtime.block_on(run(rows))
+}
+
+fn argument(name: &str) -> Result<Option<i64>, AnyError> {
+    let mut arguments = std::env::args()
+        .skip_while(|argument| argument != name)
+        .skip(1);
+    Ok(arguments.next().map(|value| value.parse()).transpose()?)
+}
+
+/// Requests as they wait in the queue.
+struct Backlog {
+    name: &'static str,
+    rows: i64,
+    groups: i64,
+    /// When they are due, as an SQL interval from now.
+    due: &'static str,
+    /// How many of them a poll may find.
+    ready: i64,
+}
+
+async fn run(rows: i64) -> Result<(), AnyError> {
+    let postgres = Postgres::builder().config("fsync", "on").start().await?;
+    let ready = "interval '-1 second'";
+    let delayed = "interval '1 day'";
+    let backlog = |name, groups, due| Backlog {
+        name,
+        rows,
+        groups,
+        due,
+        ready: if due == delayed { 0 } else { rows },
+    };
+    let few = Backlog {
+        rows: rows.min(1000),
+        ready: rows.min(1000),
+        ..backlog("few, ready", 8, ready)
+    };
+    println!("{rows} requests; the median of {POLLS} polls of {BATCH}\n");
+    let base = polls(&postgres, &few, None).await?;
+    for backlog in [
+        backlog("ready, in 8 groups", 8, ready),
+        backlog("ready, in 1,000 groups", 1000, ready),
+        backlog("ready, in 20,000 groups", 20_000, ready),
+        backlog("delayed", 20_000, delayed),
+    ] {
+        polls(&postgres, &backlog, Some(base)).await?;
+    }
+    hidden(
+        &postgres,
+        &backlog("delayed, one of them ready", 20_000, delayed),
+    )
+    .await?;
+    inserts(&postgres, &backlog("waiting", 1000, delayed)).await
+}
+
+async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, AnyError> {
+    let database = postgres.database().await?;
+    requeuest::migrate(database.pool()).await?;
+    let fill = format!(
+        "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+         SELECT gen_random_uuid(), 'c', lpad(to_hex((g.n * 7919) % 65536), 4, '0') || '|d|http://' || g.n || ':80', now() + {due}
+         FROM (SELECT n % {groups} AS n FROM generate_series(1, {rows}) AS n) g;
+         INSERT INTO requeuest.mq_payloads (id, name, head, body)
+         SELECT id, 'requeuest', repeat('x', 400), convert_to(repeat('x', 256), 'UTF8') FROM requeuest.mq_msgs;",
+        due = backlog.due,
+        groups = backlog.groups,
+        rows = backlog.rows,
+    );
+    sqlx::raw_sql(&fill).execute(database.pool()).await?;
+    sqlx::raw_sql("VACUUM ANALYZE; CHECKPOINT")
+        .execute(database.pool())
+        .await?;
+    Ok(database)
+}
+
+/// A session as the crate has them.
+async fn session(database: &TestDatabase) -> Result<PgConnection, AnyError> {
+    let options: PgConnectOptions = database.options().options(SESSION);
+    Ok(options.connect().await?)
+}
+
+async fn poll(connection: &mut PgConnection) -> Result<(i64, Duration), AnyError> {
+    let began = Instant::now();
+    let claimed: i64 = sqlx::query_scalar("SELECT count(id) FROM mq_poll(ARRAY['c'], $1)")
+        .bind(BATCH)
+        .fetch_one(connection)
+        .await?;
+    Ok((claimed, began.elapsed()))
+}
+
+async fn polls(
+    postgres: &Postgres,
+    backlog: &Backlog,
+    base: Option<Duration>,
+) -> Result<Duration, AnyError> {
+    let database = filled(postgres, backlog).await?;
+    let mut connection = session(&database).await?;
+    let mut times = Vec::new();
+    let mut left = backlog.ready;
+    for _ in 0..POLLS {
+        let (claimed, took) = poll(&mut connection).await?;
+        if claimed != left.min(i64::from(BATCH)) {
+            return Err(format!("{claimed} of {left} were claimed").into());
+        }
+        left -= claimed;
+        // Of few, the same ones again.
+        if left < i64::from(BATCH) && backlog.ready > 0 {
+            sqlx::query("UPDATE mq_msgs SET state = 0, attempt_at = now() - interval '1 second' WHERE state = 1")
+                .execute(&mut connection)
+                .await?;
+            left = backlog.ready;
+        }
+        times.push(took);
+    }
+    times.sort_unstable();
+    let median = times[POLLS / 2];
+    let ratio = base.map_or(1.0, |base| median.as_secs_f64() / base.as_secs_f64());
+    println!(
+        "{:<28} {:>8.2} ms  {ratio:>5.2} ×",
+        backlog.name,
+        millis(median)
+    );
+    Ok(median)
+}
+
+/// The one that is ready is found by the next poll.
+async fn hidden(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError> {
+    let database = filled(postgres, backlog).await?;
+    let mut connection = session(&database).await?;
+    let mut times = Vec::new();
+    for _ in 0..POLLS {
+        sqlx::query(
+            "UPDATE mq_msgs SET attempt_at = now() WHERE id = (
+                SELECT id FROM mq_msgs WHERE state = 0 AND channel_name = 'c' ORDER BY attempt_at DESC LIMIT 1
+            )",
+        )
+        .execute(&mut connection)
+        .await?;
+        let (claimed, took) = poll(&mut connection).await?;
+        if claimed != 1 {
+            return Err(format!("the next poll found {claimed}").into());
+        }
+        times.push(took);
+    }
+    times.sort_unstable();
+    println!("{:<28} {:>8.2} ms", backlog.name, millis(times[POLLS / 2]));
+    Ok(())
+}
+
+/// How fast requests are persisted beside the others.
+async fn inserts(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError> {
+    let empty = Backlog {
+        rows: 0,
+        ..*backlog
+    };
+    let (empty, full) = (
+        filled(postgres, &empty).await?,
+        filled(postgres, backlog).await?,
+    );
+    let mut rates = [Vec::new(), Vec::new()];
+    // In turn, as the machine is never the same for long.
+    for _ in 0..3 {
+        for (database, rates) in [&empty, &full].into_iter().zip(&mut rates) {
+            rates.push(insert_rate(database.pool()).await?);
+        }
+    }
+    let [empty, full] = rates.map(|mut rates| {
+        rates.sort_by(f64::total_cmp);
+        rates[1]
+    });
+    println!("\nfire beside none             {empty:>8.0} /s");
+    println!(
+        "fire beside them             {full:>8.0} /s  {:>5.2} ×",
+        full / empty
+    );
+    Ok(())
+}
+
+async fn insert_rate(pool: &PgPool) -> Result<f64, AnyError> {
+    const CALLERS: usize = 64;
+    const EACH: usize = 150;
+    // Persisted and not delivered: what is measured is the insert.
+    let durable = Durable::builder(pool.clone()).runner(false).build()?;
+    durable.status(requeuest::Uuid::nil().into()).await?;
+    let began = Instant::now();
+    let caller = || async {
+        for _ in 0..EACH {
+            let request =
+                http::Request::post("http://127.0.0.1:9/").body(Bytes::from_static(&[b'x'; 256]));
+            durable.fire(request?).await?;
+        }
+        Ok::<_, AnyError>(())
+    };
+    futures_util::future::try_join_all((0..CALLERS).map(|_| caller())).await?;
+    let rate = (CALLERS * EACH) as f64 / began.elapsed().as_secs_f64();
+    durable.shutdown(Duration::from_secs(5)).await?;
+    Ok(rate)
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
