@@ -4,6 +4,8 @@
 //!
 //! Each poll claims 256 requests. Its time is compared with that among a thousand ready ones, in the same run.
 
+#![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
+
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -91,9 +93,12 @@ async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, 
     let database = postgres.database().await?;
     requeuest::migrate(database.pool()).await?;
     let fill = format!(
+        // Ids that rise, as the crate's do.
         "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
-         SELECT gen_random_uuid(), 'c', lpad(to_hex((g.n * 7919) % 65536), 4, '0') || '|d|http://' || g.n || ':80', now() + {due}
-         FROM (SELECT n % {groups} AS n FROM generate_series(1, {rows}) AS n) g;
+         SELECT
+            lpad(to_hex(n), 32, '0')::uuid, 'c',
+            lpad(to_hex((n % {groups} * 7919) % 65536), 4, '0') || '|d|http://' || n % {groups} || ':80', now() + {due}
+         FROM generate_series(1, {rows}) AS n;
          INSERT INTO requeuest.mq_payloads (id, name, head, body)
          SELECT id, 'requeuest', repeat('x', 400), convert_to(repeat('x', 256), 'UTF8') FROM requeuest.mq_msgs;",
         due = backlog.due,
@@ -101,9 +106,9 @@ async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, 
         rows = backlog.rows,
     );
     sqlx::raw_sql(&fill).execute(database.pool()).await?;
-    sqlx::raw_sql("VACUUM ANALYZE; CHECKPOINT")
-        .execute(database.pool())
-        .await?;
+    for statement in ["VACUUM ANALYZE", "CHECKPOINT"] {
+        sqlx::query(statement).execute(database.pool()).await?;
+    }
     Ok(database)
 }
 

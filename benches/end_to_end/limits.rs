@@ -2,23 +2,25 @@
 
 use std::time::Instant;
 
+use bytes::Bytes;
 use requeuest::sqlx::{self, PgPool, Row};
 
+use crate::AnyError;
 use crate::load::{Measured, each};
 use crate::receiver::Receiver;
-use crate::{AnyError, BODY};
 
 pub(crate) async fn exchange(
     receiver: &Receiver,
+    body: &Bytes,
     callers: usize,
     count: usize,
 ) -> Result<Measured, AnyError> {
     let client = reqwest::Client::new();
-    let url = receiver.url.clone();
+    let (url, body) = (receiver.url.clone(), body.clone());
     each(callers, count, move || {
-        let (client, url) = (client.clone(), url.clone());
+        let (client, url, body) = (client.clone(), url.clone(), body.clone());
         async move {
-            client.post(&url).body(BODY).send().await?.bytes().await?;
+            client.post(&url).body(body).send().await?.bytes().await?;
             Ok(())
         }
     })
@@ -46,17 +48,18 @@ const COMMIT: &str = "
 /// One row in each of the tables that an insert writes to, by one statement each.
 pub(crate) async fn commits(
     pool: &PgPool,
+    body: &Bytes,
     callers: usize,
     count: usize,
 ) -> Result<Measured, AnyError> {
-    let pool = pool.clone();
+    let (pool, body) = (pool.clone(), body.clone());
     each(callers, count, move || {
-        let pool = pool.clone();
+        let (pool, body) = (pool.clone(), body.clone());
         async move {
             sqlx::query(COMMIT)
                 .bind(requeuest::Uuid::now_v7())
                 .bind("x".repeat(400))
-                .bind(&BODY[..])
+                .bind(&body[..])
                 .execute(&pool)
                 .await?;
             Ok(())
@@ -68,6 +71,7 @@ pub(crate) async fn commits(
 /// The same rows, many by one statement, on one connection; and their deletes.
 pub(crate) async fn batches(
     pool: &PgPool,
+    body: &Bytes,
     size: usize,
     count: usize,
 ) -> Result<(Measured, Measured), AnyError> {
@@ -88,7 +92,7 @@ pub(crate) async fn batches(
         )
         .bind(&ids)
         .bind(&head)
-        .bind(&BODY[..])
+        .bind(&body[..])
         .execute(&mut *connection)
         .await?;
         all.push(ids);

@@ -7,6 +7,8 @@
 //! what bounds them: the exchange alone, and bare statements that write the same rows. Compare ratios within one run; absolute figures vary
 //! with the machine. Each count is checked: a request too many or too few fails the run.
 
+#![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
+
 mod limits;
 mod load;
 mod receiver;
@@ -26,7 +28,6 @@ use report::{Report, micros};
 
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
-const BODY: Bytes = Bytes::from_static(&[b'x'; 256]);
 /// Rows in a bare batch: about what a busy lane writes at a time.
 const BATCH: usize = 64;
 
@@ -44,6 +45,10 @@ struct Arguments {
     /// Calls of a single caller, for their latency.
     single: usize,
     drain: usize,
+    /// Attempts at a time.
+    concurrency: usize,
+    /// The bytes of each request's body.
+    body: Bytes,
     json: Option<PathBuf>,
     /// Nothing: everything.
     only: Vec<String>,
@@ -58,6 +63,8 @@ impl Arguments {
             requests: 20_000,
             single: 2000,
             drain: 100_000,
+            concurrency: requeuest::DEFAULT_CONCURRENCY,
+            body: vec![b'x'; 256].into(),
             json: None,
             only: Vec::new(),
             settings: Vec::new(),
@@ -79,6 +86,8 @@ impl Arguments {
                     parsed.settings.push((name.to_owned(), value.to_owned()));
                 }
                 "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
+                "--concurrency" => parsed.concurrency = value.parse()?,
+                "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
                 "--json" => parsed.json = Some(value.into()),
                 _ => return Err(format!("unknown argument {name}").into()),
             }
@@ -112,7 +121,7 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
     println!(
         "{} requests of {} bytes from {} callers; p50 / p99 of each call\n",
         arguments.requests,
-        BODY.len(),
+        arguments.body.len(),
         arguments.callers
     );
     bench.together(&mut report).await?;
@@ -141,12 +150,15 @@ impl Bench<'_> {
         let mut limit = None;
         if self.arguments.wants("limits") {
             let before = self.receiver.received();
-            let bare = limits::exchange(&self.receiver, callers, requests).await?;
+            let bare =
+                limits::exchange(&self.receiver, &self.arguments.body, callers, requests).await?;
             report.rate("the exchange alone", &bare, None);
             self.receiver.expect(before + requests)?;
-            let commits = limits::commits(self.pool, callers, requests / 2).await?;
+            let commits =
+                limits::commits(self.pool, &self.arguments.body, callers, requests / 2).await?;
             report.rate("bare one-row inserts", &commits, None);
-            let (inserts, deletes) = limits::batches(self.pool, BATCH, requests).await?;
+            let (inserts, deletes) =
+                limits::batches(self.pool, &self.arguments.body, BATCH, requests).await?;
             report.rate("bare inserts in batches", &inserts, None);
             report.rate("bare deletes in batches", &deletes, None);
             limit = Some(("bare one-row inserts", commits.rate()));
@@ -168,9 +180,9 @@ impl Bench<'_> {
     /// One caller: latencies.
     async fn alone(&self, report: &mut Report) -> Result<(), AnyError> {
         let single = self.arguments.single;
-        let exchange = limits::exchange(&self.receiver, 1, single).await?;
+        let exchange = limits::exchange(&self.receiver, &self.arguments.body, 1, single).await?;
         report.rate("1 caller: the exchange alone", &exchange, None);
-        let commit = limits::commits(self.pool, 1, single).await?;
+        let commit = limits::commits(self.pool, &self.arguments.body, 1, single).await?;
         report.rate("1 caller: bare one-row insert", &commit, None);
         let durable = self.durable().await?;
         let (fired, _) = self.fired(&durable, 1, single).await?;
@@ -195,16 +207,33 @@ impl Bench<'_> {
         let enqueuer = Durable::builder(self.pool.clone()).runner(false).build()?;
         let before = self.receiver.received();
         let url = &self.receiver.url;
-        let requests = (0..count).map(|_| request(url));
+        let requests = (0..count).map(|_| self.request(url));
         let began = Instant::now();
         enqueuer.fire_many(requests).await?;
         let filled = Measured::whole(count, began.elapsed());
         report.rate("fire_many", &filled, None);
         let began = Instant::now();
         let durable = self.durable().await?;
+        let tenth = count / 10;
+        let early = self.receiver.wait_for(before + tenth).await?;
+        let late = self.receiver.wait_for(before + count - tenth).await?;
         let ended = self.receiver.wait_for(before + count).await?;
         let drained = Measured::whole(count, ended - began);
         report.rate("draining", &drained, None);
+        report.rate(
+            "  its first tenth",
+            &Measured::whole(tenth, early - began),
+            None,
+        );
+        report.rate(
+            "  its last tenth",
+            &Measured::whole(tenth, ended - late),
+            None,
+        );
+        if let Some(peak) = peak_memory() {
+            println!("  the process's resident memory, at its most: {peak} MiB");
+            report.note("peak resident memory, MiB", peak);
+        }
         self.settled().await?;
         self.receiver.expect(before + count)?;
         durable.shutdown(Duration::from_secs(5)).await?;
@@ -213,7 +242,9 @@ impl Bench<'_> {
 
     /// With its connections made, and its statements prepared.
     async fn durable(&self) -> Result<Durable, AnyError> {
-        let durable = Durable::builder(self.pool.clone()).build()?;
+        let durable = Durable::builder(self.pool.clone())
+            .concurrency(self.arguments.concurrency)
+            .build()?;
         durable.status(requeuest::Uuid::nil().into()).await?;
         Ok(durable)
     }
@@ -226,8 +257,9 @@ impl Bench<'_> {
     ) -> Result<Measured, AnyError> {
         let before = self.receiver.received();
         let (durable, url) = (durable.clone(), self.receiver.url.clone());
+        let body = self.arguments.body.clone();
         let measured = each(callers, count, move || {
-            let (durable, request) = (durable.clone(), request(&url));
+            let (durable, request) = (durable.clone(), request(&url, &body));
             async move {
                 durable.await_response(request).await?;
                 Ok(())
@@ -247,9 +279,10 @@ impl Bench<'_> {
     ) -> Result<(Measured, Measured), AnyError> {
         let before = self.receiver.received();
         let (durable, url) = (durable.clone(), self.receiver.url.clone());
+        let body = self.arguments.body.clone();
         let began = Instant::now();
         let persisted = each(callers, count, move || {
-            let (durable, request) = (durable.clone(), request(&url));
+            let (durable, request) = (durable.clone(), request(&url, &body));
             async move {
                 durable.fire(request).await?;
                 Ok(())
@@ -260,6 +293,10 @@ impl Bench<'_> {
         self.settled().await?;
         self.receiver.expect(before + count)?;
         Ok((persisted, Measured::whole(count, ended - began)))
+    }
+
+    fn request(&self, url: &str) -> http::Request<Bytes> {
+        request(url, &self.arguments.body)
     }
 
     async fn settled(&self) -> Result<(), AnyError> {
@@ -275,11 +312,21 @@ impl Bench<'_> {
     }
 }
 
-fn request(url: &str) -> http::Request<Bytes> {
-    let mut request = http::Request::new(BODY);
+fn request(url: &str, body: &Bytes) -> http::Request<Bytes> {
+    let mut request = http::Request::new(body.clone());
     *request.method_mut() = http::Method::POST;
     if let Ok(uri) = url.parse() {
         *request.uri_mut() = uri;
     }
     request
+}
+
+/// Of this process, with the receiver in it; where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = peak.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes / 1024)
 }

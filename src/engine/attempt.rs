@@ -89,17 +89,21 @@ pub(crate) async fn drive(mut claim: Claim, sender: &mut dyn Sender) {
         match Judged::judge(made, &claim) {
             Judged::Ended(outcome) => return claim.finish(outcome).await,
             Judged::Again { delay, failure } => {
-                let hold = delay <= MAX_HOLD && claim.is_awaited();
-                match claim.again(delay, hold, failure).await {
+                // Boxed, so that a task whose first attempt is answered doesn't take the room for it.
+                match Box::pin(again(claim, delay, failure)).await {
                     Some(held) => claim = held,
                     None => return,
-                }
-                if !claim.wait().await {
-                    return;
                 }
             }
         }
     }
+}
+
+/// Returns when the next attempt is due, if it is made here.
+async fn again(claim: Claim, delay: Duration, failure: Failure) -> Option<Claim> {
+    let hold = delay <= MAX_HOLD && claim.is_awaited();
+    let held = claim.again(delay, hold, failure).await?;
+    held.wait().await.then_some(held)
 }
 
 /// What a transmission brought.

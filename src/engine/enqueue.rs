@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
+use crate::engine::attempt;
 use crate::engine::job::Job;
 use crate::engine::lane;
 use crate::engine::live::{self, Live};
@@ -153,7 +154,11 @@ fn begin(id: RequestId, start: Option<Start>, done: Done) {
     let _ = done.send(Ok(id));
     if let Some(start) = start {
         let claim = Claim::inline(&start.engine, start.job, start.slots);
-        live::hand_over(claim, start.live);
+        if let Some((claim, transport)) = live::hand_over(claim, start.live) {
+            start
+                .engine
+                .spawn(attempt::drive_by_engine(claim, transport));
+        }
     }
 }
 

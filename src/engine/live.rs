@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use http::Extensions;
 use tokio::sync::mpsc;
 
-use crate::engine::attempt;
 use crate::engine::runner::claim::Claim;
 use crate::engine::transport::Transport;
 
@@ -42,13 +41,13 @@ impl Live {
     }
 }
 
-/// Has the attempts of a claim made: by whoever waits for it, or by the engine. `live` is for requests that nobody waits for and that
-/// came through a client all the same.
-pub(crate) fn hand_over(mut claim: Claim, live: Option<Live>) {
+/// Gives a claim to whoever waits for it and sends by himself. Else returns it, with the client through which the engine is to make its
+/// attempts. `live` is for requests that nobody waits for and that came through a client all the same.
+pub(crate) fn hand_over(mut claim: Claim, live: Option<Live>) -> Option<(Claim, Transport)> {
     let live = live.or_else(|| claim.engine().shared().waiters.live(claim.job().id));
     let transport = match live {
         Some(Live::Caller(caller)) => match caller.try_send(claim.awaiting_caller()) {
-            Ok(()) => return,
+            Ok(()) => return None,
             // Gone, or not polled any more.
             Err(unclaimed) => {
                 claim = unclaimed.into_inner();
@@ -63,8 +62,5 @@ pub(crate) fn hand_over(mut claim: Claim, live: Option<Live>) {
         None => claim.engine().transport(),
     };
     // There always is one: nothing is claimed before a transport is known.
-    if let Some(transport) = transport {
-        let engine = Arc::clone(claim.engine());
-        engine.spawn(attempt::drive_by_engine(claim, transport));
-    }
+    transport.map(|transport| (claim, transport))
 }

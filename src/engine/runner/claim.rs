@@ -161,7 +161,7 @@ impl Claim {
         }
         let now = Instant::now();
         lease.sending(now + hard_deadline(&self.job));
-        if self.unconfirmed && !self.confirm().await {
+        if self.unconfirmed && !Box::pin(self.confirm()).await {
             return false;
         }
         self.sending = Some(Instant::now());
@@ -262,7 +262,7 @@ impl Claim {
             delay,
             hold,
             uncounted: false,
-            failure: Some(failure),
+            failure: Some(Box::new(failure)),
         })?;
         let Held { lease, attempts } = done.await.ok().flatten()?;
         self.lease = Some(lease);
@@ -311,12 +311,12 @@ impl Drop for Claim {
                         delay,
                         hold: false,
                         uncounted: false,
-                        failure: Some(Failure {
+                        failure: Some(Box::new(Failure {
                             class: FailureClass::Abandoned,
                             text,
                             duration: began.elapsed(),
                             response: None,
-                        }),
+                        })),
                     },
                     None => Settling::Finish(Arc::new(Outcome::discarded(
                         self.job.id,

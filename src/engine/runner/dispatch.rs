@@ -14,7 +14,7 @@ use super::settle::{Settlement, Settling};
 use crate::classify::FailureClass;
 use crate::codec;
 use crate::engine::job::Job;
-use crate::engine::{Engine, live};
+use crate::engine::{Engine, attempt, live};
 use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
@@ -85,7 +85,11 @@ async fn begin(claim: Claim, overdue: bool) {
     } else if overdue {
         (FailureClass::Deadline, "its deadline passed")
     } else {
-        return live::hand_over(claim, None);
+        // In this task: another one would cost as much as all that this one did.
+        if let Some((claim, transport)) = live::hand_over(claim, None) {
+            attempt::drive_by_engine(claim, transport).await;
+        }
+        return;
     };
     let outcome = Outcome::discarded(claim.job().id, class.as_str(), text.to_owned());
     claim.finish(outcome.without_attempt()).await;
@@ -100,6 +104,20 @@ async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {
         done,
     });
     let _ = receiver.await;
+}
+
+async fn fetch(engine: &Engine, id: RequestId) -> Result<Option<Bytes>, Unusable> {
+    // A large body takes memory only once the attempt can be made soon.
+    let _budget = engine.large_bodies().acquire().await;
+    let fetched = engine
+        .shared()
+        .db
+        .run_large(engine.config().max_request_body, move |connection| {
+            Box::pin(async move { claim::body(connection, id.into()).await })
+        })
+        .await
+        .map_err(|error| Unusable::Later(error.error))?;
+    Ok(fetched.map(Bytes::from))
 }
 
 enum Unusable {
@@ -117,17 +135,8 @@ async fn job(
         .head()
         .ok_or_else(|| Unusable::Corrupt(Error::corrupt("its payload is gone")))?;
     if head.fetch_body {
-        // A large body takes memory only once the attempt can be made soon.
-        let _budget = engine.large_bodies().acquire().await;
-        let fetched = engine
-            .shared()
-            .db
-            .run_large(engine.config().max_request_body, move |connection| {
-                Box::pin(async move { claim::body(connection, id.into()).await })
-            })
-            .await
-            .map_err(|error| Unusable::Later(error.error))?;
-        body = fetched.map(Bytes::from);
+        // Boxed, so that the others don't take the room that it needs.
+        body = Box::pin(fetch(engine, id)).await?;
     }
     let (request, uri, delivery) =
         codec::decode_request(stored, body).map_err(Unusable::Corrupt)?;

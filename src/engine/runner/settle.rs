@@ -38,7 +38,7 @@ pub(crate) enum Settling {
         delay: Duration,
         hold: bool,
         uncounted: bool,
-        failure: Option<Failure>,
+        failure: Option<Box<Failure>>,
     },
 }
 
@@ -278,7 +278,7 @@ async fn write_agains(
                 delay: *delay,
                 hold: *hold,
                 uncounted: *uncounted,
-                failure: failure.clone(),
+                failure: failure.as_deref().cloned(),
             }),
         })
         .collect();
