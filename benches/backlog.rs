@@ -1,6 +1,6 @@
 //! What a backlog costs: a poll, an insert and a delivery, while many others wait.
 //!
-//! `cargo bench --bench backlog -- --rows 1000000`
+//! `cargo bench --bench backlog -- --rows 1000000`; with `--only`, `polls` or `inserts`.
 //!
 //! Each poll claims 256 requests. Its time is compared with that among a thousand ready ones, in the same run.
 
@@ -33,15 +33,19 @@ fn main() -> Result<(), AnyError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    let rows = argument("--rows")?.unwrap_or(1_000_000);
-    runtime.block_on(run(rows))
+    let rows = match argument("--rows") {
+        Some(rows) => rows.parse()?,
+        None => 1_000_000,
+    };
+    let only = argument("--only");
+    runtime.block_on(run(rows, only.as_deref()))
 }
 
-fn argument(name: &str) -> Result<Option<i64>, AnyError> {
+fn argument(name: &str) -> Option<String> {
     let mut arguments = std::env::args()
         .skip_while(|argument| argument != name)
         .skip(1);
-    Ok(arguments.next().map(|value| value.parse()).transpose()?)
+    arguments.next()
 }
 
 /// Requests as they wait in the queue.
@@ -55,7 +59,7 @@ struct Backlog {
     ready: i64,
 }
 
-async fn run(rows: i64) -> Result<(), AnyError> {
+async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
     let postgres = Postgres::builder().config("fsync", "on").start().await?;
     let ready = "interval '-1 second'";
     let delayed = "interval '1 day'";
@@ -71,7 +75,13 @@ async fn run(rows: i64) -> Result<(), AnyError> {
         ready: rows.min(1000),
         ..backlog("few, ready", 8, ready)
     };
-    println!("{rows} requests; the median of {POLLS} polls of {BATCH}\n");
+    if only.is_none_or(|only| only == "inserts") {
+        inserts(&postgres, &backlog("waiting", 1000, delayed)).await?;
+    }
+    if only.is_some_and(|only| only != "polls") {
+        return Ok(());
+    }
+    println!("\n{rows} requests; the median of {POLLS} polls of {BATCH}\n");
     let base = polls(&postgres, &few, None).await?;
     for backlog in [
         backlog("ready, in 8 groups", 8, ready),
@@ -85,13 +95,18 @@ async fn run(rows: i64) -> Result<(), AnyError> {
         &postgres,
         &backlog("delayed, one of them ready", 20_000, delayed),
     )
-    .await?;
-    inserts(&postgres, &backlog("waiting", 1000, delayed)).await
+    .await
 }
 
 async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, AnyError> {
     let database = postgres.database().await?;
     requeuest::migrate(database.pool()).await?;
+    // What the others are copies of.
+    let durable = Durable::builder(database.pool().clone())
+        .runner(false)
+        .build()?;
+    durable.fire(request()?).await?;
+    durable.shutdown(Duration::from_secs(5)).await?;
     let fill = format!(
         // Ids that rise, as the crate's do.
         "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
@@ -100,7 +115,8 @@ async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, 
             lpad(to_hex((n % {groups} * 7919) % 65536), 4, '0') || '|d|http://' || n % {groups} || ':80', now() + {due}
          FROM generate_series(1, {rows}) AS n;
          INSERT INTO requeuest.mq_payloads (id, name, head, body)
-         SELECT id, 'requeuest', repeat('x', 400), convert_to(repeat('x', 256), 'UTF8') FROM requeuest.mq_msgs;",
+         SELECT m.id, p.name, p.head, p.body FROM requeuest.mq_msgs m, requeuest.mq_payloads p WHERE m.id <> p.id;
+         SELECT requeuest.mq_delete(ARRAY(SELECT id FROM requeuest.mq_msgs WHERE channel_name <> 'c'));",
         due = backlog.due,
         groups = backlog.groups,
         rows = backlog.rows,
@@ -207,7 +223,7 @@ async fn inserts(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError>
         rates.sort_by(f64::total_cmp);
         rates[1]
     });
-    println!("\nfire beside none             {empty:>8.0} /s");
+    println!("fire beside none             {empty:>8.0} /s");
     println!(
         "fire beside them             {full:>8.0} /s  {:>5.2} ×",
         full / empty
@@ -224,9 +240,7 @@ async fn insert_rate(pool: &PgPool) -> Result<f64, AnyError> {
     let began = Instant::now();
     let caller = || async {
         for _ in 0..EACH {
-            let request =
-                http::Request::post("http://127.0.0.1:9/").body(Bytes::from_static(&[b'x'; 256]));
-            durable.fire(request?).await?;
+            durable.fire(request()?).await?;
         }
         Ok::<_, AnyError>(())
     };
@@ -234,6 +248,10 @@ async fn insert_rate(pool: &PgPool) -> Result<f64, AnyError> {
     let rate = (CALLERS * EACH) as f64 / began.elapsed().as_secs_f64();
     durable.shutdown(Duration::from_secs(5)).await?;
     Ok(rate)
+}
+
+fn request() -> http::Result<http::Request<Bytes>> {
+    http::Request::post("http://127.0.0.1:9/").body(Bytes::from_static(&[b'x'; 256]))
 }
 
 fn millis(duration: Duration) -> f64 {
