@@ -82,8 +82,8 @@ ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
 -- Claims up to batch_size due requests. The lease is the session's `requeuest.lease`.
 --
 -- The cost doesn't grow with the backlog: a bounded number of due rows is read by due time; where there are more, groups
--- are skipped through from a random start, so that one destination's backlog can't hide the others. Then leases that have run out are
--- looked for by one poll in eight; a runner with nothing better to do looks each time.
+-- are skipped through from a random start, so that one destination's backlog can't hide the others. Then a session looks for leases that
+-- have run out once a second at most; a runner with nothing better to do looks each time.
 CREATE FUNCTION mq_poll(channel_names text[], batch_size int DEFAULT 1)
 RETURNS TABLE (
     id uuid,
@@ -161,7 +161,11 @@ BEGIN
     ) due;
     v_backlog := coalesce(cardinality(v_candidates), 0) >= v_window;
 
-    IF NOT v_backlog OR random() < 0.125 THEN
+    -- The session's `requeuest.looked` is when it last looked.
+    IF NOT v_backlog
+        OR coalesce(nullif(current_setting('requeuest.looked', true), ''), '-infinity')::timestamptz < v_now - c_wait_max
+    THEN
+        PERFORM set_config('requeuest.looked', v_now::text, false);
         SELECT array_agg(locked.id) INTO v_some FROM (
             SELECT m.id
             FROM unnest(v_channels) AS wanted(channel), LATERAL (

@@ -53,7 +53,9 @@ impl Durable {
         let mut chunk = Chunk::default();
         for request in requests {
             if let Some(full) = chunk.push(self.row(request)?) {
-                transaction.write(full).await;
+                if !transaction.write(full).await {
+                    return transaction.commit().await;
+                }
             }
         }
         if !chunk.is_empty() {

@@ -104,9 +104,9 @@ impl Transaction {
         Self { chunks, written }
     }
 
-    /// Returns when there is room for another one. What went wrong is said by [`commit`](Self::commit).
-    pub(crate) async fn write(&self, chunk: Chunk) {
-        let _ = self.chunks.send(Some(chunk)).await;
+    /// Returns when there is room for another one. `false` if there is none to come, which [`commit`](Self::commit) says the reason of.
+    pub(crate) async fn write(&self, chunk: Chunk) -> bool {
+        self.chunks.send(Some(chunk)).await.is_ok()
     }
 
     pub(crate) async fn commit(self) -> Result<Vec<RequestId>, Error> {

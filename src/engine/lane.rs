@@ -5,10 +5,11 @@
 //! callers that were answered together don't go on in step for ever. What is over a batch's bytes by itself goes beside them, so that the
 //! small ones don't wait for it.
 
+use std::collections::VecDeque;
 use std::future::Future;
 
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
@@ -29,27 +30,28 @@ pub(crate) async fn run<T, F>(
     let mut writes = JoinSet::new();
     let mut large_writes = JoinSet::new();
     let mut batch = Batch::default();
-    let mut large = Vec::new();
+    let mut large = VecDeque::new();
     let mut came = Vec::with_capacity(MAX_BATCH);
     let mut open = true;
     loop {
-        let has_room = batch.has_room() && large.is_empty();
         tokio::select! {
             biased;
-            Some(_) = writes.join_next() => {}
-            Some(_) = large_writes.join_next() => {}
-            count = incoming.recv_many(&mut came, MAX_BATCH), if open && has_room => open = count > 0,
+            Some(written) = writes.join_next() => check(written),
+            Some(written) = large_writes.join_next() => check(written),
+            count = incoming.recv_many(&mut came, MAX_BATCH), if open && batch.has_room() => open = count > 0,
             // Nothing is written and nothing will come.
             else => break,
         }
         for item in came.drain(..) {
             match size(&item) {
-                bytes if bytes > MAX_BATCH_BYTES => large.push(item),
+                bytes if bytes > MAX_BATCH_BYTES => large.push_back(item),
                 bytes => batch.push(item, bytes),
             }
         }
         while large_writes.len() < MAX_LARGE {
-            let Some(item) = large.pop() else { break };
+            let Some(item) = large.pop_front() else {
+                break;
+            };
             large_writes.spawn(write(vec![item]));
         }
         while writes.len() < batch.wanted_writes() {
@@ -58,15 +60,22 @@ pub(crate) async fn run<T, F>(
     }
 }
 
+/// A panic would be a fault of this crate's; it must not go unnoticed.
+fn check(written: Result<(), JoinError>) {
+    if let Err(error) = written {
+        log::error!("a batch was not written: {error}");
+    }
+}
+
 /// What waits to be written.
 struct Batch<T> {
-    items: std::collections::VecDeque<(T, usize)>,
+    items: VecDeque<(T, usize)>,
 }
 
 impl<T> Default for Batch<T> {
     fn default() -> Self {
         Self {
-            items: std::collections::VecDeque::with_capacity(MAX_BATCH),
+            items: VecDeque::with_capacity(MAX_BATCH),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What the runner's poll claims, and how long it then waits: the SQL by itself.
 
+use std::time::{Duration, Instant};
+
 use requeuest::testkit::TestDatabase;
 use sqlx::Row;
 use uuid::Uuid;
@@ -223,4 +225,38 @@ async fn outcomes_and_attempts_go_when_they_have_outlived_their_retention() {
     .unwrap();
     assert_eq!(count(&database, prune).await, 1);
     assert_eq!(count(&database, outcomes).await, 1, "what is kept is kept");
+}
+
+#[tokio::test]
+async fn in_a_backlog_a_session_looks_for_lapsed_leases_once_a_second() {
+    let database = migrated().await;
+    enqueue(&database, "0000|d|x", false, "0", 500).await;
+    let mut session = database.pool().acquire().await.unwrap();
+    let mut lapsed_of = async |lapse: bool| -> i64 {
+        if lapse {
+            sqlx::query(
+                "update requeuest.mq_msgs set state = 1, claim_no = 1, attempt_at = now() - interval '1 hour'
+                 where id in (select id from requeuest.mq_msgs where state = 0 limit 3)",
+            )
+            .execute(&mut *session)
+            .await
+            .unwrap();
+        }
+        let claimed = "select count(*) from requeuest.mq_poll(array['c'], 10) where payload_json ~ '\"claim_no\":2,'";
+        sqlx::query_scalar(claimed)
+            .fetch_one(&mut *session)
+            .await
+            .unwrap()
+    };
+    assert_eq!(lapsed_of(true).await, 3);
+    // Not again so soon, but in time.
+    let looked = Instant::now();
+    let mut found = lapsed_of(true).await;
+    while found == 0 {
+        assert!(looked.elapsed() < Duration::from_secs(5));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        found = lapsed_of(false).await;
+    }
+    assert_eq!(found, 3);
+    assert!(looked.elapsed() > Duration::from_millis(900));
 }
