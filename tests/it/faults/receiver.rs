@@ -64,8 +64,9 @@ async fn misbehave(fault: Fault, stream: &mut TcpStream) -> std::io::Result<()> 
             stream
                 .write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
                 .await?;
+            let chunk = format!("400\r\n{}\r\n", "x".repeat(0x400));
             loop {
-                stream.write_all(b"4\r\nmore\r\n").await?;
+                stream.write_all(chunk.as_bytes()).await?;
             }
         }
         Fault::EarlyHints => {
