@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
@@ -81,10 +81,11 @@ impl Lease {
     }
 }
 
-/// All claims of this process.
+/// All claims of this process. Each belongs to whoever drives its request: one whose owner is gone, lost to a panic, is not renewed, so that
+/// its request is taken over.
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
-    held: Mutex<HashMap<RequestId, Arc<Lease>>>,
+    held: Mutex<HashMap<RequestId, Weak<Lease>>>,
 }
 
 /// What a claim that came from a poll means here.
@@ -107,13 +108,13 @@ impl Leases {
                 slots,
             }),
         });
-        self.lock().insert(fence.id, Arc::clone(&lease));
+        self.lock().insert(fence.id, Arc::downgrade(&lease));
         lease
     }
 
     /// Notes a claim that a poll made.
     pub(crate) fn register(&self, fence: Fence) -> Registered {
-        if let Some(lease) = self.lock().get(&fence.id) {
+        if let Some(lease) = self.get(fence.id) {
             // A number further on was released by this process in between: then the old attempt has ended.
             let follows = lease.claim_no.compare_exchange(
                 fence.claim_no - 1,
@@ -133,7 +134,7 @@ impl Leases {
         let mut held = self.lock();
         if held
             .get(&lease.id)
-            .is_some_and(|other| Arc::ptr_eq(other, lease))
+            .is_some_and(|other| is_same(other, lease))
         {
             held.remove(&lease.id);
         }
@@ -142,7 +143,7 @@ impl Leases {
     /// The request has ended without its claim: whoever holds it finds out when it goes on.
     pub(crate) fn forget(&self, id: RequestId) {
         let forgotten = self.lock().remove(&id);
-        if let Some(lease) = forgotten {
+        if let Some(lease) = forgotten.and_then(|lease| lease.upgrade()) {
             // A caller that is not polled would keep them for ever.
             lease.lock().slots.clear();
         }
@@ -152,18 +153,17 @@ impl Leases {
     pub(crate) fn holds(&self, lease: &Arc<Lease>) -> bool {
         self.lock()
             .get(&lease.id)
-            .is_some_and(|held| Arc::ptr_eq(held, lease))
+            .is_some_and(|held| is_same(held, lease))
     }
 
     /// Whether the request is in this process's hands.
     pub(crate) fn is_driven(&self, id: RequestId) -> bool {
-        self.lock().contains_key(&id)
+        self.get(id).is_some()
     }
 
     /// Whether the request came into this process's hands so lately that there is no need to ask how it is.
     pub(crate) fn is_fresh(&self, id: RequestId, age: Duration) -> bool {
-        self.lock()
-            .get(&id)
+        self.get(id)
             .is_some_and(|lease| lease.lock().since.elapsed() < age)
     }
 
@@ -175,11 +175,15 @@ impl Leases {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        self.lock().values().all(|lease| lease.strong_count() == 0)
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Lease>> {
-        self.lock().values().cloned().collect()
+        self.lock().values().filter_map(Weak::upgrade).collect()
+    }
+
+    fn get(&self, id: RequestId) -> Option<Arc<Lease>> {
+        self.lock().get(&id)?.upgrade()
     }
 
     /// The claims whose leases are due for renewal, sorted. Those past their hard deadline are let go.
@@ -207,13 +211,18 @@ impl Leases {
         for lease in lapsed {
             self.remove(&lease);
         }
+        self.lock().retain(|_, lease| lease.strong_count() > 0);
         due.sort_unstable();
         due
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<RequestId, Arc<Lease>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<RequestId, Weak<Lease>>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn is_same(held: &Weak<Lease>, lease: &Arc<Lease>) -> bool {
+    std::ptr::eq(held.as_ptr(), Arc::as_ptr(lease))
 }
 
 /// Renews leases for as long as the engine lives. A third of the lease leaves time for two more tries.
@@ -239,5 +248,31 @@ pub(crate) async fn renew(shared: Arc<Shared>) {
         if let Err(error) = renewed {
             log::warn!("renewing leases failed: {}", error.error);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fence(claim_no: i32) -> Fence {
+        Fence {
+            id: RequestId::from(Uuid::from_u128(7)),
+            claim_no,
+        }
+    }
+
+    #[test]
+    fn a_claim_that_was_lost_with_its_owner_is_not_renewed_and_its_request_is_taken_anew() {
+        let leases = Leases::default();
+        let lease = leases.insert(fence(1), Vec::new());
+        lease.settling();
+        assert_eq!(leases.due(Duration::ZERO).len(), 1);
+        assert!(matches!(leases.register(fence(2)), Registered::Adopted));
+        // As by a panic of what settles it.
+        drop(lease);
+        assert!(leases.due(Duration::ZERO).is_empty());
+        assert!(leases.is_empty());
+        assert!(matches!(leases.register(fence(3)), Registered::New(_)));
     }
 }
