@@ -5,7 +5,7 @@ DROP TYPE mq_new_t;
 DROP FUNCTION cancel_channels(text[], interval, int);
 DROP FUNCTION cancel_request(uuid, interval);
 DROP FUNCTION enqueue_many(
-    uuid[], text[], text[], boolean[], boolean[], bigint[], bigint[], text, text[], bytea[], boolean
+    uuid[], text[], text[], bigint[], bigint[], text[], bytea[], boolean[], boolean[], text, boolean
 );
 DROP FUNCTION enqueue(
     uuid, text, text, boolean, boolean, interval, interval, text, text, bytea, uuid, smallint, interval, text, bytea, text,

@@ -249,13 +249,13 @@ CREATE FUNCTION enqueue_many(
     p_ids uuid[],
     p_channels text[],
     p_groups text[],
-    p_ordered boolean[],
-    p_halts boolean[],
     p_delays_ms bigint[],
     p_deadlines_ms bigint[],
-    p_name text,
     p_heads text[],
     p_bodies bytea[],
+    p_ordered boolean[],
+    p_halts boolean[],
+    p_name text,
     p_notify boolean
 ) RETURNS uuid
 LANGUAGE plpgsql

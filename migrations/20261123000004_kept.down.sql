@@ -2,6 +2,7 @@ DROP FUNCTION resume_key(text, text);
 DROP FUNCTION purge_requests(uuid[]);
 DROP FUNCTION resolve_request(uuid, boolean, timestamptz, interval);
 DROP FUNCTION replay_request(uuid, uuid, interval);
+DROP FUNCTION refuses_order(text, text);
 DROP FUNCTION request_destination(text);
 DROP INDEX mq_msgs_halted;
 ALTER TABLE mq_payloads DROP COLUMN returns, DROP COLUMN halts;

@@ -36,6 +36,22 @@ AS $$
     ) AS u(url);
 $$;
 
+-- Locks an ordering key for a request that is to come back to it. Returns why it can't, as replay_request does, or NULL.
+CREATE FUNCTION refuses_order(p_channel text, p_group text) RETURNS text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF NOT lock_order(p_channel, p_group, false) THEN
+        RETURN 'busy';
+    END IF;
+    IF is_ordered_elsewhere(p_channel, p_group) THEN
+        RETURN 'elsewhere';
+    END IF;
+    RETURN NULL;
+END;
+$$;
+
 -- Makes a new request of a kept one. Returns `replayed`; `gone` if there is nothing left to be sent; `busy`, with nothing done, if a
 -- transaction has its ordering key; `elsewhere`, likewise, if another channel has it; NULL if it is not kept.
 CREATE FUNCTION replay_request(p_id uuid, p_new uuid, p_retention interval) RETURNS text
@@ -46,6 +62,7 @@ DECLARE
     v_kept outcomes%ROWTYPE;
     v_in_place boolean;
     v_ordered boolean;
+    v_refused text;
     v_halts boolean;
     v_seq bigint;
     v_now timestamptz;
@@ -62,11 +79,9 @@ BEGIN
     v_in_place := FOUND;
     v_ordered := is_ordered(v_kept.channel_args);
     IF v_ordered AND NOT v_in_place THEN
-        IF NOT lock_order(v_kept.channel_name, v_kept.channel_args, false) THEN
-            RETURN 'busy';
-        END IF;
-        IF is_ordered_elsewhere(v_kept.channel_name, v_kept.channel_args) THEN
-            RETURN 'elsewhere';
+        v_refused := refuses_order(v_kept.channel_name, v_kept.channel_args);
+        IF v_refused IS NOT NULL THEN
+            RETURN v_refused;
         END IF;
     END IF;
     v_now := clock_timestamp();
@@ -109,6 +124,7 @@ DECLARE
     v_kept outcomes%ROWTYPE;
     v_in_place boolean;
     v_ordered boolean;
+    v_refused text;
     v_attempts int;
     v_returns int;
     v_halts boolean;
@@ -155,11 +171,9 @@ BEGIN
     ELSE
         v_ordered := is_ordered(v_kept.channel_args);
         IF v_ordered AND NOT v_in_place THEN
-            IF NOT lock_order(v_kept.channel_name, v_kept.channel_args, false) THEN
-                RETURN 'busy';
-            END IF;
-            IF is_ordered_elsewhere(v_kept.channel_name, v_kept.channel_args) THEN
-                RETURN 'elsewhere';
+            v_refused := refuses_order(v_kept.channel_name, v_kept.channel_args);
+            IF v_refused IS NOT NULL THEN
+                RETURN v_refused;
             END IF;
         END IF;
         UPDATE mq_payloads p SET returns = p.returns + 1

@@ -222,7 +222,7 @@ impl Error {
         matches!(self.0.kind, Kind::Migrations(_))
     }
 
-    /// Whether it is unknown if the request was persisted: the connection broke during the commit.
+    /// Whether it is unknown if the request was persisted: the connection broke during the commit, or the runtime ended.
     ///
     /// [`request_id`](Self::request_id) is set; [`Durable::status`](crate::Durable::status) tells once the database is back.
     pub fn is_indeterminate(&self) -> bool {
@@ -377,7 +377,7 @@ impl fmt::Display for Kind {
                 "requeuest's schema is at version {found}, newer than the {wanted} that this crate knows: upgrade requeuest"
             ),
             Self::Indeterminate(_) => f.write_str(
-                "the connection broke during the commit: the request may or may not be persisted",
+                "the connection broke or the runtime ended during the commit: the request may or may not be persisted",
             ),
             Self::Discarded { attempts, last } => {
                 write!(f, "given up after {attempts} attempts: {last}")

@@ -14,12 +14,11 @@ use http_body_util::combinators::Collect;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use pin_project::pin_project;
 use sqlx::PgPool;
-use tokio::sync::oneshot;
 use tower::util::Oneshot;
 use tower::{Layer, Service, ServiceExt};
 
 use crate::body::Body;
-use crate::durable::{AwaitResponse, Durable, DurableBuilder, Mode, RequestHead};
+use crate::durable::{AwaitResponse, Durable, DurableBuilder, Mode, RequestHead, Submitted};
 use crate::engine::live::Live;
 use crate::engine::transport::erase;
 use crate::error::{BoxError, Error, Kind};
@@ -215,7 +214,7 @@ where
         body: Collect<Limited<R>>,
         rest: Option<Rest<S>>,
     },
-    Firing(oneshot::Receiver<Result<RequestId, Error>>),
+    Firing(Submitted),
     Awaiting(AwaitResponse),
 }
 
@@ -258,7 +257,7 @@ where
         let prepared = durable.prepare(request, mode)?;
         let live = Some(Live::service(erase(inner), extensions));
         Ok(if fire {
-            State::Firing(durable.submit(prepared, live)?.enqueued)
+            State::Firing(durable.submit(prepared, live)?)
         } else {
             State::Awaiting(durable.submit_awaited(prepared, live)?)
         })
@@ -309,13 +308,8 @@ where
                     };
                     submitted.unwrap_or_else(|error| State::Refused(Some(error)))
                 }
-                StateProj::Firing(enqueued) => {
-                    let enqueued = ready!(Pin::new(enqueued).poll(cx));
-                    return Poll::Ready(match enqueued {
-                        Ok(Ok(id)) => Ok(accepted(id)),
-                        Ok(Err(error)) => Err(error),
-                        Err(_) => Err(Error::new(Kind::Closed)),
-                    });
+                StateProj::Firing(submitted) => {
+                    return Pin::new(submitted).poll(cx).map_ok(accepted);
                 }
                 StateProj::Awaiting(waiting) => {
                     return Pin::new(waiting).poll(cx).map_ok(Into::into);

@@ -10,7 +10,7 @@ use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as M
 use tokio::sync::mpsc;
 
 use crate::body::Body;
-use crate::durable::{Durable, Mode, RequestHead, enqueued};
+use crate::durable::{Durable, Mode, RequestHead};
 use crate::engine::attempt::{self, Sender};
 use crate::engine::live::Live;
 use crate::engine::transport::from_reqwest;
@@ -46,7 +46,7 @@ impl Middleware for Durable {
                 .prepare(durable_request, Mode::Fired)
                 .map_err(refused)?;
             let submitted = self.submit(prepared, None).map_err(refused)?;
-            let id = enqueued(submitted.enqueued).await.map_err(refused)?;
+            let id = submitted.await.map_err(refused)?;
             return Ok(accepted(id).into());
         }
         let prepared = self

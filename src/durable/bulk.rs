@@ -7,7 +7,7 @@ use crate::engine::bulk::{self, Chunk, How, Transaction};
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::request::Request;
-use crate::store::enqueue::{InsertOne, NewRequest};
+use crate::store::enqueue::NewRequest;
 
 impl Durable {
     /// Persists many requests in one transaction of its own: all of them, or none. They are delivered in the background; their ids come in
@@ -103,14 +103,7 @@ impl Durable {
         let config = self.engine().config();
         let how = How {
             schema: &config.schema,
-            one: InsertOne {
-                notify: config.notify_in_transactions,
-                wait: true,
-                again: false,
-                lease: config.lease,
-                retention: config.retention,
-                prepared: config.callers_sessions_last(),
-            },
+            inserting: config.inserting_for_caller(),
         };
         let mut ids = Vec::new();
         let mut chunk = Chunk::default();

@@ -22,7 +22,7 @@ use crate::id::RequestId;
 use crate::request::Request;
 use crate::response::Response;
 use crate::status::Status;
-use crate::store::enqueue::{self, InsertOne, Inserted};
+use crate::store::enqueue;
 use crate::store::inspect::{self, Cancelled};
 use crate::store::outcome;
 
@@ -33,7 +33,7 @@ pub use self::builder::{
 };
 pub use self::handle::OutcomeListener;
 pub use self::head::RequestHead;
-pub(crate) use self::submit::{AwaitResponse, Mode, enqueued};
+pub(crate) use self::submit::{AwaitResponse, Mode, Submitted};
 
 use self::head::PassThrough;
 
@@ -128,7 +128,7 @@ impl Durable {
     {
         let request = request.try_into().map_err(Into::into)?;
         let prepared = self.prepare(request, Mode::Fired)?;
-        enqueued(self.submit(prepared, None)?.enqueued).await
+        self.submit(prepared, None)?.await
     }
 
     /// Persists a request in the caller's transaction: a commit sends it, a rollback never does.
@@ -177,20 +177,10 @@ impl Durable {
             return Err(Error::new(Kind::Closed));
         }
         let config = self.engine().config();
-        let how = InsertOne {
-            notify: config.notify_in_transactions && prepared.row.needs_runner(),
-            wait: true,
-            again: false,
-            lease: config.lease,
-            retention: config.retention,
-            prepared: config.callers_sessions_last(),
-        };
-        match enqueue::insert_one(executor, &config.schema, &prepared.row, how).await? {
-            Inserted::Attached(first) => Ok(first),
-            Inserted::Conflict(first) => Err(Error::new(Kind::KeyConflict).with_id(first)),
-            Inserted::Elsewhere => Err(Error::new(Kind::OrderConflict)),
-            Inserted::New | Inserted::Busy => Ok(prepared.id()),
-        }
+        let how = config.inserting_for_caller();
+        enqueue::insert_one(executor, &config.schema, &prepared.row, how)
+            .await?
+            .persisted(prepared.id())
     }
 
     /// Persists a request, delivers it and waits for its response: a final one, or the last one when retries are used up.

@@ -121,7 +121,7 @@ impl Durable {
             job,
             live,
         });
-        let inline = start.is_some();
+        let (id, inline) = (row.id, start.is_some());
         if let Some(start) = &start {
             row.initial = match start.job.delivery.guarantee {
                 Guarantee::AtLeastOnce => Initial::Claimed,
@@ -130,7 +130,11 @@ impl Durable {
         }
         let (done, enqueued) = oneshot::channel();
         engine.enqueue(Submission { row, start, done })?;
-        Ok(Submitted { enqueued, inline })
+        Ok(Submitted {
+            id,
+            enqueued,
+            inline,
+        })
     }
 
     /// Hands a request to the engine and waits for its response. While somebody waits, every attempt that this process
@@ -173,20 +177,25 @@ impl Prepared {
     }
 }
 
-/// A request that was handed to the engine.
+/// A request that was handed to the engine. Waits for the commit of its insert.
 pub(crate) struct Submitted {
-    pub(crate) enqueued: oneshot::Receiver<Result<RequestId, Error>>,
+    id: RequestId,
+    enqueued: oneshot::Receiver<Result<RequestId, Error>>,
     /// This process makes the first attempt.
     inline: bool,
 }
 
-/// Waits for the commit of an insert.
-pub(crate) async fn enqueued(
-    enqueued: oneshot::Receiver<Result<RequestId, Error>>,
-) -> Result<RequestId, Error> {
-    enqueued
-        .await
-        .unwrap_or_else(|_| Err(Error::new(Kind::Closed)))
+impl Future for Submitted {
+    /// The request that is persisted: this one, or an earlier one with the same key.
+    type Output = Result<RequestId, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let id = self.id;
+        Pin::new(&mut self.enqueued).poll(cx).map(|enqueued| {
+            // Lost on its way, perhaps after the commit: the engine's runtime has ended.
+            enqueued.unwrap_or_else(|_| Err(Error::new(Kind::Indeterminate(None)).with_id(id)))
+        })
+    }
 }
 
 /// The way from the insert to the outcome. On any executor.
@@ -206,17 +215,14 @@ impl Future for AwaitResponse {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         if let Some(submitted) = &mut this.submitted {
-            let enqueued = ready!(Pin::new(&mut submitted.enqueued).poll(cx));
+            let persisted = ready!(Pin::new(&mut *submitted).poll(cx))?;
             let inline = submitted.inline;
             this.submitted = None;
-            match enqueued {
-                Ok(Ok(id)) if id == this.id => this.waiter.arm(!inline),
-                Ok(Ok(first)) => {
-                    let durable = this.durable.clone();
-                    this.attached = Some(Box::pin(async move { durable.response(first).await }));
-                }
-                Ok(Err(error)) => return Poll::Ready(Err(error)),
-                Err(_) => return Poll::Ready(Err(Error::new(Kind::Closed))),
+            if persisted == this.id {
+                this.waiter.arm(!inline);
+            } else {
+                let durable = this.durable.clone();
+                this.attached = Some(Box::pin(async move { durable.response(persisted).await }));
             }
         }
         if let Some(attached) = &mut this.attached {
@@ -264,7 +270,7 @@ mod tests {
             .collect();
         let mut refused = Vec::new();
         for (number, submitted) in submitted.into_iter().enumerate() {
-            if let Err(error) = enqueued(submitted.enqueued).await {
+            if let Err(error) = submitted.await {
                 assert!(error.is_database(), "{error:?}");
                 refused.push(number);
             }

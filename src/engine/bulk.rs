@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::engine::{Engine, Shared};
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
-use crate::store::enqueue::{self, InsertOne, Inserted, NewRequest};
+use crate::store::enqueue::{self, Inserting, NewRequest};
 use crate::store::{BoxFuture, DbError, bulk};
 
 /// How many rows one statement has at most. More gain nothing and make the statement long.
@@ -48,8 +48,7 @@ impl Chunk {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct How<'a> {
     pub(crate) schema: &'a str,
-    /// What goes for a row with a key; `notify` goes for all.
-    pub(crate) one: InsertOne,
+    pub(crate) inserting: Inserting,
 }
 
 /// Writes a chunk in the transaction that the connection is in. Returns the ids of its requests: the new ones, or those of earlier
@@ -63,18 +62,10 @@ pub(crate) fn write<'c>(
     Box::pin(async move {
         let rows = &chunk.rows;
         if let [row] = &**rows {
-            let notify = how.one.notify && row.needs_runner();
-            let one = InsertOne { notify, ..how.one };
-            return match enqueue::insert_one(connection, how.schema, row, one).await? {
-                Inserted::Attached(first) => Ok(vec![first]),
-                Inserted::Conflict(first) => Err(Error::new(Kind::KeyConflict).with_id(first)),
-                Inserted::Elsewhere => Err(Error::new(Kind::OrderConflict)),
-                Inserted::New | Inserted::Busy => Ok(vec![row.id]),
-            };
+            let inserted = enqueue::insert_one(connection, how.schema, row, how.inserting).await?;
+            return inserted.persisted(row.id).map(|id| vec![id]);
         }
-        let notify = how.one.notify && rows.iter().any(NewRequest::needs_runner);
-        let prepared = how.one.prepared;
-        match bulk::insert_many(connection, how.schema, rows, notify, prepared).await? {
+        match bulk::insert_many(connection, how.schema, rows, how.inserting).await? {
             Some(_) => Err(Error::new(Kind::OrderConflict)),
             None => Ok(rows.iter().map(|row| row.id).collect()),
         }
@@ -112,7 +103,8 @@ impl Transaction {
     pub(crate) async fn commit(self) -> Result<Vec<RequestId>, Error> {
         let _ = self.chunks.send(None).await;
         let written = self.written.await;
-        written.unwrap_or_else(|_| Err(Error::new(Kind::Closed)))
+        // Lost on its way, perhaps after the commit: the engine's runtime has ended.
+        written.unwrap_or_else(|_| Err(Error::new(Kind::Indeterminate(None))))
     }
 }
 
@@ -145,14 +137,7 @@ async fn in_transaction(
     let (db, config) = (&shared.db, &shared.config);
     let how = How {
         schema: &config.schema,
-        one: InsertOne {
-            notify: true,
-            wait: true,
-            again: false,
-            lease: config.lease,
-            retention: config.retention,
-            prepared: true,
-        },
+        inserting: config.inserting(),
     };
     db.within(0, bulk::begin(connection)).await?;
     let mut ids = Vec::new();

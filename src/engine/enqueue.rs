@@ -16,7 +16,7 @@ use crate::engine::{Engine, Shared};
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::store::DbError;
-use crate::store::enqueue::{self, InsertOne, Inserted, NewRequest};
+use crate::store::enqueue::{self, Inserted, Inserting, NewRequest};
 
 /// A restarted server leaves several dead connections in the pool; each try finds one.
 const AGAIN_PAUSE: Duration = Duration::from_millis(10);
@@ -172,34 +172,26 @@ pub(crate) async fn insert_locked(shared: Arc<Shared>, submission: Submission) {
     } = submission;
     let row = Arc::new(row);
     match insert_when_free(&shared, &row, &mut done).await {
-        Ok(None) => begin(row.id, start, done),
-        Ok(Some(first)) => {
-            let _ = done.send(Ok(first));
-        }
-        Err(error) => {
-            let _ = done.send(Err(error));
+        Ok(id) if id == row.id => begin(id, start, done),
+        attached_or_refused => {
+            let _ = done.send(attached_or_refused);
         }
     }
 }
 
-/// Tries until the keys are free. Returns the request that has the caller's key already, if one does.
+/// Tries until the keys are free. Returns the request that is persisted: this one, or an earlier one that has the caller's key.
 async fn insert_when_free(
     shared: &Shared,
     row: &Arc<NewRequest>,
     done: &mut Done,
-) -> Result<Option<RequestId>, Error> {
+) -> Result<RequestId, Error> {
     let mut pause = LOCKED_RETRY_MIN;
     let mut unknown_since: Option<Instant> = None;
     loop {
         shared.verify().await?;
         match try_locked(shared, row, unknown_since.is_some()).await {
-            Ok(Inserted::New) => return Ok(None),
-            Ok(Inserted::Attached(first)) => return Ok(Some(first)),
-            Ok(Inserted::Conflict(first)) => {
-                return Err(Error::new(Kind::KeyConflict).with_id(first));
-            }
-            Ok(Inserted::Elsewhere) => return Err(Error::new(Kind::OrderConflict)),
             Ok(Inserted::Busy) => {}
+            Ok(inserted) => return inserted.persisted(row.id),
             Err(error) if error.unknown || unknown_since.is_some() => {
                 let since = *unknown_since.get_or_insert_with(Instant::now);
                 if since.elapsed() + pause > AGAIN_FOR.min(shared.config.lease / 2) {
@@ -224,13 +216,10 @@ async fn try_locked(
 ) -> Result<Inserted, DbError> {
     let bytes = row.size();
     let (schema, row) = (shared.config.schema.clone(), Arc::clone(row));
-    let how = InsertOne {
-        notify: row.needs_runner(),
+    let how = Inserting {
         wait: false,
         again,
-        lease: shared.config.lease,
-        retention: shared.config.retention,
-        prepared: true,
+        ..shared.config.inserting()
     };
     shared
         .db

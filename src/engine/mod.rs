@@ -37,6 +37,7 @@ use crate::error::{Error, Kind, MigrationState};
 use crate::idempotency::IdempotencyKey;
 use crate::migrate::wanted_version;
 use crate::retry::RetryPolicy;
+use crate::store::enqueue::Inserting;
 use crate::store::inspect::{self, Schema};
 use crate::store::{self, BoxFuture, Db, DbError, Session};
 
@@ -84,8 +85,29 @@ pub(crate) struct Config {
 
 impl Config {
     /// Whether the caller's pool keeps its sessions, as it seems: connect options beside it are for those behind a pooler.
-    pub(crate) fn callers_sessions_last(&self) -> bool {
+    fn callers_sessions_last(&self) -> bool {
         self.connect.is_none()
+    }
+
+    /// How rows with a key are inserted on the crate's own connections.
+    pub(crate) fn inserting(&self) -> Inserting {
+        Inserting {
+            notify: true,
+            wait: true,
+            again: false,
+            lease: self.lease,
+            retention: self.retention,
+            prepared: true,
+        }
+    }
+
+    /// How rows are inserted on a caller's connection.
+    pub(crate) fn inserting_for_caller(&self) -> Inserting {
+        Inserting {
+            notify: self.notify_in_transactions,
+            prepared: self.callers_sessions_last(),
+            ..self.inserting()
+        }
     }
 }
 

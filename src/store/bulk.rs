@@ -1,10 +1,10 @@
 //! Persisting many requests in one transaction.
 
-use sqlx::{Executor, PgConnection};
+use sqlx::{Executor, PgConnection, Row};
 use uuid::Uuid;
 
-use super::enqueue::{MESSAGE_NAME, NewRequest};
-use super::{BoxFuture, millis, quoted};
+use super::enqueue::{Inserting, MESSAGE_NAME, NewRequest, bind_columns};
+use super::{BoxFuture, quoted};
 use crate::id::RequestId;
 
 /// Begins a transaction whose connection is thrown away if it is not committed.
@@ -32,33 +32,21 @@ pub(crate) async fn insert_many(
     connection: &mut PgConnection,
     schema: &str,
     requests: &[NewRequest],
-    notify: bool,
-    prepared: bool,
+    how: Inserting,
 ) -> Result<Option<RequestId>, sqlx::Error> {
     let call = format!(
         "SELECT {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
         quoted(schema)
     );
-    let column = requests.iter();
-    let elsewhere: Option<Uuid> = sqlx::query_scalar(&call)
-        .bind(column.clone().map(|r| r.id.into()).collect::<Vec<Uuid>>())
-        .bind(column.clone().map(|r| &*r.channel).collect::<Vec<_>>())
-        .bind(column.clone().map(|r| &*r.group).collect::<Vec<_>>())
-        .bind(column.clone().map(|r| r.ordered).collect::<Vec<_>>())
-        .bind(column.clone().map(|r| r.halts).collect::<Vec<_>>())
-        .bind(column.clone().map(|r| millis(r.delay)).collect::<Vec<_>>())
-        .bind(
-            column
-                .clone()
-                .map(|r| r.deadline.map(millis))
-                .collect::<Vec<_>>(),
-        )
+    let notify = how.notify && requests.iter().any(NewRequest::needs_runner);
+    let row = bind_columns(sqlx::query(&call), requests)
+        .bind(requests.iter().map(|r| r.ordered).collect::<Vec<_>>())
+        .bind(requests.iter().map(|r| r.halts).collect::<Vec<_>>())
         .bind(MESSAGE_NAME)
-        .bind(column.clone().map(|r| &*r.head).collect::<Vec<_>>())
-        .bind(column.map(|r| r.body.as_deref()).collect::<Vec<_>>())
         .bind(notify)
-        .persistent(prepared)
+        .persistent(how.prepared)
         .fetch_one(connection)
         .await?;
+    let elsewhere: Option<Uuid> = row.try_get(0)?;
     Ok(elsewhere.map(RequestId::from))
 }

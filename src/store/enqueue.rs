@@ -4,10 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::{PgConnection, PgExecutor};
+use sqlx::postgres::PgArguments;
+use sqlx::query::Query;
+use sqlx::{PgConnection, PgExecutor, Postgres};
 use uuid::Uuid;
 
 use super::{millis, quoted};
+use crate::error::{Error, Kind};
 use crate::id::RequestId;
 
 /// The longest that a runner goes without a look, as `mq_poll` tells it.
@@ -141,8 +144,31 @@ pub(crate) async fn insert(
     if let ([request], false) = (requests, again) {
         return insert_alone(connection, request, lease).await;
     }
+    bind_columns(
+        sqlx::query(if again { INSERT_AGAIN } else { INSERT }),
+        requests,
+    )
+    .bind(requests.iter().map(|r| r.waiter).collect::<Vec<_>>())
+    .bind(
+        requests
+            .iter()
+            .map(|r| r.initial.state())
+            .collect::<Vec<_>>(),
+    )
+    .bind(MESSAGE_NAME)
+    .bind(millis(lease))
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Binds what all rows have: the first seven parameters.
+pub(super) fn bind_columns<'q>(
+    query: Query<'q, Postgres, PgArguments>,
+    requests: &'q [NewRequest],
+) -> Query<'q, Postgres, PgArguments> {
     let column = requests.iter();
-    sqlx::query(if again { INSERT_AGAIN } else { INSERT })
+    query
         .bind(column.clone().map(|r| r.id.into()).collect::<Vec<Uuid>>())
         .bind(column.clone().map(|r| &*r.channel).collect::<Vec<_>>())
         .bind(column.clone().map(|r| &*r.group).collect::<Vec<_>>())
@@ -160,13 +186,6 @@ pub(crate) async fn insert(
                 .map(|r| r.body.as_deref())
                 .collect::<Vec<_>>(),
         )
-        .bind(column.clone().map(|r| r.waiter).collect::<Vec<_>>())
-        .bind(column.map(|r| r.initial.state()).collect::<Vec<_>>())
-        .bind(MESSAGE_NAME)
-        .bind(millis(lease))
-        .execute(connection)
-        .await?;
-    Ok(())
 }
 
 async fn insert_alone(
@@ -197,8 +216,8 @@ async fn insert_alone(
     reason = "each says something of its own"
 )]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct InsertOne {
-    /// Whether runners are told at the commit.
+pub(crate) struct Inserting {
+    /// Whether runners are told at the commit, if it is for them.
     pub(crate) notify: bool,
     /// Whether to wait for another transaction that has one of the request's keys.
     pub(crate) wait: bool,
@@ -224,12 +243,27 @@ pub(crate) enum Inserted {
     Elsewhere,
 }
 
+impl Inserted {
+    /// What a caller is told: the request that is persisted, `id` or an earlier one with its key.
+    pub(crate) fn persisted(self, id: RequestId) -> Result<RequestId, Error> {
+        match self {
+            Self::New => Ok(id),
+            Self::Attached(first) => Ok(first),
+            Self::Conflict(first) => Err(Error::new(Kind::KeyConflict).with_id(first)),
+            Self::Elsewhere => Err(Error::new(Kind::OrderConflict)),
+            Self::Busy => Err(Error::new(Kind::Database(sqlx::Error::Protocol(
+                "a key was not waited for".to_owned(),
+            )))),
+        }
+    }
+}
+
 /// Inserts one request through the schema's own function: on any connection, in any transaction.
 pub(crate) async fn insert_one<'c>(
     executor: impl PgExecutor<'c>,
     schema: &str,
     request: &NewRequest,
-    how: InsertOne,
+    how: Inserting,
 ) -> Result<Inserted, sqlx::Error> {
     // On the caller's connection nothing may depend on its search_path, not even the operator.
     let call = format!(
@@ -260,7 +294,7 @@ pub(crate) async fn insert_one<'c>(
         .bind(key.map(|key| &key.fingerprint[..]))
         .bind(request.supersede.as_deref())
         .bind(millis(how.retention))
-        .bind(how.notify)
+        .bind(how.notify && request.needs_runner())
         .bind(how.wait)
         .bind(how.again)
         .persistent(how.prepared)

@@ -114,10 +114,7 @@ impl Db {
         let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
         let connect = (*self.pool.connect_options()).clone();
         let (connected, taken) = (Arc::clone(used), Arc::clone(used));
-        PgPoolOptions::new()
-            .max_connections(RUNNER_CONNECTIONS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .test_before_acquire(false)
+        pool_options(RUNNER_CONNECTIONS)
             .after_connect(move |_, _| {
                 connected.fetch_add(1, Ordering::Relaxed);
                 Box::pin(async { Ok(()) })
@@ -166,25 +163,14 @@ impl Db {
             error,
             unknown: false,
         })?;
-        match tokio::time::timeout(
-            STATEMENT_TIMEOUT + moving(bytes),
-            statements(&mut connection),
-        )
-        .await
-        {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => {
-                let error = DbError::from(error);
-                if error.unknown {
-                    drop(connection.detach());
-                }
-                Err(error)
-            }
-            Err(_elapsed) => {
+        let result = self.within(bytes, statements(&mut connection)).await;
+        result.map_err(|error| {
+            let error = DbError::from(error);
+            if error.unknown {
                 drop(connection.detach());
-                Err(timed_out().into())
             }
-        }
+            error
+        })
     }
 }
 
