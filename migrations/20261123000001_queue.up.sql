@@ -12,6 +12,7 @@ CREATE TABLE mq_msgs (
     channel_args text COLLATE "C" NOT NULL,
     -- When the next attempt is due; while one is made, the end of its lease.
     attempt_at timestamptz NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- The place among the requests of an ordering key, in commit order.
     seq bigint,
     -- The instance that waits for the outcome; nil: several do.
@@ -62,7 +63,6 @@ CREATE SEQUENCE mq_seq;
 CREATE TABLE mq_payloads (
     id uuid PRIMARY KEY,
     name text NOT NULL,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     head text NOT NULL,
     -- NULL: no body, which HTTP tells apart from an empty one.
     body bytea,
@@ -270,7 +270,7 @@ BEGIN
         SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
             state = CASE WHEN m.state = 4 THEN 4 ELSE 1 END
         WHERE m.id = ANY (v_picked)
-        RETURNING m.id, m.claim_no, m.attempts, m.deadline, m.state = 4 AS lost
+        RETURNING m.id, m.claim_no, m.attempts, m.created_at, m.deadline, m.state = 4 AS lost
     )
     SELECT
         c.id,
@@ -280,7 +280,7 @@ BEGIN
         concat(
             '{"claim_no":', c.claim_no,
             ',"attempts":', c.attempts,
-            ',"age_ms":', coalesce((extract(epoch FROM v_now - p.created_at) * 1000)::bigint, 0),
+            ',"age_ms":', (extract(epoch FROM v_now - c.created_at) * 1000)::bigint,
             ',"deadline_ms":', coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
             ',"lost":', c.lost::text,
             -- Whether more are due than this poll took.

@@ -66,7 +66,7 @@ DECLARE
     v_channels text[];
 BEGIN
     WITH locked AS MATERIALIZED (
-        SELECT m.id, m.channel_name, m.channel_args, m.attempts, m.waiter, m.seq IS NOT NULL AS ordered,
+        SELECT m.id, m.channel_name, m.channel_args, m.attempts, m.created_at, m.waiter, m.seq IS NOT NULL AS ordered,
             v_kept AND m.halts AND m.seq IS NOT NULL AS halts
         FROM mq_msgs m WHERE m.id = ANY (p_ids) AND m.state <> 3
         ORDER BY m.id FOR UPDATE
@@ -85,7 +85,7 @@ BEGIN
         )
         SELECT
             CASE WHEN v_kept THEN -1 ELSE outcome_slot(v_now, p_retention) END,
-            l.id, l.channel_name, l.channel_args, p_status, l.attempts, coalesce(p.created_at, v_now), v_now,
+            l.id, l.channel_name, l.channel_args, p_status, l.attempts, l.created_at, v_now,
             CASE WHEN NOT v_kept THEN v_now + p_retention END,
             CASE WHEN v_kept THEN p.response_status END,
             CASE WHEN v_kept THEN p.response_head END,
@@ -290,11 +290,11 @@ BEGIN
         END IF;
     END IF;
     v_now := clock_timestamp();
-    INSERT INTO mq_payloads (id, name, created_at, head, body)
-    SELECT i.id, p_name, v_now, i.head, i.body FROM unnest(p_ids, p_heads, p_bodies) AS i(id, head, body);
-    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, deadline, halts)
+    INSERT INTO mq_payloads (id, name, head, body)
+    SELECT i.id, p_name, i.head, i.body FROM unnest(p_ids, p_heads, p_bodies) AS i(id, head, body);
+    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, created_at, seq, deadline, halts)
     SELECT
-        i.id, i.channel, i.key_group, v_now + i.delay_ms * interval '1 millisecond',
+        i.id, i.channel, i.key_group, v_now + i.delay_ms * interval '1 millisecond', v_now,
         -- Unnested rows come in their order.
         CASE WHEN i.ordered THEN nextval('mq_seq') END,
         v_now + i.deadline_ms * interval '1 millisecond', i.halts

@@ -86,14 +86,14 @@ BEGIN
     END IF;
     v_now := clock_timestamp();
     UPDATE mq_payloads p
-    SET id = p_new, created_at = v_now, returns = 0, response_status = NULL, response_head = NULL, response_body = NULL
+    SET id = p_new, returns = 0, response_status = NULL, response_head = NULL, response_body = NULL
     WHERE p.id = p_id RETURNING p.halts INTO v_halts;
     IF NOT FOUND THEN
         RETURN 'gone';
     END IF;
     IF v_in_place THEN
         UPDATE mq_msgs m
-        SET id = p_new, attempt_at = v_now, waiter = NULL, claim_no = 0, attempts = 0, state = 0
+        SET id = p_new, attempt_at = v_now, created_at = v_now, waiter = NULL, claim_no = 0, attempts = 0, state = 0
         WHERE m.id = p_id;
     ELSE
         IF v_ordered THEN
@@ -191,9 +191,9 @@ BEGIN
             IF v_ordered THEN
                 v_seq := nextval('mq_seq');
             END IF;
-            INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, claim_no, attempts, halts)
+            INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, created_at, seq, claim_no, attempts, halts)
             VALUES (
-                p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_seq,
+                p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_kept.created_at, v_seq,
                 -- Beyond all that it had, for a claim of then must not be taken for one of now.
                 least(v_returns, 2000) * 1000000, v_attempts, v_ordered AND v_halts
             );

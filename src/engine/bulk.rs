@@ -116,15 +116,15 @@ async fn run(
     done: &mut Done,
 ) -> Result<Vec<RequestId>, Error> {
     shared.verify().await?;
-    let mut connection = shared.db.pool().acquire().await?;
+    let mut turn = shared.db.acquire().await?;
     let written = tokio::select! {
-        written = in_transaction(shared, &mut connection, &mut incoming) => written,
+        written = in_transaction(shared, &mut turn.connection, &mut incoming) => written,
         // The caller is gone, perhaps while this waits for a key.
         () = done.closed() => Err(Error::new(Kind::Closed)),
     };
     if written.is_err() {
         // Rolls back, in whatever state it is.
-        drop(connection.detach());
+        drop(turn.connection.detach());
     }
     written
 }

@@ -48,12 +48,21 @@ pub(crate) struct Start {
 
 /// Runs until the last sender is gone.
 pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<Submission>) {
-    let size = |submission: &Submission| submission.row.size();
-    lane::run(incoming, size, |batch| {
+    lane::run(incoming, |batch| {
         let shared = Arc::clone(&shared);
         async move { write(&shared, batch).await }
     })
     .await;
+}
+
+impl lane::Item for Submission {
+    fn size(&self) -> usize {
+        self.row.size()
+    }
+
+    fn is_urgent(&self) -> bool {
+        true
+    }
 }
 
 type Parts = (Option<Start>, Done);

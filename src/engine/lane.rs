@@ -1,15 +1,20 @@
 //! Group commit: what piles up while one batch is written goes into the next.
 //!
-//! No timer, so no added latency: an idle lane writes at once, a busy one writes more at a time. Batches are capped by rows and by bytes.
+//! An idle lane writes at once what somebody waits for, and a busy one writes more at a time: no timer adds to a caller's latency. What nobody
+//! waits for is given a moment for others to join it, which spares the disk, and callers who wait for it. Batches are capped by rows and
+//! by bytes.
 //! When much piles up, a second batch is written beside the first: one is carried out while the other waits for the disk, and
 //! callers that were answered together don't go on in step for ever. What is over a batch's bytes by itself goes beside them, so that the
 //! small ones don't wait for it.
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep_until};
 
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
@@ -18,13 +23,22 @@ const MAX_WRITES: usize = 2;
 const SECOND_FROM: usize = 16;
 /// How many large ones are written at a time, beside the lane.
 const MAX_LARGE: usize = 2;
+/// How long something waits for others at most that nobody waits for. Tokio's clock makes up to a millisecond more of it.
+const PATIENCE: Duration = Duration::from_millis(1);
+
+/// What a lane asks of what it writes.
+pub(crate) trait Item {
+    /// In bytes, about.
+    fn size(&self) -> usize;
+
+    /// Whether somebody waits until it is written.
+    fn is_urgent(&self) -> bool;
+}
 
 /// Hands what comes to `write`, a batch at a time, until the last sender is gone and everything is written.
-pub(crate) async fn run<T, F>(
-    mut incoming: mpsc::UnboundedReceiver<T>,
-    size: impl Fn(&T) -> usize,
-    write: impl Fn(Vec<T>) -> F,
-) where
+pub(crate) async fn run<T, F>(mut incoming: mpsc::UnboundedReceiver<T>, write: impl Fn(Vec<T>) -> F)
+where
+    T: Item,
     F: Future<Output = ()> + Send + 'static,
 {
     let mut writes = JoinSet::new();
@@ -33,20 +47,30 @@ pub(crate) async fn run<T, F>(
     let mut large = VecDeque::new();
     let mut came = Vec::with_capacity(MAX_BATCH);
     let mut open = true;
+    let mut patience = pin!(sleep_until(Instant::now()));
     loop {
         tokio::select! {
             biased;
             Some(written) = writes.join_next() => check(written),
             Some(written) = large_writes.join_next() => check(written),
             count = incoming.recv_many(&mut came, MAX_BATCH), if open && batch.has_room() => open = count > 0,
+            () = &mut patience, if batch.is_patient() => batch.hurry(),
             // Nothing is written and nothing will come.
             else => break,
         }
+        let is_first = batch.is_empty();
         for item in came.drain(..) {
-            match size(&item) {
-                bytes if bytes > MAX_BATCH_BYTES => large.push_back(item),
-                bytes => batch.push(item, bytes),
+            if item.size() > MAX_BATCH_BYTES {
+                large.push_back(item);
+            } else {
+                batch.push(item);
             }
+        }
+        if !open {
+            batch.hurry();
+        }
+        if is_first && batch.is_patient() {
+            patience.as_mut().reset(Instant::now() + PATIENCE);
         }
         while large_writes.len() < MAX_LARGE {
             let Some(item) = large.pop_front() else {
@@ -69,20 +93,36 @@ fn check(written: Result<(), JoinError>) {
 
 /// What waits to be written.
 struct Batch<T> {
-    items: VecDeque<(T, usize)>,
+    items: VecDeque<T>,
+    urgent: bool,
 }
 
 impl<T> Default for Batch<T> {
     fn default() -> Self {
         Self {
             items: VecDeque::with_capacity(MAX_BATCH),
+            urgent: false,
         }
     }
 }
 
-impl<T> Batch<T> {
-    fn push(&mut self, item: T, bytes: usize) {
-        self.items.push_back((item, bytes));
+impl<T: Item> Batch<T> {
+    fn push(&mut self, item: T) {
+        self.urgent |= item.is_urgent();
+        self.items.push_back(item);
+    }
+
+    /// It has waited for long enough.
+    fn hurry(&mut self) {
+        self.urgent = true;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    fn is_patient(&self) -> bool {
+        !self.items.is_empty() && !self.urgent
     }
 
     /// What is not taken waits in the channel.
@@ -93,7 +133,7 @@ impl<T> Batch<T> {
     fn wanted_writes(&self) -> usize {
         match self.items.len() {
             0 => 0,
-            1..SECOND_FROM => 1,
+            1..SECOND_FROM => usize::from(self.urgent),
             _ => MAX_WRITES,
         }
     }
@@ -101,11 +141,122 @@ impl<T> Batch<T> {
     /// As much as goes into one write.
     fn take(&mut self) -> Vec<T> {
         let mut bytes = 0;
-        let fits = self.items.iter().take(MAX_BATCH).take_while(|(_, size)| {
-            bytes += size;
+        let fits = self.items.iter().take(MAX_BATCH).take_while(|item| {
+            bytes += item.size();
             bytes <= MAX_BATCH_BYTES
         });
         let count = fits.count();
-        self.items.drain(..count).map(|(item, _)| item).collect()
+        let taken = self.items.drain(..count).collect();
+        // What is left has waited already.
+        self.urgent &= !self.items.is_empty();
+        taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Eq)]
+    enum Thing {
+        Body(usize),
+        Waited,
+        Bad,
+    }
+
+    impl Item for Thing {
+        fn size(&self) -> usize {
+            match self {
+                Self::Body(size) => *size,
+                Self::Waited | Self::Bad => 0,
+            }
+        }
+
+        fn is_urgent(&self) -> bool {
+            *self == Self::Waited
+        }
+    }
+
+    /// A lane, and what it writes with the time of it.
+    fn lane() -> (
+        mpsc::UnboundedSender<Thing>,
+        mpsc::UnboundedReceiver<(Vec<Thing>, Instant)>,
+    ) {
+        let (sender, incoming) = mpsc::unbounded_channel();
+        let (written, batches) = mpsc::unbounded_channel();
+        tokio::spawn(run(incoming, move |batch: Vec<Thing>| {
+            let written = written.clone();
+            async move {
+                assert!(!batch.contains(&Thing::Bad), "a batch as bad as can be");
+                let _ = written.send((batch, Instant::now()));
+            }
+        }));
+        (sender, batches)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_waits_for_is_written_together_a_moment_later() {
+        let (lane, mut written) = lane();
+        let began = Instant::now();
+        for _ in 0..3 {
+            lane.send(Thing::Body(1)).unwrap();
+            tokio::task::yield_now().await;
+        }
+        let (batch, at) = written.recv().await.unwrap();
+        assert_eq!(batch.len(), 3);
+        let took = at - began;
+        assert!((PATIENCE..=2 * PATIENCE).contains(&took), "after {took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_somebody_waits_for_is_written_at_once_and_all_that_is_there_with_it() {
+        let (lane, mut written) = lane();
+        let began = Instant::now();
+        lane.send(Thing::Body(1)).unwrap();
+        tokio::task::yield_now().await;
+        lane.send(Thing::Waited).unwrap();
+        let (batch, at) = written.recv().await.unwrap();
+        assert_eq!(batch, [Thing::Body(1), Thing::Waited]);
+        assert_eq!(at, began);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_are_written_at_once() {
+        let (lane, mut written) = lane();
+        let began = Instant::now();
+        for _ in 0..SECOND_FROM {
+            lane.send(Thing::Body(1)).unwrap();
+        }
+        let (batch, at) = written.recv().await.unwrap();
+        assert_eq!(batch.len(), SECOND_FROM);
+        assert_eq!(at, began);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn batches_are_capped_by_bytes_and_what_is_over_them_goes_beside() {
+        let (lane, mut written) = lane();
+        let half = MAX_BATCH_BYTES / 2;
+        for size in [half, half, half, MAX_BATCH_BYTES + 1] {
+            lane.send(Thing::Body(size)).unwrap();
+        }
+        drop(lane);
+        let mut batches = Vec::new();
+        while let Some((batch, _)) = written.recv().await {
+            batches.push(batch.iter().map(Item::size).collect::<Vec<_>>());
+        }
+        batches.sort();
+        assert_eq!(
+            batches,
+            [vec![half], vec![half, half], vec![MAX_BATCH_BYTES + 1]]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_that_is_lost_does_not_stop_the_lane() {
+        let (lane, mut written) = lane();
+        lane.send(Thing::Bad).unwrap();
+        tokio::time::sleep(2 * PATIENCE).await;
+        lane.send(Thing::Waited).unwrap();
+        assert_eq!(written.recv().await.unwrap().0, [Thing::Waited]);
     }
 }

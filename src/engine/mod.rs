@@ -39,7 +39,7 @@ use crate::migrate::wanted_version;
 use crate::retry::RetryPolicy;
 use crate::store::enqueue::Inserting;
 use crate::store::inspect::{self, Schema};
-use crate::store::{self, BoxFuture, Db, DbError, Session};
+use crate::store::{BoxFuture, Db, DbError, Session};
 
 use enqueue::Submission;
 use runner::lease::{self, Leases};
@@ -490,7 +490,7 @@ impl Engine {
         // No longer than others would wait for the leases anyway.
         self.drained(self.config().lease).await;
         self.shared.waiters.close();
-        store::close(self.shared.db.pool(), CLOSE_TIMEOUT).await;
+        self.shared.db.close(CLOSE_TIMEOUT).await;
         Ok(())
     }
 

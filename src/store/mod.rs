@@ -12,6 +12,7 @@ pub(crate) mod inspect;
 pub(crate) mod kept;
 pub(crate) mod outcome;
 pub(crate) mod settle;
+mod warm;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -21,6 +22,8 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
+
+use self::warm::{Turn, Warm};
 
 /// After this long without an answer a statement's connection is thrown away: sqlx sets no keepalive, so a black-holed
 /// socket would hang for minutes.
@@ -46,6 +49,7 @@ pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 #[derive(Clone, Debug)]
 pub(crate) struct Db {
     pool: PgPool,
+    warm: Arc<Warm>,
     session: Session,
 }
 
@@ -100,7 +104,12 @@ impl Db {
     pub(crate) fn new(connect: &PgConnectOptions, session: Session, max_connections: u32) -> Self {
         let pool = pool_options(max_connections.saturating_add(LISTENERS))
             .connect_lazy_with(pinned(connect, &session));
-        Self { pool, session }
+        let warm = Arc::new(Warm::new(max_connections));
+        Self {
+            pool,
+            warm,
+            session,
+        }
     }
 
     pub(crate) fn pool(&self) -> &PgPool {
@@ -126,10 +135,23 @@ impl Db {
             .connect_lazy_with(connect.options([("statement_timeout", timeout)]))
     }
 
+    /// Closes the pool when the statements under way are over, and waits for that as long as is given.
+    pub(crate) async fn close(&self, within: Duration) {
+        // It is closed from here on, awaited or not: nothing comes to rest any more.
+        drop(self.pool.close());
+        self.warm.close();
+        close(&self.pool, within).await;
+    }
+
     /// Connections made from now on use these options: passwords rotate and servers move.
     pub(crate) fn reconnect_with(&self, connect: &PgConnectOptions) {
         self.pool
             .set_connect_options(pinned(connect, &self.session));
+    }
+
+    /// A connection for statements.
+    pub(crate) async fn acquire(&self) -> Result<Turn<'_>, sqlx::Error> {
+        self.warm.take(&self.pool).await
     }
 
     /// Runs statements on one connection, which is thrown away if no answer comes in time.
@@ -159,18 +181,20 @@ impl Db {
         statements: impl for<'c> FnOnce(&'c mut PgConnection) -> BoxFuture<'c, Result<T, sqlx::Error>>
         + Send,
     ) -> Result<T, DbError> {
-        let mut connection = self.pool.acquire().await.map_err(|error| DbError {
+        let mut turn = self.acquire().await.map_err(|error| DbError {
             error,
             unknown: false,
         })?;
-        let result = self.within(bytes, statements(&mut connection)).await;
-        result.map_err(|error| {
-            let error = DbError::from(error);
-            if error.unknown {
-                drop(connection.detach());
-            }
-            error
-        })
+        let result = self
+            .within(bytes, statements(&mut turn.connection))
+            .await
+            .map_err(DbError::from);
+        match &result {
+            Ok(_) => self.warm.keep(&self.pool, turn),
+            Err(error) if error.unknown => drop(turn.connection.detach()),
+            Err(_) => {}
+        }
+        result
     }
 }
 

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
+use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::query::Query;
+use sqlx::{PgConnection, Postgres, Row};
 use uuid::Uuid;
 
 use super::millis;
@@ -71,27 +72,17 @@ pub(crate) struct Settled {
     pub(crate) ordered: bool,
 }
 
-/// What leaves the queue, with what it left.
+/// How requests leave the queue, in three forms. `$finished` is what of `$input` stands on the latest claim, and what is left of it.
 ///
-/// Requests that end as they should are deleted at once; those that may hold up their ordering key are locked first, to tell. Bodies are
-/// picked by their number, as in the insert.
+/// Bodies are picked by their number, as in the insert.
 macro_rules! finish {
-    ($leaving:literal) => {
+    ($input:expr, $body:literal, $finished:literal) => {
         concat!(
-            "WITH input AS MATERIALIZED (
-                SELECT i.* FROM unnest(
-                    $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[], $10::bool[]
-                ) WITH ORDINALITY AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)
-            ), ",
-            $leaving,
-            ", finished AS MATERIALIZED (
-                SELECT
-                    l.*, coalesce(p.created_at, clock_timestamp()) AS created_at,
-                    -- A request that is given up ends with the last response it ever got.
-                    l.http_status IS NULL AND p.response_head IS NOT NULL AND l.status = 'discarded' AS earlier,
-                    p.response_status, p.response_head, p.response_body
-                FROM leaving l LEFT JOIN mq_payloads p ON p.id = l.id
-            ), payloads AS (
+            "WITH input AS MATERIALIZED (",
+            $input,
+            "), ",
+            $finished,
+            ", payloads AS (
                 DELETE FROM mq_payloads p USING finished f WHERE p.id = f.id AND f.status IN ('completed', 'cancelled')
             ), stored AS (
                 INSERT INTO outcomes (
@@ -100,13 +91,15 @@ macro_rules! finish {
                 )
                 SELECT
                     CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN outcome_slot(clock_timestamp(), $9 * interval '1 millisecond') ELSE -1 END,
+                        THEN outcome_slot(clock_timestamp(), $10 * interval '1 millisecond') ELSE -1 END,
                     f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at, clock_timestamp(),
                     CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN clock_timestamp() + $9 * interval '1 millisecond' END,
-                    CASE WHEN f.earlier THEN f.response_status ELSE f.http_status END,
-                    CASE WHEN f.earlier THEN f.response_head ELSE f.head END,
-                    CASE WHEN f.earlier THEN f.response_body ELSE ($6::bytea[])[f.number] END,
+                        THEN clock_timestamp() + $10 * interval '1 millisecond' END,
+                    CASE WHEN f.earlier THEN f.earlier_status ELSE f.http_status END,
+                    CASE WHEN f.earlier THEN f.earlier_head ELSE f.head END,
+                    CASE WHEN f.earlier THEN f.earlier_body ELSE ",
+            $body,
+            " END,
                     f.error_class, f.error
                 FROM finished f
             ), to_handle AS (
@@ -115,30 +108,56 @@ macro_rules! finish {
             )
             SELECT
                 f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.ordered AND NOT f.halts AS ordered,
-                CASE WHEN f.earlier THEN f.response_status END AS earlier_status,
-                CASE WHEN f.earlier THEN f.response_head END AS earlier_head,
-                CASE WHEN f.earlier THEN f.response_body END AS earlier_body
+                CASE WHEN f.earlier THEN f.earlier_status END AS earlier_status,
+                CASE WHEN f.earlier THEN f.earlier_head END AS earlier_head,
+                CASE WHEN f.earlier THEN f.earlier_body END AS earlier_body
             FROM finished f"
+        )
+    };
+    ($input:expr, $body:literal) => {
+        finish!(
+            $input,
+            $body,
+            "finished AS (
+                DELETE FROM mq_msgs m USING input i WHERE m.id = i.id AND m.claim_no = i.claim_no
+                RETURNING
+                    i.*, m.channel_name, m.channel_args, m.waiter, m.created_at, m.attempts - i.unmade::int AS attempts,
+                    m.seq IS NOT NULL AS ordered, false AS halts, false AS earlier,
+                    NULL::smallint AS earlier_status, NULL::text AS earlier_head, NULL::bytea AS earlier_body
+            )"
         )
     };
 }
 
+macro_rules! many {
+    () => {
+        "SELECT i.* FROM unnest(
+            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[], $9::bool[]
+        ) WITH ORDINALITY AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)"
+    };
+}
+
 /// For requests that have been answered. Their rows are deleted in the order of the arrays, which is that of the ids.
-const FINISH: &str = finish!(
-    "leaving AS (
-        DELETE FROM mq_msgs m USING input i WHERE m.id = i.id AND m.claim_no = i.claim_no
-        RETURNING
-            i.*, m.channel_name, m.channel_args, m.waiter, m.seq IS NOT NULL AS ordered, false AS halts,
-            m.attempts - i.unmade::int AS attempts
-    )"
+const FINISH: &str = finish!(many!(), "($6::bytea[])[f.number]");
+
+/// For one that has been answered: arrays cost it more than it does.
+const FINISH_ALONE: &str = finish!(
+    "SELECT
+        $1::uuid AS id, $2::int AS claim_no, $3::text AS status, $4::smallint AS http_status, $5::text AS head,
+        $7::text AS error_class, $8::text AS error, $9::bool AS unmade",
+    "$6::bytea"
 );
 
+/// For requests of which some are kept: those may hold up their ordering key, and are locked first, to tell; one that is given up ends with
+/// the last response it ever got.
 const FINISH_KEPT: &str = finish!(
+    many!(),
+    "($6::bytea[])[f.number]",
     "leaving AS MATERIALIZED (
         SELECT
-            i.*, m.channel_name, m.channel_args, m.waiter, m.seq IS NOT NULL AS ordered,
-            m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts,
-            m.attempts - i.unmade::int AS attempts
+            i.*, m.channel_name, m.channel_args, m.waiter, m.created_at, m.attempts - i.unmade::int AS attempts,
+            m.seq IS NOT NULL AS ordered,
+            m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts
         FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
         ORDER BY m.id FOR UPDATE OF m
     ), removed AS (
@@ -147,6 +166,11 @@ const FINISH_KEPT: &str = finish!(
         UPDATE mq_msgs m
         SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL, supersede_key = NULL
         FROM leaving l WHERE m.id = l.id AND l.halts
+    ), finished AS MATERIALIZED (
+        SELECT
+            l.*, l.http_status IS NULL AND p.response_head IS NOT NULL AND l.status = 'discarded' AS earlier,
+            p.response_status AS earlier_status, p.response_head AS earlier_head, p.response_body AS earlier_body
+        FROM leaving l LEFT JOIN mq_payloads p ON p.id = l.id
     )"
 );
 
@@ -167,14 +191,48 @@ pub(crate) async fn finish(
     finishes: &[Finish],
     retention: Duration,
 ) -> Result<Vec<Finished>, sqlx::Error> {
-    let outcomes = finishes.iter().map(|(_, outcome)| outcome);
-    let kept = outcomes
-        .clone()
-        .any(|outcome| matches!(outcome.status, Status::Discarded | Status::Ambiguous));
+    let query = match finishes {
+        [(fence, outcome)] if !is_kept(outcome) => bind_alone(*fence, outcome),
+        _ => bind_many(finishes),
+    };
+    let rows = query.bind(millis(retention)).fetch_all(connection).await?;
+    rows.iter()
+        .map(|row| {
+            let settled = settled(row)?;
+            Ok(Finished {
+                earlier: earlier(row, settled.fence.id)?,
+                settled,
+            })
+        })
+        .collect()
+}
+
+fn is_kept(outcome: &Outcome) -> bool {
+    matches!(outcome.status, Status::Discarded | Status::Ambiguous)
+}
+
+fn bind_alone(fence: Fence, outcome: &Outcome) -> Query<'_, Postgres, PgArguments> {
+    let response = outcome.response.as_ref();
+    let fault = outcome.fault.as_ref();
+    sqlx::query(FINISH_ALONE)
+        .bind(Uuid::from(fence.id))
+        .bind(fence.claim_no)
+        .bind(outcome.status.as_str())
+        .bind(status_of(response))
+        .bind(response.map(codec::encode_response))
+        .bind(response.map(|response| &*response.body))
+        .bind(fault.map(|fault| &*fault.class))
+        .bind(fault.map(|fault| &*fault.text))
+        .bind(outcome.unmade)
+}
+
+fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
+    let outcomes = finishes.iter().map(|(_, outcome)| &**outcome);
+    let kept = outcomes.clone().any(is_kept);
     let responses = outcomes.clone().map(|outcome| outcome.response.as_ref());
     let faults = outcomes.clone().map(|outcome| outcome.fault.as_ref());
     let fences = finishes.iter().map(|(fence, _)| fence);
-    let rows = sqlx::query(if kept { FINISH_KEPT } else { FINISH })
+    sqlx::query(if kept { FINISH_KEPT } else { FINISH })
         .bind(fences.clone().map(|f| f.id.into()).collect::<Vec<Uuid>>())
         .bind(fences.map(|f| f.claim_no).collect::<Vec<_>>())
         .bind(
@@ -206,19 +264,7 @@ pub(crate) async fn finish(
                 .map(|fault| fault.map(|fault| &*fault.text))
                 .collect::<Vec<_>>(),
         )
-        .bind(millis(retention))
         .bind(outcomes.map(|outcome| outcome.unmade).collect::<Vec<_>>())
-        .fetch_all(connection)
-        .await?;
-    rows.iter()
-        .map(|row| {
-            let settled = settled(row)?;
-            Ok(Finished {
-                earlier: earlier(row, settled.fence.id)?,
-                settled,
-            })
-        })
-        .collect()
 }
 
 fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Response>, sqlx::Error> {

@@ -274,13 +274,22 @@ impl Claim {
         Some(self)
     }
 
+    /// Whether anything waits for what becomes of the attempt: a caller, the next of the ordering key, or sqlxmq's runner, for room.
+    fn is_urgent(&self) -> bool {
+        self.current.is_some()
+            || self.job.request.options.ordered.is_some()
+            || self.engine.shared().waiters.contains(self.job.id)
+    }
+
     fn settle(&mut self, result: Settling) -> Option<oneshot::Receiver<Option<Held>>> {
+        let urgent = self.is_urgent();
         let lease = self.lease.take()?;
         lease.settling();
         let (done, receiver) = oneshot::channel();
         self.engine.settle(Settlement {
             lease,
             result,
+            urgent,
             done,
         });
         Some(receiver)

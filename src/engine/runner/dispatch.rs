@@ -101,6 +101,7 @@ async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {
     engine.settle(Settlement {
         lease,
         result,
+        urgent: true,
         done,
     });
     let _ = receiver.await;

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use crate::engine::Shared;
-use crate::engine::lane;
+use crate::engine::lane::{self, Item};
 use crate::engine::runner::lease::Lease;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
@@ -27,6 +27,8 @@ const RETRY_MAX: Duration = Duration::from_secs(1);
 pub(crate) struct Settlement {
     pub(crate) lease: Arc<Lease>,
     pub(crate) result: Settling,
+    /// Whether somebody waits for the commit.
+    pub(crate) urgent: bool,
     /// Told after the commit: the claim that goes on, if one does.
     pub(crate) done: oneshot::Sender<Option<Held>>,
 }
@@ -52,14 +54,6 @@ pub(crate) struct Held {
 impl Settlement {
     fn is_finish(&self) -> bool {
         matches!(self.result, Settling::Finish(_))
-    }
-
-    fn size(&self) -> usize {
-        let response = match &self.result {
-            Settling::Finish(outcome) => outcome.response.as_ref(),
-            Settling::Again { failure, .. } => failure.as_ref().and_then(|f| f.response.as_ref()),
-        };
-        response.map_or(0, |response| response.body.len())
     }
 
     /// Leaves out what the database may have refused: the body, then the rest of the response, then the text. `false` if nothing is
@@ -90,9 +84,23 @@ impl Settlement {
     }
 }
 
+impl Item for Settlement {
+    fn size(&self) -> usize {
+        let response = match &self.result {
+            Settling::Finish(outcome) => outcome.response.as_ref(),
+            Settling::Again { failure, .. } => failure.as_ref().and_then(|f| f.response.as_ref()),
+        };
+        response.map_or(0, |response| response.body.len())
+    }
+
+    fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+}
+
 /// Runs until the last sender is gone and everything is settled.
 pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<Settlement>) {
-    lane::run(incoming, Settlement::size, |batch| {
+    lane::run(incoming, |batch| {
         let shared = Arc::clone(&shared);
         async move { write(&shared, batch).await }
     })
