@@ -212,11 +212,13 @@ BEGIN
                         FOR UPDATE SKIP LOCKED
                     ) locked;
                 ELSE
+                    -- A range of one group, sorted by it too: planned for an equality while there was one group, this would go by the
+                    -- index by due time, and through everything once there were many.
                     SELECT array_agg(locked.id) INTO v_some FROM (
                         SELECT m.id FROM mq_msgs m
-                        WHERE m.channel_name = v_channel AND m.channel_args = v_group AND m.state = 0
-                            AND m.attempt_at <= v_now
-                        ORDER BY m.attempt_at LIMIT least(v_share, batch_size - cardinality(v_picked))
+                        WHERE m.channel_name = v_channel AND m.channel_args >= v_group AND m.channel_args <= v_group
+                            AND m.state = 0 AND m.attempt_at <= v_now
+                        ORDER BY m.channel_args, m.attempt_at LIMIT least(v_share, batch_size - cardinality(v_picked))
                         FOR UPDATE SKIP LOCKED
                     ) locked;
                 END IF;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use requeuest::testkit::TestDatabase;
-use sqlx::Row;
+use sqlx::{Executor, Row};
 use uuid::Uuid;
 
 use crate::support::{count, migrated};
@@ -178,7 +178,7 @@ async fn a_row_without_a_payload_reaches_a_terminal_status() {
     let database = migrated().await;
     let id = Uuid::now_v7();
     sqlx::query(
-        "insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at) values ($1, 'default', '0000|d|x', now())",
+        "insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at) values ($1, 'default', '0000|d|x', clock_timestamp())",
     )
     .bind(id)
     .execute(database.pool())
@@ -259,4 +259,37 @@ async fn in_a_backlog_a_session_looks_for_lapsed_leases_once_a_second() {
     }
     assert_eq!(found, 3);
     assert!(looked.elapsed() > Duration::from_millis(900));
+}
+
+#[tokio::test]
+async fn a_poll_that_was_planned_for_one_group_skips_through_many() {
+    let database = migrated().await;
+    let mut session = database.pool().acquire().await.unwrap();
+    for statement in [
+        // As the crate's own sessions have it.
+        "set plan_cache_mode = force_generic_plan",
+        "set enable_seqscan = off",
+        "set enable_hashjoin = off",
+        "set enable_mergejoin = off",
+        "alter table requeuest.mq_msgs set (autovacuum_enabled = false)",
+        "insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+         select gen_random_uuid(), 'c', '0000|d|x', clock_timestamp() from generate_series(1, 50000)",
+        "vacuum analyze requeuest.mq_msgs",
+        "select count(*) from requeuest.mq_poll(array['c'], 64)",
+        "insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+         select gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', now()
+         from generate_series(1, 20) again, generate_series(1, 1000) i",
+        "begin",
+        "select count(*) from requeuest.mq_poll(array['c'], 64)",
+    ] {
+        session.execute(statement).await.unwrap();
+    }
+    let read: i64 = sqlx::query_scalar(
+        "select idx_tup_fetch from pg_stat_xact_user_tables where schemaname = 'requeuest' and relname = 'mq_msgs'",
+    )
+    .fetch_one(&mut *session)
+    .await
+    .unwrap();
+    session.execute("rollback").await.unwrap();
+    assert!(read < 1000, "{read} rows were read to claim 64");
 }
