@@ -2,6 +2,11 @@
 --
 -- Every function carries the search_path of its installation: it works from any connection, and never touches a
 -- sqlxmq that lives in another schema.
+--
+-- Rows are looked up by `id = ANY (ARRAY[x.id])` where `id = x.id` would do, and by `state <= 0` there: a queue that is empty for a moment has
+-- statistics that say so, and a plan made then may go through all of an index for each row, since there is nothing in it. In these forms
+-- there is no such plan: no index is sorted for a join, and none is made for the condition. OFFSET 0 has an EXISTS
+-- looked up row by row too.
 
 -- Hot and narrow: only unfinished requests. No foreign key points here, because each delete would look for referrers.
 CREATE TABLE mq_msgs (
@@ -172,8 +177,8 @@ BEGIN
                 SELECT l.id FROM mq_msgs l
                 WHERE l.channel_name = wanted.channel AND l.state IN (1, 2, 4) AND l.attempt_at <= v_now
                 ORDER BY l.attempt_at LIMIT batch_size
-            ) lapsed JOIN mq_msgs m ON m.id = lapsed.id
-            WHERE m.state IN (1, 2, 4) AND m.attempt_at <= v_now
+            ) lapsed JOIN mq_msgs m ON m.id = ANY (ARRAY[lapsed.id])
+            WHERE m.state NOT IN (0, 3) AND m.attempt_at <= v_now
             LIMIT batch_size FOR UPDATE OF m SKIP LOCKED
         ) locked;
         v_picked := coalesce(v_some, '{}');
@@ -208,7 +213,7 @@ BEGIN
                             WHERE head.channel_name = v_channel AND head.channel_args = v_group
                                 AND head.seq IS NOT NULL
                             ORDER BY head.seq LIMIT 1
-                        ) AND m.state = 0 AND m.attempt_at <= v_now
+                        ) AND m.state <= 0 AND m.attempt_at <= v_now
                         FOR UPDATE SKIP LOCKED
                     ) locked;
                 ELSE
@@ -233,8 +238,8 @@ BEGIN
         v_open := batch_size - cardinality(v_picked);
         EXIT WHEN v_open <= 0 OR v_from > coalesce(cardinality(v_candidates), 0);
         SELECT array_agg(locked.id) INTO v_some FROM (
-            SELECT m.id FROM unnest(v_candidates[v_from:v_from + v_open - 1]) AS c(id) JOIN mq_msgs m ON m.id = c.id
-            WHERE m.state = 0 AND m.attempt_at <= v_now AND NOT m.id = ANY (v_picked)
+            SELECT m.id FROM unnest(v_candidates[v_from:v_from + v_open - 1]) AS c(id) JOIN mq_msgs m ON m.id = ANY (ARRAY[c.id])
+            WHERE m.state <= 0 AND m.attempt_at <= v_now AND NOT m.id = ANY (v_picked)
                 AND (m.seq IS NULL OR NOT EXISTS (
                     SELECT FROM mq_msgs ahead
                     WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
@@ -294,7 +299,7 @@ BEGIN
         CASE WHEN octet_length(p.body) <= c_inline_body THEN p.body END,
         v_lease,
         v_wait
-    FROM claimed c LEFT JOIN mq_payloads p ON p.id = c.id;
+    FROM claimed c LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[c.id]);
 END;
 $$;
 
@@ -315,7 +320,7 @@ LANGUAGE sql
 SET search_path FROM CURRENT
 AS $$
     UPDATE mq_msgs SET attempt_at = clock_timestamp() + duration
-    WHERE id IN (SELECT m.id FROM mq_msgs m WHERE m.id = ANY (msg_ids) ORDER BY m.id FOR UPDATE SKIP LOCKED)
+    WHERE id = ANY (ARRAY(SELECT m.id FROM mq_msgs m WHERE m.id = ANY (msg_ids) ORDER BY m.id FOR UPDATE SKIP LOCKED))
         AND attempt_at < clock_timestamp() + duration;
 $$;
 

@@ -124,7 +124,7 @@ BEGIN
         ) INTO v_live;
         CONTINUE WHEN v_live;
         EXECUTE format(
-            'SELECT EXISTS (SELECT FROM unhandled u JOIN outcomes_%s o ON o.id = u.id)', v_slot
+            'SELECT EXISTS (SELECT FROM unhandled u JOIN outcomes_%s o ON o.id = ANY (ARRAY[u.id]))', v_slot
         ) INTO v_live;
         CONTINUE WHEN v_live;
         EXECUTE format('TRUNCATE outcomes_%s', v_slot);

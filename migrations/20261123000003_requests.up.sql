@@ -71,13 +71,13 @@ BEGIN
         FROM mq_msgs m WHERE m.id = ANY (p_ids) AND m.state <> 3
         ORDER BY m.id FOR UPDATE
     ), removed AS (
-        DELETE FROM mq_msgs m USING locked l WHERE m.id = l.id AND NOT l.halts
+        DELETE FROM mq_msgs m USING locked l WHERE m.id = ANY (ARRAY[l.id]) AND NOT l.halts
     ), halted AS (
         UPDATE mq_msgs m
         SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL, supersede_key = NULL
-        FROM locked l WHERE m.id = l.id AND l.halts
+        FROM locked l WHERE m.id = ANY (ARRAY[l.id]) AND l.halts
     ), dropped AS (
-        DELETE FROM mq_payloads p USING locked l WHERE p.id = l.id AND NOT v_kept
+        DELETE FROM mq_payloads p USING locked l WHERE p.id = ANY (ARRAY[l.id]) AND NOT v_kept
     ), stored AS (
         INSERT INTO outcomes (
             slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at,
@@ -91,7 +91,7 @@ BEGIN
             CASE WHEN v_kept THEN p.response_head END,
             CASE WHEN v_kept THEN p.response_body END,
             p_class, p_error
-        FROM locked l LEFT JOIN mq_payloads p ON p.id = l.id
+        FROM locked l LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[l.id])
     ), to_handle AS (
         INSERT INTO unhandled (id, channel_name)
         SELECT l.id, l.channel_name FROM locked l JOIN handled_channels h ON h.channel_name = l.channel_name
@@ -198,7 +198,10 @@ BEGIN
         FROM request_keys k
         WHERE k.channel_name = p_channel AND k.key = p_key
             -- In one statement, or a request that ends in between would look forgotten.
-            AND (EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id) OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id));
+            AND (
+                EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
+                OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0)
+            );
         IF FOUND THEN
             RETURN QUERY SELECT CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id;
             RETURN;
@@ -217,7 +220,7 @@ BEGIN
         -- One that a runner is claiming right now is being sent.
         SELECT array_agg(older.id) INTO v_older FROM (
             SELECT m.id FROM mq_msgs m
-            WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede AND m.attempts = 0 AND m.state = 0
+            WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede AND m.attempts = 0 AND m.state <= 0
             FOR UPDATE SKIP LOCKED
         ) older;
         IF v_older IS NOT NULL THEN
@@ -346,8 +349,8 @@ BEGIN
                 UNION ALL
                 SELECT l.id FROM mq_msgs l WHERE l.channel_name = ANY (channel_names) AND l.state IN (1, 2, 4)
                 LIMIT p_limit
-            ) found JOIN mq_msgs m ON m.id = found.id
-            ORDER BY m.id FOR UPDATE OF m
+            ) found JOIN mq_msgs m ON m.id = ANY (ARRAY[found.id])
+            ORDER BY found.id FOR UPDATE OF m
         ) locked;
     END IF;
     RETURN end_requests(coalesce(v_ids, '{}'), 'cancelled', NULL, NULL, p_retention);

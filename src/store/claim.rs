@@ -106,11 +106,11 @@ pub(crate) async fn renew(
     sqlx::query(
         "WITH locked AS MATERIALIZED (
             SELECT m.id FROM mq_msgs m
-            JOIN unnest($1::uuid[], $2::int[]) AS i(id, claim_no) ON m.id = i.id AND m.claim_no = i.claim_no
-            ORDER BY m.id FOR UPDATE OF m SKIP LOCKED
+            JOIN unnest($1::uuid[], $2::int[]) AS i(id, claim_no) ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
+            ORDER BY i.id FOR UPDATE OF m SKIP LOCKED
         )
         UPDATE mq_msgs m SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond'
-        FROM locked WHERE m.id = locked.id",
+        FROM locked WHERE m.id = ANY (ARRAY[locked.id])",
     )
     .bind(ids)
     .bind(claim_nos)

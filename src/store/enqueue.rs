@@ -119,7 +119,8 @@ const INSERT: &str = insert_many!("");
 /// getting ready to look takes longer than the insert.
 const INSERT_AGAIN: &str = insert_many!(
     "WHERE NOT (
-        EXISTS (SELECT FROM mq_payloads p WHERE p.id = i.id) OR EXISTS (SELECT FROM outcomes o WHERE o.id = i.id)
+        EXISTS (SELECT FROM mq_payloads p WHERE p.id = i.id OFFSET 0)
+        OR EXISTS (SELECT FROM outcomes o WHERE o.id = i.id OFFSET 0)
     )"
 );
 

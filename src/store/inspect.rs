@@ -68,7 +68,7 @@ pub(crate) async fn prune(
         "DELETE FROM attempts a USING (
             SELECT old.id, old.number FROM attempts old
             WHERE old.ended_at < clock_timestamp() - $1 * interval '1 millisecond'
-                AND NOT EXISTS (SELECT FROM mq_payloads p WHERE p.id = old.id)
+                AND NOT EXISTS (SELECT FROM mq_payloads p WHERE p.id = old.id OFFSET 0)
             ORDER BY old.ended_at LIMIT 1000
         ) gone
         WHERE a.id = gone.id AND a.number = gone.number",
@@ -81,8 +81,8 @@ pub(crate) async fn prune(
         "DELETE FROM request_keys k USING (
             SELECT old.channel_name, old.key FROM request_keys old
             WHERE old.created_at < clock_timestamp() - $1 * interval '1 millisecond'
-                AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = old.id)
-                AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = old.id)
+                AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = old.id OFFSET 0)
+                AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = old.id OFFSET 0)
             ORDER BY old.created_at LIMIT 1000
         ) gone
         WHERE k.channel_name = gone.channel_name AND k.key = gone.key AND k.created_at < clock_timestamp() - $1 * interval '1 millisecond'",

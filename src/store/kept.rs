@@ -39,7 +39,7 @@ const COLUMNS: &str = r#"
 
 /// By the id's index of the partition, so that paging costs what it shows and not what came before.
 const MATCHING: &str = "
-    FROM outcomes o LEFT JOIN mq_payloads p ON p.id = o.id
+    FROM outcomes o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])
     WHERE o.slot = -1
         AND ($1::uuid IS NULL OR o.id > $1)
         AND ($2::text IS NULL OR o.channel_name = $2)
@@ -206,7 +206,7 @@ pub(crate) async fn halted(connection: &mut PgConnection) -> Result<Vec<HaltedKe
     let rows = sqlx::query(
         "SELECT m.channel_name, substr(m.channel_args, 8) AS key, m.id,
             (extract(epoch FROM coalesce(o.finished_at, clock_timestamp())) * 1000000)::bigint AS since
-         FROM mq_msgs m LEFT JOIN outcomes o ON o.id = m.id AND o.slot = -1
+         FROM mq_msgs m LEFT JOIN outcomes o ON o.id = ANY (ARRAY[m.id]) AND o.slot = -1
          WHERE m.state = 3
          ORDER BY m.channel_name, m.channel_args, m.seq",
     )
@@ -266,10 +266,10 @@ pub(crate) async fn ask(
         ), o AS (
             UPDATE outcomes_kept k
             SET reconcile_at = clock_timestamp() + $2 * interval '1 millisecond', reconciles = k.reconciles + 1
-            FROM due WHERE k.id = due.id
+            FROM due WHERE k.id = ANY (ARRAY[due.id])
             RETURNING k.*
         )
-        SELECT {COLUMNS}, o.reconciles, p.head, p.body FROM o LEFT JOIN mq_payloads p ON p.id = o.id"
+        SELECT {COLUMNS}, o.reconciles, p.head, p.body FROM o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])"
     ))
     .bind(channels)
     .bind(millis(lease))

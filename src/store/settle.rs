@@ -83,7 +83,7 @@ macro_rules! finish {
             "), ",
             $finished,
             ", payloads AS (
-                DELETE FROM mq_payloads p USING finished f WHERE p.id = f.id AND f.status IN ('completed', 'cancelled')
+                DELETE FROM mq_payloads p USING finished f WHERE p.id = ANY (ARRAY[f.id]) AND f.status IN ('completed', 'cancelled')
             ), stored AS (
                 INSERT INTO outcomes (
                     slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at,
@@ -119,7 +119,7 @@ macro_rules! finish {
             $input,
             $body,
             "finished AS (
-                DELETE FROM mq_msgs m USING input i WHERE m.id = i.id AND m.claim_no = i.claim_no
+                DELETE FROM mq_msgs m USING input i WHERE m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
                 RETURNING
                     i.*, m.channel_name, m.channel_args, m.waiter, m.created_at, m.attempts - i.unmade::int AS attempts,
                     m.seq IS NOT NULL AS ordered, false AS halts, false AS earlier,
@@ -158,19 +158,19 @@ const FINISH_KEPT: &str = finish!(
             i.*, m.channel_name, m.channel_args, m.waiter, m.created_at, m.attempts - i.unmade::int AS attempts,
             m.seq IS NOT NULL AS ordered,
             m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts
-        FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
-        ORDER BY m.id FOR UPDATE OF m
+        FROM mq_msgs m JOIN input i ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
+        ORDER BY i.id FOR UPDATE OF m
     ), removed AS (
-        DELETE FROM mq_msgs m USING leaving l WHERE m.id = l.id AND NOT l.halts
+        DELETE FROM mq_msgs m USING leaving l WHERE m.id = ANY (ARRAY[l.id]) AND NOT l.halts
     ), halted AS (
         UPDATE mq_msgs m
         SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL, supersede_key = NULL
-        FROM leaving l WHERE m.id = l.id AND l.halts
+        FROM leaving l WHERE m.id = ANY (ARRAY[l.id]) AND l.halts
     ), finished AS MATERIALIZED (
         SELECT
             l.*, l.http_status IS NULL AND p.response_head IS NOT NULL AND l.status = 'discarded' AS earlier,
             p.response_status AS earlier_status, p.response_head AS earlier_head, p.response_body AS earlier_body
-        FROM leaving l LEFT JOIN mq_payloads p ON p.id = l.id
+        FROM leaving l LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[l.id])
     )"
 );
 
@@ -286,12 +286,12 @@ const AGAIN: &str = "
         ) WITH ORDINALITY
             AS i(id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms, http_status, head, number)
     ), locked AS MATERIALIZED (
-        SELECT i.*, m.attempts FROM mq_msgs m JOIN input i ON m.id = i.id AND m.claim_no = i.claim_no
-        ORDER BY m.id FOR UPDATE OF m
+        SELECT i.*, m.attempts FROM mq_msgs m JOIN input i ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
+        ORDER BY i.id FOR UPDATE OF m
     ), payloads AS (
         UPDATE mq_payloads p
         SET response_status = l.http_status, response_head = l.head, response_body = ($11::bytea[])[l.number]
-        FROM locked l WHERE p.id = l.id AND l.http_status IS NOT NULL
+        FROM locked l WHERE p.id = ANY (ARRAY[l.id]) AND l.http_status IS NOT NULL
     ), failed AS (
         INSERT INTO attempts (id, number, duration_ms, http_status, error_class, error)
         SELECT l.id, l.attempts, l.duration_ms, l.http_status, l.error_class, l.error
@@ -303,7 +303,7 @@ const AGAIN: &str = "
         claim_no = m.claim_no + 1,
         attempts = m.attempts - l.uncounted::int,
         state = CASE WHEN l.hold THEN 2 ELSE 0 END
-    FROM locked l WHERE m.id = l.id
+    FROM locked l WHERE m.id = ANY (ARRAY[l.id])
     RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";
 
 /// Puts requests back into the queue, or holds them for this process's next attempt.

@@ -17,6 +17,7 @@ mod keys;
 mod layer;
 mod middleware;
 mod migrations;
+mod plans;
 mod poll;
 mod processes;
 mod proxy;
