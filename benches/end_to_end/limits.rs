@@ -3,11 +3,11 @@
 use std::time::Instant;
 
 use bytes::Bytes;
-use requeuest::sqlx::{self, PgPool, Row};
+use requeuest::sqlx::{self, PgPool};
 
-use crate::AnyError;
-use crate::load::{Measured, each};
-use crate::receiver::Receiver;
+use crate::common::AnyError;
+use crate::common::load::{Measured, each};
+use crate::common::receiver::Receiver;
 
 pub(crate) async fn exchange(
     receiver: &Receiver,
@@ -109,21 +109,4 @@ pub(crate) async fn batches(
         .await?;
     }
     Ok((inserts, Measured::whole(rounds * size, began.elapsed())))
-}
-
-/// What the machine's Postgres says of itself.
-pub(crate) async fn settings(pool: &PgPool) -> Result<String, AnyError> {
-    let row = sqlx::query(
-        "SELECT current_setting('server_version') AS version, current_setting('fsync') AS fsync,
-            current_setting('synchronous_commit') AS commit, current_setting('shared_buffers') AS buffers",
-    )
-    .fetch_one(pool)
-    .await?;
-    Ok(format!(
-        "Postgres {}, fsync {}, synchronous_commit {}, shared_buffers {}",
-        row.get::<String, _>("version"),
-        row.get::<String, _>("fsync"),
-        row.get::<String, _>("commit"),
-        row.get::<String, _>("buffers"),
-    ))
 }

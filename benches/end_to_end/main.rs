@@ -9,24 +9,22 @@
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
+#[path = "../common/mod.rs"]
+mod common;
 mod limits;
-mod load;
-mod receiver;
-mod report;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use requeuest::Durable;
-use requeuest::sqlx::{self, PgPool};
-use requeuest::testkit::Postgres;
+use requeuest::sqlx::PgPool;
 
-use load::{Measured, each};
-use receiver::Receiver;
-use report::{Report, micros};
-
-type AnyError = Box<dyn std::error::Error + Send + Sync>;
+use common::load::{Measured, each};
+use common::receiver::Receiver;
+use common::report::{Report, micros};
+use common::server::Setting;
+use common::{AnyError, memory, request, server};
 
 /// Rows in a bare batch: about what a busy lane writes at a time.
 const BATCH: usize = 64;
@@ -53,7 +51,7 @@ struct Arguments {
     /// Nothing: everything.
     only: Vec<String>,
     /// Of the server.
-    settings: Vec<(String, String)>,
+    settings: Vec<Setting>,
 }
 
 impl Arguments {
@@ -69,22 +67,14 @@ impl Arguments {
             only: Vec::new(),
             settings: Vec::new(),
         };
-        let mut arguments = std::env::args().skip(1);
-        while let Some(name) = arguments.next() {
-            // Cargo's own.
-            if name == "--bench" {
-                continue;
-            }
-            let value = arguments.next().ok_or_else(|| format!("{name} of what?"))?;
+        for argument in common::arguments() {
+            let (name, value) = argument?;
             match &*name {
                 "--callers" => parsed.callers = value.parse()?,
                 "--requests" => parsed.requests = value.parse()?,
                 "--single" => parsed.single = value.parse()?,
                 "--drain" => parsed.drain = value.parse()?,
-                "--set" => {
-                    let (name, value) = value.split_once('=').ok_or("--set takes name=value")?;
-                    parsed.settings.push((name.to_owned(), value.to_owned()));
-                }
+                "--set" => parsed.settings.push(server::setting(&value)?),
                 "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
                 "--concurrency" => parsed.concurrency = value.parse()?,
                 "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
@@ -101,11 +91,7 @@ impl Arguments {
 }
 
 async fn run(arguments: &Arguments) -> Result<(), AnyError> {
-    let mut server = Postgres::builder().config("fsync", "on");
-    for (name, value) in &arguments.settings {
-        server = server.config(name, value);
-    }
-    let postgres = server.start().await?;
+    let postgres = server::start(&arguments.settings).await?;
     let database = postgres.database().await?;
     let pool = database.pool();
     requeuest::migrate(pool).await?;
@@ -116,8 +102,9 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
         arguments,
     };
     let mut report = Report::default();
-    println!("{}", limits::settings(pool).await?);
-    report.note("settings", limits::settings(pool).await?);
+    let settings = server::describe(pool).await?;
+    println!("{settings}");
+    report.note("settings", settings);
     println!(
         "{} requests of {} bytes from {} callers; p50 / p99 of each call\n",
         arguments.requests,
@@ -230,11 +217,11 @@ impl Bench<'_> {
             &Measured::whole(tenth, ended - late),
             None,
         );
-        if let Some(peak) = peak_memory() {
+        if let Some(peak) = memory::peak() {
             println!("  the process's resident memory, at its most: {peak} MiB");
             report.note("peak resident memory, MiB", peak);
         }
-        self.settled().await?;
+        server::settled(self.pool).await?;
         self.receiver.expect(before + count)?;
         durable.shutdown(Duration::from_secs(5)).await?;
         Ok(())
@@ -290,7 +277,7 @@ impl Bench<'_> {
         })
         .await?;
         let ended = self.receiver.wait_for(before + count).await?;
-        self.settled().await?;
+        server::settled(self.pool).await?;
         self.receiver.expect(before + count)?;
         Ok((persisted, Measured::whole(count, ended - began)))
     }
@@ -298,35 +285,4 @@ impl Bench<'_> {
     fn request(&self, url: &str) -> http::Request<Bytes> {
         request(url, &self.arguments.body)
     }
-
-    async fn settled(&self) -> Result<(), AnyError> {
-        let unfinished = "SELECT count(*) FROM requeuest.mq_msgs";
-        while sqlx::query_scalar::<_, i64>(unfinished)
-            .fetch_one(self.pool)
-            .await?
-            > 0
-        {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        Ok(())
-    }
-}
-
-fn request(url: &str, body: &Bytes) -> http::Request<Bytes> {
-    let mut request = http::Request::new(body.clone());
-    *request.method_mut() = http::Method::POST;
-    if let Ok(uri) = url.parse() {
-        *request.uri_mut() = uri;
-    }
-    request
-}
-
-/// Of this process, with the receiver in it; where the system tells.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let peak = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = peak.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes / 1024)
 }

@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
-use crate::AnyError;
+use super::AnyError;
 
 /// Longer than any measurement may stand still.
 const PATIENCE: Duration = Duration::from_secs(300);

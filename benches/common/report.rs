@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use crate::AnyError;
-use crate::load::Measured;
+use super::AnyError;
+use super::load::Measured;
 
 /// Figures as they come, each printed at once.
 #[derive(Default)]

@@ -1,0 +1,36 @@
+//! What the benches share: a server, a receiver, callers, and the figures.
+
+#![allow(dead_code)] // each bench uses a part of it
+
+pub(crate) mod load;
+pub(crate) mod memory;
+pub(crate) mod receiver;
+pub(crate) mod report;
+pub(crate) mod server;
+
+use bytes::Bytes;
+
+pub(crate) type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What a bench was asked for: names, each with its value.
+pub(crate) fn arguments() -> impl Iterator<Item = Result<(String, String), AnyError>> {
+    // Cargo's own is left out.
+    let mut arguments = std::env::args().skip(1).filter(|name| name != "--bench");
+    std::iter::from_fn(move || {
+        let name = arguments.next()?;
+        let value = arguments.next();
+        Some(match value {
+            Some(value) => Ok((name, value)),
+            None => Err(format!("{name} of what?").into()),
+        })
+    })
+}
+
+pub(crate) fn request(url: &str, body: &Bytes) -> http::Request<Bytes> {
+    let mut request = http::Request::new(body.clone());
+    *request.method_mut() = http::Method::POST;
+    if let Ok(uri) = url.parse() {
+        *request.uri_mut() = uri;
+    }
+    request
+}
