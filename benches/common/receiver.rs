@@ -1,8 +1,9 @@
 //! A server on a thread of its own, which counts what it gets.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -16,6 +17,8 @@ use super::AnyError;
 
 /// Longer than any measurement may stand still.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// The header by which clients tell who they are, if they do.
+pub(crate) const SENDER: &str = "sender";
 
 pub(crate) struct Receiver {
     pub(crate) url: String,
@@ -28,6 +31,7 @@ struct Counted {
     /// Told when so many have come.
     goal: AtomicUsize,
     reached: Notify,
+    senders: Mutex<BTreeMap<Vec<u8>, usize>>,
 }
 
 impl Receiver {
@@ -46,6 +50,13 @@ impl Receiver {
 
     pub(crate) fn received(&self) -> usize {
         self.counted.received.load(Ordering::SeqCst)
+    }
+
+    /// How many each of those sent who told.
+    pub(crate) fn by_sender(&self) -> Vec<usize> {
+        let senders = &self.counted.senders;
+        let senders = senders.lock().unwrap_or_else(PoisonError::into_inner);
+        senders.values().copied().collect()
     }
 
     /// Waits until so many requests have come since the start. More are as wrong as less.
@@ -82,6 +93,11 @@ async fn serve(listener: std::net::TcpListener, counted: Arc<Counted>) {
         let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
             let counted = Arc::clone(&counted);
             async move {
+                if let Some(sender) = request.headers().get(SENDER) {
+                    let senders = &counted.senders;
+                    let mut senders = senders.lock().unwrap_or_else(PoisonError::into_inner);
+                    *senders.entry(sender.as_bytes().to_vec()).or_default() += 1;
+                }
                 let _ = request.into_body().collect().await;
                 let received = counted.received.fetch_add(1, Ordering::SeqCst) + 1;
                 if received == counted.goal.load(Ordering::SeqCst) {

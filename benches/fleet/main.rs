@@ -1,0 +1,106 @@
+//! Several processes on one queue: whether they drain a backlog sooner than one, whether they wait for each other in the database, and
+//! what a runner costs that has nothing to do.
+//!
+//! `cargo bench --bench fleet -- --processes 4 --requests 100000 --rounds 3 --idle 20 --json figures.json`; with `--only`, some of
+//! `drain,idle`, with `--concurrency`, other than the default number of attempts at a time in each process, with `--body`, other than 256
+//! bytes, and with `--set synchronous_commit=off` another server.
+//!
+//! The processes are copies of this program. They share the machine with Postgres (with `fsync` on) and the receiver, so the ratio says
+//! what they cost each other, not what more machines would gain. Each round has a database of its own, and one process and several
+//! take turns, as the machine is never the same for long. Each count is checked: a request that was not delivered exactly once fails the run.
+
+#![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
+
+#[path = "../common/mod.rs"]
+mod common;
+mod drain;
+mod idle;
+mod waits;
+mod worker;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use common::report::Report;
+use common::server::{self, Setting};
+use common::{AnyError, arguments};
+
+fn main() -> Result<(), AnyError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    if let Some(part) = worker::Part::of_this_process() {
+        return runtime.block_on(part?.play());
+    }
+    runtime.block_on(run(&Arguments::parse()?))
+}
+
+/// What was asked for.
+struct Arguments {
+    processes: usize,
+    requests: usize,
+    rounds: usize,
+    /// How long a runner is watched that has nothing to do.
+    idle: Duration,
+    /// Attempts at a time, in each process.
+    concurrency: usize,
+    /// The bytes of each request's body.
+    body: Bytes,
+    json: Option<PathBuf>,
+    /// Nothing: everything.
+    only: Vec<String>,
+    /// Of the server.
+    settings: Vec<Setting>,
+}
+
+impl Arguments {
+    fn parse() -> Result<Self, AnyError> {
+        let mut parsed = Self {
+            processes: 4,
+            requests: 100_000,
+            rounds: 3,
+            idle: Duration::from_secs(20),
+            concurrency: requeuest::DEFAULT_CONCURRENCY,
+            body: vec![b'x'; 256].into(),
+            json: None,
+            only: Vec::new(),
+            settings: Vec::new(),
+        };
+        for argument in arguments() {
+            let (name, value) = argument?;
+            match &*name {
+                "--processes" => parsed.processes = value.parse()?,
+                "--requests" => parsed.requests = value.parse()?,
+                "--rounds" => parsed.rounds = value.parse()?,
+                "--idle" => parsed.idle = Duration::try_from_secs_f64(value.parse()?)?,
+                "--concurrency" => parsed.concurrency = value.parse()?,
+                "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
+                "--json" => parsed.json = Some(value.into()),
+                "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
+                "--set" => parsed.settings.push(server::setting(&value)?),
+                _ => return Err(format!("unknown argument {name}").into()),
+            }
+        }
+        Ok(parsed)
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|wanted| wanted == name)
+    }
+}
+
+async fn run(arguments: &Arguments) -> Result<(), AnyError> {
+    let mut report = Report::default();
+    if arguments.wants("drain") {
+        drain::measure(arguments, &mut report).await?;
+    }
+    if arguments.wants("idle") {
+        idle::measure(arguments, &mut report).await?;
+    }
+    if let Some(path) = &arguments.json {
+        report.write(path)?;
+    }
+    Ok(())
+}

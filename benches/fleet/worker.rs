@@ -1,0 +1,117 @@
+//! A process that delivers: a copy of this program, told what to do through its environment and its standard input.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use requeuest::sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use requeuest::testkit::TestDatabase;
+use requeuest::{Durable, ReqwestTransport};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, Command};
+
+use crate::common::AnyError;
+use crate::common::receiver::SENDER;
+
+const NAME: &str = "REQUEUEST_FLEET_NAME";
+const DATABASE: &str = "REQUEUEST_FLEET_DATABASE";
+const CONCURRENCY: &str = "REQUEUEST_FLEET_CONCURRENCY";
+
+/// As its parent has it. It is killed when this is dropped.
+pub(crate) struct Worker {
+    child: Child,
+    input: ChildStdin,
+}
+
+impl Worker {
+    /// Starts one that is ready to begin, and has not begun.
+    pub(crate) async fn start(
+        name: &str,
+        database: &TestDatabase,
+        concurrency: usize,
+    ) -> Result<Self, AnyError> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .env(NAME, name)
+            .env(DATABASE, database.url())
+            .env(CONCURRENCY, concurrency.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let input = child.stdin.take().ok_or("a process without input")?;
+        let output = child.stdout.take().ok_or("a process without output")?;
+        if BufReader::new(output).lines().next_line().await?.is_none() {
+            return Err(format!("{name} ended before it was ready").into());
+        }
+        Ok(Self { child, input })
+    }
+
+    pub(crate) async fn begin(&mut self) -> Result<(), AnyError> {
+        self.input.write_all(b"begin\n").await?;
+        Ok(())
+    }
+
+    /// `None` once it has ended.
+    pub(crate) fn id(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Has it shut down, and waits for that.
+    pub(crate) async fn end(self) -> Result<(), AnyError> {
+        let Self { mut child, input } = self;
+        drop(input);
+        let status = child.wait().await?;
+        if !status.success() {
+            return Err(format!("a process ended with {status}").into());
+        }
+        Ok(())
+    }
+}
+
+/// As it has itself.
+pub(crate) struct Part {
+    name: String,
+    database: String,
+    concurrency: usize,
+}
+
+impl Part {
+    /// `None` in the parent.
+    pub(crate) fn of_this_process() -> Option<Result<Self, AnyError>> {
+        let name = std::env::var(NAME).ok()?;
+        let told = || {
+            Ok(Self {
+                name,
+                database: std::env::var(DATABASE)?,
+                concurrency: std::env::var(CONCURRENCY)?.parse()?,
+            })
+        };
+        Some(told())
+    }
+
+    /// Delivers from the first line of its input to the end of it.
+    pub(crate) async fn play(self) -> Result<(), AnyError> {
+        let options: PgConnectOptions = self.database.parse()?;
+        let pool = PgPoolOptions::new()
+            .max_connections(2)
+            .connect_with(options.application_name(&self.name))
+            .await?;
+        let mut headers = http::HeaderMap::new();
+        headers.insert(SENDER, self.name.parse()?);
+        let client = reqwest::Client::builder()
+            .default_headers(headers)
+            .retry(reqwest::retry::never())
+            .build()?;
+        let mut input = BufReader::new(tokio::io::stdin()).lines();
+        println!("ready");
+        if input.next_line().await?.is_none() {
+            return Ok(());
+        }
+        let durable = Durable::builder(pool)
+            .transport(ReqwestTransport::new(client))
+            .concurrency(self.concurrency)
+            .build()?;
+        while input.next_line().await?.is_some() {}
+        durable.shutdown(Duration::from_secs(5)).await?;
+        Ok(())
+    }
+}
