@@ -6,28 +6,20 @@
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
+mod common;
+
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use requeuest::Durable;
-use requeuest::sqlx::postgres::{PgConnectOptions, PgConnection};
-use requeuest::sqlx::{self, ConnectOptions, PgPool};
+use requeuest::sqlx::{self, PgPool};
 use requeuest::testkit::{Postgres, TestDatabase};
 
-type AnyError = Box<dyn std::error::Error + Send + Sync>;
+use common::poll::{BATCH, poll, session};
+use common::{AnyError, server};
 
-const BATCH: i32 = 256;
 const POLLS: usize = 21;
-/// What the crate asks of its sessions.
-const SESSION: [(&str, &str); 7] = [
-    ("search_path", "requeuest"),
-    ("requeuest.lease", r"1\ hour"),
-    ("jit", "off"),
-    ("enable_seqscan", "off"),
-    ("enable_hashjoin", "off"),
-    ("enable_mergejoin", "off"),
-    ("plan_cache_mode", "force_generic_plan"),
-];
+const CHANNEL: &str = "c";
 
 fn main() -> Result<(), AnyError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -60,7 +52,7 @@ struct Backlog {
 }
 
 async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
-    let postgres = Postgres::builder().config("fsync", "on").start().await?;
+    let postgres = server::start(&[]).await?;
     let ready = "interval '-1 second'";
     let delayed = "interval '1 day'";
     let backlog = |name, groups, due| Backlog {
@@ -128,21 +120,6 @@ async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, 
     Ok(database)
 }
 
-/// A session as the crate has them.
-async fn session(database: &TestDatabase) -> Result<PgConnection, AnyError> {
-    let options: PgConnectOptions = database.options().options(SESSION);
-    Ok(options.connect().await?)
-}
-
-async fn poll(connection: &mut PgConnection) -> Result<(i64, Duration), AnyError> {
-    let began = Instant::now();
-    let claimed: i64 = sqlx::query_scalar("SELECT count(id) FROM mq_poll(ARRAY['c'], $1)")
-        .bind(BATCH)
-        .fetch_one(connection)
-        .await?;
-    Ok((claimed, began.elapsed()))
-}
-
 async fn polls(
     postgres: &Postgres,
     backlog: &Backlog,
@@ -153,7 +130,7 @@ async fn polls(
     let mut times = Vec::new();
     let mut left = backlog.ready;
     for _ in 0..POLLS {
-        let (claimed, took) = poll(&mut connection).await?;
+        let (claimed, took) = poll(&mut connection, CHANNEL).await?;
         if claimed != left.min(i64::from(BATCH)) {
             return Err(format!("{claimed} of {left} were claimed").into());
         }
@@ -191,7 +168,7 @@ async fn hidden(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError> 
         )
         .execute(&mut connection)
         .await?;
-        let (claimed, took) = poll(&mut connection).await?;
+        let (claimed, took) = poll(&mut connection, CHANNEL).await?;
         if claimed != 1 {
             return Err(format!("the next poll found {claimed}").into());
         }

@@ -4,6 +4,7 @@
 
 pub(crate) mod load;
 pub(crate) mod memory;
+pub(crate) mod poll;
 pub(crate) mod receiver;
 pub(crate) mod report;
 pub(crate) mod server;

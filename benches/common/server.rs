@@ -41,6 +41,12 @@ pub(crate) async fn describe(pool: &PgPool) -> Result<String, AnyError> {
     ))
 }
 
+/// Its version, without what the system's packages add to it.
+pub(crate) async fn version(pool: &PgPool) -> Result<String, AnyError> {
+    let version = "SELECT split_part(current_setting('server_version'), ' ', 1)";
+    Ok(sqlx::query_scalar(version).fetch_one(pool).await?)
+}
+
 /// Waits until no request is unfinished.
 pub(crate) async fn settled(pool: &PgPool) -> Result<(), AnyError> {
     let unfinished = "SELECT count(*) FROM requeuest.mq_msgs";
