@@ -101,6 +101,8 @@ RETURNS TABLE (
 )
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
+-- Else a look for one group may go through all that is due and sort it, where the statistics say that this is little.
+SET enable_sort = off
 AS $$
 #variable_conflict use_column
 DECLARE
