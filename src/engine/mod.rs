@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -42,9 +42,9 @@ use crate::store::inspect::{self, Schema};
 use crate::store::{BoxFuture, Db, DbError, Session};
 
 use enqueue::Submission;
-use runner::lease::{self, Leases};
+use runner::lease::{self, Lease, Leases};
 use runner::polls::Polls;
-use runner::settle::{self, Settlement};
+use runner::settle::{self, Held, Settlement, Settling};
 use runner::sweep;
 use runtime::Home;
 use transport::{Transport, TransportSlot};
@@ -54,6 +54,8 @@ use waiters::Waiters;
 const LARGE_BODIES: usize = 16;
 /// How many bulk inserts there are at a time: each holds a connection, perhaps while it waits for a caller's ordering key.
 const BULK_TURNS: usize = 2;
+/// How many results may wait for their commit, or one for each attempt at a time, before new requests are left to the queue.
+const MAX_UNSETTLED: usize = 1024;
 /// Longer than any statement may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a shutdown looks whether everything is settled.
@@ -221,6 +223,8 @@ pub(crate) struct Engine {
     slots: Arc<Semaphore>,
     /// Half of the slots: while there is a backlog, new requests can't starve those that wait in the queue.
     inline_slots: Arc<Semaphore>,
+    /// Held by each result that waits for its commit.
+    unsettled: Arc<()>,
     large_bodies: Semaphore,
     bulk_turns: Semaphore,
     /// Whether a runner claims here, so that this process may make first attempts.
@@ -288,6 +292,7 @@ impl Engine {
             transport: TransportSlot::default(),
             slots: Arc::new(Semaphore::new(concurrency)),
             inline_slots: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
+            unsettled: Arc::default(),
             large_bodies: Semaphore::new(LARGE_BODIES),
             bulk_turns: Semaphore::new(BULK_TURNS),
             running: watch::Sender::new(false),
@@ -393,9 +398,30 @@ impl Engine {
             .map_err(|_| Error::new(Kind::Closed))
     }
 
-    pub(crate) fn settle(&self, settlement: Settlement) {
+    /// Has a result recorded. Tells the claim that goes on after the commit, if one does.
+    pub(crate) fn settle(
+        &self,
+        lease: Arc<Lease>,
+        result: Settling,
+        urgent: bool,
+    ) -> oneshot::Receiver<Option<Held>> {
+        lease.settling();
+        let (done, settled) = oneshot::channel();
         // Without a lane the runtime is ending; the lease will run out and others take over.
-        let _ = self.settle.send(settlement);
+        let _ = self.settle.send(Settlement {
+            lease,
+            result,
+            urgent,
+            done,
+            _counted: Arc::clone(&self.unsettled),
+        });
+        settled
+    }
+
+    /// Whether as many results wait for their commit as may: while the database takes requests faster than their results, memory must not
+    /// grow with them. Those that a runner claims are bounded anyway.
+    fn is_behind(&self) -> bool {
+        Arc::strong_count(&self.unsettled) > MAX_UNSETTLED.max(self.config().concurrency)
     }
 
     /// Slots for a first attempt by this process, if it may make one on this channel now and there is a client for it: the live
@@ -410,7 +436,7 @@ impl Engine {
             Some(channels) => channels.iter().any(|subscribed| **subscribed == *channel),
         };
         let has_client = has_client || self.transport.is_known();
-        if !(subscribed && self.is_claiming() && has_client) {
+        if !(subscribed && self.is_claiming() && has_client) || self.is_behind() {
             return None;
         }
         let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;

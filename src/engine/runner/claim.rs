@@ -14,7 +14,7 @@ use crate::classify::FailureClass;
 use crate::engine::Engine;
 use crate::engine::job::Job;
 use crate::engine::runner::lease::Lease;
-use crate::engine::runner::settle::{Held, Settlement, Settling};
+use crate::engine::runner::settle::{Held, Settling};
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
 use crate::retry::Retry;
@@ -284,15 +284,7 @@ impl Claim {
     fn settle(&mut self, result: Settling) -> Option<oneshot::Receiver<Option<Held>>> {
         let urgent = self.is_urgent();
         let lease = self.lease.take()?;
-        lease.settling();
-        let (done, receiver) = oneshot::channel();
-        self.engine.settle(Settlement {
-            lease,
-            result,
-            urgent,
-            done,
-        });
-        Some(receiver)
+        Some(self.engine.settle(lease, result, urgent))
     }
 }
 

@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sqlxmq::CurrentJob;
-use tokio::sync::oneshot;
 
 use super::claim::{Claim, unmade};
 use super::lease::{Lease, Registered};
-use super::settle::{Settlement, Settling};
+use super::settle::Settling;
 use crate::classify::FailureClass;
 use crate::codec;
 use crate::engine::job::Job;
@@ -96,15 +95,7 @@ async fn begin(claim: Claim, overdue: bool) {
 }
 
 async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {
-    let (done, receiver) = oneshot::channel();
-    lease.settling();
-    engine.settle(Settlement {
-        lease,
-        result,
-        urgent: true,
-        done,
-    });
-    let _ = receiver.await;
+    let _ = engine.settle(lease, result, true).await;
 }
 
 async fn fetch(engine: &Engine, id: RequestId) -> Result<Option<Bytes>, Unusable> {

@@ -31,6 +31,8 @@ pub(crate) struct Settlement {
     pub(crate) urgent: bool,
     /// Told after the commit: the claim that goes on, if one does.
     pub(crate) done: oneshot::Sender<Option<Held>>,
+    /// So that the engine knows how many wait.
+    pub(crate) _counted: Arc<()>,
 }
 
 pub(crate) enum Settling {

@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use super::network::{Through, address, pool_through, through_a_proxy};
 use super::{builder, echo_server, held_server, load, post_body, settle_accounts};
 use crate::proxy::Proxy;
-use crate::support::{Server, count, eventually, in_time, migrated, passing, reply};
+use crate::support::{LONG, Server, count, eventually, in_time, migrated, passing, reply};
 
 /// Not the shortest: that it holds is what is tested, on a busy machine too.
 const BUSY_LEASE: Duration = Duration::from_secs(2);
@@ -77,6 +77,38 @@ async fn results_that_postgres_can_not_take_are_kept_until_it_can() {
         assert_eq!(server.count(), 10 * (round + 1), "{code}");
     }
     println!("duplicates under failing settles: 0 of 50 requests");
+}
+
+#[tokio::test]
+async fn while_results_can_not_be_stored_only_so_many_pile_up() {
+    const REQUESTS: usize = 2000;
+    // What the engine lets wait, and what the runner holds and is about to.
+    const MOST: usize = 1024 + 3 * CONCURRENCY;
+    const CONCURRENCY: usize = 16;
+    let Through {
+        database,
+        proxy,
+        pool,
+    } = through_a_proxy().await;
+    let server = echo_server().await;
+    let durable = Durable::builder(pool.clone()).concurrency(CONCURRENCY);
+    let durable = durable.build().unwrap();
+    proxy.refuse("INSERT INTO outcomes", "53100");
+    for number in 0..REQUESTS {
+        let request = post_body(&server.url("/"), &number.to_string());
+        in_time(durable.fire(request)).await.unwrap();
+    }
+    passing(&database, Duration::from_secs(1)).await;
+    let sent = server.count();
+    assert!(sent >= 1024, "{sent} were sent");
+    assert!(sent <= MOST, "{sent} were sent");
+    assert!(proxy.refuse_nothing() > 0);
+    server.wait_for(REQUESTS).await;
+    durable.shutdown(LONG).await.unwrap();
+    let completed = "select count(*) from requeuest.outcomes where status = 'completed'";
+    // The clock's own is one of them.
+    assert_eq!(count(&database, completed).await, REQUESTS as i64 + 1);
+    assert_eq!(server.count(), REQUESTS);
 }
 
 #[tokio::test]
