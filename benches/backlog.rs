@@ -1,6 +1,6 @@
 //! What a backlog costs: a poll, an insert and a delivery, while many others wait.
 //!
-//! `cargo bench --bench backlog -- --rows 1000000`; with `--only`, `polls` or `inserts`.
+//! `cargo bench --bench backlog -- --rows 1000000`; with `--only`, `polls`, `inserts` or `pinned`.
 //!
 //! Each poll claims 256 requests. Its time is compared with that among a thousand ready ones, in the same run.
 
@@ -70,11 +70,19 @@ async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
     if only.is_none_or(|only| only == "inserts") {
         inserts(&postgres, &backlog("waiting", 1000, delayed)).await?;
     }
-    if only.is_some_and(|only| only != "polls") {
+    if only.is_some_and(|only| only == "inserts") {
         return Ok(());
     }
     println!("\n{rows} requests; the median of {POLLS} polls of {BATCH}\n");
     let base = polls(&postgres, &few, None).await?;
+    if only.is_none_or(|only| only == "pinned") {
+        for dead in [rows / 10, rows, 5 * rows] {
+            pinned(&postgres, &few, dead, base).await?;
+        }
+    }
+    if only.is_some_and(|only| only != "polls") {
+        return Ok(());
+    }
     for backlog in [
         backlog("ready, in 8 groups", 8, ready),
         backlog("ready, in 1,000 groups", 1000, ready),
@@ -120,13 +128,53 @@ async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, 
     Ok(database)
 }
 
+/// Few are ready, and before them were many whose rows an old snapshot keeps from being vacuumed.
+async fn pinned(
+    postgres: &Postgres,
+    few: &Backlog,
+    dead: i64,
+    base: Duration,
+) -> Result<(), AnyError> {
+    let database = filled(postgres, few).await?;
+    let mut snapshot = database.pool().begin().await?;
+    for statement in [
+        "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+        "SELECT FROM requeuest.mq_msgs LIMIT 1",
+    ] {
+        sqlx::query(statement).execute(&mut *snapshot).await?;
+    }
+    sqlx::raw_sql(&format!(
+        "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+         SELECT gen_random_uuid(), 'c', '0000|d|http://gone:80', now() - interval '1 hour' FROM generate_series(1, {dead});
+         DELETE FROM requeuest.mq_msgs WHERE channel_args = '0000|d|http://gone:80';"
+    ))
+    .execute(database.pool())
+    .await?;
+    sqlx::query("VACUUM ANALYZE requeuest.mq_msgs")
+        .execute(database.pool())
+        .await?;
+    let name = format!("few, and {dead} dead ones");
+    timed(&database, few, &name, Some(base)).await?;
+    snapshot.rollback().await?;
+    Ok(())
+}
+
 async fn polls(
     postgres: &Postgres,
     backlog: &Backlog,
     base: Option<Duration>,
 ) -> Result<Duration, AnyError> {
     let database = filled(postgres, backlog).await?;
-    let mut connection = session(&database).await?;
+    timed(&database, backlog, backlog.name, base).await
+}
+
+async fn timed(
+    database: &TestDatabase,
+    backlog: &Backlog,
+    name: &str,
+    base: Option<Duration>,
+) -> Result<Duration, AnyError> {
+    let mut connection = session(database).await?;
     let mut times = Vec::new();
     let mut left = backlog.ready;
     for _ in 0..POLLS {
@@ -147,11 +195,7 @@ async fn polls(
     times.sort_unstable();
     let median = times[POLLS / 2];
     let ratio = base.map_or(1.0, |base| median.as_secs_f64() / base.as_secs_f64());
-    println!(
-        "{:<28} {:>8.2} ms  {ratio:>5.2} ×",
-        backlog.name,
-        millis(median)
-    );
+    println!("{name:<28} {:>8.2} ms  {ratio:>5.2} ×", millis(median));
     Ok(median)
 }
 

@@ -58,7 +58,7 @@ where
             // Nothing is written and nothing will come.
             else => break,
         }
-        let is_first = batch.is_empty();
+        let was_empty = batch.is_empty();
         for item in came.drain(..) {
             if item.size() > MAX_BATCH_BYTES {
                 large.push_back(item);
@@ -69,7 +69,7 @@ where
         if !open {
             batch.hurry();
         }
-        if is_first && batch.is_patient() {
+        if was_empty && batch.is_patient() {
             patience.as_mut().reset(Instant::now() + PATIENCE);
         }
         while large_writes.len() < MAX_LARGE {

@@ -12,7 +12,7 @@ use requeuest::testkit::{Postgres, TestDatabase};
 use requeuest::{Durable, RequestId, Status};
 use sqlx::postgres::PgPoolOptions;
 
-use crate::support::{LONG, Server, reply};
+use crate::support::{LONG, Server, count, eventually, in_time, migrated, reply};
 
 /// A database and a server that live on a tokio runtime of their own, out of the reach of the callers under test.
 struct Elsewhere {
@@ -238,4 +238,41 @@ fn a_handle_made_on_one_runtime_is_used_from_others_and_outlives_it() {
         let error = block_on(ask(durable)).unwrap_err();
         assert!(error.is_closed(), "{error}");
     });
+}
+
+#[test]
+fn a_runtime_that_ends_during_an_insert_leaves_it_open_whether_it_was_committed() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let home = tokio::runtime::Runtime::new().unwrap();
+    let (database, durable, lock) = runtime.block_on(async {
+        let database = migrated().await;
+        let mut lock = database.pool().begin().await.unwrap();
+        sqlx::query("lock table requeuest.mq_msgs")
+            .execute(&mut *lock)
+            .await
+            .unwrap();
+        let options = database.options();
+        let durable = home.spawn(async move {
+            let pool = PgPoolOptions::new().connect_lazy_with(options);
+            Durable::builder(pool).runner(false).build().unwrap()
+        });
+        (database, durable.await.unwrap(), lock)
+    });
+    let firing = runtime.spawn(async move {
+        let request = http::Request::post("http://127.0.0.1:9/").body("x");
+        durable.fire(request.unwrap()).await
+    });
+    runtime.block_on(async {
+        let waits = "select count(*) from pg_locks where not granted and relation = 'requeuest.mq_msgs'::regclass
+                     and database = (select oid from pg_database where datname = current_database())";
+        eventually("the insert waits", || async {
+            count(&database, waits).await > 0
+        })
+        .await;
+    });
+    home.shutdown_background();
+    let error = runtime.block_on(in_time(firing)).unwrap().unwrap_err();
+    assert!(error.is_indeterminate(), "{error:?}");
+    assert!(error.request_id().is_some());
+    runtime.block_on(async { lock.rollback().await.unwrap() });
 }
