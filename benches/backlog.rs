@@ -16,28 +16,23 @@ use requeuest::sqlx::{self, PgPool};
 use requeuest::testkit::{Postgres, TestDatabase};
 
 use common::poll::{BATCH, poll, session};
-use common::{AnyError, server};
+use common::{AnyError, arguments, server};
 
 const POLLS: usize = 21;
 const CHANNEL: &str = "c";
 
-fn main() -> Result<(), AnyError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
-    let rows = match argument("--rows") {
-        Some(rows) => rows.parse()?,
-        None => 1_000_000,
-    };
-    let only = argument("--only");
-    runtime.block_on(run(rows, only.as_deref()))
-}
-
-fn argument(name: &str) -> Option<String> {
-    let mut arguments = std::env::args()
-        .skip_while(|argument| argument != name)
-        .skip(1);
-    arguments.next()
+#[tokio::main]
+async fn main() -> Result<(), AnyError> {
+    let (mut rows, mut only) = (1_000_000, None);
+    for argument in arguments() {
+        let (name, value) = argument?;
+        match &*name {
+            "--rows" => rows = value.parse()?,
+            "--only" => only = Some(value),
+            _ => return Err(format!("unknown argument {name}").into()),
+        }
+    }
+    run(rows, only.as_deref()).await
 }
 
 /// Requests as they wait in the queue.

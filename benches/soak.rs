@@ -33,11 +33,9 @@ use common::{AnyError, arguments, memory, request, server};
 /// How often the clock is looked at for requests that are to start.
 const TICK: Duration = Duration::from_millis(1);
 
-fn main() -> Result<(), AnyError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(run(&Arguments::parse()?))
+#[tokio::main]
+async fn main() -> Result<(), AnyError> {
+    run(&Arguments::parse()?).await
 }
 
 /// What was asked for.

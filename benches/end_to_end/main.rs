@@ -29,11 +29,9 @@ use common::{AnyError, memory, request, server};
 /// Rows in a bare batch: about what a busy lane writes at a time.
 const BATCH: usize = 64;
 
-fn main() -> Result<(), AnyError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(run(&Arguments::parse()?))
+#[tokio::main]
+async fn main() -> Result<(), AnyError> {
+    run(&Arguments::parse()?).await
 }
 
 /// What was asked for.

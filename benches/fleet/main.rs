@@ -27,14 +27,12 @@ use common::report::Report;
 use common::server::{self, Setting};
 use common::{AnyError, arguments};
 
-fn main() -> Result<(), AnyError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
+#[tokio::main]
+async fn main() -> Result<(), AnyError> {
     if let Some(part) = worker::Part::of_this_process() {
-        return runtime.block_on(part?.play());
+        return part?.play().await;
     }
-    runtime.block_on(run(&Arguments::parse()?))
+    run(&Arguments::parse()?).await
 }
 
 /// What was asked for.

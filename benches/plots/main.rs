@@ -36,11 +36,9 @@ const POLLS: usize = 21;
 /// Longer than any run.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-fn main() -> Result<(), AnyError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(run(&Arguments::parse()?))
+#[tokio::main]
+async fn main() -> Result<(), AnyError> {
+    run(&Arguments::parse()?).await
 }
 
 /// What was asked for.
