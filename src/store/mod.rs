@@ -3,6 +3,9 @@
 //! The pool is the crate's own, derived from the caller's connect options: leases don't starve behind the application's
 //! queries, and callers that sit in a transaction can't block the engine that would let them go on. Its sessions are pinned to what
 //! the statements were written for.
+//!
+//! Statements join rows by `id = ANY (ARRAY[x.id])`, sort by the other side's id and put `OFFSET 0` into an `EXISTS`, so that statistics made while the
+//! queue was empty can't turn them into scans: the first migration says how.
 
 pub(crate) mod bulk;
 pub(crate) mod claim;

@@ -118,7 +118,16 @@ mod tests {
     use sqlx::postgres::PgPoolOptions;
 
     use super::*;
-    use crate::testkit::Postgres;
+    use crate::testkit::{Postgres, TestDatabase};
+
+    async fn two_connections() -> (TestDatabase, PgPool, Warm) {
+        let database = Postgres::shared().await.unwrap().database().await.unwrap();
+        let pool = PgPoolOptions::new()
+            .max_connections(2)
+            .connect_lazy_with(database.options());
+        let warm = Warm::new(2);
+        (database, pool, warm)
+    }
 
     async fn session(turn: &mut Turn<'_>) -> i32 {
         sqlx::query_scalar("SELECT pg_backend_pid()")
@@ -129,11 +138,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_connection_used_last_is_used_next_and_no_more_than_are_allowed() {
-        let database = Postgres::shared().await.unwrap().database().await.unwrap();
-        let pool = PgPoolOptions::new()
-            .max_connections(2)
-            .connect_lazy_with(database.options());
-        let warm = Warm::new(2);
+        let (_database, pool, warm) = two_connections().await;
         let mut first = warm.take(&pool).await.unwrap();
         let mut second = warm.take(&pool).await.unwrap();
         let sessions = [session(&mut first).await, session(&mut second).await];
@@ -154,11 +159,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_has_rested_goes_back_to_the_pool_and_all_does_when_it_is_closed() {
-        let database = Postgres::shared().await.unwrap().database().await.unwrap();
-        let pool = PgPoolOptions::new()
-            .max_connections(2)
-            .connect_lazy_with(database.options());
-        let warm = Warm::new(2);
+        let (_database, pool, warm) = two_connections().await;
         let turn = warm.take(&pool).await.unwrap();
         warm.keep(&pool, turn);
         for resting in &mut *warm.lock() {
