@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{Durable, Options, Request, RequestId, Status, testkit};
 use tokio::sync::{Notify, Semaphore};
@@ -455,11 +456,8 @@ async fn a_shutdown_does_not_wait_for_the_time_between_two_attempts() {
     let database = migrated().await;
     let server = Server::in_turn(&[503, 200]).await;
     let minute = Duration::from_secs(60);
-    let slow = requeuest::retry::RetryPolicy::exponential()
-        .base(minute)
-        .cap(minute);
     let durable = Durable::builder(database.pool().clone())
-        .retry(slow)
+        .retry(RetryPolicy::constant(minute))
         .build()
         .unwrap();
     let caller = tokio::spawn({
@@ -689,10 +687,9 @@ async fn every_state_on_the_way_is_seen_from_elsewhere() {
     .await;
     let there = elsewhere(&database).await;
     let day = Duration::from_secs(24 * 60 * 60);
-    let slow = requeuest::retry::RetryPolicy::exponential()
-        .base(day)
-        .cap(day);
-    let options = Options::default().delay(day).retry(slow);
+    let options = Options::default()
+        .delay(day)
+        .retry(RetryPolicy::constant(day));
     let request = post(&server.url("/"), "x").with(options);
     let id = there.fire(request).await.unwrap();
     let state = || async { there.status(id).await.unwrap().unwrap() };
@@ -730,11 +727,7 @@ async fn a_request_held_between_two_attempts_is_seen_as_retryable() {
     let database = migrated().await;
     let server = Server::always(503).await;
     let durable = Durable::builder(database.pool().clone())
-        .retry(
-            requeuest::retry::RetryPolicy::exponential()
-                .base(Duration::from_secs(60))
-                .cap(Duration::from_secs(60)),
-        )
+        .retry(RetryPolicy::constant(Duration::from_secs(60)))
         .build()
         .unwrap();
     let there = elsewhere(&database).await;

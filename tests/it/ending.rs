@@ -95,9 +95,7 @@ async fn a_request_between_two_attempts_is_cancelled_from_elsewhere() {
     let database = migrated().await;
     let server = Server::always(503).await;
     let durable = Durable::new(database.pool().clone());
-    let soon = RetryPolicy::exponential()
-        .base(Duration::from_secs(2))
-        .cap(Duration::from_secs(2));
+    let soon = RetryPolicy::constant(Duration::from_secs(2));
     let waiting = tokio::spawn({
         let request = post(&server.url("/"), Options::default().retry(soon));
         let durable = durable.clone();
@@ -154,11 +152,9 @@ async fn no_attempt_is_waited_for_that_would_come_after_the_deadline() {
     let database = migrated().await;
     let server = Server::always(503).await;
     let durable = Durable::new(database.pool().clone());
-    let slow = RetryPolicy::exponential().base(HOUR).cap(HOUR);
     let options = Options::default()
-        .retry(slow)
+        .retry(RetryPolicy::constant(HOUR))
         .deadline(Duration::from_millis(1));
-    // Full jitter may draw next to nothing, but hardly that little.
     let response = in_time(durable.await_response(post(&server.url("/"), options))).await;
     match response {
         Ok(response) => assert_eq!(response.status(), 503),

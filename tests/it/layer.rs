@@ -765,9 +765,8 @@ async fn a_caller_that_goes_away_between_two_attempts_leaves_the_next_to_the_run
     let server = Server::in_turn(&[503, 200]).await;
     let (background, background_calls) = counting();
     let (live, live_calls) = counting();
-    let second = Duration::from_secs(1);
     let durable = Durable::builder(database.pool().clone())
-        .retry(RetryPolicy::exponential().base(second).cap(second))
+        .retry(RetryPolicy::constant(Duration::from_secs(1)))
         .transport(background)
         .build()
         .unwrap();

@@ -399,11 +399,7 @@ async fn a_shutdown_sends_nothing_twice_at_once() {
     let durable = builder(database.pool()).build().unwrap();
     let once = post(&server.url("/once")).with(Options::default().retry(RetryPolicy::none()));
     let once = durable.fire(once).await.unwrap();
-    let later = Options::default().retry(
-        RetryPolicy::exponential()
-            .base(Duration::from_secs(3600))
-            .cap(Duration::from_secs(3600)),
-    );
+    let later = Options::default().retry(RetryPolicy::constant(Duration::from_secs(3600)));
     let later = durable
         .fire(post(&server.url("/later")).with(later))
         .await
