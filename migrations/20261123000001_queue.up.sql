@@ -115,11 +115,14 @@ DECLARE
     v_lease interval := coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
     v_window int := 4 * batch_size;
     v_channels text[] := channel_names;
-    v_candidates uuid[];
+    -- Rows by their place, which spares going through an index for each of them once more. Nothing else comes to lie there while this
+    -- runs, as its snapshot is older; what is written anew in between is found by the next poll. What is locked stays where it is.
+    v_candidates tid[];
     v_backlog boolean;
-    v_picked uuid[] := '{}';
-    v_some uuid[];
+    v_picked tid[] := '{}';
+    v_some tid[];
     v_from int := 1;
+    v_room int;
     v_open int;
     v_claimed int;
     v_next timestamptz;
@@ -130,7 +133,7 @@ DECLARE
     v_start text;
     v_cursor text;
     v_wrapped boolean;
-    v_share int := greatest(1, batch_size / 16);
+    v_share int := greatest(1, batch_size / 32);
     v_visits int := 0;
 BEGIN
     IF EXISTS (SELECT FROM mq_msgs m WHERE m.deadline <= v_now) THEN
@@ -160,9 +163,9 @@ BEGIN
         WHERE present.channel IS NOT NULL;
     END IF;
 
-    SELECT array_agg(due.id ORDER BY due.attempt_at) INTO v_candidates
+    SELECT array_agg(due.ctid ORDER BY due.attempt_at) INTO v_candidates
     FROM unnest(v_channels) AS wanted(channel), LATERAL (
-        SELECT m.id, m.attempt_at FROM mq_msgs m
+        SELECT m.ctid, m.attempt_at FROM mq_msgs m
         WHERE m.channel_name = wanted.channel AND m.state = 0 AND m.attempt_at <= v_now
         ORDER BY m.attempt_at LIMIT v_window
     ) due;
@@ -173,8 +176,8 @@ BEGIN
         OR coalesce(nullif(current_setting('requeuest.looked', true), ''), '-infinity')::timestamptz < v_now - c_wait_max
     THEN
         PERFORM set_config('requeuest.looked', v_now::text, false);
-        SELECT array_agg(locked.id) INTO v_some FROM (
-            SELECT m.id
+        SELECT array_agg(locked.ctid) INTO v_some FROM (
+            SELECT m.ctid
             FROM unnest(v_channels) AS wanted(channel), LATERAL (
                 SELECT l.id FROM mq_msgs l
                 WHERE l.channel_name = wanted.channel AND l.state IN (1, 2, 4) AND l.attempt_at <= v_now
@@ -186,71 +189,76 @@ BEGIN
         v_picked := coalesce(v_some, '{}');
     END IF;
 
-    IF v_backlog THEN
-        -- A backlog: a share for each group that is met, until the batch is full or enough groups were looked at.
-        v_start := lpad(to_hex((random() * 65535)::int), 4, '0');
-        <<channels>>
-        FOR v_channel IN SELECT wanted.channel FROM unnest(v_channels) AS wanted(channel) ORDER BY random() LOOP
-            v_cursor := v_start;
-            v_wrapped := false;
-            LOOP
-                EXIT channels WHEN cardinality(v_picked) >= batch_size OR v_visits >= batch_size;
-                SELECT m.channel_args, m.seq IS NOT NULL INTO v_group, v_ordered FROM mq_msgs m
-                WHERE m.channel_name = v_channel AND m.state = 0 AND m.channel_args > v_cursor
-                ORDER BY m.channel_args LIMIT 1;
-                IF NOT FOUND THEN
-                    EXIT WHEN v_wrapped;
-                    v_wrapped := true;
-                    v_cursor := '';
-                    CONTINUE;
-                END IF;
-                EXIT WHEN v_wrapped AND v_group > v_start;
-                v_cursor := v_group;
-                v_visits := v_visits + 1;
-                IF v_ordered THEN
-                    SELECT array_agg(locked.id) INTO v_some FROM (
-                        SELECT m.id FROM mq_msgs m
-                        WHERE m.id = (
-                            SELECT head.id FROM mq_msgs head
-                            WHERE head.channel_name = v_channel AND head.channel_args = v_group
-                                AND head.seq IS NOT NULL
-                            ORDER BY head.seq LIMIT 1
-                        ) AND m.state <= 0 AND m.attempt_at <= v_now
-                        FOR UPDATE SKIP LOCKED
-                    ) locked;
-                ELSE
-                    -- A range of one group, sorted by it too: planned for an equality while there was one group, this would go by the
-                    -- index by due time, and through everything once there were many.
-                    SELECT array_agg(locked.id) INTO v_some FROM (
-                        SELECT m.id FROM mq_msgs m
-                        WHERE m.channel_name = v_channel AND m.channel_args >= v_group AND m.channel_args <= v_group
-                            AND m.state = 0 AND m.attempt_at <= v_now
-                        ORDER BY m.channel_args, m.attempt_at LIMIT least(v_share, batch_size - cardinality(v_picked))
-                        FOR UPDATE SKIP LOCKED
-                    ) locked;
-                END IF;
-                v_picked := v_picked || coalesce(v_some, '{}');
-            END LOOP;
+    -- All go by age if there are few. Of a backlog a quarter goes group by group, so that nobody waits behind all that came before for
+    -- another destination. No more than that, as the oldest lie side by side, and those of a group do not. What the groups don't fill
+    -- goes by age again.
+    FOREACH v_room IN ARRAY CASE WHEN v_backlog THEN ARRAY[batch_size - batch_size / 4, batch_size] ELSE ARRAY[batch_size] END LOOP
+        -- As many at a time as there is room for. Of an ordering key only the head may go, leased or not.
+        LOOP
+            v_open := v_room - cardinality(v_picked);
+            EXIT WHEN v_open <= 0 OR v_from > coalesce(cardinality(v_candidates), 0);
+            SELECT array_agg(locked.ctid) INTO v_some FROM (
+                SELECT m.ctid FROM mq_msgs m
+                WHERE m.ctid = ANY (v_candidates[v_from:v_from + v_open - 1])
+                    AND m.state <= 0 AND m.attempt_at <= v_now AND NOT m.ctid = ANY (v_picked)
+                    AND (m.seq IS NULL OR NOT EXISTS (
+                        SELECT FROM mq_msgs ahead
+                        WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
+                            AND ahead.seq < m.seq
+                    ))
+                FOR UPDATE OF m SKIP LOCKED
+            ) locked;
+            v_picked := v_picked || coalesce(v_some, '{}');
+            v_from := v_from + v_open;
         END LOOP;
-    END IF;
 
-    -- The oldest ones fill what is left, as many at a time as there is room for. Of an ordering key only the head may go, leased or
-    -- not.
-    LOOP
-        v_open := batch_size - cardinality(v_picked);
-        EXIT WHEN v_open <= 0 OR v_from > coalesce(cardinality(v_candidates), 0);
-        SELECT array_agg(locked.id) INTO v_some FROM (
-            SELECT m.id FROM unnest(v_candidates[v_from:v_from + v_open - 1]) AS c(id) JOIN mq_msgs m ON m.id = ANY (ARRAY[c.id])
-            WHERE m.state <= 0 AND m.attempt_at <= v_now AND NOT m.id = ANY (v_picked)
-                AND (m.seq IS NULL OR NOT EXISTS (
-                    SELECT FROM mq_msgs ahead
-                    WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
-                        AND ahead.seq < m.seq
-                ))
-            FOR UPDATE OF m SKIP LOCKED
-        ) locked;
-        v_picked := v_picked || coalesce(v_some, '{}');
-        v_from := v_from + v_open;
+        IF v_backlog AND v_visits = 0 THEN
+            -- A share for each group that is met, until the batch is full or enough groups were looked at.
+            v_start := lpad(to_hex((random() * 65535)::int), 4, '0');
+            <<channels>>
+            FOR v_channel IN SELECT wanted.channel FROM unnest(v_channels) AS wanted(channel) ORDER BY random() LOOP
+                v_cursor := v_start;
+                v_wrapped := false;
+                LOOP
+                    EXIT channels WHEN cardinality(v_picked) >= batch_size OR v_visits >= batch_size;
+                    SELECT m.channel_args, m.seq IS NOT NULL INTO v_group, v_ordered FROM mq_msgs m
+                    WHERE m.channel_name = v_channel AND m.state = 0 AND m.channel_args > v_cursor
+                    ORDER BY m.channel_args LIMIT 1;
+                    IF NOT FOUND THEN
+                        EXIT WHEN v_wrapped;
+                        v_wrapped := true;
+                        v_cursor := '';
+                        CONTINUE;
+                    END IF;
+                    EXIT WHEN v_wrapped AND v_group > v_start;
+                    v_cursor := v_group;
+                    v_visits := v_visits + 1;
+                    IF v_ordered THEN
+                        SELECT array_agg(locked.ctid) INTO v_some FROM (
+                            SELECT m.ctid FROM mq_msgs m
+                            WHERE m.id = (
+                                SELECT head.id FROM mq_msgs head
+                                WHERE head.channel_name = v_channel AND head.channel_args = v_group
+                                    AND head.seq IS NOT NULL
+                                ORDER BY head.seq LIMIT 1
+                            ) AND m.state <= 0 AND m.attempt_at <= v_now AND NOT m.ctid = ANY (v_picked)
+                            FOR UPDATE SKIP LOCKED
+                        ) locked;
+                    ELSE
+                        -- A range of one group, sorted by it too: planned for an equality while there was one group, this would go by the
+                        -- index by due time, and through everything once there were many.
+                        SELECT array_agg(locked.ctid) INTO v_some FROM (
+                            SELECT m.ctid FROM mq_msgs m
+                            WHERE m.channel_name = v_channel AND m.channel_args >= v_group AND m.channel_args <= v_group
+                                AND m.state = 0 AND m.attempt_at <= v_now AND NOT m.ctid = ANY (v_picked)
+                            ORDER BY m.channel_args, m.attempt_at LIMIT least(v_share, batch_size - cardinality(v_picked))
+                            FOR UPDATE SKIP LOCKED
+                        ) locked;
+                    END IF;
+                    v_picked := v_picked || coalesce(v_some, '{}');
+                END LOOP;
+            END LOOP;
+        END IF;
     END LOOP;
     v_claimed := cardinality(v_picked);
 
@@ -278,7 +286,7 @@ BEGIN
         -- What may have been sent and must not be sent again stays so until somebody has recorded it.
         SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
             state = CASE WHEN m.state = 4 THEN 4 ELSE 1 END
-        WHERE m.id = ANY (v_picked)
+        WHERE m.ctid = ANY (v_picked)
         RETURNING m.id, m.claim_no, m.attempts, m.created_at, m.deadline, m.state = 4 AS lost
     )
     SELECT
