@@ -37,12 +37,17 @@ pub(crate) async fn measure(arguments: &Arguments, report: &mut Report) -> Resul
     for (side, name) in [(one, "one"), (all, "all")] {
         let rate = side.rate();
         println!(
-            "{:<14} {rate:>9.0}/s  {:>5.2} × 1 process\n  {}",
+            "{:<14} {rate:>9.0}/s  {:>5.2} × 1 process, {} threads each\n  {}",
             named(side.processes),
             rate / base,
+            arguments.threads(side.processes),
             side.waits
         );
         report.note(&format!("{name}: processes"), side.processes);
+        report.note(
+            &format!("{name}: threads each"),
+            arguments.threads(side.processes),
+        );
         report.note(&format!("{name}: rate"), rate);
         report.note(&format!("{name}: rate / 1 process"), rate / base);
         report.note(&format!("{name}: samples"), side.waits.samples());
@@ -123,10 +128,11 @@ async fn round(
     let receiver = Receiver::start()?;
     fill(pool, &receiver, arguments).await?;
 
+    let threads = arguments.threads(processes);
     let mut workers = Vec::new();
     for number in 0..processes {
         let name = format!("fleet {number}");
-        workers.push(Worker::start(&name, &database, arguments.concurrency).await?);
+        workers.push(Worker::start(&name, &database, arguments.concurrency, threads).await?);
     }
     let maintenance: PgConnectOptions = postgres.url().parse()?;
     let mut connection = maintenance.connect().await?;

@@ -30,7 +30,7 @@ pub(crate) async fn measure(arguments: &Arguments, report: &mut Report) -> Resul
     requeuest::migrate(database.pool()).await?;
     // Nor do those of its own sessions, which end here.
     database.pool().close().await;
-    let mut worker = Worker::start("fleet", &database, arguments.concurrency).await?;
+    let mut worker = Worker::start("fleet", &database, arguments.concurrency, 1).await?;
     worker.begin().await?;
     while !runs(&mut connection, &database).await? {
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -2,8 +2,9 @@
 //! what a runner costs that has nothing to do.
 //!
 //! `cargo bench --bench fleet -- --processes 4 --requests 100000 --rounds 3 --idle 20 --json figures.json`; with `--only`, some of
-//! `drain,idle`, with `--concurrency`, other than the default number of attempts at a time in each process, with `--body`, other than 256
-//! bytes, and with `--set synchronous_commit=off` another server.
+//! `drain,idle`, with `--concurrency`, other than the default number of attempts at a time in each process, with `--threads`, other than its
+//! share of the cores for each process's runtime, with `--body`, other than 256 bytes, and with `--set synchronous_commit=off` another
+//! server.
 //!
 //! The processes are copies of this program. They share the machine with Postgres (with `fsync` on) and the receiver, so the ratio says
 //! what they cost each other, not what more machines would gain. Each round has a database of its own, and one process and several
@@ -44,6 +45,8 @@ struct Arguments {
     idle: Duration,
     /// Attempts at a time, in each process.
     concurrency: usize,
+    /// Of each process's runtime. `None`: its share of the cores.
+    threads: Option<usize>,
     /// The bytes of each request's body.
     body: Bytes,
     json: Option<PathBuf>,
@@ -61,6 +64,7 @@ impl Arguments {
             rounds: 3,
             idle: Duration::from_secs(20),
             concurrency: requeuest::DEFAULT_CONCURRENCY,
+            threads: None,
             body: vec![b'x'; 256].into(),
             json: None,
             only: Vec::new(),
@@ -74,6 +78,7 @@ impl Arguments {
                 "--rounds" => parsed.rounds = value.parse()?,
                 "--idle" => parsed.idle = Duration::try_from_secs_f64(value.parse()?)?,
                 "--concurrency" => parsed.concurrency = value.parse()?,
+                "--threads" => parsed.threads = Some(value.parse()?),
                 "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
                 "--json" => parsed.json = Some(value.into()),
                 "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
@@ -82,6 +87,15 @@ impl Arguments {
             }
         }
         Ok(parsed)
+    }
+
+    /// Of the runtime of each of so many processes.
+    fn threads(&self, processes: usize) -> usize {
+        let share = || {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            cores.div_ceil(processes)
+        };
+        self.threads.unwrap_or_else(share)
     }
 
     fn wants(&self, name: &str) -> bool {

@@ -15,6 +15,8 @@ use crate::common::receiver::SENDER;
 const NAME: &str = "REQUEUEST_FLEET_NAME";
 const DATABASE: &str = "REQUEUEST_FLEET_DATABASE";
 const CONCURRENCY: &str = "REQUEUEST_FLEET_CONCURRENCY";
+/// Of the runtime's threads, where it isn't told of others.
+const THREADS: &str = "TOKIO_WORKER_THREADS";
 
 /// As its parent has it. It is killed when this is dropped.
 pub(crate) struct Worker {
@@ -28,11 +30,13 @@ impl Worker {
         name: &str,
         database: &TestDatabase,
         concurrency: usize,
+        threads: usize,
     ) -> Result<Self, AnyError> {
         let mut child = Command::new(std::env::current_exe()?)
             .env(NAME, name)
             .env(DATABASE, database.url())
             .env(CONCURRENCY, concurrency.to_string())
+            .env(THREADS, threads.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
