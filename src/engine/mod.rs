@@ -56,6 +56,8 @@ const LARGE_BODIES: usize = 16;
 const BULK_TURNS: usize = 2;
 /// How many results may wait for their commit, or one for each attempt at a time, before new requests are left to the queue.
 const MAX_UNSETTLED: usize = 1024;
+/// What part of the runner's room results may take that wait for others to be committed with.
+const ROOM_SHARE: usize = 8;
 /// Longer than any statement may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a shutdown looks whether everything is settled.
@@ -421,7 +423,17 @@ impl Engine {
     /// Whether as many results wait for their commit as may: while the database takes requests faster than their results, memory must not
     /// grow with them. Those that a runner claims are bounded anyway.
     fn is_behind(&self) -> bool {
-        Arc::strong_count(&self.unsettled) > MAX_UNSETTLED.max(self.config().concurrency)
+        self.unsettled() > MAX_UNSETTLED.max(self.config().concurrency)
+    }
+
+    /// Whether results that wait for their commit take room that sqlxmq's runner could claim for.
+    pub(crate) fn fills_up(&self) -> bool {
+        self.unsettled() >= self.config().concurrency / ROOM_SHARE
+    }
+
+    /// How many results wait for their commit.
+    fn unsettled(&self) -> usize {
+        Arc::strong_count(&self.unsettled) - 1
     }
 
     /// Slots for a first attempt by this process, if it may make one on this channel now and there is a client for it: the live

@@ -276,7 +276,7 @@ impl Claim {
 
     /// Whether anything waits for what becomes of the attempt: a caller, the next of the ordering key, or sqlxmq's runner, for room.
     fn is_urgent(&self) -> bool {
-        self.current.is_some()
+        self.current.is_some() && self.engine.fills_up()
             || self.job.request.options.ordered.is_some()
             || self.engine.shared().waiters.contains(self.job.id)
     }
