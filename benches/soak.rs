@@ -227,6 +227,7 @@ struct Row {
     /// Calls that ended, a second.
     rate: f64,
     p50: Duration,
+    p95: Duration,
     p99: Duration,
     sizes: Sizes,
     /// Resident, in MiB.
@@ -258,10 +259,11 @@ const SIZES: &str = "
 /// A row for each interval.
 async fn watch(pool: &PgPool, arguments: &Arguments, times: &Times) -> Result<Vec<Row>, AnyError> {
     println!(
-        "{:>7} {:>9} {:>9} {:>9}  {:>15} {:>15} {:>9} {:>9} {:>7}",
+        "{:>7} {:>9} {:>9} {:>9} {:>9}  {:>15} {:>15} {:>9} {:>9} {:>7}",
         "s",
         "calls/s",
         "p50 ms",
+        "p95 ms",
         "p99 ms",
         "queue+indexes",
         "content+indexes",
@@ -284,6 +286,7 @@ async fn watch(pool: &PgPool, arguments: &Arguments, times: &Times) -> Result<Ve
             seconds: (now - began).as_secs_f64(),
             rate: ended / (now - last).as_secs_f64(),
             p50: percentile(&taken, 0.5).unwrap_or_default(),
+            p95: percentile(&taken, 0.95).unwrap_or_default(),
             p99: percentile(&taken, 0.99).unwrap_or_default(),
             sizes: sqlx::query_as(SIZES).fetch_one(pool).await?,
             memory: memory::resident(),
@@ -300,10 +303,11 @@ impl Row {
         let sizes = &self.sizes;
         let pair = |table, indexes| format!("{:.1} + {:.1}", mebibytes(table), mebibytes(indexes));
         println!(
-            "{:>7.0} {:>9.0} {:>9.2} {:>9.2}  {:>15} {:>15} {:>9.1} {:>9} {:>7}",
+            "{:>7.0} {:>9.0} {:>9.2} {:>9.2} {:>9.2}  {:>15} {:>15} {:>9.1} {:>9} {:>7}",
             self.seconds,
             self.rate,
             millis(self.p50),
+            millis(self.p95),
             millis(self.p99),
             pair(sizes.queue, sizes.queue_indexes),
             pair(sizes.payloads, sizes.payloads_indexes),
@@ -320,6 +324,7 @@ impl Row {
             "seconds": self.seconds,
             "rate": self.rate,
             "p50_us": micros(self.p50),
+            "p95_us": micros(self.p95),
             "p99_us": micros(self.p99),
             "queue_bytes": sizes.queue,
             "queue_index_bytes": sizes.queue_indexes,
@@ -340,7 +345,8 @@ fn mebibytes(bytes: i64) -> f64 {
     bytes as f64 / (1024.0 * 1024.0)
 }
 
-/// The last third of the run against the first; sizes against the second, as they have a level to reach first.
+/// The last third of the run against the first; sizes against the second, as they have a level to reach first, and the slowest calls against
+/// both, as what the disk has to take at a checkpoint grows with them.
 fn drift(rows: &[Row], report: &mut Report) {
     let third = rows.len() / 3;
     if third == 0 {
@@ -357,8 +363,11 @@ fn drift(rows: &[Row], report: &mut Report) {
     println!("\nmedians of the first third and of the last");
     compare("calls/s", first, &|row| row.rate);
     compare("p50, ms", first, &|row| millis(row.p50));
+    compare("p95, ms", first, &|row| millis(row.p95));
     compare("p99, ms", first, &|row| millis(row.p99));
     println!("medians of the second third and of the last");
+    compare("p95 then, ms", second, &|row| millis(row.p95));
+    compare("p99 then, ms", second, &|row| millis(row.p99));
     compare("queue with indexes, MiB", second, &|row| {
         mebibytes(row.sizes.queue + row.sizes.queue_indexes)
     });

@@ -8,6 +8,7 @@
 
 pub(crate) mod attempt;
 pub(crate) mod bulk;
+mod config;
 pub(crate) mod enqueue;
 mod fault;
 pub(crate) mod handlers;
@@ -18,37 +19,31 @@ pub(crate) mod live;
 pub(crate) mod reconcile;
 pub(crate) mod runner;
 pub(crate) mod runtime;
+mod shared;
 pub(crate) mod transport;
 pub(crate) mod waiters;
 
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use sqlx::PgPool;
-use sqlx::postgres::PgConnectOptions;
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use uuid::Uuid;
 
-use crate::classify::Classifier;
-use crate::error::{Error, Kind, MigrationState};
-use crate::idempotency::IdempotencyKey;
-use crate::migrate::wanted_version;
-use crate::retry::RetryPolicy;
-use crate::store::enqueue::Inserting;
-use crate::store::inspect::{self, Schema};
-use crate::store::{BoxFuture, Db, DbError, Session};
+use crate::error::{Error, Kind};
+use crate::store::BoxFuture;
 
 use enqueue::Submission;
-use runner::lease::{self, Lease, Leases};
-use runner::polls::Polls;
+use runner::lease::{self, Lease};
 use runner::settle::{self, Held, Settlement, Settling};
 use runner::sweep;
 use runtime::Home;
 use transport::{Transport, TransportSlot};
-use waiters::Waiters;
+
+pub(crate) use config::Config;
+pub(crate) use shared::Shared;
 
 /// How many bodies that were too large to come with their claim are fetched at a time.
 const LARGE_BODIES: usize = 16;
@@ -62,148 +57,6 @@ const ROOM_SHARE: usize = 8;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a shutdown looks whether everything is settled.
 const DRAIN_POLL: Duration = Duration::from_millis(5);
-
-/// What the builder checked.
-#[derive(Clone, Debug)]
-pub(crate) struct Config {
-    /// Where requests go that name no channel.
-    pub(crate) channel: Arc<str>,
-    /// What the runner subscribes to; `None` for every channel.
-    pub(crate) channels: Option<Vec<Arc<str>>>,
-    pub(crate) concurrency: usize,
-    pub(crate) lease: Duration,
-    pub(crate) attempt_timeout: Duration,
-    pub(crate) retry_awaited: RetryPolicy,
-    pub(crate) retry_fired: RetryPolicy,
-    pub(crate) classifier: Classifier,
-    pub(crate) max_request_body: usize,
-    pub(crate) max_response_body: usize,
-    pub(crate) retention: Duration,
-    pub(crate) schema: String,
-    pub(crate) max_connections: u32,
-    pub(crate) notify_in_transactions: bool,
-    pub(crate) idempotency_key: IdempotencyKey,
-    /// For the crate's own connections, where the caller's pool goes through a pooler.
-    pub(crate) connect: Option<PgConnectOptions>,
-}
-
-impl Config {
-    /// Whether the caller's pool keeps its sessions, as it seems: connect options beside it are for those behind a pooler.
-    fn callers_sessions_last(&self) -> bool {
-        self.connect.is_none()
-    }
-
-    /// How rows with a key are inserted on the crate's own connections.
-    pub(crate) fn inserting(&self) -> Inserting {
-        Inserting {
-            notify: true,
-            wait: true,
-            again: false,
-            lease: self.lease,
-            retention: self.retention,
-            prepared: true,
-        }
-    }
-
-    /// How rows are inserted on a caller's connection.
-    pub(crate) fn inserting_for_caller(&self) -> Inserting {
-        Inserting {
-            notify: self.notify_in_transactions,
-            prepared: self.callers_sessions_last(),
-            ..self.inserting()
-        }
-    }
-}
-
-/// What the engine and its tasks share. It holds no sender, so the tasks end when the engine does.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) config: Config,
-    pub(crate) db: Db,
-    pub(crate) instance: Uuid,
-    pub(crate) waiters: Arc<Waiters>,
-    pub(crate) leases: Leases,
-    /// Told when requests have ended here.
-    pub(crate) settled: Notify,
-    pub(crate) polls: Polls,
-    /// The last poll that brought anything left more behind.
-    pub(crate) backlog: AtomicBool,
-    /// Results that came too late to count.
-    pub(crate) stale_results: AtomicU64,
-    verified: AtomicBool,
-    /// When the engine went away.
-    left: Mutex<Option<Instant>>,
-}
-
-impl Shared {
-    /// Makes sure, once, that the schema is there and is the one that the statements were written for.
-    pub(crate) async fn verify(&self) -> Result<(), Error> {
-        if self.verified.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let schema = self.config.schema.clone();
-        let found = self
-            .db
-            .run(move |connection| {
-                Box::pin(async move { inspect::schema_version(connection, &schema).await })
-            })
-            .await?;
-        let wanted = wanted_version();
-        let state = match found {
-            Schema::Missing => MigrationState::Missing,
-            Schema::Elsewhere => MigrationState::Swallowed,
-            Schema::Version(found) if found < wanted => MigrationState::Older { found, wanted },
-            Schema::Version(found) if found > wanted => MigrationState::Newer { found, wanted },
-            Schema::Version(_) => {
-                self.verified.store(true, Ordering::Relaxed);
-                return Ok(());
-            }
-        };
-        Err(Error::new(Kind::Migrations(state)))
-    }
-
-    /// Runs statements on the crate's own pool, after making sure of the schema. From the engine's own runtime; others go through
-    /// [`Engine::query`].
-    pub(crate) async fn query<T: Send>(
-        &self,
-        statements: impl for<'c> FnOnce(
-            &'c mut sqlx::PgConnection,
-        ) -> BoxFuture<'c, Result<T, sqlx::Error>>
-        + Send,
-    ) -> Result<T, Error> {
-        self.query_large(0, statements).await
-    }
-
-    /// As [`query`](Self::query), for statements that may move so many bytes.
-    pub(crate) async fn query_large<T: Send>(
-        &self,
-        bytes: usize,
-        statements: impl for<'c> FnOnce(
-            &'c mut sqlx::PgConnection,
-        ) -> BoxFuture<'c, Result<T, sqlx::Error>>
-        + Send,
-    ) -> Result<T, Error> {
-        self.verify().await?;
-        let result = self.db.run_large(bytes, statements).await;
-        result.map_err(|error| self.refused(error))
-    }
-
-    /// What a caller is told of a statement that failed.
-    pub(crate) fn refused(&self, error: DbError) -> Error {
-        let error = Error::from(error);
-        if error.is_not_migrated() {
-            // Something of the schema turned out to be gone: the next call looks again.
-            self.verified.store(false, Ordering::Relaxed);
-        }
-        error
-    }
-
-    /// Whether the engine has been gone for so long that others have taken its requests over.
-    pub(crate) fn is_abandoned(&self) -> bool {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        left.is_some_and(|left| left.elapsed() > 2 * self.config.lease)
-    }
-}
 
 /// How far a shutdown is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -251,28 +104,7 @@ impl Engine {
     pub(crate) fn start(user_pool: PgPool, config: Config) -> Result<Arc<Self>, Error> {
         let home = Home::find().map_err(|error| Error::config("runtime", error.to_string()))?;
         let _context = home.handle().enter();
-        let connect = connect_options(&user_pool, &config);
-        let shared = Arc::new(Shared {
-            db: Db::new(
-                &connect,
-                Session {
-                    schema: config.schema.clone(),
-                    lease: config.lease,
-                    max_body: config.max_request_body.max(config.max_response_body),
-                },
-                config.max_connections,
-            ),
-            instance: Uuid::now_v7(),
-            waiters: Arc::default(),
-            leases: Leases::default(),
-            settled: Notify::new(),
-            polls: Polls::default(),
-            backlog: AtomicBool::new(false),
-            stale_results: AtomicU64::new(0),
-            verified: AtomicBool::new(false),
-            left: Mutex::default(),
-            config,
-        });
+        let shared = Arc::new(Shared::new(&user_pool, config));
         let (enqueue, enqueued) = mpsc::unbounded_channel();
         let (settle, settled) = mpsc::unbounded_channel();
         // The lanes end by themselves when their senders are gone; the others have no end of their own.
@@ -510,7 +342,7 @@ impl Engine {
 
     /// New connections use what the caller's pool uses now.
     pub(crate) fn reconnect(&self) {
-        let connect = connect_options(&self.user_pool, self.config());
+        let connect = self.config().connect_options(&self.user_pool);
         self.shared.db.reconnect_with(&connect);
     }
 
@@ -547,18 +379,6 @@ impl Drop for Engine {
         for task in &self.tasks {
             task.abort();
         }
-        let mut left = self
-            .shared
-            .left
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *left = Some(Instant::now());
-    }
-}
-
-fn connect_options(user_pool: &PgPool, config: &Config) -> PgConnectOptions {
-    match &config.connect {
-        Some(connect) => connect.clone(),
-        None => (*user_pool.connect_options()).clone(),
+        self.shared.leave();
     }
 }
