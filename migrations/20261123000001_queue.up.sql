@@ -190,8 +190,8 @@ BEGIN
     END IF;
 
     -- All go by age if there are few. Of a backlog a quarter goes group by group, so that nobody waits behind all that came before for
-    -- another destination. No more than that, as the oldest lie side by side, and those of a group do not. What the groups don't fill
-    -- goes by age again.
+    -- another destination. No more than that, as the oldest lie side by side, and those of a group do not. What is still open then,
+    -- as other polls had the oldest, goes in the same order, with no share.
     FOREACH v_room IN ARRAY CASE WHEN v_backlog THEN ARRAY[batch_size - batch_size / 4, batch_size] ELSE ARRAY[batch_size] END LOOP
         -- As many at a time as there is room for. Of an ordering key only the head may go, leased or not.
         LOOP
@@ -212,7 +212,7 @@ BEGIN
             v_from := v_from + v_open;
         END LOOP;
 
-        IF v_backlog AND v_visits = 0 THEN
+        IF v_backlog AND cardinality(v_picked) < batch_size THEN
             -- A share for each group that is met, until the batch is full or enough groups were looked at.
             v_start := lpad(to_hex((random() * 65535)::int), 4, '0');
             <<channels>>
@@ -258,6 +258,7 @@ BEGIN
                     v_picked := v_picked || coalesce(v_some, '{}');
                 END LOOP;
             END LOOP;
+            v_share := batch_size;
         END IF;
     END LOOP;
     v_claimed := cardinality(v_picked);

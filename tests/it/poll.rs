@@ -142,6 +142,37 @@ async fn a_backlog_of_one_destination_does_not_hide_another() {
 }
 
 #[tokio::test]
+async fn a_backlog_goes_by_age_for_the_most_part() {
+    let database = migrated().await;
+    enqueue(&database, "8000|d|oldest", false, "0", 100).await;
+    for group in 0..50 {
+        enqueue(&database, &format!("{group:04}|d|newer"), false, "0", 20).await;
+    }
+    let groups = poll(&database, None, 16).await.groups;
+    assert_eq!(groups.len(), 16);
+    let oldest = groups.iter().filter(|group| *group == "8000|d|oldest");
+    // Of a batch of 16 four go from group to group: one of them may come to the oldest ones too.
+    assert!((12..=13).contains(&oldest.count()), "{groups:?}");
+}
+
+#[tokio::test]
+async fn polls_of_a_backlog_at_once_are_filled_with_different_rows() {
+    const POLLS: usize = 8;
+    let database = migrated().await;
+    for group in 0..10 {
+        enqueue(&database, &format!("{group:04}|d|x"), false, "0", 400).await;
+    }
+    let polls = (0..POLLS).map(|_| poll(&database, None, 64));
+    for polled in futures_util::future::join_all(polls).await {
+        assert_eq!(polled.groups.len(), 64);
+    }
+    let claimed = "select count(*) from requeuest.mq_msgs where claim_no = 1 and state = 1";
+    assert_eq!(count(&database, claimed).await, 8 * 64);
+    let twice = "select count(*) from requeuest.mq_msgs where claim_no > 1";
+    assert_eq!(count(&database, twice).await, 0);
+}
+
+#[tokio::test]
 async fn a_single_due_row_is_found_among_many_delayed_groups() {
     let database = migrated().await;
     sqlx::query(
