@@ -230,10 +230,13 @@ impl<'t> Case<'t> {
             Step::Claim(most) => self.claim(*most, false)?,
             Step::TakeOver(most) => self.claim(*most, true)?,
             Step::EndLeases => {
-                // The foreign runner's too: from here on they are anybody's.
+                // The foreign runner's too: from here on they are anybody's. In the order in which the crate locks rows, or this and a
+                // settle could wait for each other.
                 self.foreign.clear();
                 self.execute(
-                    "update requeuest.mq_msgs set attempt_at = now() where channel_name = $1",
+                    "update requeuest.mq_msgs set attempt_at = now() where id in (
+                         select id from requeuest.mq_msgs where channel_name = $1 order by id for update
+                     )",
                 );
             }
             Step::Answer(number, status) => {
@@ -315,9 +318,13 @@ impl<'t> Case<'t> {
                 .await
                 .unwrap();
             if end_leases {
+                // In order, as above.
                 sqlx::query(
                     "update requeuest.mq_msgs set attempt_at = now() - interval '1 hour'
-                     where channel_name = $1 and state = 1 and id <> all ($2)",
+                     where id in (
+                         select id from requeuest.mq_msgs where channel_name = $1 and state = 1 and id <> all ($2)
+                         order by id for update
+                     )",
                 )
                 .bind(&self.channel)
                 .bind(&held)
