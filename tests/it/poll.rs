@@ -157,17 +157,18 @@ async fn a_backlog_goes_by_age_for_the_most_part() {
 
 #[tokio::test]
 async fn polls_of_a_backlog_at_once_are_filled_with_different_rows() {
-    const POLLS: usize = 8;
+    const POLLS: i32 = 8;
+    const BATCH: i32 = 64;
     let database = migrated().await;
     for group in 0..10 {
         enqueue(&database, &format!("{group:04}|d|x"), false, "0", 400).await;
     }
-    let polls = (0..POLLS).map(|_| poll(&database, None, 64));
+    let polls = (0..POLLS).map(|_| poll(&database, None, BATCH));
     for polled in futures_util::future::join_all(polls).await {
-        assert_eq!(polled.groups.len(), 64);
+        assert_eq!(polled.groups.len(), BATCH as usize);
     }
     let claimed = "select count(*) from requeuest.mq_msgs where claim_no = 1 and state = 1";
-    assert_eq!(count(&database, claimed).await, 8 * 64);
+    assert_eq!(count(&database, claimed).await, i64::from(POLLS * BATCH));
     let twice = "select count(*) from requeuest.mq_msgs where claim_no > 1";
     assert_eq!(count(&database, twice).await, 0);
 }
