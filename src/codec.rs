@@ -33,13 +33,16 @@ pub(crate) struct Delivery {
     pub(crate) guarantee: Guarantee,
 }
 
+// What of the headers is written beside them is named in both heads: `flatten` would copy all of a head before it reads it.
 #[derive(Serialize, Deserialize)]
 struct RequestHead<'a> {
-    method: Cow<'a, str>,
-    url: Cow<'a, str>,
-    version: Cow<'a, str>,
-    #[serde(flatten)]
-    headers: Headers<'a>,
+    #[serde(borrow)]
+    method: Text<'a>,
+    url: Text<'a>,
+    version: Text<'a>,
+    headers: Pairs<'a>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    sensitive: Vec<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     trailers: Option<Headers<'a>>,
     delivery: Cow<'a, Delivery>,
@@ -47,21 +50,36 @@ struct RequestHead<'a> {
 
 #[derive(Serialize, Deserialize)]
 struct ResponseHead<'a> {
-    version: Cow<'a, str>,
+    #[serde(borrow)]
+    version: Text<'a>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    url: Option<Cow<'a, str>>,
-    #[serde(flatten)]
-    headers: Headers<'a>,
+    url: Option<Text<'a>>,
+    headers: Pairs<'a>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    sensitive: Vec<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     trailers: Option<Headers<'a>>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Headers<'a> {
-    headers: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+    #[serde(borrow)]
+    headers: Pairs<'a>,
     /// Positions in `headers` of the values that must never be shown.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     sensitive: Vec<usize>,
+}
+
+type Pairs<'a> = Vec<(Text<'a>, Text<'a>)>;
+
+/// Borrowed from the head as it is read, unless there is an escape in it. A `Cow` in a list would always be a copy.
+#[derive(Serialize, Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'a> From<&'a str> for Text<'a> {
+    fn from(text: &'a str) -> Self {
+        Self(text.into())
+    }
 }
 
 impl<'a> Headers<'a> {
@@ -73,14 +91,14 @@ impl<'a> Headers<'a> {
             .collect();
         let headers = map
             .iter()
-            .map(|(name, value)| (Cow::Borrowed(name.as_str()), latin1(value.as_bytes())))
+            .map(|(name, value)| (name.as_str().into(), Text(latin1(value.as_bytes()))))
             .collect();
         Self { headers, sensitive }
     }
 
     fn into_map(self) -> Result<HeaderMap, Error> {
         let mut map = HeaderMap::with_capacity(self.headers.len());
-        for (position, (name, value)) in self.headers.into_iter().enumerate() {
+        for (position, (Text(name), Text(value))) in self.headers.into_iter().enumerate() {
             let name = HeaderName::from_str(&name).map_err(|_| corrupt("a header name"))?;
             let mut value = from_latin1(&value)
                 .and_then(|bytes| HeaderValue::from_maybe_shared(bytes).ok())
@@ -131,12 +149,14 @@ fn version_of(name: &str) -> Version {
 }
 
 pub(crate) fn encode_request(request: &Request, uri: &Uri, delivery: &Delivery) -> String {
+    let Headers { headers, sensitive } = Headers::of(&request.headers);
     let head = RequestHead {
         method: request.method.as_str().into(),
         // Without the fragment, which is not sent.
-        url: uri.to_string().into(),
+        url: Text(uri.to_string().into()),
         version: version_name(request.version).into(),
-        headers: Headers::of(&request.headers),
+        headers,
+        sensitive,
         trailers: request.trailers.as_ref().map(Headers::of),
         delivery: Cow::Borrowed(delivery),
     };
@@ -159,12 +179,13 @@ pub(crate) fn decode_request(
 ) -> Result<(Request, Uri, Delivery), Error> {
     let head: RequestHead<'_> =
         serde_json::from_str(head).map_err(|error| Error::corrupt(format!("its head: {error}")))?;
-    let uri: Uri = head.url.parse().map_err(|_| corrupt("its URL"))?;
+    let uri: Uri = head.url.0.parse().map_err(|_| corrupt("its URL"))?;
+    let (headers, sensitive) = (head.headers, head.sensitive);
     let request = Request {
-        method: Method::from_str(&head.method).map_err(|_| corrupt("its method"))?,
+        method: Method::from_str(&head.method.0).map_err(|_| corrupt("its method"))?,
         target: Target::Uri(uri.clone()),
-        version: version_of(&head.version),
-        headers: head.headers.into_map()?,
+        version: version_of(&head.version.0),
+        headers: Headers { headers, sensitive }.into_map()?,
         body,
         trailers: head.trailers.map(Headers::into_map).transpose()?,
         options: Options::default(),
@@ -173,10 +194,12 @@ pub(crate) fn decode_request(
 }
 
 pub(crate) fn encode_response(response: &Response) -> String {
+    let Headers { headers, sensitive } = Headers::of(&response.headers);
     to_json(&ResponseHead {
         version: version_name(response.version).into(),
         url: response.url.as_ref().map(|url| url.as_str().into()),
-        headers: Headers::of(&response.headers),
+        headers,
+        sensitive,
         trailers: response.trailers.as_ref().map(Headers::of),
     })
 }
@@ -189,14 +212,15 @@ pub(crate) fn decode_response(
 ) -> Result<Response, Error> {
     let head: ResponseHead<'_> = serde_json::from_str(head)
         .map_err(|error| Error::corrupt(format!("the response's head: {error}")))?;
+    let (headers, sensitive) = (head.headers, head.sensitive);
     Ok(Response {
         id,
         status: StatusCode::from_u16(status).map_err(|_| corrupt("the response's status"))?,
-        version: version_of(&head.version),
-        headers: head.headers.into_map()?,
+        version: version_of(&head.version.0),
+        headers: Headers { headers, sensitive }.into_map()?,
         body,
         trailers: head.trailers.map(Headers::into_map).transpose()?,
-        url: head.url.and_then(|url| Url::parse(&url).ok()),
+        url: head.url.and_then(|url| Url::parse(&url.0).ok()),
         extensions: http::Extensions::new(),
     })
 }
