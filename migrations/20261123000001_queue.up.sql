@@ -121,6 +121,9 @@ DECLARE
     v_backlog boolean;
     v_picked tid[] := '{}';
     v_some tid[];
+    -- Those that have some by their age.
+    v_groups text[];
+    v_served text[] := '{}';
     v_from int := 1;
     v_room int;
     v_open int;
@@ -189,16 +192,19 @@ BEGIN
         v_picked := coalesce(v_some, '{}');
     END IF;
 
-    -- All go by age if there are few. Of a backlog a quarter goes group by group, so that nobody waits behind all that came before for
-    -- another destination. No more than that, as the oldest lie side by side, and those of a group do not. What is still open then,
-    -- as other polls had the oldest, goes in the same order, with no share.
+    -- All go by age if there are few. Of a backlog a quarter goes group by group to those that have none by age, so that nobody waits
+    -- behind all that came before for another destination. No more than that, as the oldest lie side by side, and those of a group do
+    -- not. What is still open then, as there are few groups or other polls had the oldest, goes in the same order, with no share.
     FOREACH v_room IN ARRAY CASE WHEN v_backlog THEN ARRAY[batch_size - batch_size / 4, batch_size] ELSE ARRAY[batch_size] END LOOP
         -- As many at a time as there is room for. Of an ordering key only the head may go, leased or not.
         LOOP
             v_open := v_room - cardinality(v_picked);
             EXIT WHEN v_open <= 0 OR v_from > coalesce(cardinality(v_candidates), 0);
-            SELECT array_agg(locked.ctid) INTO v_some FROM (
-                SELECT m.ctid FROM mq_msgs m
+            SELECT
+                array_agg(locked.ctid),
+                array_agg(DISTINCT locked.channel_name || ' ' || locked.channel_args) FILTER (WHERE v_backlog)
+            INTO v_some, v_groups FROM (
+                SELECT m.ctid, m.channel_name, m.channel_args FROM mq_msgs m
                 WHERE m.ctid = ANY (v_candidates[v_from:v_from + v_open - 1])
                     AND m.state <= 0 AND m.attempt_at <= v_now AND NOT m.ctid = ANY (v_picked)
                     AND (m.seq IS NULL OR NOT EXISTS (
@@ -209,6 +215,7 @@ BEGIN
                 FOR UPDATE OF m SKIP LOCKED
             ) locked;
             v_picked := v_picked || coalesce(v_some, '{}');
+            v_served := v_served || coalesce(v_groups, '{}');
             v_from := v_from + v_open;
         END LOOP;
 
@@ -233,6 +240,7 @@ BEGIN
                     EXIT WHEN v_wrapped AND v_group > v_start;
                     v_cursor := v_group;
                     v_visits := v_visits + 1;
+                    CONTINUE WHEN v_share < batch_size AND v_channel || ' ' || v_group = ANY (v_served);
                     IF v_ordered THEN
                         SELECT array_agg(locked.ctid) INTO v_some FROM (
                             SELECT m.ctid FROM mq_msgs m
