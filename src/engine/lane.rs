@@ -21,6 +21,8 @@ const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 const MAX_WRITES: usize = 2;
 /// How many have to wait for a second batch.
 const SECOND_FROM: usize = 16;
+/// How many wait for no others, though nobody waits for them.
+const ENOUGH: usize = 64;
 /// How many large ones are written at a time, beside the lane.
 const MAX_LARGE: usize = 2;
 /// How long something waits for others at most that nobody waits for. Tokio's clock makes up to a millisecond more of it.
@@ -133,7 +135,8 @@ impl<T: Item> Batch<T> {
     fn wanted_writes(&self) -> usize {
         match self.items.len() {
             0 => 0,
-            1..SECOND_FROM => usize::from(self.urgent),
+            1..ENOUGH if !self.urgent => 0,
+            1..SECOND_FROM => 1,
             _ => MAX_WRITES,
         }
     }
@@ -221,14 +224,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn many_are_written_at_once() {
+    async fn enough_are_written_at_once() {
         let (lane, mut written) = lane();
         let began = Instant::now();
-        for _ in 0..SECOND_FROM {
+        for _ in 0..ENOUGH {
             lane.send(Thing::Body(1)).unwrap();
         }
         let (batch, at) = written.recv().await.unwrap();
-        assert_eq!(batch.len(), SECOND_FROM);
+        assert_eq!(batch.len(), ENOUGH);
         assert_eq!(at, began);
     }
 

@@ -52,7 +52,7 @@ const BULK_TURNS: usize = 2;
 /// How many results may wait for their commit, or one for each attempt at a time, before new requests are left to the queue.
 const MAX_UNSETTLED: usize = 1024;
 /// What part of the runner's room results may take that wait for others to be committed with.
-const ROOM_SHARE: usize = 8;
+const ROOM_SHARE: usize = 4;
 /// Longer than any statement may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a shutdown looks whether everything is settled.
