@@ -3,7 +3,10 @@
 //! An attempt reads from top to bottom: [`make`] sends and reads within the attempt's time, [`Judged::judge`] decides what its
 //! result means, the claim settles it. No database connection is held while it is sent.
 
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderMap, StatusCode};
@@ -30,9 +33,9 @@ const MAX_HOLD: Duration = Duration::from_secs(60);
 
 /// Transmits one attempt.
 pub(crate) trait Sender: Send {
-    /// Waits until it can send. Nothing has been sent before this returns.
-    fn ready(&mut self) -> BoxFuture<'_, Result<(), BoxError>> {
-        Box::pin(std::future::ready(Ok(())))
+    /// Whether it can send. Nothing has been sent before it is ready.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
     }
 
     fn send(
@@ -49,9 +52,14 @@ struct ByEngine {
 }
 
 impl Sender for ByEngine {
-    fn ready(&mut self) -> BoxFuture<'_, Result<(), BoxError>> {
-        let transport = self.ready.insert(self.transport.clone());
-        Box::pin(async move { transport.ready().await.map(drop) })
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        let ready = self.ready.get_or_insert_with(|| self.transport.clone());
+        let polled = ready.poll_ready(cx);
+        if let Poll::Ready(Err(_)) = polled {
+            // It never will be again.
+            self.ready = None;
+        }
+        polled
     }
 
     fn send(
@@ -59,40 +67,57 @@ impl Sender for ByEngine {
         request: http::Request<Body>,
     ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>> {
         match self.ready.take() {
-            Some(mut ready) => Box::pin(ready.call(request)),
+            Some(mut ready) => ready.call(request),
             None => Box::pin(self.transport.clone().oneshot(request)),
         }
     }
 }
 
 /// As [`drive`], with a client that belongs to the engine, and until a shutdown has no more time for it.
-pub(crate) async fn drive_by_engine(claim: Claim, transport: Transport) {
-    let engine = Arc::clone(claim.engine());
-    let mut sender = ByEngine {
-        transport,
-        ready: None,
-    };
-    tokio::select! {
-        () = drive(claim, &mut sender) => {}
-        () = engine.stopping() => {}
+#[allow(clippy::manual_async_fn, reason = "as `drive`")]
+pub(crate) fn drive_by_engine(
+    claim: Claim,
+    transport: Transport,
+) -> impl Future<Output = ()> + Send {
+    async move {
+        let engine = Arc::clone(claim.engine());
+        let mut sender = ByEngine {
+            transport,
+            ready: None,
+        };
+        // Pinned here, or it would take its room twice.
+        let mut driven = pin!(drive(claim, &mut sender));
+        tokio::select! {
+            () = &mut driven => {}
+            () = engine.stopping() => {}
+        }
     }
 }
 
 /// Makes attempts until the request has ended or is back in the queue.
-pub(crate) async fn drive(mut claim: Claim, sender: &mut dyn Sender) {
-    loop {
-        if !claim.begin().await {
-            return;
-        }
-        let max_response_body = claim.engine().config().max_response_body;
-        let made = make(claim.job(), sender, max_response_body).await;
-        match Judged::judge(made, &claim) {
-            Judged::Ended(outcome) => return claim.finish(outcome).await,
-            Judged::Again { delay, failure } => {
-                // Boxed, so that a task whose first attempt is answered doesn't take the room for it.
-                match Box::pin(again(claim, delay, failure)).await {
-                    Some(held) => claim = held,
-                    None => return,
+#[allow(
+    clippy::manual_async_fn,
+    reason = "an `async fn` keeps room for its arguments twice, and there is one of these for each request under way"
+)]
+pub(crate) fn drive(
+    mut claim: Claim,
+    sender: &mut dyn Sender,
+) -> impl Future<Output = ()> + Send + '_ {
+    async move {
+        loop {
+            if !claim.begin().await {
+                return;
+            }
+            let max_response_body = claim.engine().config().max_response_body;
+            let made = make(claim.job(), sender, max_response_body).await;
+            match Judged::judge(made, &claim) {
+                Judged::Ended(outcome) => return claim.finish(outcome),
+                Judged::Again { delay, failure } => {
+                    // Boxed, so that a task whose first attempt is answered doesn't take the room for it.
+                    match Box::pin(again(claim, delay, failure)).await {
+                        Some(held) => claim = held,
+                        None => return,
+                    }
                 }
             }
         }
@@ -101,8 +126,11 @@ pub(crate) async fn drive(mut claim: Claim, sender: &mut dyn Sender) {
 
 /// Returns when the next attempt is due, if it is made here.
 async fn again(claim: Claim, delay: Duration, failure: Failure) -> Option<Claim> {
-    let hold = delay <= MAX_HOLD && claim.is_awaited();
-    let held = claim.again(delay, hold, failure).await?;
+    if delay > MAX_HOLD || !claim.is_awaited() {
+        claim.put_back(delay, failure);
+        return None;
+    }
+    let held = claim.hold(delay, failure).await?;
     held.wait().await.then_some(held)
 }
 
@@ -141,15 +169,20 @@ impl Answer {
     }
 }
 
-async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> Made {
+/// The request for one attempt.
+fn transmission(job: &Job) -> http::Request<Body> {
     let mut request = job.request.to_http(job.uri.clone());
     *request.extensions_mut() = job.extensions.clone();
+    request
+}
+
+async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> Made {
     let began = Instant::now();
     let mut called = false;
     let exchange = async {
-        sender.ready().await.map_err(failed)?;
+        poll_fn(|cx| sender.poll_ready(cx)).await.map_err(failed)?;
         called = true;
-        let response = sender.send(request).await.map_err(failed)?;
+        let response = sender.send(transmission(job)).await.map_err(failed)?;
         read(job, response, max_response_body).await
     };
     let timeout = job.delivery.attempt_timeout;

@@ -29,7 +29,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::PgPool;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use sqlxmq::CurrentJob;
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::error::{Error, Kind};
@@ -37,7 +38,7 @@ use crate::store::BoxFuture;
 
 use enqueue::Submission;
 use runner::lease::{self, Lease};
-use runner::settle::{self, Held, Settlement, Settling};
+use runner::settle::{self, Settlement, Settling};
 use runner::sweep;
 use runtime::Home;
 use transport::{Transport, TransportSlot};
@@ -232,24 +233,24 @@ impl Engine {
             .map_err(|_| Error::new(Kind::Closed))
     }
 
-    /// Has a result recorded. Tells the claim that goes on after the commit, if one does.
+    /// Has a result recorded.
     pub(crate) fn settle(
-        &self,
+        self: &Arc<Self>,
         lease: Arc<Lease>,
+        current: Option<CurrentJob>,
         result: Settling,
         urgent: bool,
-    ) -> oneshot::Receiver<Option<Held>> {
+    ) {
         lease.settling();
-        let (done, settled) = oneshot::channel();
         // Without a lane the runtime is ending; the lease will run out and others take over.
         let _ = self.settle.send(Settlement {
             lease,
             result,
             urgent,
-            done,
+            _current: current,
             _counted: Arc::clone(&self.unsettled),
+            _engine: Arc::clone(self),
         });
-        settled
     }
 
     /// Whether as many results wait for their commit as may: while the database takes requests faster than their results, memory must not
@@ -379,6 +380,5 @@ impl Drop for Engine {
         for task in &self.tasks {
             task.abort();
         }
-        self.shared.leave();
     }
 }

@@ -1,8 +1,7 @@
 //! What an engine and its tasks share.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use sqlx::PgPool;
 use tokio::sync::Notify;
@@ -33,8 +32,6 @@ pub(crate) struct Shared {
     /// Results that came too late to count.
     pub(crate) stale_results: AtomicU64,
     verified: AtomicBool,
-    /// When the engine went away.
-    left: Mutex<Option<Instant>>,
 }
 
 impl Shared {
@@ -56,7 +53,6 @@ impl Shared {
             backlog: AtomicBool::new(false),
             stale_results: AtomicU64::new(0),
             verified: AtomicBool::new(false),
-            left: Mutex::default(),
             config,
         }
     }
@@ -121,17 +117,5 @@ impl Shared {
             self.verified.store(false, Ordering::Relaxed);
         }
         error
-    }
-
-    /// Notes that the engine goes away.
-    pub(super) fn leave(&self) {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        *left = Some(Instant::now());
-    }
-
-    /// Whether the engine has been gone for so long that others have taken its requests over.
-    pub(crate) fn is_abandoned(&self) -> bool {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        left.is_some_and(|left| left.elapsed() > 2 * self.config.lease)
     }
 }

@@ -748,6 +748,48 @@ async fn a_request_held_between_two_attempts_is_seen_as_retryable() {
 }
 
 #[tokio::test]
+async fn requests_held_between_two_attempts_leave_the_runner_room_for_others() {
+    let database = migrated().await;
+    let answer = Arc::new(Semaphore::new(0));
+    let failing = Server::start({
+        let answer = Arc::clone(&answer);
+        move |_, _| {
+            let answer = Arc::clone(&answer);
+            async move {
+                answer.acquire().await.unwrap().forget();
+                reply(503, "")
+            }
+        }
+    })
+    .await;
+    let server = Server::always(200).await;
+    let durable = Durable::builder(database.pool().clone())
+        .concurrency(1)
+        .build()
+        .unwrap();
+    let retry = RetryPolicy::constant(Duration::from_secs(60));
+    let held = post(&failing.url("/"), "x").with(Options::default().retry(retry));
+    // By way of the queue, so that the runner has it.
+    let id = durable.fire_in(database.pool(), held).await.unwrap();
+    failing.wait_for(1).await;
+    let mut caller = std::pin::pin!(durable.response(id));
+    tokio::select! {
+        biased;
+        ended = &mut caller => panic!("{ended:?}"),
+        () = std::future::ready(()) => {}
+    }
+    answer.add_permits(1);
+    eventually("it waits for its retry", || async {
+        durable.status(id).await.unwrap() == Some(Status::Retryable)
+    })
+    .await;
+    let other = post(&server.url("/"), "y");
+    durable.fire_in(database.pool(), other).await.unwrap();
+    server.wait_for(1).await;
+    assert_eq!(failing.count(), 1);
+}
+
+#[tokio::test]
 async fn many_waiters_elsewhere_each_get_their_own_response() {
     let database = migrated().await;
     let server = Server::start(|_, seen| async move { reply(200, seen.body) }).await;

@@ -11,6 +11,7 @@ use http::StatusCode;
 use requeuest::testkit::{Postgres, TestDatabase};
 use requeuest::{Durable, RequestId, Status};
 use sqlx::postgres::PgPoolOptions;
+use tokio::sync::Semaphore;
 
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, reply};
 
@@ -211,6 +212,50 @@ fn every_call_works_on_a_single_thread_of_tokio() {
 #[test]
 fn every_call_works_on_a_thread_without_a_runtime() {
     without_complaints(|elsewhere| block_on(every_call(&elsewhere)));
+}
+
+#[test]
+fn an_answer_that_comes_after_the_last_handle_is_dropped_is_stored() {
+    without_complaints(|elsewhere| {
+        let runtime = elsewhere.runtime.as_ref().unwrap();
+        let answer = Arc::new(Semaphore::new(1));
+        let server = runtime.block_on(Server::start({
+            let answer = Arc::clone(&answer);
+            move |_, seen| {
+                let answer = Arc::clone(&answer);
+                async move {
+                    answer.acquire().await.unwrap().forget();
+                    reply(200, seen.body)
+                }
+            }
+        }));
+        // With a runtime of its own, which ends with it.
+        block_on(async {
+            let pool = PgPoolOptions::new().connect_lazy_with(elsewhere.database.options());
+            requeuest::migrate(&pool).await.unwrap();
+            let durable = Durable::new(pool);
+            let post = || http::Request::post(server.url("/")).body("x").unwrap();
+            // From then on it sends at once.
+            durable.await_response(post()).await.unwrap();
+            durable.fire(post()).await.unwrap();
+        });
+        runtime.block_on(async {
+            server.wait_for(2).await;
+            eventually("the runner has ended", || async {
+                let polls = "select count(*) from pg_stat_activity
+                             where query like '%mq_poll%' and datname = current_database() and pid <> pg_backend_pid()";
+                count(&elsewhere.database, polls).await == 0
+            })
+            .await;
+            answer.add_permits(1);
+            eventually("its outcome is stored", || async {
+                let stored = "select count(*) from requeuest.outcomes where status = 'completed'";
+                count(&elsewhere.database, stored).await == 2
+            })
+            .await;
+        });
+        assert_eq!(server.count(), 2);
+    });
 }
 
 #[test]

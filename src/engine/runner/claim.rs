@@ -50,7 +50,7 @@ pub(crate) struct Claim {
     /// When the attempt is due.
     due: Instant,
     sending: Option<Instant>,
-    /// Dropped with the claim, after the settle: until then sqlxmq's runner counts the request as running.
+    /// Goes with the result: until that is settled sqlxmq's runner counts the request as running.
     current: Option<CurrentJob>,
 }
 
@@ -243,28 +243,32 @@ impl Claim {
         }
     }
 
-    /// Ends the request; returns after the commit.
-    pub(crate) async fn finish(mut self, outcome: Outcome) {
-        if let Some(done) = self.settle(Settling::Finish(Arc::new(outcome))) {
-            let _ = done.await;
-        }
+    /// Ends the request. Nothing is left to be done for it here but to wait for the commit, which the lane does.
+    pub(crate) fn finish(mut self, outcome: Outcome) {
+        self.settle(Settling::Finish(Arc::new(outcome)));
     }
 
-    /// Puts the request back, or holds it for the next attempt. Returns after the commit, with the claim to go on with.
-    pub(crate) async fn again(
-        mut self,
-        delay: Duration,
-        hold: bool,
-        failure: Failure,
-    ) -> Option<Self> {
-        let due = Instant::now() + delay;
-        let done = self.settle(Settling::Again {
+    /// Puts the request back, for whoever claims it when it is due.
+    pub(crate) fn put_back(mut self, delay: Duration, failure: Failure) {
+        self.settle(Settling::Again {
             delay,
-            hold,
+            hold: None,
             uncounted: false,
             failure: Some(Box::new(failure)),
-        })?;
-        let Held { lease, attempts } = done.await.ok().flatten()?;
+        });
+    }
+
+    /// Keeps the request for its next attempt. Returns after the commit, with the claim to go on with.
+    pub(crate) async fn hold(mut self, delay: Duration, failure: Failure) -> Option<Self> {
+        let due = Instant::now() + delay;
+        let (goes_on, held) = oneshot::channel();
+        self.settle(Settling::Again {
+            delay,
+            hold: Some(goes_on),
+            uncounted: false,
+            failure: Some(Box::new(failure)),
+        });
+        let Held { lease, attempts } = held.await.ok()?;
         self.lease = Some(lease);
         self.attempts = attempts;
         self.counted = false;
@@ -281,10 +285,12 @@ impl Claim {
             || self.engine.shared().waiters.contains(self.job.id)
     }
 
-    fn settle(&mut self, result: Settling) -> Option<oneshot::Receiver<Option<Held>>> {
+    fn settle(&mut self, result: Settling) {
         let urgent = self.is_urgent();
-        let lease = self.lease.take()?;
-        Some(self.engine.settle(lease, result, urgent))
+        if let Some(lease) = self.lease.take() {
+            let current = self.current.take();
+            self.engine.settle(lease, current, result, urgent);
+        }
     }
 }
 
@@ -296,7 +302,7 @@ impl Drop for Claim {
         let result = match self.sending {
             None => Settling::Again {
                 delay: self.due.saturating_duration_since(Instant::now()),
-                hold: false,
+                hold: None,
                 uncounted: self.counted,
                 failure: None,
             },
@@ -310,7 +316,7 @@ impl Drop for Claim {
                 match self.next_delay(None) {
                     Some(delay) => Settling::Again {
                         delay,
-                        hold: false,
+                        hold: None,
                         uncounted: false,
                         failure: Some(Box::new(Failure {
                             class: FailureClass::Abandoned,
@@ -327,8 +333,7 @@ impl Drop for Claim {
                 }
             }
         };
-        // Nobody waits for it.
-        drop(self.settle(result));
+        self.settle(result);
     }
 }
 
@@ -336,7 +341,7 @@ impl Drop for Claim {
 pub(super) fn unmade(delay: Duration) -> Settling {
     Settling::Again {
         delay,
-        hold: false,
+        hold: None,
         uncounted: true,
         failure: None,
     }

@@ -13,6 +13,7 @@ use super::settle::Settling;
 use crate::classify::FailureClass;
 use crate::codec;
 use crate::engine::job::Job;
+use crate::engine::transport::Transport;
 use crate::engine::{Engine, attempt, live};
 use crate::error::Error;
 use crate::id::RequestId;
@@ -46,56 +47,68 @@ pub(crate) fn take(engine: Arc<Engine>, current: CurrentJob) {
 }
 
 async fn run(engine: Arc<Engine>, current: CurrentJob, lease: Arc<Lease>, head: ClaimHead) {
-    let id = lease.id;
-    if head.lost {
-        let text = "it may have been sent by a process that was lost before it recorded an answer";
-        let outcome = Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned());
-        let outcome = outcome.without_attempt();
-        return settle(&engine, lease, Settling::Finish(Arc::new(outcome))).await;
-    }
-    if !engine.is_claiming() {
-        // It came from the last poll. Others may send it at once.
-        return settle(&engine, lease, unmade(Duration::ZERO)).await;
-    }
-    let body = current.raw_bytes().map(Bytes::copy_from_slice);
-    match job(&engine, id, &head, body).await {
-        Ok(job) => {
-            let claim = Claim::polled(&engine, lease, job, &head);
-            let overdue = head.deadline().is_some_and(|left| left.is_zero());
-            begin(claim.counted_by(current), overdue).await;
-        }
-        Err(Unusable::Corrupt(error)) => {
-            log::error!("request {id} is discarded: {error}");
-            let class = FailureClass::Unusable.as_str();
-            let outcome = Outcome::discarded(id, class, error.to_string()).without_attempt();
-            settle(&engine, lease, Settling::Finish(Arc::new(outcome))).await;
-        }
-        Err(Unusable::Later(error)) => {
-            log::warn!("fetching the body of request {id} failed: {error}");
-            settle(&engine, lease, unmade(Duration::from_secs(1))).await;
-        }
-    }
+    // What led to it is not kept while the attempt is made.
+    let Some((claim, transport)) = claimed(engine, current, lease, head).await else {
+        return;
+    };
+    // In this task: another one would cost as much as all that this one did.
+    attempt::drive_by_engine(claim, transport).await;
 }
 
-async fn begin(claim: Claim, overdue: bool) {
+/// The claim with the client for its attempt, unless the request has ended, is given back, or its caller makes the attempt.
+async fn claimed(
+    engine: Arc<Engine>,
+    current: CurrentJob,
+    lease: Arc<Lease>,
+    head: ClaimHead,
+) -> Option<(Claim, Transport)> {
+    let id = lease.id;
+    let result = if head.lost {
+        let text = "it may have been sent by a process that was lost before it recorded an answer";
+        let outcome = Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned());
+        finish(outcome.without_attempt())
+    } else if !engine.is_claiming() {
+        // It came from the last poll. Others may send it at once.
+        unmade(Duration::ZERO)
+    } else {
+        let body = current.raw_bytes().map(Bytes::copy_from_slice);
+        match job(&engine, id, &head, body).await {
+            Ok(job) => {
+                let claim = Claim::polled(&engine, lease, job, &head).counted_by(current);
+                let overdue = head.deadline().is_some_and(|left| left.is_zero());
+                return to_be_sent(claim, overdue);
+            }
+            Err(Unusable::Corrupt(error)) => {
+                log::error!("request {id} is discarded: {error}");
+                let class = FailureClass::Unusable.as_str();
+                finish(Outcome::discarded(id, class, error.to_string()).without_attempt())
+            }
+            Err(Unusable::Later(error)) => {
+                log::warn!("fetching the body of request {id} failed: {error}");
+                unmade(Duration::from_secs(1))
+            }
+        }
+    };
+    engine.settle(lease, Some(current), result, true);
+    None
+}
+
+fn to_be_sent(claim: Claim, overdue: bool) -> Option<(Claim, Transport)> {
     let (class, text) = if claim.is_exhausted() {
         let text = "the last allowed attempt was lost with the process that made it";
         (FailureClass::Lost, text)
     } else if overdue {
         (FailureClass::Deadline, "its deadline passed")
     } else {
-        // In this task: another one would cost as much as all that this one did.
-        if let Some((claim, transport)) = live::hand_over(claim, None) {
-            attempt::drive_by_engine(claim, transport).await;
-        }
-        return;
+        return live::hand_over(claim, None);
     };
     let outcome = Outcome::discarded(claim.job().id, class.as_str(), text.to_owned());
-    claim.finish(outcome.without_attempt()).await;
+    claim.finish(outcome.without_attempt());
+    None
 }
 
-async fn settle(engine: &Engine, lease: Arc<Lease>, result: Settling) {
-    let _ = engine.settle(lease, result, true).await;
+fn finish(outcome: Outcome) -> Settling {
+    Settling::Finish(Arc::new(outcome))
 }
 
 async fn fetch(engine: &Engine, id: RequestId) -> Result<Option<Bytes>, Unusable> {

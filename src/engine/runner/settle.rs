@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use sqlxmq::CurrentJob;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
-use crate::engine::Shared;
 use crate::engine::lane::{self, Item};
 use crate::engine::runner::lease::Lease;
+use crate::engine::{Engine, Shared};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::store::outcome::{self, Found};
@@ -29,10 +30,12 @@ pub(crate) struct Settlement {
     pub(crate) result: Settling,
     /// Whether somebody waits for the commit.
     pub(crate) urgent: bool,
-    /// Told after the commit: the claim that goes on, if one does.
-    pub(crate) done: oneshot::Sender<Option<Held>>,
+    /// Dropped after the commit: until then sqlxmq's runner counts the request as running.
+    pub(crate) _current: Option<CurrentJob>,
     /// So that the engine knows how many wait.
     pub(crate) _counted: Arc<()>,
+    /// Or the runtime that the result is written on could end before, with the last handle.
+    pub(crate) _engine: Arc<Engine>,
 }
 
 pub(crate) enum Settling {
@@ -40,7 +43,8 @@ pub(crate) enum Settling {
     Finish(Arc<Outcome>),
     Again {
         delay: Duration,
-        hold: bool,
+        /// Who makes the next attempt, if not whoever claims the request then. Told after the commit.
+        hold: Option<oneshot::Sender<Held>>,
         uncounted: bool,
         failure: Option<Box<Failure>>,
     },
@@ -142,8 +146,8 @@ async fn write(shared: &Shared, mut batch: Vec<Settlement>) {
             log::warn!("settling failed, trying again: {}", error.error);
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
-            if shared.is_abandoned() || shared.db.pool().is_closed() {
-                // Shut down, or gone for longer than the leases last: others take over.
+            if shared.db.pool().is_closed() {
+                // Shut down: others take over.
                 return;
             }
         }
@@ -209,8 +213,6 @@ async fn write_finishes(
                 .waiters
                 .wake(fence.id, || completed(outcome, finished));
         }
-        // Whoever drove the attempt may be gone.
-        let _ = settlement.done.send(None);
     }
     shared.settled.notify_waiters();
     look_into(shared, unsettled, batch).await;
@@ -250,7 +252,6 @@ async fn look_into(
         }
         shared.leases.remove(&settlement.lease);
         stale.push(fence.id);
-        let _ = settlement.done.send(None);
     }
     read_stale(shared, stale);
 }
@@ -286,7 +287,7 @@ async fn write_agains(
             } => Some(Again {
                 fence: settlement.lease.fence(),
                 delay: *delay,
-                hold: *hold,
+                hold: hold.is_some(),
                 uncounted: *uncounted,
                 failure: failure.as_deref().cloned(),
             }),
@@ -313,21 +314,21 @@ async fn write_agains(
             continue;
         };
         shared.leases.remove(&settlement.lease);
-        let held = match &settlement.result {
-            Settling::Again { hold: true, .. } => Some(Held {
-                lease: shared.leases.insert(settled.fence, Vec::new()),
-                attempts: settled.attempts,
-            }),
-            Settling::Again { delay, .. } => {
-                returned.push(settled.fence.id);
-                if *delay < enqueue::RUNNER_WAIT {
-                    word.runners.push(settled.channel.into());
-                }
-                None
-            }
-            Settling::Finish(_) => None,
+        let Settling::Again { delay, hold, .. } = settlement.result else {
+            continue;
         };
-        if let Err(Some(held)) = settlement.done.send(held) {
+        let Some(goes_on) = hold else {
+            returned.push(settled.fence.id);
+            if delay < enqueue::RUNNER_WAIT {
+                word.runners.push(settled.channel.into());
+            }
+            continue;
+        };
+        let held = Held {
+            lease: shared.leases.insert(settled.fence, Vec::new()),
+            attempts: settled.attempts,
+        };
+        if let Err(held) = goes_on.send(held) {
             // Nobody is left to make the attempt; when its time and the lease are over, another runner will.
             shared.leases.remove(&held.lease);
         }
