@@ -112,12 +112,12 @@ impl Durable {
         let Prepared { mut row, job } = prepared;
         let engine = self.engine();
         let may_start = !row.ordered && row.delay.is_zero();
-        let slots = may_start
-            .then(|| engine.inline_slots(&row.channel, has_client))
+        let slot = may_start
+            .then(|| engine.inline_slot(&row.channel, has_client))
             .flatten();
-        let start = slots.map(|slots| Start {
+        let start = slot.map(|slot| Start {
             engine: Arc::clone(engine),
-            slots,
+            slot,
             job,
             live,
         });

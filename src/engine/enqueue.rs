@@ -5,13 +5,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::attempt;
 use crate::engine::job::Job;
 use crate::engine::lane;
 use crate::engine::live::{self, Live};
 use crate::engine::runner::claim::Claim;
+use crate::engine::runner::lease::Slot;
 use crate::engine::{Engine, Shared};
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
@@ -40,7 +41,7 @@ pub(crate) type Done = oneshot::Sender<Result<RequestId, Error>>;
 /// What an attempt needs that follows the insert at once.
 pub(crate) struct Start {
     pub(crate) engine: Arc<Engine>,
-    pub(crate) slots: Vec<OwnedSemaphorePermit>,
+    pub(crate) slot: Slot,
     pub(crate) job: Job,
     /// The client that the request came through, if nobody waits who has it.
     pub(crate) live: Option<Live>,
@@ -162,7 +163,7 @@ fn begin(id: RequestId, start: Option<Start>, done: Done) {
     // A caller that is gone cancels nothing.
     let _ = done.send(Ok(id));
     if let Some(start) = start {
-        let claim = Claim::inline(&start.engine, start.job, start.slots);
+        let claim = Claim::inline(&start.engine, start.job, start.slot);
         if let Some((claim, transport)) = live::hand_over(claim, start.live) {
             start
                 .engine

@@ -37,7 +37,7 @@ use crate::error::{Error, Kind};
 use crate::store::BoxFuture;
 
 use enqueue::Submission;
-use runner::lease::{self, Lease};
+use runner::lease::{self, Lease, Slot};
 use runner::settle::{self, Settlement, Settling};
 use runner::sweep;
 use runtime::Home;
@@ -269,13 +269,9 @@ impl Engine {
         Arc::strong_count(&self.unsettled) - 1
     }
 
-    /// Slots for a first attempt by this process, if it may make one on this channel now and there is a client for it: the live
+    /// A slot for a first attempt by this process, if it may make one on this channel now and there is a client for it: the live
     /// caller's, or the engine's own.
-    pub(crate) fn inline_slots(
-        &self,
-        channel: &str,
-        has_client: bool,
-    ) -> Option<Vec<tokio::sync::OwnedSemaphorePermit>> {
+    pub(crate) fn inline_slot(&self, channel: &str, has_client: bool) -> Option<Slot> {
         let subscribed = match &self.config().channels {
             None => true,
             Some(channels) => channels.iter().any(|subscribed| **subscribed == *channel),
@@ -284,12 +280,16 @@ impl Engine {
         if !(subscribed && self.is_claiming() && has_client) || self.is_behind() {
             return None;
         }
-        let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
-        if !self.shared.backlog.load(Ordering::Relaxed) {
-            return Some(vec![slot]);
-        }
-        let inline = Arc::clone(&self.inline_slots).try_acquire_owned().ok()?;
-        Some(vec![inline, slot])
+        let attempt = Arc::clone(&self.slots).try_acquire_owned().ok()?;
+        let inline = if self.shared.backlog.load(Ordering::Relaxed) {
+            Some(Arc::clone(&self.inline_slots).try_acquire_owned().ok()?)
+        } else {
+            None
+        };
+        Some(Slot {
+            _attempt: attempt,
+            _inline: inline,
+        })
     }
 
     /// Spawns on the engine's runtime.

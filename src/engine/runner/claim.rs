@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use http::Extensions;
 use sqlxmq::CurrentJob;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 
 use crate::classify::FailureClass;
 use crate::engine::Engine;
 use crate::engine::job::Job;
-use crate::engine::runner::lease::Lease;
+use crate::engine::runner::lease::{Lease, Slot};
 use crate::engine::runner::settle::{Held, Settling};
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
@@ -56,12 +56,12 @@ pub(crate) struct Claim {
 
 impl Claim {
     /// The claim of a request that was inserted claimed.
-    pub(crate) fn inline(engine: &Arc<Engine>, job: Job, slots: Vec<OwnedSemaphorePermit>) -> Self {
+    pub(crate) fn inline(engine: &Arc<Engine>, job: Job, slot: Slot) -> Self {
         let fence = Fence {
             id: job.id,
             claim_no: 1,
         };
-        let lease = engine.shared().leases.insert(fence, slots);
+        let lease = engine.shared().leases.insert(fence, Some(slot));
         // From here on, because a caller may never come to make the attempt.
         lease.sending(Instant::now() + hard_deadline(&job));
         let deadline = job.request.options.deadline;

@@ -31,7 +31,15 @@ struct LeaseState {
     since: Instant,
     renewed: Instant,
     /// Counts against the concurrency while an attempt is made.
-    slots: Vec<OwnedSemaphorePermit>,
+    slot: Option<Slot>,
+}
+
+/// One of the attempts at a time.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) _attempt: OwnedSemaphorePermit,
+    /// Of those that new requests may have while there is a backlog.
+    pub(crate) _inline: Option<OwnedSemaphorePermit>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,15 +73,18 @@ impl Lease {
     pub(crate) fn settling(&self) {
         let mut state = self.lock();
         state.phase = Phase::Settling;
-        state.slots.clear();
+        state.slot = None;
     }
 
     pub(crate) fn has_slot(&self) -> bool {
-        !self.lock().slots.is_empty()
+        self.lock().slot.is_some()
     }
 
-    pub(crate) fn take_slot(&self, slot: OwnedSemaphorePermit) {
-        self.lock().slots.push(slot);
+    pub(crate) fn take_slot(&self, attempt: OwnedSemaphorePermit) {
+        self.lock().slot = Some(Slot {
+            _attempt: attempt,
+            _inline: None,
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, LeaseState> {
@@ -97,7 +108,7 @@ pub(crate) enum Registered {
 
 impl Leases {
     /// Notes a claim of a request that no other claim of this process can be for.
-    pub(crate) fn insert(&self, fence: Fence, slots: Vec<OwnedSemaphorePermit>) -> Arc<Lease> {
+    pub(crate) fn insert(&self, fence: Fence, slot: Option<Slot>) -> Arc<Lease> {
         let lease = Arc::new(Lease {
             id: fence.id,
             claim_no: AtomicI32::new(fence.claim_no),
@@ -105,7 +116,7 @@ impl Leases {
                 phase: Phase::Idle,
                 since: Instant::now(),
                 renewed: Instant::now(),
-                slots,
+                slot,
             }),
         });
         self.lock().insert(fence.id, Arc::downgrade(&lease));
@@ -127,7 +138,7 @@ impl Leases {
                 return Registered::Adopted;
             }
         }
-        Registered::New(self.insert(fence, Vec::new()))
+        Registered::New(self.insert(fence, None))
     }
 
     pub(crate) fn remove(&self, lease: &Arc<Lease>) {
@@ -145,7 +156,7 @@ impl Leases {
         let forgotten = self.lock().remove(&id);
         if let Some(lease) = forgotten.and_then(|lease| lease.upgrade()) {
             // A caller that is not polled would keep them for ever.
-            lease.lock().slots.clear();
+            lease.lock().slot = None;
         }
     }
 
@@ -195,7 +206,7 @@ impl Leases {
             let mut state = lease.lock();
             match state.phase {
                 Phase::Sending(deadline) if deadline <= now => {
-                    state.slots.clear();
+                    state.slot = None;
                     lapsed.push(Arc::clone(&lease));
                 }
                 Phase::Sending(_) | Phase::Waiting | Phase::Settling
@@ -265,7 +276,7 @@ mod tests {
     #[test]
     fn a_claim_that_was_lost_with_its_owner_is_not_renewed_and_its_request_is_taken_anew() {
         let leases = Leases::default();
-        let lease = leases.insert(fence(1), Vec::new());
+        let lease = leases.insert(fence(1), None);
         lease.settling();
         assert_eq!(leases.due(Duration::ZERO).len(), 1);
         assert!(matches!(leases.register(fence(2)), Registered::Adopted));

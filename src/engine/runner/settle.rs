@@ -225,7 +225,10 @@ fn completed(outcome: Arc<Outcome>, finished: Finished) -> Outcome {
     let outcome = Arc::unwrap_or_clone(outcome);
     Outcome {
         attempts: finished.settled.attempts,
-        response: finished.earlier.or(outcome.response),
+        response: finished
+            .earlier
+            .map(|response| *response)
+            .or(outcome.response),
         ..outcome
     }
 }
@@ -325,7 +328,7 @@ async fn write_agains(
             continue;
         };
         let held = Held {
-            lease: shared.leases.insert(settled.fence, Vec::new()),
+            lease: shared.leases.insert(settled.fence, None),
             attempts: settled.attempts,
         };
         if let Err(held) = goes_on.send(held) {
