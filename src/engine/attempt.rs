@@ -38,6 +38,9 @@ pub(crate) trait Sender: Send {
         Poll::Ready(Ok(()))
     }
 
+    /// It is not waited for any more.
+    fn give_up(&mut self) {}
+
     fn send(
         &mut self,
         request: http::Request<Body>,
@@ -54,12 +57,12 @@ struct ByEngine {
 impl Sender for ByEngine {
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         let ready = self.ready.get_or_insert_with(|| self.transport.clone());
-        let polled = ready.poll_ready(cx);
-        if let Poll::Ready(Err(_)) = polled {
-            // It never will be again.
-            self.ready = None;
-        }
-        polled
+        ready.poll_ready(cx)
+    }
+
+    fn give_up(&mut self) {
+        // It may be in a queue, and be given a place there that others wait for.
+        self.ready = None;
     }
 
     fn send(
@@ -195,6 +198,7 @@ async fn make(job: &Job, sender: &mut dyn Sender, max_response_body: usize) -> M
             ))
         });
     if let (false, Err((class, _))) = (called, &mut result) {
+        sender.give_up();
         // Whatever the error looks like, nothing has been sent.
         if class.may_have_been_sent() {
             *class = FailureClass::NotReady;

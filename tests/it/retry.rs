@@ -16,8 +16,13 @@ use requeuest::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tower::Layer;
+use tower::limit::ConcurrencyLimitLayer;
 
-use crate::support::{LONG, Server, closed_port, count, in_time, migrated, quick, reply};
+use crate::support::{
+    LONG, Server, closed_port, count, eventually, in_time, migrated, quick, reply,
+};
 
 fn post(url: &str) -> Request {
     http::Request::post(url)
@@ -234,6 +239,49 @@ async fn a_service_that_never_was_ready_has_sent_nothing() {
         assert_eq!(found, FailureClass::NotReady.as_str());
         assert!(!FailureClass::NotReady.may_have_been_sent());
     }
+}
+
+#[tokio::test]
+async fn an_attempt_that_gave_up_waiting_for_its_service_keeps_no_place_in_it() {
+    let database = migrated().await;
+    let answer = Arc::new(Semaphore::new(0));
+    let server = Server::start({
+        let answer = Arc::clone(&answer);
+        move |number, _| {
+            let answer = Arc::clone(&answer);
+            async move {
+                if number == 0 {
+                    answer.acquire().await.unwrap().forget();
+                }
+                reply(200, "")
+            }
+        }
+    })
+    .await;
+    let client = ReqwestTransport::new(reqwest::Client::new());
+    let durable = Durable::builder(database.pool().clone())
+        .transport(ConcurrencyLimitLayer::new(1).layer(client))
+        .build()
+        .unwrap();
+    durable.fire(post(&server.url("/"))).await.unwrap();
+    server.wait_for(1).await;
+    let impatient = Options::default()
+        .attempt_timeout(Duration::from_millis(100))
+        .retry(RetryPolicy::constant(Duration::from_secs(60)));
+    let caller = tokio::spawn({
+        let (durable, request) = (durable.clone(), post(&server.url("/")));
+        async move { durable.await_response(request.with(impatient)).await }
+    });
+    eventually("it waits for its next attempt", || async {
+        let failed = "select count(*) from requeuest.attempts where error_class = 'not_ready'";
+        count(&database, failed).await == 1
+    })
+    .await;
+    answer.add_permits(1);
+    let response = in_time(durable.await_response(post(&server.url("/")))).await;
+    assert_eq!(response.unwrap().status(), 200);
+    assert_eq!(server.count(), 2);
+    caller.abort();
 }
 
 /// Answers 503 with this `Retry-After` and `Date` once, then 200, and notes when.
