@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{Durable, Options, Request, RequestId, Status, testkit};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
 use crate::support::{
     LONG, Server, closed_port, count, eventually, in_time, migrated, passing, quick, reply,
@@ -18,21 +18,6 @@ fn post(url: &str, body: impl Into<bytes::Bytes>) -> Request {
         .unwrap()
         .try_into()
         .unwrap()
-}
-
-/// A server that answers with what it got, once for each permit.
-async fn held() -> (Server, Arc<Semaphore>) {
-    let answer = Arc::new(Semaphore::new(0));
-    let held = Arc::clone(&answer);
-    let server = Server::start(move |_, seen| {
-        let held = Arc::clone(&held);
-        async move {
-            held.acquire().await.unwrap().forget();
-            reply(200, seen.body)
-        }
-    })
-    .await;
-    (server, answer)
 }
 
 /// A handle of another process, as good as: with a pool of its own, and without a runner.
@@ -317,7 +302,7 @@ async fn an_aborted_transaction_takes_no_request() {
 #[tokio::test]
 async fn a_response_is_had_from_elsewhere_before_and_after_it_came() {
     let database = migrated().await;
-    let (server, answer) = held().await;
+    let (server, answer) = Server::held(200).await;
     let here = Durable::new(database.pool().clone());
     let there = elsewhere(&database).await;
     let id = here.fire(post(&server.url("/"), "hello")).await.unwrap();
@@ -363,7 +348,7 @@ async fn waited_for(database: &TestDatabase) {
 #[tokio::test]
 async fn a_waiter_elsewhere_is_woken_and_does_not_find_out_by_asking() {
     let database = migrated().await;
-    let (server, answer) = held().await;
+    let (server, answer) = Server::held(200).await;
     let here = Durable::new(database.pool().clone());
     let there = elsewhere(&database).await;
     let mut took = Vec::new();
@@ -400,7 +385,7 @@ async fn callers_of_one_handle_are_woken_by_another_that_delivers() {
 #[tokio::test]
 async fn a_shutdown_lets_attempts_in_flight_finish() {
     let database = migrated().await;
-    let (server, answer) = held().await;
+    let (server, answer) = Server::held(200).await;
     let durable = Durable::new(database.pool().clone());
     let caller = tokio::spawn({
         let (durable, request) = (durable.clone(), post(&server.url("/"), "x"));
@@ -430,7 +415,7 @@ async fn a_shutdown_lets_attempts_in_flight_finish() {
 #[tokio::test]
 async fn a_shutdown_gives_back_what_does_not_finish_in_time() {
     let database = migrated().await;
-    let (server, _never) = held().await;
+    let (server, _never) = Server::held(200).await;
     let durable = Durable::new(database.pool().clone());
     let id = durable.fire(post(&server.url("/"), "x")).await.unwrap();
     server.wait_for(1).await;
@@ -654,7 +639,7 @@ async fn a_failing_head_holds_up_its_own_key_only() {
 #[tokio::test]
 async fn keys_run_side_by_side() {
     let database = migrated().await;
-    let (server, answer) = held().await;
+    let (server, answer) = Server::held(200).await;
     let durable = Durable::new(database.pool().clone());
     let mut ids = Vec::new();
     for key in ["a", "a", "b", "c"] {
@@ -750,18 +735,7 @@ async fn a_request_held_between_two_attempts_is_seen_as_retryable() {
 #[tokio::test]
 async fn requests_held_between_two_attempts_leave_the_runner_room_for_others() {
     let database = migrated().await;
-    let answer = Arc::new(Semaphore::new(0));
-    let failing = Server::start({
-        let answer = Arc::clone(&answer);
-        move |_, _| {
-            let answer = Arc::clone(&answer);
-            async move {
-                answer.acquire().await.unwrap().forget();
-                reply(503, "")
-            }
-        }
-    })
-    .await;
+    let (failing, answer) = Server::held(503).await;
     let server = Server::always(200).await;
     let durable = Durable::builder(database.pool().clone())
         .concurrency(1)

@@ -1,12 +1,10 @@
 //! Requests that end without an answer: cancelled, or past their deadline; and what that means for their ordering key.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use requeuest::retry::RetryPolicy;
 use requeuest::{Durable, Options, Request, RequestId, Status, testkit};
 use sqlx::PgPool;
-use tokio::sync::Semaphore;
 
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, passing, quick, reply};
 
@@ -25,21 +23,6 @@ async fn ended(durable: &Durable, id: RequestId) -> Status {
 async fn elsewhere(url: &str) -> Durable {
     let pool = PgPool::connect(url).await.unwrap();
     Durable::builder(pool).runner(false).build().unwrap()
-}
-
-/// A server that answers with the given status, once for each permit.
-async fn held(status: u16) -> (Server, Arc<Semaphore>) {
-    let gate = Arc::new(Semaphore::new(0));
-    let wait = Arc::clone(&gate);
-    let server = Server::start(move |_, _| {
-        let wait = Arc::clone(&wait);
-        async move {
-            wait.acquire().await.unwrap().forget();
-            reply(status, "")
-        }
-    })
-    .await;
-    (server, gate)
 }
 
 #[tokio::test]
@@ -65,7 +48,7 @@ async fn a_cancelled_request_that_waits_is_never_sent() {
 #[tokio::test]
 async fn a_request_in_flight_is_cancelled_from_elsewhere() {
     let database = migrated().await;
-    let (server, gate) = held(503).await;
+    let (server, gate) = Server::held(503).await;
     let durable = Durable::builder(database.pool().clone())
         .retry(quick())
         .build()
@@ -165,7 +148,7 @@ async fn no_attempt_is_waited_for_that_would_come_after_the_deadline() {
 #[tokio::test]
 async fn a_deadline_lets_an_attempt_finish() {
     let database = migrated().await;
-    let (server, gate) = held(200).await;
+    let (server, gate) = Server::held(200).await;
     let durable = Durable::new(database.pool().clone());
     let options = Options::default().deadline(Duration::from_millis(300));
     let id = durable.fire(post(&server.url("/"), options)).await.unwrap();
@@ -235,7 +218,7 @@ async fn a_deadline_halts_its_key_too() {
         .delay(Duration::from_millis(400))
         .deadline(Duration::from_millis(500));
     // Nobody sends it in time: it is behind another one.
-    let (slow, gate) = held(200).await;
+    let (slow, gate) = Server::held(200).await;
     let head = post(&slow.url("/"), Options::default().ordered("k"));
     let head = durable.fire(head).await.unwrap();
     let late = durable.fire(post(&server.url("/"), late)).await.unwrap();

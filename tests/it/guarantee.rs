@@ -16,7 +16,6 @@ use tower::{Layer, ServiceExt};
 
 use crate::support::{
     LONG, Server, closed_port, count, eventually, in_time, migrated, part, passing, plays, quick,
-    reply,
 };
 
 const LEASE: Duration = Duration::from_secs(1);
@@ -208,16 +207,7 @@ async fn send_once_and_be_killed() {
 #[tokio::test]
 async fn what_a_shutdown_cuts_off_is_ambiguous() {
     let database = migrated().await;
-    let gate = Arc::new(Semaphore::new(0));
-    let held = Arc::clone(&gate);
-    let server = Server::start(move |_, _| {
-        let held = Arc::clone(&held);
-        async move {
-            held.acquire().await.unwrap().forget();
-            reply(200, "")
-        }
-    })
-    .await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(database.pool()).build().unwrap();
     let id = durable.fire(once(&server.url("/"))).await.unwrap();
     server.wait_for(1).await;

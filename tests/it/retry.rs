@@ -16,7 +16,6 @@ use requeuest::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tower::Layer;
 use tower::limit::ConcurrencyLimitLayer;
 
@@ -244,20 +243,7 @@ async fn a_service_that_never_was_ready_has_sent_nothing() {
 #[tokio::test]
 async fn an_attempt_that_gave_up_waiting_for_its_service_keeps_no_place_in_it() {
     let database = migrated().await;
-    let answer = Arc::new(Semaphore::new(0));
-    let server = Server::start({
-        let answer = Arc::clone(&answer);
-        move |number, _| {
-            let answer = Arc::clone(&answer);
-            async move {
-                if number == 0 {
-                    answer.acquire().await.unwrap().forget();
-                }
-                reply(200, "")
-            }
-        }
-    })
-    .await;
+    let (server, answer) = Server::held(200).await;
     let client = ReqwestTransport::new(reqwest::Client::new());
     let durable = Durable::builder(database.pool().clone())
         .transport(ConcurrencyLimitLayer::new(1).layer(client))
@@ -277,7 +263,7 @@ async fn an_attempt_that_gave_up_waiting_for_its_service_keeps_no_place_in_it() 
         count(&database, failed).await == 1
     })
     .await;
-    answer.add_permits(1);
+    answer.add_permits(2);
     let response = in_time(durable.await_response(post(&server.url("/")))).await;
     assert_eq!(response.unwrap().status(), 200);
     assert_eq!(server.count(), 2);

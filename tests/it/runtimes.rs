@@ -11,7 +11,6 @@ use http::StatusCode;
 use requeuest::testkit::{Postgres, TestDatabase};
 use requeuest::{Durable, RequestId, Status};
 use sqlx::postgres::PgPoolOptions;
-use tokio::sync::Semaphore;
 
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, reply};
 
@@ -218,17 +217,8 @@ fn every_call_works_on_a_thread_without_a_runtime() {
 fn an_answer_that_comes_after_the_last_handle_is_dropped_is_stored() {
     without_complaints(|elsewhere| {
         let runtime = elsewhere.runtime.as_ref().unwrap();
-        let answer = Arc::new(Semaphore::new(1));
-        let server = runtime.block_on(Server::start({
-            let answer = Arc::clone(&answer);
-            move |_, seen| {
-                let answer = Arc::clone(&answer);
-                async move {
-                    answer.acquire().await.unwrap().forget();
-                    reply(200, seen.body)
-                }
-            }
-        }));
+        let (server, answer) = runtime.block_on(Server::held(200));
+        answer.add_permits(1);
         // With a runtime of its own, which ends with it.
         block_on(async {
             let pool = PgPoolOptions::new().connect_lazy_with(elsewhere.database.options());

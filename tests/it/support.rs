@@ -17,6 +17,7 @@ use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, TestDatabase};
 use requeuest::{Durable, Options};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 /// Longer than anything here takes on a busy machine, short enough to be waited for.
@@ -104,6 +105,21 @@ impl Server {
     /// Answers every request with this status and an empty body.
     pub async fn always(status: u16) -> Self {
         Self::start(move |_, _| async move { reply(status, "") }).await
+    }
+
+    /// Answers with this status and the body that it got, once for each permit.
+    pub async fn held(status: u16) -> (Self, Arc<Semaphore>) {
+        let gate = Arc::new(Semaphore::new(0));
+        let wait = Arc::clone(&gate);
+        let server = Self::start(move |_, seen| {
+            let wait = Arc::clone(&wait);
+            async move {
+                wait.acquire().await.unwrap().forget();
+                reply(status, seen.body)
+            }
+        })
+        .await;
+        (server, gate)
     }
 
     /// Answers with these statuses in turn, and with the last one from then on.

@@ -7,7 +7,7 @@ use requeuest::{Durable, Options, Status};
 use tokio::task::JoinSet;
 
 use super::network::{Through, address, pool_through, through_a_proxy};
-use super::{builder, echo_server, held_server, load, post_body, settle_accounts};
+use super::{builder, echo_server, load, post_body, settle_accounts};
 use crate::proxy::Proxy;
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, passing, reply};
 
@@ -52,7 +52,7 @@ async fn results_that_postgres_can_not_take_are_kept_until_it_can() {
         proxy,
         pool,
     } = through_a_proxy().await;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(&pool).lease(BUSY_LEASE).build().unwrap();
     // Would take them over, if their leases ran out.
     let _other = builder(database.pool()).lease(BUSY_LEASE).build().unwrap();
@@ -168,7 +168,7 @@ async fn renewals_that_postgres_can_not_make_are_made_again_in_time() {
         pool,
     } = through_a_proxy().await;
     let lease = 3 * super::LEASE;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(&pool).lease(lease).build().unwrap();
     let _other = builder(database.pool()).lease(lease).build().unwrap();
     let waiting = tokio::spawn({

@@ -6,14 +6,12 @@ mod receiver;
 
 use std::collections::HashMap;
 use std::process::Stdio;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, StopMode};
 use requeuest::{Durable, DurableBuilder, Options, Request, RequestId, Status};
 use sqlx::PgPool;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, part, plays, reply};
@@ -144,25 +142,10 @@ async fn settle_accounts(fault: &str, durable: &Durable, server: &Server, ledger
     duplicates
 }
 
-/// A server that echoes, but only as far as permits are given.
-async fn held_server() -> (Server, Arc<Semaphore>) {
-    let gate = Arc::new(Semaphore::new(0));
-    let wait = Arc::clone(&gate);
-    let server = Server::start(move |_, seen| {
-        let wait = Arc::clone(&wait);
-        async move {
-            wait.acquire().await.unwrap().forget();
-            reply(200, seen.body)
-        }
-    })
-    .await;
-    (server, gate)
-}
-
 #[tokio::test]
 async fn a_killed_process_loses_nothing() {
     let database = migrated().await;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let mut child = part(module_path!(), "send_and_be_killed")
         .env("REQUEUEST_TEST_DATABASE", database.url())
         .env("REQUEUEST_TEST_SERVER", server.url("/"))
@@ -209,7 +192,7 @@ async fn send_and_be_killed() {
 #[tokio::test]
 async fn an_attempt_may_last_longer_than_its_lease() {
     let database = migrated().await;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(database.pool()).build().unwrap();
     // Would take the request over, if the lease ran out.
     let _other = builder(database.pool()).build().unwrap();
@@ -232,7 +215,7 @@ async fn an_attempt_may_last_longer_than_its_lease() {
 #[tokio::test]
 async fn a_stale_result_changes_nothing() {
     let database = migrated().await;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(database.pool()).build().unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
@@ -274,7 +257,7 @@ async fn a_stale_result_changes_nothing() {
 #[tokio::test]
 async fn a_caller_that_goes_away_cancels_nothing() {
     let database = migrated().await;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(database.pool()).build().unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
@@ -395,7 +378,7 @@ async fn a_restart_of_postgres_under_load_loses_nothing() {
 #[tokio::test]
 async fn a_shutdown_sends_nothing_twice_at_once() {
     let database = migrated().await;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(database.pool()).build().unwrap();
     let once = post(&server.url("/once")).with(Options::default().retry(RetryPolicy::none()));
     let once = durable.fire(once).await.unwrap();
@@ -426,7 +409,7 @@ async fn what_the_database_refuses_of_a_result_fails_alone() {
     .execute(database.pool())
     .await
     .unwrap();
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(database.pool()).build().unwrap();
     let mut callers = JoinSet::new();
     for number in 0..256 {

@@ -8,9 +8,7 @@ use requeuest::{Durable, Options, Status};
 use sqlx::PgPool;
 use sqlx::postgres::{PgPoolOptions, PgSslMode};
 
-use super::{
-    LEASE, builder, call, echo_server, held_server, load, post, post_body, settle_accounts,
-};
+use super::{LEASE, builder, call, echo_server, load, post, post_body, settle_accounts};
 use crate::proxy::{Manner, Proxy};
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, passing, reply};
 
@@ -233,7 +231,7 @@ async fn a_renewal_that_is_not_acknowledged_has_nothing_sent_twice() {
     } = through_a_proxy().await;
     // Not the shortest lease: a lost renewal costs a third of it, and a busy machine some more.
     let lease = 3 * LEASE;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let durable = builder(&pool).lease(lease).build().unwrap();
     let _other = builder(database.pool()).lease(lease).build().unwrap();
     let waiting = tokio::spawn({
@@ -277,7 +275,7 @@ async fn waiters_whose_word_is_lost_in_silence_wake_by_themselves() {
         proxy,
         pool,
     } = through_a_proxy().await;
-    let (server, gate) = held_server().await;
+    let (server, gate) = Server::held(200).await;
     let runner = builder(database.pool()).build().unwrap();
     let elsewhere = builder(&pool).runner(false).build().unwrap();
     let id = runner.fire(post(&server.url("/"))).await.unwrap();
