@@ -4,7 +4,6 @@
 //! that only passes through keeps streaming. One concrete type serves both, because a layer that is
 //! generic over its inner body can't name the body it sends.
 
-use std::error::Error as StdError;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +15,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
 
-type BoxError = Box<dyn StdError + Send + Sync>;
+use crate::error::BoxError;
 
 /// An [`http_body::Body`] over [`Bytes`]: what a wrapped service is given to send and what callers get back.
 ///

@@ -46,10 +46,13 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use http::{HeaderMap, Method, StatusCode};
 use serde::{Deserialize, Serialize};
+
+use crate::error::ParseNameError;
 
 /// A response that ends a request, for [`Options::accept`](crate::Options::accept) and
 /// [`Request::accept_responses`](crate::Request::accept_responses).
@@ -249,7 +252,10 @@ impl fmt::Debug for Classifier {
 /// It is told from the client's errors, as far as they say: those of reqwest, hyper, tower and the TLS libraries are known here, and
 /// another client's `std::io::Error`s. A client that follows redirects or has middleware that sends requests of its own may report
 /// what became of one of those.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+///
+/// Text and serde use the lower-case name, such as `"connect_timeout"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FailureClass {
     /// The host's name could not be resolved.
@@ -315,6 +321,31 @@ impl FailureClass {
                 | Self::Unusable
                 | Self::Deadline
         )
+    }
+}
+
+impl FromStr for FailureClass {
+    type Err = ParseNameError;
+
+    /// Parses the name that [`as_str`](Self::as_str) returns.
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Ok(match name {
+            "dns" => Self::Dns,
+            "connect" => Self::Connect,
+            "tls" => Self::Tls,
+            "connect_timeout" => Self::ConnectTimeout,
+            "not_ready" => Self::NotReady,
+            "timeout" => Self::Timeout,
+            "reset" => Self::Reset,
+            "protocol" => Self::Protocol,
+            "other" => Self::Other,
+            "status" => Self::Status,
+            "abandoned" => Self::Abandoned,
+            "lost" => Self::Lost,
+            "unusable" => Self::Unusable,
+            "deadline" => Self::Deadline,
+            _ => return Err(ParseNameError::new("a failure class")),
+        })
     }
 }
 
@@ -406,5 +437,32 @@ mod tests {
         for classify in all {
             assert_eq!(classify.classify(&attempt), Verdict::Discard);
         }
+    }
+
+    #[test]
+    fn failure_class_names_survive_text_and_serde() {
+        for class in [
+            FailureClass::Dns,
+            FailureClass::Connect,
+            FailureClass::Tls,
+            FailureClass::ConnectTimeout,
+            FailureClass::NotReady,
+            FailureClass::Timeout,
+            FailureClass::Reset,
+            FailureClass::Protocol,
+            FailureClass::Other,
+            FailureClass::Status,
+            FailureClass::Abandoned,
+            FailureClass::Lost,
+            FailureClass::Unusable,
+            FailureClass::Deadline,
+        ] {
+            assert_eq!(class.as_str().parse(), Ok(class));
+            let json = serde_json::to_string(&class).unwrap();
+            assert_eq!(json, format!("\"{class}\""));
+            assert_eq!(serde_json::from_str::<FailureClass>(&json).unwrap(), class);
+        }
+        let error = "".parse::<FailureClass>().unwrap_err();
+        assert_eq!(error.to_string(), "not the name of a failure class");
     }
 }

@@ -81,8 +81,8 @@ impl Client {
             .runner(false)
             .retry(RetryPolicy::exponential().for_ever());
         let builder = match channels.to_list() {
-            None => builder.all_channels(),
-            Some(channels) => builder.channels(channels),
+            None => builder.deliver_all(),
+            Some(channels) => builder.deliver(channels),
         };
         Ok(Self::from_durable(builder.build()?))
     }

@@ -17,6 +17,27 @@ use crate::status::Status;
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
 
+/// A text that names no value of a type: the error of
+/// [`Status`](crate::Status)'s and [`FailureClass`](crate::FailureClass)'s `FromStr`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParseNameError {
+    what: &'static str,
+}
+
+impl ParseNameError {
+    pub(crate) fn new(what: &'static str) -> Self {
+        Self { what }
+    }
+}
+
+impl fmt::Display for ParseNameError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "not the name of {}", self.what)
+    }
+}
+
+impl StdError for ParseNameError {}
+
 pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
 
 /// Why a durable call failed.
@@ -366,7 +387,7 @@ impl fmt::Display for Kind {
                 "requeuest's schema is not in this database: call requeuest::migrate(&pool) first",
             ),
             Self::Migrations(MigrationState::Swallowed) => f.write_str(
-                "the connection did not keep its search_path, as behind a pooler: give direct options with DurableBuilder::runner_connect",
+                "the connection did not keep its search_path, as behind a pooler: give direct options with DurableBuilder::connect_options",
             ),
             Self::Migrations(MigrationState::Older { found, wanted }) => write!(
                 f,

@@ -58,7 +58,7 @@ impl DurableLayer {
     ///
     /// If no thread can be started, where one is needed.
     pub fn new(pool: PgPool) -> Self {
-        match Durable::builder(pool).layer() {
+        match Durable::builder(pool).build_layer() {
             Ok(layer) => layer,
             Err(error) => panic!("{error}"),
         }
@@ -80,7 +80,7 @@ impl Durable {
     /// A [`tower::Layer`] over this handle.
     ///
     /// The wrapped service sends the attempts of live callers; background attempts go through the handle's own
-    /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or [`DurableBuilder::layer`] the wrapped service
+    /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or [`DurableBuilder::build_layer`] the wrapped service
     /// sends both.
     pub fn layer(&self) -> DurableLayer {
         self.warn_of_plain_transport();
@@ -95,7 +95,7 @@ impl DurableBuilder {
     /// # Errors
     ///
     /// As for [`build`](Self::build).
-    pub fn layer(mut self) -> Result<DurableLayer, Error> {
+    pub fn build_layer(mut self) -> Result<DurableLayer, Error> {
         self.send_with_wrapped_service();
         self.build().map(DurableLayer::from)
     }

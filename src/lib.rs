@@ -10,14 +10,13 @@ pub mod testkit;
 
 mod body;
 mod codec;
+mod dead_letter;
 mod destination;
 mod durable;
 mod engine;
 mod fingerprint;
-mod handler;
 mod id;
-mod idempotency;
-mod kept;
+mod idempotency_header;
 mod layer;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
@@ -31,18 +30,20 @@ mod store;
 
 pub use body::Body;
 pub use classify::{AcceptedResponse, Classify, FailureClass, Verdict};
+#[doc(no_inline)]
 pub use client::{Channels, Client};
+pub use dead_letter::{
+    DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, Reconcile, Resolution,
+};
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
-    DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeListener, RequestHead,
+    DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeSubscription, RequestHead,
 };
 pub use engine::transport::{ReqwestFuture, ReqwestTransport};
 pub use error::Error;
-pub use handler::OutcomeHandler;
 pub use id::RequestId;
-pub use idempotency::IdempotencyKey;
-pub use kept::{DEFAULT_KEPT_LIMIT, Filter, HaltedKey, Kept, Reconcile, Reconciled, Resolution};
+pub use idempotency_header::IdempotencyHeader;
 pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
 pub use migrate::migrate;
 pub use options::{Guarantee, Options};
@@ -50,6 +51,7 @@ pub use outcome::Outcome;
 pub use request::{MAX_URL_LEN, Request};
 pub use response::Response;
 pub use status::Status;
+pub use store::hand_over::{OutcomeFn, OutcomeHandler, outcome_fn};
 
 pub use http::{self, HeaderMap, Method, StatusCode};
 pub use reqwest;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::classify::AcceptedResponse;
 use crate::error::Error;
-use crate::idempotency::IdempotencyKey;
+use crate::idempotency_header::IdempotencyHeader;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 
 /// sqlxmq listens on `mq_` + channel, and Postgres cuts no name of up to 63 bytes.
@@ -19,7 +19,7 @@ const MAX_KEY_LEN: usize = 255;
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Guarantee {
-    /// The request is sent again, so that it arrives, perhaps more than once. An [`IdempotencyKey`] lets the receiver tell.
+    /// The request is sent again, so that it arrives, perhaps more than once. An [`IdempotencyHeader`] lets the receiver tell.
     #[default]
     AtLeastOnce,
     /// Once bytes of it may have left without an answer it is not sent again: it ends as [`Status::Ambiguous`](crate::Status::Ambiguous)
@@ -70,7 +70,7 @@ pub struct Options {
     pub(crate) supersede: Option<Arc<str>>,
     pub(crate) deadline: Option<Duration>,
     pub(crate) guarantee: Guarantee,
-    pub(crate) idempotency_key: Option<IdempotencyKey>,
+    pub(crate) idempotency_header: Option<IdempotencyHeader>,
     pub(crate) halt_on_discard: bool,
     pub(crate) ordered_by_channel: bool,
 }
@@ -161,8 +161,8 @@ impl Options {
     /// The header by which the receiver can recognise a repetition; requests that are sent at most once have none.
     /// Defaults to the builder's.
     #[must_use]
-    pub fn idempotency_key(mut self, key: IdempotencyKey) -> Self {
-        self.idempotency_key = Some(key);
+    pub fn idempotency_header(mut self, key: IdempotencyHeader) -> Self {
+        self.idempotency_header = Some(key);
         self
     }
 

@@ -1,6 +1,11 @@
 //! Where a request stands.
 
 use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ParseNameError;
 
 /// The state of a persisted request, as [`Durable::status`](crate::Durable::status) reports it.
 ///
@@ -9,7 +14,10 @@ use std::fmt;
 ///                 ↑          ↓
 ///                 └── Retryable
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+///
+/// Text and serde use the lower-case name, such as `"completed"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Status {
     /// Not due yet: it was enqueued with a delay and has not been attempted.
@@ -54,7 +62,16 @@ impl Status {
     }
 
     pub(crate) fn from_name(name: &str) -> Option<Self> {
-        Some(match name {
+        name.parse().ok()
+    }
+}
+
+impl FromStr for Status {
+    type Err = ParseNameError;
+
+    /// Parses the name that [`as_str`](Self::as_str) returns.
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Ok(match name {
             "scheduled" => Self::Scheduled,
             "available" => Self::Available,
             "running" => Self::Running,
@@ -63,7 +80,7 @@ impl Status {
             "discarded" => Self::Discarded,
             "cancelled" => Self::Cancelled,
             "ambiguous" => Self::Ambiguous,
-            _ => return None,
+            _ => return Err(ParseNameError::new("a status")),
         })
     }
 }
@@ -71,5 +88,31 @@ impl Status {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_survive_text_and_serde() {
+        for status in [
+            Status::Scheduled,
+            Status::Available,
+            Status::Running,
+            Status::Retryable,
+            Status::Completed,
+            Status::Discarded,
+            Status::Cancelled,
+            Status::Ambiguous,
+        ] {
+            assert_eq!(status.as_str().parse(), Ok(status));
+            let json = serde_json::to_string(&status).unwrap();
+            assert_eq!(json, format!("\"{status}\""));
+            assert_eq!(serde_json::from_str::<Status>(&json).unwrap(), status);
+        }
+        let error = "Completed".parse::<Status>().unwrap_err();
+        assert_eq!(error.to_string(), "not the name of a status");
     }
 }

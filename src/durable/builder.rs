@@ -9,17 +9,17 @@ use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 use tower::Service;
 
-use super::head::{PassThrough, RequestHead};
+use super::pass_through::{PassThrough, RequestHead};
 use super::{Durable, Handle};
 use crate::body::Body;
 use crate::classify::{Classifier, Classify};
+use crate::dead_letter::Reconcile;
 use crate::engine::reconcile::ReconcileGuard;
 use crate::engine::runner::RunnerGuard;
 use crate::engine::transport::{ReqwestTransport, Transport, erase};
 use crate::engine::{Config, Engine};
 use crate::error::{BoxError, Error};
-use crate::idempotency::IdempotencyKey;
-use crate::kept::Reconcile;
+use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{validate_channel, validate_timeout};
 use crate::retry::{MAX_DURATION, RetryPolicy};
@@ -82,7 +82,7 @@ pub struct DurableBuilder {
     max_connections: u32,
     notify_in_transactions: bool,
     connect: Option<PgConnectOptions>,
-    idempotency_key: IdempotencyKey,
+    idempotency_header: IdempotencyHeader,
     reconcile: Option<Arc<dyn Reconcile>>,
 }
 
@@ -122,7 +122,7 @@ impl DurableBuilder {
             max_connections: DEFAULT_MAX_CONNECTIONS,
             notify_in_transactions: true,
             connect: None,
-            idempotency_key: IdempotencyKey::default(),
+            idempotency_header: IdempotencyHeader::default(),
             reconcile: None,
         }
     }
@@ -137,7 +137,7 @@ impl DurableBuilder {
     }
 
     /// The channels that the runner delivers. Defaults to the handle's own.
-    pub fn channels<I>(mut self, channels: I) -> Self
+    pub fn deliver<I>(mut self, channels: I) -> Self
     where
         I: IntoIterator,
         I::Item: Into<String>,
@@ -147,7 +147,7 @@ impl DurableBuilder {
     }
 
     /// The runner delivers every channel of the schema, those that appear later included.
-    pub fn all_channels(mut self) -> Self {
+    pub fn deliver_all(mut self) -> Self {
         self.channels = Subscription::All;
         self
     }
@@ -262,9 +262,9 @@ impl DurableBuilder {
     }
 
     /// The header by which receivers can recognise repetitions of requests whose [`Options`](crate::Options) name none. Defaults to
-    /// [`IdempotencyKey::quoted`].
-    pub fn idempotency_key(mut self, key: IdempotencyKey) -> Self {
-        self.idempotency_key = key;
+    /// [`IdempotencyHeader::quoted`].
+    pub fn idempotency_header(mut self, key: IdempotencyHeader) -> Self {
+        self.idempotency_header = key;
         self
     }
 
@@ -281,7 +281,7 @@ impl DurableBuilder {
 
     /// Connect options for the crate's own pool, which needs sessions of its own: to be given where the application's pool goes
     /// through a pooler in transaction mode. Defaults to the options of the application's pool.
-    pub fn runner_connect(mut self, options: PgConnectOptions) -> Self {
+    pub fn connect_options(mut self, options: PgConnectOptions) -> Self {
         self.connect = Some(options);
         self
     }
@@ -342,11 +342,11 @@ impl DurableBuilder {
             Subscription::List(channels) => {
                 ensure(
                     !channels.is_empty() || !self.runner,
-                    "channels",
+                    "deliver",
                     "the runner has none to deliver",
                 )?;
                 for channel in channels {
-                    validate_channel(channel).map_err(named("channels"))?;
+                    validate_channel(channel).map_err(named("deliver"))?;
                 }
                 Some(
                     channels
@@ -408,7 +408,7 @@ impl DurableBuilder {
             max_connections: self.max_connections,
             notify_in_transactions: self.notify_in_transactions,
             connect: self.connect.clone(),
-            idempotency_key: self.idempotency_key.clone(),
+            idempotency_header: self.idempotency_header.clone(),
         })
     }
 }

@@ -2,13 +2,12 @@
 
 mod builder;
 mod bulk;
-mod handle;
-mod head;
-mod kept;
+mod dead_letters;
+mod outcomes;
+mod pass_through;
 mod submit;
 
 use std::fmt;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use crate::engine::reconcile::ReconcileGuard;
 use crate::engine::runner::RunnerGuard;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
+use crate::outcome::Outcome;
 use crate::request::Request;
 use crate::response::Response;
 use crate::status::Status;
@@ -31,11 +31,11 @@ pub use self::builder::{
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
     DEFAULT_RETENTION, DurableBuilder,
 };
-pub use self::handle::OutcomeListener;
-pub use self::head::RequestHead;
+pub use self::outcomes::OutcomeSubscription;
+pub use self::pass_through::RequestHead;
 pub(crate) use self::submit::{AwaitResponse, Mode, Submitted};
 
-use self::head::PassThrough;
+use self::pass_through::PassThrough;
 
 /// Persists HTTP requests in Postgres and drives them until they are answered.
 ///
@@ -232,6 +232,29 @@ impl Durable {
     /// # Ok(()) }
     /// ```
     pub async fn response(&self, id: RequestId) -> Result<Response, Error> {
+        self.outcome(id).await?.into_result()
+    }
+
+    /// Waits for the outcome of a request that was persisted earlier, whether it succeeded or not.
+    ///
+    /// # Errors
+    ///
+    /// If the request doesn't exist, or its outcome has expired ([`Error::is_unknown_id`]); if the
+    /// database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: nothing is lost, and it can be called again.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(durable: requeuest::Durable, id: requeuest::RequestId) -> Result<(), requeuest::Error> {
+    /// let outcome = durable.outcome(id).await?;
+    /// println!("{} after {} attempts", outcome.status(), outcome.attempts());
+    /// # Ok(()) }
+    /// ```
+    pub async fn outcome(&self, id: RequestId) -> Result<Outcome, Error> {
         let shared = self.engine().shared();
         // Before asking, or an outcome could come in between.
         let waiter = shared.waiters.subscribe(id, None);
@@ -242,7 +265,7 @@ impl Durable {
             })
             .await?;
         match found.into_iter().next() {
-            Some((_, outcome::Found::Finished(outcome))) => outcome.into_result(),
+            Some((_, outcome::Found::Finished(outcome))) => Ok(*outcome),
             Some((_, outcome::Found::Pending)) => {
                 let elsewhere = !shared.leases.is_driven(id);
                 if elsewhere {
@@ -256,7 +279,7 @@ impl Durable {
                         .await?;
                 }
                 waiter.arm(elsewhere);
-                waiter.await?.into_result()
+                waiter.await
             }
             _ => Err(Error::new(Kind::UnknownId).with_id(id)),
         }
@@ -351,12 +374,6 @@ impl Durable {
         }
         let engine = Arc::clone(self.engine());
         self.engine().run(engine.shutdown(grace)).await
-    }
-
-    /// How many results of this handle's attempts changed nothing, because the request had been taken over or had ended in the meantime: after
-    /// a pause of the process that outlasted the [`lease`](DurableBuilder::lease), say, or a cancellation.
-    pub fn stale_results(&self) -> u64 {
-        self.engine().shared().stale_results.load(Ordering::Relaxed)
     }
 
     /// The caller's pool.

@@ -52,9 +52,12 @@ impl Durable {
         };
         let id = RequestId::generate();
         if options.guarantee == Guarantee::AtLeastOnce {
-            let key = options.idempotency_key.as_ref();
-            key.unwrap_or(&config.idempotency_key)
-                .apply(&request.method, id, &mut request.headers);
+            let key = options.idempotency_header.as_ref();
+            key.unwrap_or(&config.idempotency_header).apply(
+                &request.method,
+                id,
+                &mut request.headers,
+            );
         }
         let options = &request.options;
         let row = NewRequest {

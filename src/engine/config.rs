@@ -7,7 +7,7 @@ use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 
 use crate::classify::Classifier;
-use crate::idempotency::IdempotencyKey;
+use crate::idempotency_header::IdempotencyHeader;
 use crate::retry::RetryPolicy;
 use crate::store::enqueue::Inserting;
 
@@ -30,7 +30,7 @@ pub(crate) struct Config {
     pub(crate) schema: String,
     pub(crate) max_connections: u32,
     pub(crate) notify_in_transactions: bool,
-    pub(crate) idempotency_key: IdempotencyKey,
+    pub(crate) idempotency_header: IdempotencyHeader,
     /// For the crate's own connections, where the caller's pool goes through a pooler.
     pub(crate) connect: Option<PgConnectOptions>,
 }

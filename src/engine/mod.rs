@@ -9,11 +9,11 @@
 pub(crate) mod attempt;
 pub(crate) mod bulk;
 mod config;
+pub(crate) mod dead_letters;
 pub(crate) mod enqueue;
 mod fault;
-pub(crate) mod handlers;
+pub(crate) mod hand_over;
 pub(crate) mod job;
-pub(crate) mod kept;
 pub(crate) mod lane;
 pub(crate) mod live;
 pub(crate) mod reconcile;

@@ -9,12 +9,12 @@ use std::time::Duration;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::codec;
+use crate::dead_letter::{Reconcile, Resolution};
 use crate::engine::Engine;
-use crate::engine::kept::resolve;
+use crate::engine::dead_letters::resolve;
 use crate::error::{BoxError, Error, chain};
-use crate::kept::{Reconcile, Reconciled, Resolution};
 use crate::redact::redact_urls;
-use crate::store::kept::{self, Asked};
+use crate::store::dead_letters::{self, Asked};
 
 /// How often the database is asked for ambiguous requests.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
@@ -73,7 +73,7 @@ async fn round(engine: &Arc<Engine>, hook: &Arc<dyn Reconcile>) -> Result<usize,
     let asked = shared
         .query(move |connection| {
             Box::pin(async move {
-                kept::ask(
+                dead_letters::ask(
                     connection,
                     channels.as_deref(),
                     ASK_LEASE,
@@ -103,9 +103,7 @@ async fn ask_about(engine: Arc<Engine>, hook: Arc<dyn Reconcile>, mut asked: Ask
     let shared = engine.shared();
     let answer = answer(&*hook, &mut asked).await;
     let resolution = match answer {
-        Ok(Reconciled::Sent) => Some(Resolution::Sent),
-        Ok(Reconciled::NotSent) => Some(Resolution::NotSent),
-        Ok(Reconciled::Unknown) => None,
+        Ok(resolution) => resolution,
         Err(error) => {
             let error = redact_urls(&chain(&*error));
             log::warn!("what became of request {id} can't be found out: {error}");
@@ -117,7 +115,9 @@ async fn ask_about(engine: Arc<Engine>, hook: Arc<dyn Reconcile>, mut asked: Ask
         let noted = shared
             .db
             .run(move |connection| {
-                Box::pin(async move { kept::ask_again(connection, id, asked.times, delay).await })
+                Box::pin(async move {
+                    dead_letters::ask_again(connection, id, asked.times, delay).await
+                })
             })
             .await;
         if let Err(error) = noted {
@@ -134,7 +134,7 @@ async fn ask_about(engine: Arc<Engine>, hook: Arc<dyn Reconcile>, mut asked: Ask
     }
 }
 
-async fn answer(hook: &dyn Reconcile, asked: &mut Asked) -> Result<Reconciled, BoxError> {
+async fn answer(hook: &dyn Reconcile, asked: &mut Asked) -> Result<Option<Resolution>, BoxError> {
     let head = asked.head.take().ok_or("its payload is gone")?;
     let (request, _, _) = codec::decode_request(&head, asked.body.take())?;
     tokio::time::timeout(HOOK_TIMEOUT, hook.reconcile(asked.kept.clone(), request))

@@ -9,10 +9,10 @@
 
 pub(crate) mod bulk;
 pub(crate) mod claim;
+pub(crate) mod dead_letters;
 pub(crate) mod enqueue;
-pub(crate) mod handle;
+pub(crate) mod hand_over;
 pub(crate) mod inspect;
-pub(crate) mod kept;
 pub(crate) mod outcome;
 pub(crate) mod settle;
 mod warm;

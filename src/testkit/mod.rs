@@ -65,5 +65,5 @@ mod run_as;
 pub use self::cluster::StopMode;
 pub use self::database::TestDatabase;
 pub use self::error::Error;
-pub use self::outcome::{Outcome, outcome};
+pub use self::outcome::{outcome, stale_results};
 pub use self::postgres::{Postgres, PostgresBuilder};

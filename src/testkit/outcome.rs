@@ -1,28 +1,21 @@
-//! Waiting for a request to end, with a message that says where it stands if it doesn't.
+//! Waiting for a request to finish, with an error that says where the request stands.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
 use super::Error;
-use crate::{Durable, RequestId, Response, Status};
+use crate::{Durable, Outcome, RequestId};
 
-/// How a request ended; see [`outcome`].
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Outcome {
-    /// The terminal status.
-    pub status: Status,
-    /// What a waiter gets.
-    pub response: Result<Response, crate::Error>,
-}
-
-/// Waits until a request has ended, and tells how.
+/// Waits until a request has finished, and returns its outcome.
+///
+/// [`Durable::outcome`] with a time limit, and with an error that says where the request stands.
 ///
 /// # Errors
 ///
-/// When the request has not ended within the given time, with the state that it is in; when there is
-/// no such request; when the database fails.
+/// If the request hasn't finished within the given time, with its current status; if there is no
+/// such request; if the database fails.
 ///
 /// # Cancel safety
 ///
@@ -37,24 +30,38 @@ pub struct Outcome {
 /// # async fn example(durable: Durable) -> Result<(), Box<dyn std::error::Error>> {
 /// let id = durable.fire(http::Request::post("http://127.0.0.1:8080/").body("")?).await?;
 /// let outcome = testkit::outcome(&durable, id, Duration::from_secs(5)).await?;
-/// assert_eq!(outcome.status, Status::Completed);
+/// assert_eq!(outcome.status(), Status::Completed);
 /// # Ok(())
 /// # }
 /// ```
 pub async fn outcome(durable: &Durable, id: RequestId, within: Duration) -> Result<Outcome, Error> {
-    let waited = timeout(within, durable.response(id)).await;
+    match timeout(within, durable.outcome(id)).await {
+        Ok(Ok(outcome)) => return Ok(outcome),
+        Ok(Err(error)) if error.is_unknown_id() => {
+            return Err(Error::new(format!("there is no request {id}")));
+        }
+        Ok(Err(error)) => {
+            let message = format!("waiting for request {id} failed");
+            return Err(Error::new(message).caused_by(error));
+        }
+        Err(_elapsed) => {}
+    }
     let status = durable
         .status(id)
         .await
-        .map_err(|error| Error::new("the request's status can't be read").caused_by(error))?;
-    match (waited, status) {
-        (Ok(response), Some(status)) if status.is_terminal() => Ok(Outcome { status, response }),
-        (Ok(Err(error)), _) => {
-            Err(Error::new(format!("request {id} can't be waited for")).caused_by(error))
-        }
-        (_, None) => Err(Error::new(format!("there is no request {id}"))),
-        (_, Some(status)) => Err(Error::new(format!(
-            "request {id} has not ended within {within:?}: it is {status}"
-        ))),
-    }
+        .map_err(|error| Error::new("reading the request's status failed").caused_by(error))?;
+    Err(Error::new(match status {
+        Some(status) => format!("request {id} hasn't finished within {within:?}: it is {status}"),
+        None => format!("there is no request {id}"),
+    }))
+}
+
+/// How many results of this handle's attempts came too late to count: their requests had been taken
+/// over, or had finished, in the meantime.
+pub fn stale_results(durable: &Durable) -> u64 {
+    durable
+        .engine()
+        .shared()
+        .stale_results
+        .load(Ordering::Relaxed)
 }

@@ -29,7 +29,7 @@ async fn many_requests_are_delivered_once_each() {
     assert_eq!(ids.len(), 2500);
     for number in [0, 1, 999, 1000, 2499] {
         let outcome = testkit::outcome(&durable, ids[number], LONG).await.unwrap();
-        assert_eq!(outcome.response.unwrap().status(), 200);
+        assert_eq!(outcome.into_result().unwrap().status(), 200);
     }
     eventually("all have ended", || async {
         count(&database, UNFINISHED).await == 0

@@ -42,7 +42,7 @@ fn post(server: &Server, body: &str) -> Request {
     Request::post(url(server, "/"), body.into(), HeaderMap::new())
 }
 
-async fn outcome(client: &Client, id: Uuid) -> testkit::Outcome {
+async fn outcome(client: &Client, id: Uuid) -> requeuest::Outcome {
     testkit::outcome(client.durable(), id.into(), LONG)
         .await
         .unwrap()
@@ -66,8 +66,8 @@ async fn a_spawned_request_is_delivered() {
         .await
         .unwrap();
     let outcome = outcome(&client, id).await;
-    assert_eq!(outcome.status, Status::Completed);
-    assert_eq!(outcome.response.unwrap().status(), 204);
+    assert_eq!(outcome.status(), Status::Completed);
+    assert_eq!(outcome.into_result().unwrap().status(), 204);
     assert_eq!(bodies(&server), ["hello"]);
 }
 
@@ -82,7 +82,7 @@ async fn every_constructor_sends_what_it_was_given() {
 
     async fn sent(client: &Client, server: &Server, request: Request) -> Seen {
         let id = in_time(client.spawn("c", &request)).await.unwrap();
-        outcome(client, id).await.response.unwrap();
+        outcome(client, id).await.into_result().unwrap();
         server.seen().pop().unwrap()
     }
 
@@ -201,7 +201,7 @@ async fn what_can_not_be_sent_is_refused_by_name() {
     let error = Client::new(database.pool().clone(), channels)
         .await
         .unwrap_err();
-    assert_eq!(error.field(), Some("channels"));
+    assert_eq!(error.field(), Some("deliver"));
 }
 
 #[tokio::test]
@@ -226,7 +226,7 @@ async fn a_commit_sends_and_a_rollback_never_does() {
     assert!(unseen.is_unknown_id(), "{unseen}");
     tx.commit().await.unwrap();
 
-    assert_eq!(outcome(&client, done).await.status, Status::Completed);
+    assert_eq!(outcome(&client, done).await.status(), Status::Completed);
     assert_eq!(client.durable().status(undone.into()).await.unwrap(), None);
     assert_eq!(
         count(&database, "select count(*) from requeuest.mq_payloads").await,
@@ -310,7 +310,7 @@ async fn accepted_responses_replace_the_success_that_is_waited_for() {
     ]);
     let id = client.spawn_cfg("c", &request, quick).await.unwrap();
     let outcome = outcome(&client, id).await;
-    assert_eq!(outcome.response.unwrap().status(), 204);
+    assert_eq!(outcome.into_result().unwrap().status(), 204);
     assert_eq!(server.count(), 3);
 
     let server = Server::always(503).await;
@@ -344,8 +344,8 @@ async fn retries_are_counted_after_the_first_attempt() {
         .await
         .unwrap();
     let ended = outcome(&client, id).await;
-    assert_eq!(ended.status, Status::Discarded);
-    assert_eq!(ended.response.unwrap().status(), 500);
+    assert_eq!(ended.status(), Status::Discarded);
+    assert_eq!(ended.into_result().unwrap().status(), 500);
     assert_eq!(server.count(), 3);
 
     let request = post(&server, "x");
@@ -423,7 +423,7 @@ async fn the_order_is_kept_for_each_of_the_arguments() {
         }
     }
     for id in last {
-        assert_eq!(outcome(&client, id).await.status, Status::Completed);
+        assert_eq!(outcome(&client, id).await.status(), Status::Completed);
     }
     let all = bodies(&server);
     for args in ["a", "b"] {
@@ -445,7 +445,7 @@ async fn a_list_of_channels_is_all_that_is_served() {
     let first = nobody.spawn("a", &post(&server, "a")).await.unwrap();
     let second = nobody.spawn("b", &post(&server, "b")).await.unwrap();
     for id in [first, second] {
-        assert_eq!(outcome(&some, id).await.status, Status::Completed);
+        assert_eq!(outcome(&some, id).await.status(), Status::Completed);
     }
     passing(&database, Duration::from_millis(1500)).await;
     let status = some.durable().status(other.into()).await.unwrap();
@@ -453,7 +453,7 @@ async fn a_list_of_channels_is_all_that_is_served() {
     assert_eq!(server.count(), 2);
 
     let _all = serving_all(&database).await;
-    assert_eq!(outcome(&some, other).await.status, Status::Completed);
+    assert_eq!(outcome(&some, other).await.status(), Status::Completed);
 }
 
 #[tokio::test]

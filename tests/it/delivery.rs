@@ -60,8 +60,8 @@ async fn a_fired_request_arrives() {
         .await
         .unwrap();
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
-    assert_eq!(outcome.response.unwrap().status(), 204);
+    assert_eq!(outcome.status(), Status::Completed);
+    assert_eq!(outcome.into_result().unwrap().status(), 204);
     assert_eq!(server.count(), 1);
 }
 
@@ -178,7 +178,7 @@ async fn a_caller_that_is_not_polled_keeps_no_slot_past_its_deadline() {
         .await
         .unwrap();
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     // Its own request goes through the handle's transport instead, and it gets the response once it is polled.
     server.wait_for(2).await;
     assert_eq!(in_time(stuck).await.unwrap().status(), 200);
@@ -229,7 +229,7 @@ async fn a_request_is_fired_on_a_pool_a_connection_or_a_transaction() {
     tx.commit().await.unwrap();
     for id in [on_pool, on_connection, in_transaction] {
         let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-        assert_eq!(outcome.status, Status::Completed);
+        assert_eq!(outcome.status(), Status::Completed);
     }
     assert_eq!(server.count(), 3);
 }
@@ -561,7 +561,7 @@ async fn ordered_requests_go_one_after_another_in_commit_order() {
     }
     for id in last {
         let outcome = testkit::outcome(&handles[0], id, LONG).await.unwrap();
-        assert_eq!(outcome.status, Status::Completed);
+        assert_eq!(outcome.status(), Status::Completed);
     }
     for key in ["/a", "/b", "/c"] {
         let mut came: Vec<_> = server.seen();

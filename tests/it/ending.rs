@@ -16,7 +16,7 @@ fn post(url: &str, options: Options) -> Request {
 }
 
 async fn ended(durable: &Durable, id: RequestId) -> Status {
-    testkit::outcome(durable, id, LONG).await.unwrap().status
+    testkit::outcome(durable, id, LONG).await.unwrap().status()
 }
 
 /// As good as another process: with a pool of its own, and without a runner.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use requeuest::{
-    Durable, DurableBuilder, Guarantee, IdempotencyKey, Options, Request, RequestId, Status,
+    Durable, DurableBuilder, Guarantee, IdempotencyHeader, Options, Request, RequestId, Status,
     testkit,
 };
 use reqwest_middleware::ClientBuilder;
@@ -68,11 +68,11 @@ async fn each_attempt_carries_the_same_idempotency_key() {
     in_time(durable.await_response(own)).await.unwrap();
     assert_eq!(key_of(&server, 4).as_deref(), Some("mine"));
     // Another form, or none.
-    let bare = Options::default().idempotency_key(IdempotencyKey::bare());
+    let bare = Options::default().idempotency_header(IdempotencyHeader::bare());
     let bare = request("POST", &server.url("/"), bare);
     let response = in_time(durable.await_response(bare)).await.unwrap();
     assert_eq!(key_of(&server, 5), Some(response.id().to_string()));
-    let none = Options::default().idempotency_key(IdempotencyKey::none());
+    let none = Options::default().idempotency_header(IdempotencyHeader::none());
     in_time(durable.await_response(request("POST", &server.url("/"), none)))
         .await
         .unwrap();
@@ -217,6 +217,6 @@ async fn what_a_shutdown_cuts_off_is_ambiguous() {
     gate.add_permits(10);
     let other = builder(database.pool()).build().unwrap();
     let outcome = testkit::outcome(&other, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Ambiguous);
+    assert_eq!(outcome.status(), Status::Ambiguous);
     assert_eq!(server.count(), 1);
 }

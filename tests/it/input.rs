@@ -396,7 +396,7 @@ async fn a_response_over_the_limit_ends_the_request_and_keeps_its_head() {
     let request = Request::try_from(get(&url)).unwrap().with(delayed);
     let id = durable.fire(request).await.unwrap();
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    ids.push(is_too_large(&outcome.response.unwrap_err()));
+    ids.push(is_too_large(&outcome.into_result().unwrap_err()));
 
     assert_eq!(server.count(), ids.len());
     for id in ids {
@@ -502,9 +502,9 @@ async fn the_builder_names_the_field_that_it_refuses() {
         ("channel", |b| b.channel("")),
         ("channel", |b| b.channel("x".repeat(56))),
         ("channel", |b| b.channel("a\0b")),
-        ("channels", |b| b.channels([] as [&str; 0])),
-        ("channels", |b| b.channels(["good", ""])),
-        ("channels", |b| b.channels(["x".repeat(56)])),
+        ("deliver", |b| b.deliver([] as [&str; 0])),
+        ("deliver", |b| b.deliver(["good", ""])),
+        ("deliver", |b| b.deliver(["x".repeat(56)])),
         ("concurrency", |b| b.concurrency(0)),
         ("concurrency", |b| b.concurrency(100_001)),
         ("lease", |b| b.lease(Duration::from_millis(999))),
@@ -534,14 +534,14 @@ async fn the_builder_names_the_field_that_it_refuses() {
         assert_eq!(error.field(), Some(field), "{error:?}");
         assert!(error.to_string().contains(field), "{error}");
         let error = change(Durable::builder(database.pool().clone()))
-            .layer()
+            .build_layer()
             .unwrap_err();
         assert_eq!(error.field(), Some(field), "{error:?}");
     }
     // A handle that delivers nothing needs no channels.
     let builder = Durable::builder(database.pool().clone());
     builder
-        .channels([] as [&str; 0])
+        .deliver([] as [&str; 0])
         .runner(false)
         .build()
         .unwrap();
@@ -717,7 +717,7 @@ async fn a_handle_waits_for_a_database_that_is_not_there_yet() {
     postgres.resume().await.unwrap();
     server.wait_for(1).await;
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     let response = in_time(durable.await_response(get(&server.url("/later"))))
         .await
         .unwrap();

@@ -265,7 +265,7 @@ async fn the_latest_request_takes_the_place_of_those_not_sent() {
     assert!(error.is_superseded(), "{error:?}");
 
     let outcome = testkit::outcome(&durable, third, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(server.seen()[0].body, "3");
     assert_eq!(server.count(), 1);
     // What was sent is not replaced.
@@ -342,7 +342,7 @@ async fn a_kept_request_is_not_replayed_while_another_channel_has_its_ordering_k
     let durable = durable.build().unwrap();
     let kept = durable.fire(ordered(&url, "m")).await.unwrap();
     let outcome = testkit::outcome(&durable, kept, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Discarded);
+    assert_eq!(outcome.status(), Status::Discarded);
     let holder = durable.fire(ordered(&url, "a")).await.unwrap();
     let error = durable.replay(kept).await.unwrap_err();
     assert!(error.is_order_conflict(), "{error:?}");

@@ -102,7 +102,7 @@ fn id_of<B>(response: &Response<B>) -> RequestId {
 fn quick_layer(pool: &sqlx::PgPool) -> DurableLayer {
     Durable::builder(pool.clone())
         .retry(quick())
-        .layer()
+        .build_layer()
         .unwrap()
 }
 
@@ -343,7 +343,7 @@ async fn only_instances_that_were_polled_ready_are_called() {
     let client = Durable::builder(database.pool().clone())
         .retry(quick())
         .concurrency(8)
-        .layer()
+        .build_layer()
         .unwrap()
         .layer(mock);
 
@@ -420,7 +420,7 @@ async fn an_unanswered_request_ends_in_an_error_that_names_it() {
     let database = migrated().await;
     let layer = Durable::builder(database.pool().clone())
         .retry(quick().max_attempts(2))
-        .layer()
+        .build_layer()
         .unwrap();
     let client = layer.layer(hyper_client());
     let url = format!("http://{}/?token=hunter2", closed_port().await);
@@ -545,7 +545,7 @@ async fn background_attempts_go_through_the_wrapped_service() {
     let request = with(post(&server.url("/"), "x"), Options::default().fire());
     let id = id_of(&in_time(client.oneshot(request)).await.unwrap());
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.response.unwrap().status(), 200);
+    assert_eq!(outcome.into_result().unwrap().status(), 200);
     assert_eq!(calls.load(Ordering::SeqCst), 3);
     // The header that the inner layer sets is no part of the request, but is sent with every attempt.
     for seen in server.seen() {
@@ -615,9 +615,9 @@ async fn the_options_of_a_request_are_taken_from_its_extensions() {
     let database = migrated().await;
     let server = Server::in_turn(&[404, 404, 200, 503]).await;
     let client = Durable::builder(database.pool().clone())
-        .channels(["default", "billing"])
+        .deliver(["default", "billing"])
         .retry(quick())
-        .layer()
+        .build_layer()
         .unwrap()
         .layer(hyper_client());
     let send = |options| {
@@ -659,7 +659,7 @@ async fn requests_that_pass_through_are_neither_persisted_nor_repeated() {
     let layer = Durable::builder(database.pool().clone())
         .retry(quick())
         .pass_through(|head| head.method().is_safe() && head.path() == "/safe")
-        .layer()
+        .build_layer()
         .unwrap();
     let (client, calls) = counting();
     let client = layer.layer(client);
@@ -695,7 +695,7 @@ async fn what_passes_through_keeps_streaming() {
     });
     let client = Durable::builder(database.pool().clone())
         .pass_through(|_| true)
-        .layer()
+        .build_layer()
         .unwrap()
         .layer(echo);
     let (input, frames) = mpsc::channel::<Frame<Bytes>>(1);

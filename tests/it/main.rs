@@ -6,17 +6,17 @@
 
 mod bulk;
 mod client;
+mod dead_letters;
 mod delivery;
 mod ending;
 mod faults;
 mod guarantee;
-mod handlers;
 mod input;
-mod kept;
 mod keys;
 mod layer;
 mod middleware;
 mod migrations;
+mod outcomes;
 mod plans;
 mod poll;
 mod processes;

@@ -243,8 +243,8 @@ async fn an_orphaned_last_attempt_ends_the_request() {
     abandon(&wrapped(durable.clone()), &server).await;
     let id = only_id(&database).await;
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Discarded);
-    assert!(outcome.response.unwrap_err().is_discarded());
+    assert_eq!(outcome.status(), Status::Discarded);
+    assert!(outcome.into_result().unwrap_err().is_discarded());
     assert_eq!(server.count(), 1);
 }
 
@@ -275,7 +275,7 @@ async fn a_fired_request_is_accepted_at_once_and_delivered_in_the_background() {
     let id = id_of(&response);
     assert_eq!(response.text().await.unwrap(), "");
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.response.unwrap().status(), 200);
+    assert_eq!(outcome.into_result().unwrap().status(), 200);
     assert_eq!(background_calls.load(Ordering::SeqCst), 2);
     assert_eq!(inner.count(), 0);
 }
@@ -285,7 +285,7 @@ async fn the_options_of_a_request_are_taken_from_its_extensions() {
     let database = migrated().await;
     let server = Server::in_turn(&[404, 200, 503]).await;
     let durable = quick_builder(&database)
-        .channels(["default", "billing"])
+        .deliver(["default", "billing"])
         .build()
         .unwrap();
     let client = wrapped(durable);

@@ -598,7 +598,7 @@ async fn no_statement_reads_a_whole_table_though_it_was_planned_while_that_was_e
     // Few connections, so that the later calls come to those that have planned everything already.
     let durable = Durable::builder(pool.clone())
         .max_connections(2)
-        .runner_connect(options.application_name("handle"))
+        .connect_options(options.application_name("handle"))
         .retry(quick())
         .build()
         .unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
-use requeuest::{Durable, Filter, Options, Request};
+use requeuest::{DeadLetterFilter, Durable, Options, Request};
 use sqlx::Executor;
 use sqlx::postgres::PgPoolOptions;
 use tokio::task::JoinSet;
@@ -133,7 +133,10 @@ async fn whatever_waits_statements_read_only_what_they_are_about() {
         let id = durable.fire(request).await.unwrap();
         assert!(durable.cancel(id).await.unwrap());
     }
-    let kept = durable.list(&Filter::default().limit(1000)).await.unwrap();
+    let kept = durable
+        .dead_letters(&DeadLetterFilter::default().limit(1000))
+        .await
+        .unwrap();
     assert_eq!(kept.len(), REQUESTS / 4);
     durable.shutdown(Duration::from_secs(5)).await.unwrap();
     pool.close().await;

@@ -222,7 +222,7 @@ async fn a_row_without_a_payload_reaches_a_terminal_status() {
     let outcome = requeuest::testkit::outcome(&durable, id.into(), crate::support::LONG)
         .await
         .unwrap();
-    assert_eq!(outcome.status, requeuest::Status::Discarded);
+    assert_eq!(outcome.status(), requeuest::Status::Discarded);
 }
 
 #[tokio::test]

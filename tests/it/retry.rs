@@ -376,7 +376,7 @@ async fn delays_can_be_computed_by_a_function() {
     for request in [post(&server.url("/")), delayed] {
         let id = durable.fire(request).await.unwrap();
         let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-        assert_eq!(outcome.status, Status::Discarded);
+        assert_eq!(outcome.status(), Status::Discarded);
         assert_eq!(std::mem::take(&mut *asked.lock().unwrap()), [1, 2, 3]);
     }
     assert_eq!(server.count(), 6);

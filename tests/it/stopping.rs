@@ -90,7 +90,7 @@ async fn assert_free(database: &TestDatabase, held: (Server, RequestId)) {
     assert_eq!(server.count(), 0);
     let other = serving(database);
     let outcome = testkit::outcome(&other, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(server.count(), 1);
 }
 

@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, TestDatabase};
-use requeuest::{Durable, Options};
+use requeuest::{Durable, DurableBuilder, Options};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -202,6 +202,22 @@ pub async fn in_time<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(LONG, future)
         .await
         .expect("took too long")
+}
+
+/// A `POST` request with this body.
+pub fn post(url: impl AsRef<str>, body: impl Into<Bytes>) -> requeuest::Request {
+    let request = Request::post(url.as_ref()).body(body.into()).unwrap();
+    request.try_into().unwrap()
+}
+
+/// A builder on the test's own database.
+pub fn builder(database: &TestDatabase) -> DurableBuilder {
+    Durable::builder(database.pool().clone())
+}
+
+/// How many rows one of the schema's tables has. `table` may end with a `WHERE` clause.
+pub async fn rows(database: &TestDatabase, table: &str) -> i64 {
+    count(database, &format!("SELECT count(*) FROM requeuest.{table}")).await
 }
 
 /// A number from the database.

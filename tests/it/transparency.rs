@@ -23,7 +23,7 @@ use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, TestDatabase};
 use requeuest::{
-    AcceptedResponse, Body, Durable, DurableBuilder, IdempotencyKey, Options, ReqwestTransport,
+    AcceptedResponse, Body, Durable, DurableBuilder, IdempotencyHeader, Options, ReqwestTransport,
     Status, Url, reqwest,
 };
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
@@ -103,7 +103,7 @@ fn flat(headers: &HeaderMap) -> Vec<(String, String)> {
 
 /// Adds nothing of its own: by default a header tells the receiver of repetitions.
 fn builder(database: &TestDatabase) -> DurableBuilder {
-    Durable::builder(database.pool().clone()).idempotency_key(IdempotencyKey::none())
+    Durable::builder(database.pool().clone()).idempotency_header(IdempotencyHeader::none())
 }
 
 /// Sends every case on both ways; what the server saw and what the caller got must be the same.
@@ -226,7 +226,7 @@ fn the_layer_changes_nothing() {
     let context = runtime.enter();
     let bare = hyper_client();
     let service = builder(&database)
-        .layer()
+        .build_layer()
         .unwrap()
         .layer(hyper_client::<Body>());
     drop(context);
@@ -258,7 +258,7 @@ fn the_layer_changes_nothing_when_another_process_sends() {
         .unwrap();
     let service = builder(&database)
         .runner(false)
-        .layer()
+        .build_layer()
         .unwrap()
         .layer(hyper_client::<Body>());
     drop(context);
@@ -628,7 +628,7 @@ async fn http_2_and_its_trailers_go_both_ways() {
 
     let elsewhere = builder(&database)
         .runner(false)
-        .layer()
+        .build_layer()
         .unwrap()
         .layer(hyper);
     let response = in_time(elsewhere.oneshot(request())).await.unwrap();
@@ -697,7 +697,7 @@ async fn a_timeout_of_a_reqwest_request_is_that_of_its_attempts() {
     let request = bare.post(server.url("/")).timeout(short).build().unwrap();
     let id = durable.fire(request).await.unwrap();
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Discarded);
+    assert_eq!(outcome.status(), Status::Discarded);
 
     // The handle's own timeout is 30 s.
     assert!(began.elapsed() < Duration::from_secs(15));
@@ -727,7 +727,7 @@ async fn large_binary_bodies_go_both_ways() {
             let request = request_to(&server.url(&format!("/{len}")), body.clone()).with(soon());
             let id = durable.fire(request).await.unwrap();
             let outcome = testkit::outcome(durable, id, LONG).await.unwrap();
-            assert!(outcome.response.unwrap().body() == &body, "{len}");
+            assert!(outcome.into_result().unwrap().body() == &body, "{len}");
             let seen = server.seen().into_iter();
             let mut seen = seen.filter(|seen| seen.uri.path() == format!("/{len}"));
             assert!(seen.next().unwrap().body == body, "{len}");

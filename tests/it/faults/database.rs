@@ -215,7 +215,7 @@ async fn polls_that_postgres_refused_for_long_go_on_soon_when_it_does_no_more() 
     proxy.refuse_nothing();
     let back = Instant::now();
     let outcome = testkit::outcome(&enqueue_only, id, crate::support::LONG).await;
-    assert_eq!(outcome.unwrap().status, Status::Completed);
+    assert_eq!(outcome.unwrap().status(), Status::Completed);
     println!(
         "polls that were refused {refused} times went on after {:?}",
         back.elapsed()
@@ -257,7 +257,7 @@ async fn a_long_transaction_holds_up_its_keys_alone() {
         .await
         .unwrap();
     let outcome = testkit::outcome(&durable, before, long()).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     // More than the pool has connections.
     let mut behind = JoinSet::new();
     for _ in 0..20 {
@@ -373,7 +373,7 @@ async fn a_pooler_that_swallows_the_search_path_is_told_from_a_missing_schema() 
         .await
         .unwrap_err();
     assert!(error.is_not_migrated(), "{error:?}");
-    assert!(error.to_string().contains("runner_connect"), "{error}");
+    assert!(error.to_string().contains("connect_options"), "{error}");
     assert_eq!(server.count(), 0);
 }
 
@@ -381,7 +381,7 @@ async fn a_pooler_that_swallows_the_search_path_is_told_from_a_missing_schema() 
 async fn works_behind_a_pooler(database: &TestDatabase, application: &sqlx::PgPool) {
     let server = echo_server().await;
     let durable: Durable = builder(application)
-        .runner_connect(database.options())
+        .connect_options(database.options())
         .build()
         .unwrap();
     let mut transaction = application.begin().await.unwrap();
@@ -402,7 +402,7 @@ async fn works_behind_a_pooler(database: &TestDatabase, application: &sqlx::PgPo
     let outcome = testkit::outcome(&durable, committed, crate::support::LONG)
         .await
         .unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(durable.status(rolled_back).await.unwrap(), None);
     assert_eq!(server.count(), 1);
     let load_server = echo_server().await;

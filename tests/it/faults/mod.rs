@@ -125,8 +125,8 @@ async fn settle_accounts(fault: &str, durable: &Durable, server: &Server, ledger
             }
         };
         let outcome = testkit::outcome(durable, id, LONG).await.unwrap();
-        assert_eq!(outcome.status, Status::Completed, "{name}");
-        assert_eq!(outcome.response.unwrap().text().unwrap(), name);
+        assert_eq!(outcome.status(), Status::Completed, "{name}");
+        assert_eq!(outcome.into_result().unwrap().text().unwrap(), name);
         expected.push((name, true));
     }
     let mut deliveries: HashMap<String, usize> = HashMap::new();
@@ -240,7 +240,7 @@ async fn a_stale_result_changes_nothing() {
     );
     assert!(!waiting.is_finished());
     eventually("the stale result is counted", || async {
-        durable.stale_results() == 1
+        testkit::stale_results(&durable) == 1
     })
     .await;
     // The other process gives it back; it is delivered, and the waiter gets that response.
@@ -295,7 +295,7 @@ async fn processes_on_one_queue_deliver_each_request_once() {
         .collect();
     for id in ids {
         let outcome = testkit::outcome(&enqueue_only, id, LONG).await.unwrap();
-        assert_eq!(outcome.status, Status::Completed);
+        assert_eq!(outcome.status(), Status::Completed);
     }
     assert_eq!(server.count(), 300);
     drop(runners);
@@ -371,7 +371,7 @@ async fn a_restart_of_postgres_under_load_loses_nothing() {
     in_time(callers).await.unwrap();
     for id in fired {
         let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-        assert_eq!(outcome.status, Status::Completed);
+        assert_eq!(outcome.status(), Status::Completed);
     }
 }
 

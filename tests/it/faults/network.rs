@@ -135,7 +135,7 @@ async fn a_runner_whose_connections_vanished_in_the_middle_of_a_poll_is_replaced
     let request = post_body(&server.url("/"), "after");
     let id = enqueue_only.fire(request).await.unwrap();
     let outcome = testkit::outcome(&enqueue_only, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
 }
 
 #[tokio::test]
@@ -180,7 +180,7 @@ async fn an_ordered_insert_whose_commit_is_not_acknowledged_is_sent_once() {
     let id = in_time(durable.fire(request)).await.unwrap();
     assert_eq!(proxy.lost(), 1);
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(server.count(), 1);
 }
 
@@ -263,7 +263,7 @@ async fn a_claim_that_is_not_acknowledged_is_made_again_when_its_lease_has_run_o
     proxy.lose_answers_to("mq_poll", 1);
     let durable = builder(&pool).build().unwrap();
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, Status::Completed);
+    assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(proxy.lost(), 1);
     assert_eq!(server.count(), 1);
 }

@@ -37,7 +37,7 @@ async fn senders_killed_at_random_moments_lose_nothing() {
     let server = echo(&arrivals, Duration::from_millis(20)).await;
     // A lease of the default length: if one of theirs ran out, it would be no fault of the killed.
     let survivors: Vec<_> = ["survivor-a", "survivor-b"]
-        .map(|name| named(database.pool(), name).all_channels().build().unwrap())
+        .map(|name| named(database.pool(), name).deliver_all().build().unwrap())
         .into();
 
     let slots = Arc::new(Semaphore::new(AT_ONCE));

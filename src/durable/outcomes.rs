@@ -1,28 +1,23 @@
 //! Handing outcomes to the application.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 
-use sqlx::PgConnection;
 use tokio::task::JoinHandle;
 
 use super::Durable;
-use crate::engine::handlers;
-use crate::error::{BoxError, Error};
-use crate::handler::OutcomeHandler;
+use crate::engine;
+use crate::error::Error;
 use crate::options::validate_channel;
-use crate::outcome::Outcome;
-use crate::store::handle;
+use crate::store::hand_over::{self, OutcomeHandler};
 
 /// Keeps a handler at work. Dropping it stops the handing over in this process; outcomes then wait for the next handler.
 #[derive(Debug)]
 #[must_use = "outcomes are handed over for as long as it is kept"]
-pub struct OutcomeListener {
+pub struct OutcomeSubscription {
     task: JoinHandle<()>,
 }
 
-impl Drop for OutcomeListener {
+impl Drop for OutcomeSubscription {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -34,7 +29,7 @@ impl Durable {
     /// again.
     ///
     /// It gets every request of the channel that ends from now on, however it ends. From the first call on the channel's outcomes
-    /// are kept until they are handled, also while no process has a handler; [`forget_outcomes`](Self::forget_outcomes) ends that. Several
+    /// are kept until they are handled, also while no process has a handler; [`unsubscribe_outcomes`](Self::unsubscribe_outcomes) ends that. Several
     /// processes may handle the same channel: each outcome goes to one of them. One process handles one outcome at a time.
     ///
     /// The outcome itself is stored before the handler is called, so whoever awaits the response doesn't wait for the handler.
@@ -50,12 +45,11 @@ impl Durable {
     /// # Examples
     ///
     /// ```no_run
-    /// use requeuest::{Durable, Outcome};
-    /// use sqlx::PgConnection;
+    /// use requeuest::{Durable, outcome_fn};
     ///
     /// # async fn example(durable: Durable) -> Result<(), requeuest::Error> {
-    /// let listener = durable
-    ///     .on_outcome("payments", |transaction: &mut PgConnection, outcome: &Outcome| {
+    /// let subscription = durable
+    ///     .on_outcome("payments", outcome_fn(|transaction, outcome| {
     ///         let paid = outcome.response().is_some_and(|response| response.status().is_success());
     ///         let id = outcome.id();
     ///         Box::pin(async move {
@@ -66,58 +60,30 @@ impl Durable {
     ///                 .await?;
     ///             Ok(())
     ///         })
-    ///     })
+    ///     }))
     ///     .await?;
-    /// # drop(listener);
+    /// # drop(subscription);
     /// # Ok(()) }
     /// ```
-    pub async fn on_outcome<F>(
-        &self,
-        channel: impl Into<Arc<str>>,
-        handler: F,
-    ) -> Result<OutcomeListener, Error>
-    where
-        // Said as closures are checked by it; any other handler is wrapped in one.
-        F: for<'a> Fn(
-                &'a mut PgConnection,
-                &'a Outcome,
-            )
-                -> Pin<Box<dyn Future<Output = Result<(), BoxError>> + Send + 'a>>
-            + Send
-            + Sync
-            + 'static,
-    {
-        self.on_outcome_with(channel, handler).await
-    }
-
-    /// As [`on_outcome`](Self::on_outcome), with a handler that is not a closure.
-    ///
-    /// # Errors
-    ///
-    /// As for [`on_outcome`](Self::on_outcome).
-    ///
-    /// # Cancel safety
-    ///
-    /// As for [`on_outcome`](Self::on_outcome).
-    pub async fn on_outcome_with(
+    pub async fn on_outcome(
         &self,
         channel: impl Into<Arc<str>>,
         handler: impl OutcomeHandler,
-    ) -> Result<OutcomeListener, Error> {
+    ) -> Result<OutcomeSubscription, Error> {
         let channel = checked(channel)?;
         let name = Arc::clone(&channel);
         self.engine()
             .query(move |connection| {
-                Box::pin(async move { handle::register(connection, &name).await })
+                Box::pin(async move { hand_over::register(connection, &name).await })
             })
             .await?;
         let engine = Arc::clone(self.engine());
-        let task = engine.spawn(handlers::run(
+        let task = engine.spawn(engine::hand_over::run(
             Arc::clone(&engine),
             channel,
             Arc::new(handler),
         ));
-        Ok(OutcomeListener { task })
+        Ok(OutcomeSubscription { task })
     }
 
     /// Outcomes of a channel are kept for handlers no more; those that still wait for one are not handed over.
@@ -129,11 +95,11 @@ impl Durable {
     /// # Cancel safety
     ///
     /// Dropped before it returns, it may or may not have taken effect. It can be called again.
-    pub async fn forget_outcomes(&self, channel: impl Into<Arc<str>>) -> Result<(), Error> {
+    pub async fn unsubscribe_outcomes(&self, channel: impl Into<Arc<str>>) -> Result<(), Error> {
         let channel = checked(channel)?;
         self.engine()
             .query(move |connection| {
-                Box::pin(async move { handle::unregister(connection, &channel).await })
+                Box::pin(async move { hand_over::unregister(connection, &channel).await })
             })
             .await
     }

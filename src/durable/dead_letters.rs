@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use super::Durable;
+use crate::dead_letter::{
+    DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, Resolution,
+};
 use crate::destination;
-use crate::engine::kept as work;
+use crate::engine::dead_letters as work;
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::kept::{DEFAULT_KEPT_LIMIT, Filter, HaltedKey, Kept, Resolution};
-use crate::store::kept::{self, Page};
+use crate::store::dead_letters::{self, Page};
 
 impl Durable {
     /// The requests that were given up ([`Status::Discarded`](crate::Status::Discarded)) or may have been sent
@@ -27,11 +29,11 @@ impl Durable {
     ///
     /// ```no_run
     /// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
-    /// use requeuest::Filter;
+    /// use requeuest::DeadLetterFilter;
     ///
-    /// let mut page = Filter::default().channel("billing");
+    /// let mut page = DeadLetterFilter::default().channel("billing");
     /// loop {
-    ///     let kept = durable.list(&page).await?;
+    ///     let kept = durable.dead_letters(&page).await?;
     ///     let Some(last) = kept.last() else { break };
     ///     page = page.after(last.id);
     ///     for request in kept {
@@ -40,17 +42,17 @@ impl Durable {
     /// }
     /// # Ok(()) }
     /// ```
-    pub async fn list(&self, filter: &Filter) -> Result<Vec<Kept>, Error> {
+    pub async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetter>, Error> {
         let wanted = filter.checked()?;
         self.engine()
             .query(move |connection| {
                 Box::pin(async move {
                     let page = Page {
-                        now: kept::now(&mut *connection).await?,
-                        limit: wanted.limit.unwrap_or(DEFAULT_KEPT_LIMIT),
+                        now: dead_letters::now(&mut *connection).await?,
+                        limit: wanted.limit.unwrap_or(DEFAULT_DEAD_LETTER_LIMIT),
                         wanted,
                     };
-                    kept::list(connection, &page).await
+                    dead_letters::list(connection, &page).await
                 })
             })
             .await
@@ -90,7 +92,7 @@ impl Durable {
     /// Sends all kept requests once more that match, as [`replay`](Self::replay) does. A batch at a time: after an error some
     /// were replayed and the others were not. One whose stored request is gone is left out.
     ///
-    /// Without a [`limit`](Filter::limit) it is all that had ended when the call began. Returns the new ids.
+    /// Without a [`limit`](DeadLetterFilter::limit) it is all that had ended when the call began. Returns the new ids.
     ///
     /// # Errors
     ///
@@ -104,21 +106,21 @@ impl Durable {
     ///
     /// ```no_run
     /// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
-    /// use requeuest::{Filter, Status};
+    /// use requeuest::{DeadLetterFilter, Status};
     ///
-    /// let outage = Filter::default().destination("https://pay.example.com").status(Status::Discarded);
+    /// let outage = DeadLetterFilter::default().destination("https://pay.example.com").status(Status::Discarded);
     /// let again = durable.replay_all(&outage).await?;
     /// println!("{} requests go out again", again.len());
     /// # Ok(()) }
     /// ```
-    pub async fn replay_all(&self, filter: &Filter) -> Result<Vec<RequestId>, Error> {
+    pub async fn replay_all(&self, filter: &DeadLetterFilter) -> Result<Vec<RequestId>, Error> {
         let wanted = filter.checked()?;
         let engine = Arc::clone(self.engine());
         self.engine().run(work::replay_all(engine, wanted)).await
     }
 
     /// Forgets all kept requests that match, with their outcomes and [`key`](crate::Options::key)s. If one of them holds up its ordering
-    /// key, the key goes on. Returns how many there were. Without a [`limit`](Filter::limit) it is all that had ended when the call began.
+    /// key, the key goes on. Returns how many there were. Without a [`limit`](DeadLetterFilter::limit) it is all that had ended when the call began.
     ///
     /// # Errors
     ///
@@ -133,13 +135,13 @@ impl Durable {
     /// ```no_run
     /// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
     /// use std::time::Duration;
-    /// use requeuest::Filter;
+    /// use requeuest::DeadLetterFilter;
     ///
-    /// let old = Filter::default().finished_before(Duration::from_secs(90 * 24 * 3600));
-    /// durable.purge(&old).await?;
+    /// let old = DeadLetterFilter::default().finished_before(Duration::from_secs(90 * 24 * 3600));
+    /// durable.purge_dead_letters(&old).await?;
     /// # Ok(()) }
     /// ```
-    pub async fn purge(&self, filter: &Filter) -> Result<u64, Error> {
+    pub async fn purge_dead_letters(&self, filter: &DeadLetterFilter) -> Result<u64, Error> {
         let wanted = filter.checked()?;
         let engine = Arc::clone(self.engine());
         self.engine().run(work::purge(engine, wanted)).await
@@ -166,9 +168,9 @@ impl Durable {
     ///
     /// ```no_run
     /// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
-    /// use requeuest::{Filter, Resolution, Status};
+    /// use requeuest::{DeadLetterFilter, Resolution, Status};
     ///
-    /// for request in durable.list(&Filter::default().status(Status::Ambiguous)).await? {
+    /// for request in durable.dead_letters(&DeadLetterFilter::default().status(Status::Ambiguous)).await? {
     ///     // Somebody looked into the other side's books.
     ///     durable.resolve(request.id, Resolution::Sent).await?;
     /// }
@@ -203,7 +205,7 @@ impl Durable {
     /// ```
     pub async fn halted(&self) -> Result<Vec<HaltedKey>, Error> {
         self.engine()
-            .query(|connection| Box::pin(async move { kept::halted(connection).await }))
+            .query(|connection| Box::pin(async move { dead_letters::halted(connection).await }))
             .await
     }
 
@@ -240,7 +242,7 @@ impl Durable {
         let group = destination::ordered_group(&key);
         self.engine()
             .query(move |connection| {
-                Box::pin(async move { kept::resume(connection, &channel, &group).await })
+                Box::pin(async move { dead_letters::resume(connection, &channel, &group).await })
             })
             .await
     }

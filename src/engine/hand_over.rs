@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use crate::engine::Engine;
 use crate::error::{BoxError, chain};
-use crate::handler::OutcomeHandler;
 use crate::id::RequestId;
-use crate::store::handle::{self, Taken};
+use crate::store::hand_over::{self, OutcomeHandler, Taken};
 
 /// How long an outcome that another process settled can wait unnoticed.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -22,7 +21,7 @@ pub(crate) async fn run(engine: Arc<Engine>, channel: Arc<str>, handler: Arc<dyn
         if engine.is_closing() {
             return;
         }
-        let found = hand_over(&engine, &channel, &handler).await;
+        let found = hand_over_one(&engine, &channel, &handler).await;
         if let Err(error) = &found {
             log::warn!("outcomes of channel {channel} can't be handed over yet: {error}");
         }
@@ -37,7 +36,7 @@ pub(crate) async fn run(engine: Arc<Engine>, channel: Arc<str>, handler: Arc<dyn
 }
 
 /// Hands over one outcome. Returns whether there was one.
-async fn hand_over(
+async fn hand_over_one(
     engine: &Engine,
     channel: &str,
     handler: &Arc<dyn OutcomeHandler>,
@@ -47,7 +46,7 @@ async fn hand_over(
         &engine.config().schema,
         engine.config().callers_sessions_last(),
     );
-    let outcome = match handle::take(&mut *transaction, schema, channel, prepared).await? {
+    let outcome = match hand_over::take(&mut *transaction, schema, channel, prepared).await? {
         Taken::Nothing => return Ok(false),
         Taken::Gone => {
             transaction.commit().await?;
@@ -76,7 +75,7 @@ async fn put_off(engine: &Engine, id: RequestId, error: String) {
     let error = error.replace('\0', "\u{fffd}");
     let put_off = engine
         .query(move |connection| {
-            Box::pin(async move { handle::put_off(connection, id, &error, MAX_BACKOFF).await })
+            Box::pin(async move { hand_over::put_off(connection, id, &error, MAX_BACKOFF).await })
         })
         .await;
     if let Err(error) = put_off {

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
-use requeuest::{Durable, Options, Outcome, OutcomeHandler, Request, RequestId, Status, Uuid};
+use requeuest::{
+    Durable, Options, Outcome, OutcomeHandler, Request, RequestId, Status, Uuid, outcome_fn,
+};
 use sqlx::{PgConnection, PgPool};
 
 use crate::support::{Server, count, eventually, migrated};
@@ -63,14 +65,17 @@ async fn a_handler_writes_in_the_transaction_that_marks_the_outcome() {
     let server = Server::always(201).await;
     let durable = Durable::new(database.pool().clone());
     let _listener = durable
-        .on_outcome("default", |tx: &mut PgConnection, outcome: &Outcome| {
-            assert_eq!(outcome.response().unwrap().status(), 201);
-            let (id, status) = (outcome.id(), outcome.status());
-            Box::pin(async move {
-                insert(tx, id, status).await;
-                Ok(())
-            })
-        })
+        .on_outcome(
+            "default",
+            outcome_fn(|tx, outcome| {
+                assert_eq!(outcome.response().unwrap().status(), 201);
+                let (id, status) = (outcome.id(), outcome.status());
+                Box::pin(async move {
+                    insert(tx, id, status).await;
+                    Ok(())
+                })
+            }),
+        )
         .await
         .unwrap();
     for _ in 0..20 {
@@ -96,7 +101,7 @@ async fn a_handler_that_fails_is_called_again_and_nothing_is_sent_again() {
     let _listener = durable
         .on_outcome(
             "default",
-            move |tx: &mut PgConnection, outcome: &Outcome| {
+            outcome_fn(move |tx, outcome| {
                 let call = called.fetch_add(1, Ordering::SeqCst);
                 let (id, status) = (outcome.id(), outcome.status());
                 Box::pin(async move {
@@ -107,7 +112,7 @@ async fn a_handler_that_fails_is_called_again_and_nothing_is_sent_again() {
                         _ => Ok(()),
                     }
                 })
-            },
+            }),
         )
         .await
         .unwrap();
@@ -129,7 +134,7 @@ async fn outcomes_wait_for_a_handler_and_go_to_one_of_several() {
         .retry(RetryPolicy::none())
         .build()
         .unwrap();
-    drop(durable.on_outcome_with("default", Insert).await.unwrap());
+    drop(durable.on_outcome("default", Insert).await.unwrap());
     for _ in 0..20 {
         durable.fire(post(&server)).await.unwrap();
     }
@@ -138,8 +143,8 @@ async fn outcomes_wait_for_a_handler_and_go_to_one_of_several() {
 
     let other = Durable::new(PgPool::connect(database.url()).await.unwrap());
     let _listeners = [
-        durable.on_outcome_with("default", Insert).await.unwrap(),
-        other.on_outcome_with("default", Insert).await.unwrap(),
+        durable.on_outcome("default", Insert).await.unwrap(),
+        other.on_outcome("default", Insert).await.unwrap(),
     ];
     eventually("all are handled, each once", || async {
         count(&database, DONE).await == 20
@@ -155,18 +160,19 @@ async fn nothing_waits_for_a_handler_that_was_given_up() {
     let database = with_table().await;
     let server = Server::always(200).await;
     let durable = Durable::new(database.pool().clone());
-    let error = durable.forget_outcomes("").await.unwrap_err();
+    let error = durable.unsubscribe_outcomes("").await.unwrap_err();
     assert_eq!(error.field(), Some("channel"));
     let listener = durable
-        .on_outcome("default", |_: &mut PgConnection, _: &Outcome| {
-            Box::pin(async { Err("never".into()) })
-        })
+        .on_outcome(
+            "default",
+            outcome_fn(|_, _| Box::pin(async { Err("never".into()) })),
+        )
         .await
         .unwrap();
     durable.fire(post(&server)).await.unwrap();
     eventually("it waits", || async { unhandled(&database).await == 1 }).await;
     drop(listener);
-    durable.forget_outcomes("default").await.unwrap();
+    durable.unsubscribe_outcomes("default").await.unwrap();
     assert_eq!(unhandled(&database).await, 0);
     let id = durable.fire(post(&server)).await.unwrap();
     durable.response(id).await.unwrap();

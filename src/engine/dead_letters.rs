@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
 
+use crate::dead_letter::{Resolution, Wanted};
 use crate::engine::{Engine, Shared};
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
-use crate::kept::{Resolution, Wanted};
 use crate::store::BoxFuture;
-use crate::store::kept::{self, Changed, Page};
+use crate::store::dead_letters::{self, Changed, Page};
 
 /// How many requests one statement sends anew.
 const REPLAY_BATCH: u32 = 100;
@@ -93,7 +93,7 @@ async fn replay_batch(
         let replayed = shared
             .db
             .run(move |connection| {
-                Box::pin(async move { kept::replay(connection, &pairs, retention).await })
+                Box::pin(async move { dead_letters::replay(connection, &pairs, retention).await })
             })
             .await;
         match replayed {
@@ -142,7 +142,7 @@ pub(crate) async fn purge(engine: Arc<Engine>, wanted: Wanted) -> Result<u64, Er
     let mut purged = 0;
     while let Some(ids) = pages.next(&engine).await? {
         purged += query(&engine, move |connection| {
-            Box::pin(async move { kept::purge(connection, &ids).await })
+            Box::pin(async move { dead_letters::purge(connection, &ids).await })
         })
         .await?;
     }
@@ -160,7 +160,7 @@ struct Pages {
 impl Pages {
     async fn begin(engine: &Engine, wanted: Wanted, batch: u32) -> Result<Self, Error> {
         let now = query(engine, |connection| {
-            Box::pin(async move { kept::now(connection).await })
+            Box::pin(async move { dead_letters::now(connection).await })
         })
         .await?;
         Ok(Self {
@@ -181,7 +181,7 @@ impl Pages {
         }
         let page = self.page.clone();
         let ids = query(engine, move |connection| {
-            Box::pin(async move { kept::ids(connection, &page).await })
+            Box::pin(async move { dead_letters::ids(connection, &page).await })
         })
         .await?;
         if self.left != u32::MAX {
@@ -205,7 +205,7 @@ pub(crate) async fn resolve(
         let changed = shared
             .query(move |connection| {
                 Box::pin(async move {
-                    kept::resolve(connection, id, resolution, finished_at, retention).await
+                    dead_letters::resolve(connection, id, resolution, finished_at, retention).await
                 })
             })
             .await?;

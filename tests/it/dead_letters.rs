@@ -6,11 +6,9 @@ use std::time::Duration;
 
 use requeuest::testkit::{self, TestDatabase};
 use requeuest::{
-    Durable, DurableBuilder, Filter, Guarantee, Kept, Options, Outcome, Reconciled, Request,
-    RequestId, Resolution, Status,
+    DeadLetter, DeadLetterFilter, Durable, DurableBuilder, Guarantee, Options, Request, RequestId,
+    Resolution, Status, outcome_fn,
 };
-
-use sqlx::PgConnection;
 
 use crate::support::{LONG, Seen, Server, count, eventually, in_time, migrated, quick, reply};
 
@@ -63,7 +61,7 @@ async fn mute() -> (Server, Arc<AtomicBool>) {
 async fn ends(durable: &Durable, request: Request, status: Status) -> RequestId {
     let id = in_time(durable.fire(request)).await.unwrap();
     let outcome = testkit::outcome(durable, id, LONG).await.unwrap();
-    assert_eq!(outcome.status, status);
+    assert_eq!(outcome.status(), status);
     id
 }
 
@@ -75,7 +73,7 @@ async fn ambiguous(durable: &Durable, url: &str, options: Options) -> RequestId 
     ends(durable, post(url, "x").with(options), Status::Ambiguous).await
 }
 
-fn ids(kept: &[Kept]) -> Vec<RequestId> {
+fn ids(kept: &[DeadLetter]) -> Vec<RequestId> {
     kept.iter().map(|kept| kept.id).collect()
 }
 
@@ -95,7 +93,10 @@ async fn what_was_given_up_is_listed_without_its_secrets() {
     let ordered = post(&server.url("/"), "x").with(Options::default().ordered("a|b"));
     let ordered = ends(&durable, ordered, Status::Discarded).await;
 
-    let kept = durable.list(&Filter::default()).await.unwrap();
+    let kept = durable
+        .dead_letters(&DeadLetterFilter::default())
+        .await
+        .unwrap();
     assert_eq!(ids(&kept), [plain, ordered]);
     assert_eq!(
         kept[0].destination.as_deref(),
@@ -115,7 +116,7 @@ async fn a_filter_picks_by_channel_destination_status_and_time() {
     let database = migrated().await;
     let (server, _) = failing().await;
     let (silent, _) = mute().await;
-    let durable = once(&database).all_channels().build().unwrap();
+    let durable = once(&database).deliver_all().build().unwrap();
     let here = ends(&durable, post(&server.url("/"), "x"), Status::Discarded).await;
     let other = post(&server.url("/"), "x").with(Options::default().channel("other"));
     let other = ends(&durable, other, Status::Discarded).await;
@@ -129,7 +130,7 @@ async fn a_filter_picks_by_channel_destination_status_and_time() {
     .unwrap();
 
     let hour = Duration::from_secs(3600);
-    let filter = Filter::default;
+    let filter = DeadLetterFilter::default;
     for (filter, wanted) in [
         (filter(), vec![here, other, unsure]),
         (filter().channel("other"), vec![other]),
@@ -141,12 +142,15 @@ async fn a_filter_picks_by_channel_destination_status_and_time() {
         (filter().limit(2), vec![here, other]),
         (filter().limit(2).after(other), vec![unsure]),
     ] {
-        let kept = durable.list(&filter).await.unwrap();
+        let kept = durable.dead_letters(&filter).await.unwrap();
         assert_eq!(ids(&kept), wanted, "{filter:?}");
     }
-    let error = durable.list(&filter().limit(0)).await.unwrap_err();
+    let error = durable.dead_letters(&filter().limit(0)).await.unwrap_err();
     assert_eq!(error.field(), Some("limit"));
-    let error = durable.purge(&filter().channel("")).await.unwrap_err();
+    let error = durable
+        .purge_dead_letters(&filter().channel(""))
+        .await
+        .unwrap_err();
     assert_eq!(error.field(), Some("channel"));
 }
 
@@ -189,7 +193,13 @@ async fn a_replay_is_a_new_request_with_the_same_content_and_happens_once() {
     // The key leads to the new one, and the old one is history.
     assert_eq!(durable.fire(keyed()).await.unwrap(), new);
     assert_eq!(durable.status(old).await.unwrap(), Some(Status::Discarded));
-    assert!(durable.list(&Filter::default()).await.unwrap().is_empty());
+    assert!(
+        durable
+            .dead_letters(&DeadLetterFilter::default())
+            .await
+            .unwrap()
+            .is_empty()
+    );
     let error = durable.replay(old).await.unwrap_err();
     assert!(error.is_wrong_state(), "{error}");
     let text = error.to_string();
@@ -243,7 +253,13 @@ async fn what_is_not_kept_is_refused_and_left_as_it_is() {
         assert!(error.is_wrong_state(), "{error}");
         assert_eq!(durable.status(id).await.unwrap(), Some(status));
     }
-    assert_eq!(durable.purge(&Filter::default()).await.unwrap(), 1);
+    assert_eq!(
+        durable
+            .purge_dead_letters(&DeadLetterFilter::default())
+            .await
+            .unwrap(),
+        1
+    );
     assert_eq!(durable.status(discarded).await.unwrap(), None);
     assert_eq!(
         durable.status(waiting).await.unwrap(),
@@ -260,7 +276,7 @@ async fn all_that_match_are_replayed_even_if_they_fail_again() {
     for id in in_time(futures_util::future::join_all(fired)).await {
         testkit::outcome(&durable, id.unwrap(), LONG).await.unwrap();
     }
-    let filter = Filter::default().destination(server.url(""));
+    let filter = DeadLetterFilter::default().destination(server.url(""));
     let two = in_time(durable.replay_all(&filter.clone().limit(2))).await;
     assert_eq!(two.unwrap().len(), 2);
     let again = in_time(durable.replay_all(&filter)).await.unwrap();
@@ -268,7 +284,10 @@ async fn all_that_match_are_replayed_even_if_they_fail_again() {
     for id in again {
         testkit::outcome(&durable, id, LONG).await.unwrap();
     }
-    assert_eq!(in_time(durable.purge(&filter)).await.unwrap(), 105);
+    assert_eq!(
+        in_time(durable.purge_dead_letters(&filter)).await.unwrap(),
+        105
+    );
     for table in ["mq_msgs", "mq_payloads", "outcomes_kept"] {
         let query = format!("select count(*) from requeuest.{table}");
         assert_eq!(count(&database, &query).await, 0, "{table}");
@@ -328,7 +347,13 @@ async fn purging_what_halts_a_key_lets_it_go_on() {
     let durable = once(&database).build().unwrap();
     let (first, second) = halted(&durable, &server).await;
     well.store(true, Ordering::SeqCst);
-    assert_eq!(durable.purge(&Filter::default()).await.unwrap(), 1);
+    assert_eq!(
+        durable
+            .purge_dead_letters(&DeadLetterFilter::default())
+            .await
+            .unwrap(),
+        1
+    );
     in_time(durable.response(second)).await.unwrap();
     assert_eq!(durable.status(first).await.unwrap(), None);
     assert_eq!(bodies(&server.seen()), ["first", "second"]);
@@ -380,7 +405,13 @@ async fn resolved_as_sent_it_is_completed_without_a_response() {
     assert_eq!(bodies(&server.seen()), ["x", "next"]);
     let again = durable.resolve(id, Resolution::NotSent).await.unwrap_err();
     assert!(again.is_wrong_state(), "{again}");
-    assert!(durable.list(&Filter::default()).await.unwrap().is_empty());
+    assert!(
+        durable
+            .dead_letters(&DeadLetterFilter::default())
+            .await
+            .unwrap()
+            .is_empty()
+    );
 }
 
 #[tokio::test]
@@ -419,13 +450,16 @@ async fn a_handler_gets_the_end_that_a_resolution_makes() {
     let handled = Arc::new(Mutex::new(Vec::new()));
     let record = Arc::clone(&handled);
     let _listener = durable
-        .on_outcome("default", move |_: &mut PgConnection, outcome: &Outcome| {
-            record
-                .lock()
-                .unwrap()
-                .push((outcome.id(), outcome.status()));
-            Box::pin(async { Ok(()) })
-        })
+        .on_outcome(
+            "default",
+            outcome_fn(move |_, outcome| {
+                record
+                    .lock()
+                    .unwrap()
+                    .push((outcome.id(), outcome.status()));
+                Box::pin(async { Ok(()) })
+            }),
+        )
         .await
         .unwrap();
     let sent = ambiguous(&durable, &server.url("/"), Options::default()).await;
@@ -449,15 +483,15 @@ async fn a_reconcile_hook_finds_out_what_became_of_a_request() {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let ask = {
         let (asked, answers) = (Arc::clone(&asked), Arc::clone(&answers));
-        move |kept: Kept, request: Request| {
+        move |kept: DeadLetter, request: Request| {
             let (asked, answers) = (Arc::clone(&asked), Arc::clone(&answers));
             async move {
                 asked.lock().unwrap().push((kept.id, request.clone()));
                 if request.url().ends_with("/arrived") {
-                    return Ok(Reconciled::Sent);
+                    return Ok(Some(Resolution::Sent));
                 }
                 answers.store(true, Ordering::SeqCst);
-                Ok(Reconciled::NotSent)
+                Ok(Some(Resolution::NotSent))
             }
         }
     };
@@ -489,7 +523,7 @@ async fn two_processes_never_ask_about_a_request_at_once() {
     let asked = Arc::new(AtomicUsize::new(0));
     let handle = || {
         let asked = Arc::clone(&asked);
-        let ask = move |_: Kept, _: Request| {
+        let ask = move |_: DeadLetter, _: Request| {
             asked.fetch_add(1, Ordering::SeqCst);
             async { Err("nobody is there".into()) }
         };

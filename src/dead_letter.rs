@@ -13,8 +13,8 @@ use crate::request::Request;
 use crate::retry::MAX_DURATION;
 use crate::status::Status;
 
-/// How many requests a list has at most unless its [`Filter`] says otherwise: 100.
-pub const DEFAULT_KEPT_LIMIT: u32 = 100;
+/// How many requests a list has at most unless its [`DeadLetterFilter`] says otherwise: 100.
+pub const DEFAULT_DEAD_LETTER_LIMIT: u32 = 100;
 const MAX_LIMIT: u32 = 10_000;
 
 /// Which of the kept requests are meant: those that were discarded or are ambiguous. Defaults to all of them.
@@ -23,15 +23,15 @@ const MAX_LIMIT: u32 = 10_000;
 ///
 /// ```
 /// use std::time::Duration;
-/// use requeuest::{Filter, Status};
+/// use requeuest::{DeadLetterFilter, Status};
 ///
-/// let outage = Filter::default()
+/// let outage = DeadLetterFilter::default()
 ///     .destination("https://pay.example.com")
 ///     .status(Status::Discarded)
 ///     .finished_within(Duration::from_secs(3600));
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct Filter {
+pub struct DeadLetterFilter {
     channel: Option<String>,
     destination: Option<String>,
     status: Option<Status>,
@@ -41,7 +41,7 @@ pub struct Filter {
     after: Option<RequestId>,
 }
 
-impl Filter {
+impl DeadLetterFilter {
     /// Only requests of this channel.
     #[must_use]
     pub fn channel(mut self, channel: impl Into<String>) -> Self {
@@ -77,7 +77,7 @@ impl Filter {
         self
     }
 
-    /// At most so many, from 1 to 10,000. Defaults to [`DEFAULT_KEPT_LIMIT`] for lists, and to all for what is done with them.
+    /// At most so many, from 1 to 10,000. Defaults to [`DEFAULT_DEAD_LETTER_LIMIT`] for lists, and to all for what is done with them.
     #[must_use]
     pub fn limit(mut self, limit: u32) -> Self {
         self.limit = Some(limit);
@@ -170,7 +170,7 @@ fn origin(destination: &str) -> Result<String, Error> {
 /// or credentials.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
-pub struct Kept {
+pub struct DeadLetter {
     /// Its id.
     pub id: RequestId,
     /// Its channel.
@@ -220,33 +220,25 @@ pub enum Resolution {
     NotSent,
 }
 
-/// What the other side says about an ambiguous request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Reconciled {
-    /// It has the request.
-    Sent,
-    /// It never got the request and will not: it is sent again.
-    NotSent,
-    /// It can't tell, or not yet: it is asked again later.
-    Unknown,
-}
-
-/// Asks the other side about requests that may have been sent; for [`DurableBuilder::reconcile`](crate::DurableBuilder::reconcile).
+/// Asks the receiver what became of an ambiguous request. Set with
+/// [`DurableBuilder::reconcile`](crate::DurableBuilder::reconcile).
 ///
-/// Functions and closures that take a [`Kept`] and a [`Request`] implement it.
+/// Implemented for functions and closures that take a [`DeadLetter`] and a [`Request`].
 ///
 /// # Examples
 ///
 /// ```no_run
-/// use requeuest::{Durable, Kept, Reconciled, Request};
+/// use requeuest::{DeadLetter, Durable, Request, Resolution};
 ///
-/// async fn ask(kept: Kept, request: Request) -> Result<Reconciled, Box<dyn std::error::Error + Send + Sync>> {
+/// type Answer = Result<Option<Resolution>, Box<dyn std::error::Error + Send + Sync>>;
+///
+/// async fn ask(_: DeadLetter, request: Request) -> Answer {
 ///     let order = request.headers().get("x-order").ok_or("a request without an order")?.to_str()?;
 ///     let found = reqwest::get(format!("https://pay.example.com/charges?order={order}")).await?;
 ///     Ok(match found.status().as_u16() {
-///         200 => Reconciled::Sent,
-///         404 => Reconciled::NotSent,
-///         _ => Reconciled::Unknown,
+///         200 => Some(Resolution::Sent),
+///         404 => Some(Resolution::NotSent),
+///         _ => None,
 ///     })
 /// }
 ///
@@ -255,24 +247,25 @@ pub enum Reconciled {
 /// # Ok(()) }
 /// ```
 pub trait Reconcile: Send + Sync + 'static {
-    /// Finds out what became of a request. An error counts as [`Reconciled::Unknown`].
+    /// Returns what became of the request, or `None` if the receiver can't tell yet. After `None`
+    /// or an error the hook is called again later.
     fn reconcile(
         &self,
-        kept: Kept,
+        kept: DeadLetter,
         request: Request,
-    ) -> Pin<Box<dyn Future<Output = Result<Reconciled, BoxError>> + Send + '_>>;
+    ) -> Pin<Box<dyn Future<Output = Result<Option<Resolution>, BoxError>> + Send + '_>>;
 }
 
 impl<F, Fut> Reconcile for F
 where
-    F: Fn(Kept, Request) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = Result<Reconciled, BoxError>> + Send + 'static,
+    F: Fn(DeadLetter, Request) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<Option<Resolution>, BoxError>> + Send + 'static,
 {
     fn reconcile(
         &self,
-        kept: Kept,
+        kept: DeadLetter,
         request: Request,
-    ) -> Pin<Box<dyn Future<Output = Result<Reconciled, BoxError>> + Send + '_>> {
+    ) -> Pin<Box<dyn Future<Output = Result<Option<Resolution>, BoxError>> + Send + '_>> {
         Box::pin(self(kept, request))
     }
 }
@@ -283,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_hook_is_an_object() {
-        let hook = |_: Kept, _: Request| async { Ok(Reconciled::Unknown) };
+        let hook = |_: DeadLetter, _: Request| async { Ok(None) };
         let _: Box<dyn Reconcile> = Box::new(hook);
     }
 
@@ -300,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_bad_field_is_named() {
-        let filter = Filter::default;
+        let filter = DeadLetterFilter::default;
         for (filter, field) in [
             (filter().limit(0), "limit"),
             (filter().limit(10_001), "limit"),

@@ -8,8 +8,8 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::millis;
+use crate::dead_letter::{DeadLetter, HaltedKey, Resolution, Wanted};
 use crate::id::RequestId;
-use crate::kept::{HaltedKey, Kept, Resolution, Wanted};
 use crate::status::Status;
 
 /// Which part of the kept requests the next statement is about.
@@ -72,7 +72,7 @@ async fn matching(
 pub(crate) async fn list(
     connection: &mut PgConnection,
     page: &Page,
-) -> Result<Vec<Kept>, sqlx::Error> {
+) -> Result<Vec<DeadLetter>, sqlx::Error> {
     let rows = matching(connection, COLUMNS, page).await?;
     rows.iter().map(kept).collect()
 }
@@ -240,7 +240,7 @@ pub(crate) async fn resume(
 /// An ambiguous request that the other side is to be asked about.
 #[derive(Debug)]
 pub(crate) struct Asked {
-    pub(crate) kept: Kept,
+    pub(crate) kept: DeadLetter,
     /// How often it was asked, this time included: the fence.
     pub(crate) times: i32,
     /// In microseconds since 1970.
@@ -308,11 +308,11 @@ pub(crate) async fn ask_again(
     Ok(())
 }
 
-fn kept(row: &PgRow) -> Result<Kept, sqlx::Error> {
+fn kept(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
     let status: String = row.try_get("status")?;
     let attempts: i32 = row.try_get("attempts")?;
     let http_status: Option<i16> = row.try_get("http_status")?;
-    Ok(Kept {
+    Ok(DeadLetter {
         id: row.try_get::<Uuid, _>("id")?.into(),
         channel: row.try_get("channel_name")?,
         destination: row.try_get("destination")?,

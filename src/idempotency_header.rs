@@ -18,16 +18,16 @@ const DEFAULT_NAME: HeaderName = HeaderName::from_static("idempotency-key");
 /// # Examples
 ///
 /// ```
-/// use requeuest::{IdempotencyKey, Options};
+/// use requeuest::{IdempotencyHeader, Options};
 ///
 /// // For a receiver that takes the quotes for a part of the key.
-/// let options = Options::default().idempotency_key(IdempotencyKey::bare());
+/// let options = Options::default().idempotency_header(IdempotencyHeader::bare());
 /// // For one that has a header of its own.
-/// let options = Options::default().idempotency_key(IdempotencyKey::bare().name("x-request-id")?);
+/// let options = Options::default().idempotency_header(IdempotencyHeader::bare().name("x-request-id")?);
 /// # Ok::<(), requeuest::http::header::InvalidHeaderName>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IdempotencyKey {
+pub struct IdempotencyHeader {
     name: HeaderName,
     form: Form,
 }
@@ -39,7 +39,7 @@ enum Form {
     None,
 }
 
-impl IdempotencyKey {
+impl IdempotencyHeader {
     /// The id in quotes: a structured field.
     pub fn quoted() -> Self {
         Self {
@@ -93,7 +93,7 @@ impl IdempotencyKey {
     }
 }
 
-impl Default for IdempotencyKey {
+impl Default for IdempotencyHeader {
     fn default() -> Self {
         Self::quoted()
     }
@@ -103,7 +103,7 @@ impl Default for IdempotencyKey {
 mod tests {
     use super::*;
 
-    fn applied(key: &IdempotencyKey, method: &Method) -> (RequestId, HeaderMap) {
+    fn applied(key: &IdempotencyHeader, method: &Method) -> (RequestId, HeaderMap) {
         let (id, mut headers) = (RequestId::generate(), HeaderMap::new());
         key.apply(method, id, &mut headers);
         (id, headers)
@@ -113,29 +113,33 @@ mod tests {
     fn only_methods_that_are_not_idempotent_get_the_header() {
         for method in ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"] {
             let method = Method::from_bytes(method.as_bytes()).unwrap();
-            assert!(applied(&IdempotencyKey::default(), &method).1.is_empty());
+            assert!(applied(&IdempotencyHeader::default(), &method).1.is_empty());
         }
         for method in ["POST", "PATCH", "PURGE"] {
             let method = Method::from_bytes(method.as_bytes()).unwrap();
-            let (id, headers) = applied(&IdempotencyKey::default(), &method);
+            let (id, headers) = applied(&IdempotencyHeader::default(), &method);
             assert_eq!(headers["idempotency-key"], format!("\"{id}\""));
         }
     }
 
     #[test]
     fn the_form_and_the_name_can_be_chosen() {
-        let key = IdempotencyKey::bare().name("x-request-id").unwrap();
+        let key = IdempotencyHeader::bare().name("x-request-id").unwrap();
         let (id, headers) = applied(&key, &Method::POST);
         assert_eq!(headers["x-request-id"], id.to_string());
-        assert!(applied(&IdempotencyKey::none(), &Method::POST).1.is_empty());
-        assert!(IdempotencyKey::bare().name("not a name").is_err());
+        assert!(
+            applied(&IdempotencyHeader::none(), &Method::POST)
+                .1
+                .is_empty()
+        );
+        assert!(IdempotencyHeader::bare().name("not a name").is_err());
     }
 
     #[test]
     fn the_callers_own_header_wins() {
         let mut headers = HeaderMap::new();
         headers.insert("idempotency-key", HeaderValue::from_static("mine"));
-        IdempotencyKey::default().apply(&Method::POST, RequestId::generate(), &mut headers);
+        IdempotencyHeader::default().apply(&Method::POST, RequestId::generate(), &mut headers);
         assert_eq!(headers["idempotency-key"], "mine");
     }
 }
