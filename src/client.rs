@@ -1,7 +1,7 @@
-//! The API of an older crate of the same name, on top of [`Durable`].
+//! For code written against the older crate of the same name; new code uses [`Durable`].
 //!
-//! Its users expect that a request is retried for ever, until an accepted response (by default any 2xx) comes. So it is here;
-//! delays have a cap and attempts a timeout.
+//! Users of that API expect that a request is retried for ever, until an accepted response (any 2xx by
+//! default) comes. This module does the same, with a cap on delays and a timeout for attempts.
 //!
 //! # Examples
 //!
@@ -51,14 +51,17 @@ impl Channels<'_> {
     }
 }
 
-/// Spawns requests, and delivers those of its channels for as long as it, or its [`Listener`], lives.
+/// For code written against the older crate of the same name; new code uses [`Durable`].
+///
+/// Spawns requests, and delivers the requests of its channels for as long as it, or its [`Listener`],
+/// lives.
 #[derive(Debug)]
 pub struct Client {
     durable: Durable,
     listener: Option<Listener>,
 }
 
-/// Delivers the requests of a [`Client`]'s channels until it is dropped.
+/// Delivers the requests of a [`Client`]'s channels until the listener is dropped.
 #[derive(Debug)]
 pub struct Listener {
     _runner: RunnerGuard,
@@ -70,12 +73,13 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// If a channel's name is not valid. An unreachable database shows in the calls, and the client waits for it.
+    /// If a channel's name is not valid. An unreachable database is no error here: later calls return
+    /// errors, and the client waits for the database.
     ///
     /// # Cancel safety
     ///
     /// Cancel safe.
-    #[allow(clippy::unused_async)] // as it was in the older crate, so that its users' code compiles
+    #[expect(clippy::unused_async, reason = "the older crate's users await it")]
     pub async fn new(pool: PgPool, channels: Channels<'_>) -> Result<Self, Error> {
         let builder = Durable::builder(pool)
             .runner(false)
@@ -89,7 +93,7 @@ impl Client {
 
     fn from_durable(durable: Durable) -> Self {
         let listener = Listener {
-            _runner: RunnerGuard::start(durable.engine()),
+            _runner: RunnerGuard::start(durable.engine().driver()),
             _durable: durable.clone(),
         };
         Self {
@@ -98,7 +102,7 @@ impl Client {
         }
     }
 
-    /// Persists a request, to be delivered in the background. Returns its id.
+    /// Persists a request that is delivered in the background. Returns its id.
     ///
     /// # Errors
     ///
@@ -127,7 +131,9 @@ impl Client {
     /// # use std::time::Duration;
     /// # async fn example(client: requeuest::Client, request: requeuest::Request) -> Result<(), requeuest::Error> {
     /// client
-    ///     .spawn_cfg("my_service", &request, |job| job.set_delay(Duration::from_secs(60)).set_retries(5))
+    ///     .spawn_cfg("my_service", &request, |job| {
+    ///         job.set_delay(Duration::from_secs(60)).set_retries(5)
+    ///     })
     ///     .await?;
     /// # Ok(()) }
     /// ```
@@ -144,7 +150,8 @@ impl Client {
         Ok(id.into())
     }
 
-    /// Persists a request on the given executor, which may be a transaction: a commit sends it, a rollback never does.
+    /// Persists a request on the given executor, which may be a transaction. A commit sends the
+    /// request, a rollback never does.
     ///
     /// # Errors
     ///
@@ -188,8 +195,8 @@ impl Client {
 
     /// Persists a request and waits until an accepted response comes.
     ///
-    /// There is no form of it with an executor: waiting inside a transaction that has not committed would never end. Use
-    /// [`spawn_with`](Self::spawn_with), commit, then wait:
+    /// There is no form with an executor: waiting inside an uncommitted transaction would never end.
+    /// Use [`spawn_with`](Self::spawn_with), commit, then wait:
     ///
     /// ```no_run
     /// # async fn example(pool: sqlx::PgPool, client: requeuest::Client, request: requeuest::Request)
@@ -203,11 +210,11 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// If the request is refused or can't be persisted, or is cleared meanwhile.
+    /// If the request is refused or can't be persisted, or is cleared in the meantime.
     ///
     /// # Cancel safety
     ///
-    /// As for [`Durable::await_response`]: once persisted, the request is delivered all the same.
+    /// As for [`Durable::await_response`]: once persisted, the request is delivered anyway.
     pub async fn spawn_returning(
         &self,
         channel: &str,
@@ -220,12 +227,12 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// If the request or its configuration is refused, it can't be persisted, its retries are used up without any response, or it is
-    /// cleared meanwhile.
+    /// If the request or its configuration is refused, if the request can't be persisted, if its
+    /// retries are used up without any response, or if it is cleared in the meantime.
     ///
     /// # Cancel safety
     ///
-    /// As for [`Durable::await_response`]: once persisted, the request is delivered all the same.
+    /// As for [`Durable::await_response`]: once persisted, the request is delivered anyway.
     pub async fn spawn_returning_cfg(
         &self,
         channel: &str,
@@ -236,7 +243,8 @@ impl Client {
         Ok(self.durable.await_response(request).await?.into())
     }
 
-    /// Takes the listener out: delivery then goes on for as long as it lives, whatever becomes of the client. `None` if it was taken.
+    /// Takes the listener out. Delivery then continues for as long as the listener lives, with or
+    /// without the client. `None` if the listener was taken before.
     pub fn take_listener(&mut self) -> Option<Listener> {
         self.listener.take()
     }
@@ -256,7 +264,7 @@ impl Client {
         &self.durable
     }
 
-    /// Cancels every request of these channels that has not ended. Those in flight may still arrive, once.
+    /// Cancels every unfinished request of these channels. Requests in flight may still arrive, once.
     ///
     /// # Errors
     ///
@@ -264,10 +272,10 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// Dropped before it returns, it may or may not have taken effect.
+    /// If the future is dropped before it returns, some of the requests may have been cancelled.
     pub async fn clear(&self, channels: Channels<'_>) -> Result<(), Error> {
-        self.durable.clear(channels.to_list()).await?;
-        Ok(())
+        let channels = channels.to_list();
+        self.durable.engine().cancel_channels(channels).await
     }
 }
 
@@ -299,7 +307,7 @@ fn configured(
     request.with(options)
 }
 
-/// The configuration of a single spawned request, with the setters that the older crate's users know.
+/// The configuration of one spawned request, with the older crate's setters.
 #[derive(Clone, Debug, Default)]
 pub struct JobConfig {
     retries: Option<u32>,
@@ -310,20 +318,20 @@ pub struct JobConfig {
 }
 
 impl JobConfig {
-    /// How often the request is tried again after the first attempt. Defaults to for ever.
+    /// How many attempts may follow the first one. Defaults to no limit.
     pub fn set_retries(&mut self, retries: u32) -> &mut Self {
         self.retries = Some(retries);
         self
     }
 
-    /// The bound of the delay before the first retry, doubled with each. At least one millisecond. Defaults to
-    /// [`retry::DEFAULT_BASE`](crate::retry::DEFAULT_BASE).
+    /// The upper bound of the delay before the first retry. It doubles with each retry. At least one
+    /// millisecond. Defaults to [`retry::DEFAULT_BASE`](crate::retry::DEFAULT_BASE).
     pub fn set_retry_backoff(&mut self, backoff: Duration) -> &mut Self {
         self.retry_backoff = Some(backoff);
         self
     }
 
-    /// How long to wait before the first attempt. Defaults to none.
+    /// How long to wait before the first attempt. Defaults to no delay.
     pub fn set_delay(&mut self, delay: Duration) -> &mut Self {
         self.delay = Some(delay);
         self
@@ -335,7 +343,8 @@ impl JobConfig {
         self
     }
 
-    /// The group within the channel: the scope of the order. Up to 255 bytes. Defaults to the empty one.
+    /// The group within the channel, which is the scope of the order. Up to 255 bytes. Defaults to the
+    /// empty group.
     pub fn set_channel_args(&mut self, args: impl Into<String>) -> &mut Self {
         self.channel_args = Some(args.into());
         self

@@ -4,6 +4,8 @@
 //! another, `hhhh|c|key` for those that do so in each channel for itself, `hhhh|d|origin` for the others. The four hexadecimal digits are a hash of the rest: they spread the groups
 //! evenly over the index, so that a runner can start its round anywhere and skip from group to group.
 
+use std::fmt;
+
 use http::Uri;
 
 /// The group of requests with an ordering key.
@@ -21,14 +23,42 @@ pub(crate) fn named_group(name: &str) -> String {
     group('d', name)
 }
 
-/// The group of requests that may go out in any order: their destination (scheme, host and port).
+/// The group of requests that may go out in any order: their destination.
 pub(crate) fn destination_group(uri: &Uri) -> String {
-    let scheme = uri.scheme_str().unwrap_or("http");
-    let host = uri.host().unwrap_or_default().to_ascii_lowercase();
-    let port = uri
-        .port_u16()
-        .unwrap_or(if scheme == "https" { 443 } else { 80 });
-    group('d', &format!("{scheme}://{host}:{port}"))
+    group('d', &Destination::of(uri).to_string())
+}
+
+/// Scheme, host and port of a URL, the port always included. Nothing else of a URL may be shown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Destination<'a> {
+    scheme: &'a str,
+    host: &'a str,
+    port: u16,
+}
+
+impl<'a> Destination<'a> {
+    pub(crate) fn of(uri: &'a Uri) -> Self {
+        let scheme = uri.scheme_str().unwrap_or("http");
+        Self {
+            scheme,
+            host: uri.host().unwrap_or_default(),
+            port: uri
+                .port_u16()
+                .unwrap_or(if scheme == "https" { 443 } else { 80 }),
+        }
+    }
+}
+
+impl fmt::Display for Destination<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://", self.scheme)?;
+        if self.host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            f.write_str(&self.host.to_ascii_lowercase())?;
+        } else {
+            f.write_str(self.host)?;
+        }
+        write!(f, ":{}", self.port)
+    }
 }
 
 fn group(kind: char, name: &str) -> String {

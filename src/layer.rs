@@ -1,7 +1,7 @@
-//! The door for tower: a layer over any HTTP client service.
+//! The entry point for tower: a layer over any HTTP client service.
 //!
-//! The wrapped service makes every transmission; what the caller gets is the stored response. The service's error type can't
-//! be the caller's: after a restart only recorded text exists, so the layer's error is [`Error`].
+//! The wrapped service makes every attempt, and the caller gets the stored response. The layer's error
+//! is [`Error`] and not the service's: after a restart, only the recorded text of an error exists.
 
 use std::fmt;
 use std::future::Future;
@@ -18,9 +18,10 @@ use tower::util::Oneshot;
 use tower::{Layer, Service, ServiceExt};
 
 use crate::body::Body;
-use crate::durable::{AwaitResponse, Durable, DurableBuilder, Mode, RequestHead, Submitted};
-use crate::engine::live::Live;
-use crate::engine::transport::erase;
+use crate::durable::{AwaitResponse, Durable, DurableBuilder, Mode, RequestHead};
+use crate::engine::attempt::caller_client::CallerClient;
+use crate::engine::attempt::transport::{HttpClient, erase};
+use crate::engine::enqueue::Submitted;
 use crate::error::{BoxError, Error, Kind};
 use crate::id::RequestId;
 use crate::request::Request;
@@ -51,12 +52,13 @@ pub struct DurableLayer {
 }
 
 impl DurableLayer {
-    /// A layer with the defaults of [`DurableBuilder`](crate::DurableBuilder). The first service that it wraps makes background
-    /// attempts too; until there is one, the runner delivers nothing. Starts the engine, as [`Durable::new`] does.
+    /// A layer with the defaults of [`DurableBuilder`](crate::DurableBuilder). The first service that it
+    /// wraps also makes background attempts; until there is one, the runner delivers nothing. Starts
+    /// the engine, as [`Durable::new`] does.
     ///
     /// # Panics
     ///
-    /// If no thread can be started, where one is needed.
+    /// If a thread is needed and can't be started.
     pub fn new(pool: PgPool) -> Self {
         match Durable::builder(pool).build_layer() {
             Ok(layer) => layer,
@@ -64,7 +66,7 @@ impl DurableLayer {
         }
     }
 
-    /// The handle underneath: to ask for responses and states by id, and to shut down.
+    /// The handle underneath, to ask for responses and statuses by id, and to shut down.
     pub fn durable(&self) -> &Durable {
         &self.durable
     }
@@ -79,9 +81,9 @@ impl From<Durable> for DurableLayer {
 impl Durable {
     /// A [`tower::Layer`] over this handle.
     ///
-    /// The wrapped service sends the attempts of live callers; background attempts go through the handle's own
-    /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or [`DurableBuilder::build_layer`] the wrapped service
-    /// sends both.
+    /// The wrapped service sends while a caller waits. Background attempts go through the handle's
+    /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or
+    /// [`DurableBuilder::build_layer`] the wrapped service makes both.
     pub fn layer(&self) -> DurableLayer {
         self.warn_of_plain_transport();
         DurableLayer::from(self.clone())
@@ -89,8 +91,8 @@ impl Durable {
 }
 
 impl DurableBuilder {
-    /// Builds a layer whose wrapped service sends everything, background attempts included: its runner starts to deliver
-    /// once the first service was wrapped.
+    /// Builds a layer whose wrapped service makes all attempts, background attempts included. The
+    /// runner begins to deliver once the layer has wrapped its first service.
     ///
     /// # Errors
     ///
@@ -101,14 +103,9 @@ impl DurableBuilder {
     }
 }
 
-impl<S, B> Layer<S> for DurableLayer
+impl<S> Layer<S> for DurableLayer
 where
-    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    B: HttpBody + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
+    S: HttpClient,
 {
     type Service = DurableService<S>;
 
@@ -125,7 +122,7 @@ where
 
 /// The service that [`DurableLayer`] makes.
 ///
-/// It is always ready: transmissions are made on clones of the wrapped service, each of which is waited for until it is
+/// It is always ready: each attempt is made on a clone of the wrapped service, once that clone is
 /// ready. Per-request [`Options`](crate::Options) are taken from the request's extensions.
 #[derive(Clone, Debug)]
 pub struct DurableService<S> {
@@ -134,7 +131,7 @@ pub struct DurableService<S> {
 }
 
 impl<S> DurableService<S> {
-    /// The handle underneath: to ask for responses and states by id, and to shut down.
+    /// The handle underneath, to ask for responses and statuses by id, and to shut down.
     pub fn durable(&self) -> &Durable {
         &self.durable
     }
@@ -145,14 +142,9 @@ impl<S> DurableService<S> {
     }
 }
 
-impl<S, B, R> Service<http::Request<R>> for DurableService<S>
+impl<S, R> Service<http::Request<R>> for DurableService<S>
 where
-    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    B: HttpBody + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
+    S: HttpClient,
     R: HttpBody + Send + 'static,
     R::Data: Send,
     R::Error: Into<BoxError>,
@@ -162,7 +154,7 @@ where
     type Future = ResponseFuture<S, R>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        // `call` never calls `inner` itself, so its readiness would be taken for nothing.
+        // `call` never calls `inner` itself, so its readiness would be wasted.
         Poll::Ready(Ok(()))
     }
 
@@ -172,9 +164,9 @@ where
             let passing = inner.oneshot(request.map(Body::wrap));
             return ResponseFuture(State::Passing(passing));
         }
-        let limit = self.durable.engine().config().max_request_body;
+        let limit = self.durable.max_request_body();
         let (parts, body) = request.into_parts();
-        // A length that was declared is refused before anything is read.
+        // A declared length over the limit is refused before the body is read.
         if body.size_hint().lower() > limit as u64 {
             return ResponseFuture(State::Refused(Some(Error::body_too_large(limit))));
         }
@@ -191,7 +183,7 @@ where
     }
 }
 
-/// The response future of [`DurableService`]. Dropping it never cancels a request that was persisted.
+/// The response future of [`DurableService`]. Dropping it never cancels a persisted request.
 #[pin_project]
 pub struct ResponseFuture<S, R>(#[pin] State<S, R>)
 where
@@ -206,7 +198,7 @@ where
     R: HttpBody,
     R::Error: Into<BoxError>,
 {
-    /// Not persisted at all.
+    /// Passes through without being persisted.
     Passing(#[pin] Oneshot<S, http::Request<Body>>),
     Refused(Option<Error>),
     Collecting {
@@ -218,7 +210,7 @@ where
     Awaiting(AwaitResponse),
 }
 
-/// Everything of the request but its body.
+/// A request without its body, and how it is sent.
 struct Rest<S> {
     parts: http::request::Parts,
     absent: bool,
@@ -226,15 +218,7 @@ struct Rest<S> {
     durable: Durable,
 }
 
-impl<S, B> Rest<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    B: HttpBody + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
-{
+impl<S: HttpClient> Rest<S> {
     fn submit<R>(
         self,
         data: bytes::Bytes,
@@ -255,23 +239,18 @@ where
         let fire = request.options.fire;
         let mode = if fire { Mode::Fired } else { Mode::Awaited };
         let prepared = durable.prepare(request, mode)?;
-        let live = Some(Live::service(erase(inner), extensions));
+        let client = Some(CallerClient::service(erase(inner), extensions));
         Ok(if fire {
-            State::Firing(durable.submit(prepared, live)?)
+            State::Firing(durable.submit(prepared, client)?)
         } else {
-            State::Awaiting(durable.submit_awaited(prepared, live)?)
+            State::Awaiting(durable.submit_awaited(prepared, client)?)
         })
     }
 }
 
-impl<S, B, R> Future for ResponseFuture<S, R>
+impl<S, R> Future for ResponseFuture<S, R>
 where
-    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    B: HttpBody + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
+    S: HttpClient,
     R: HttpBody,
     R::Error: Into<BoxError>,
 {
@@ -298,7 +277,7 @@ where
                     let Some(rest) = rest.take() else {
                         return Poll::Pending;
                     };
-                    let limit = rest.durable.engine().config().max_request_body;
+                    let limit = rest.durable.max_request_body();
                     let submitted = match collected {
                         Ok(collected) => {
                             let trailers = collected.trailers().cloned();
@@ -339,7 +318,7 @@ pub(crate) fn body_error(error: BoxError, limit: usize) -> Error {
     }
 }
 
-/// The answer to a fired request.
+/// The response to a fired request.
 pub(crate) fn accepted(id: RequestId) -> http::Response<Body> {
     let mut response = http::Response::new(Body::empty());
     *response.status_mut() = StatusCode::ACCEPTED;

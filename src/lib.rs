@@ -25,6 +25,7 @@ mod outcome;
 mod redact;
 mod request;
 mod response;
+mod runtime;
 mod status;
 mod store;
 
@@ -40,7 +41,7 @@ pub use durable::{
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
     DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeSubscription, RequestHead,
 };
-pub use engine::transport::{ReqwestFuture, ReqwestTransport};
+pub use engine::attempt::transport::{HttpClient, ReqwestFuture, ReqwestTransport};
 pub use error::Error;
 pub use id::RequestId;
 pub use idempotency_header::IdempotencyHeader;

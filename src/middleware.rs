@@ -1,7 +1,8 @@
-//! The door for reqwest-middleware: a [`Durable`] is a middleware.
+//! The entry point for reqwest-middleware: a [`Durable`] is a middleware.
 //!
-//! Attempts of a live caller go through the rest of its stack, so its inner middleware and client apply. [`Next`] borrows the
-//! client, so such an attempt runs inside the caller's future; attempts that outlive their caller go through the handle's transport.
+//! While its caller waits, an attempt goes through the rest of the caller's stack, so inner middleware
+//! and the client apply. [`Next`] borrows the client, so such an attempt runs inside the caller's
+//! future. Attempts that outlive their caller go through the handle's transport.
 
 use http::Extensions;
 use http_body::Body as _;
@@ -11,14 +12,15 @@ use tokio::sync::mpsc;
 
 use crate::body::Body;
 use crate::durable::{Durable, Mode, RequestHead};
-use crate::engine::attempt::{self, Sender};
-use crate::engine::live::Live;
-use crate::engine::transport::from_reqwest;
+use crate::engine::attempt::caller_client::CallerClient;
+use crate::engine::attempt::drive::drive;
+use crate::engine::attempt::send::Sender;
+use crate::engine::attempt::transport::from_reqwest;
 use crate::error::{BoxError, Error, Kind};
 use crate::layer::{accepted, body_error};
 use crate::options::Options;
 use crate::request::{Request, in_memory};
-use crate::store::BoxFuture;
+use crate::runtime::BoxFuture;
 
 #[async_trait::async_trait]
 impl Middleware for Durable {
@@ -33,7 +35,7 @@ impl Middleware for Durable {
         }
         self.warn_of_plain_transport();
         let options = extensions.get::<Options>().cloned().unwrap_or_default();
-        let limit = self.engine().config().max_request_body;
+        let limit = self.max_request_body();
         let (body, trailers) = match request.body_mut().take() {
             None => (None, None),
             Some(body) => buffer(body, limit).await.map_err(refused)?,
@@ -54,7 +56,7 @@ impl Middleware for Durable {
             .map_err(refused)?;
         let (claims, mut claimed) = mpsc::channel(1);
         let response = self
-            .submit_awaited(prepared, Some(Live::Caller(claims)))
+            .submit_awaited(prepared, Some(CallerClient::Future(claims)))
             .map_err(refused)?;
         let mut sender = Inner {
             next,
@@ -64,7 +66,7 @@ impl Middleware for Durable {
         };
         let attempts = async {
             while let Some(claim) = claimed.recv().await {
-                attempt::drive(claim, &mut sender).await;
+                drive(claim, &mut sender).await;
             }
             std::future::pending::<()>().await;
         };
@@ -74,7 +76,7 @@ impl Middleware for Durable {
             response = response => response,
             () = attempts => Err(Error::new(Kind::Closed)),
         };
-        // What the inner middleware noted during the last attempt is for the outer ones to see.
+        // Outer middleware sees the extensions that inner middleware set during the last attempt.
         if let Some(latest) = sender.latest {
             *extensions = latest;
         }
@@ -92,7 +94,7 @@ async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
     if body.as_bytes().is_some() {
         return Ok((in_memory(body), None));
     }
-    // A length that was declared is refused before anything is read.
+    // A declared length over the limit is refused before the body is read.
     if body.size_hint().lower() > limit as u64 {
         return Err(Error::body_too_large(limit));
     }
@@ -107,7 +109,7 @@ async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
 /// Sends through the rest of the caller's stack.
 struct Inner<'a> {
     next: Next<'a>,
-    /// The caller's request without its body, with whatever reqwest keeps in it that has no name outside.
+    /// The caller's request without its body. It keeps reqwest's private settings of the request.
     template: reqwest::Request,
     original: Extensions,
     latest: Option<Extensions>,
@@ -137,11 +139,11 @@ impl Inner<'_> {
         if body.is_present() {
             *attempt.body_mut() = Some(body.into());
         }
-        // Attempts must not see each other's notes.
+        // Each attempt gets fresh extensions, so that attempts don't see each other's.
         let extensions = self.latest.insert(self.original.clone());
         match self.next.clone().run(attempt, extensions).await {
             Ok(response) => Ok(from_reqwest(response).map(Body::wrap)),
-            // Out of its wrapping, which hides what kind of error it is: it is no part of its own chain of sources.
+            // Unwrapped, because the wrapper hides the error: it isn't part of the chain of sources.
             Err(MiddlewareError::Reqwest(error)) => Err(error.into()),
             Err(MiddlewareError::Middleware(error)) => Err(error.into()),
         }

@@ -7,7 +7,7 @@ use sqlx::migrate::{Migrate, MigrateError};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, PgPool};
 
-use crate::engine::runtime;
+use crate::runtime;
 use crate::store::quoted;
 
 /// The schema that is used unless another one is named: `requeuest`.
@@ -104,6 +104,7 @@ impl Migrator {
             Ok(())
         })
         .await
+        .map_err(sqlx::Error::Io)?
     }
 
     /// Undoes every migration and drops the schema, with all requests and outcomes in it.
@@ -132,6 +133,7 @@ impl Migrator {
             Ok(())
         })
         .await
+        .map_err(sqlx::Error::Io)?
     }
 
     fn checked(&self) -> Result<String, MigrateError> {

@@ -1,34 +1,33 @@
-//! The configuration of a handle: every default is a constant, every field is checked in one place.
+//! The configuration of a handle. Every default is a constant; every field is checked in one place.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body::Body as HttpBody;
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
-use tower::Service;
 
 use super::pass_through::{PassThrough, RequestHead};
-use super::{Durable, Handle};
-use crate::body::Body;
+use super::{Durable, Inner};
 use crate::classify::{Classifier, Classify};
 use crate::dead_letter::Reconcile;
-use crate::engine::reconcile::ReconcileGuard;
+use crate::engine::attempt::transport::{HttpClient, ReqwestTransport, Transport, erase};
 use crate::engine::runner::RunnerGuard;
-use crate::engine::transport::{ReqwestTransport, Transport, erase};
+use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::engine::{Config, Engine};
-use crate::error::{BoxError, Error};
+use crate::error::Error;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{validate_channel, validate_timeout};
 use crate::retry::{MAX_DURATION, RetryPolicy};
+use crate::runtime::Runtime;
+use crate::store::{Store, StoreConfig};
 
 /// The channel of requests that name none: `default`.
 pub const DEFAULT_CHANNEL: &str = "default";
-/// How many attempts a handle makes at a time: 256.
+/// How many attempts a handle makes at the same time: 256.
 pub const DEFAULT_CONCURRENCY: usize = 256;
-/// How long a claimed request is left alone by others if its process says nothing more: 15 seconds.
+/// How long other processes leave a claimed request alone if its process goes silent: 15 seconds.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(15);
 /// How long one attempt may take: 30 seconds.
 pub const DEFAULT_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -36,15 +35,16 @@ pub const DEFAULT_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 pub const DEFAULT_MAX_REQUEST_BODY: usize = 8 * 1024 * 1024;
 /// The largest response body that is kept: 8 MiB.
 pub const DEFAULT_MAX_RESPONSE_BODY: usize = 8 * 1024 * 1024;
-/// How long outcomes can be asked for: 24 hours.
+/// How long outcomes are kept: 24 hours.
 pub const DEFAULT_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
-/// How many connections the crate's own pool has at most: 8.
+/// How many connections requeuest's own pool has at most: 8.
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 8;
 
-/// What a bytea column can hold of a body, and a byte more than anybody should want.
+/// The largest body that can be configured: a `bytea` column and its text form must hold it.
 const MAX_BODY: usize = 512 * 1024 * 1024;
 
-/// Configures a [`Durable`]. Setters take everything; [`build`](Self::build) checks it all and names the field that is wrong.
+/// Configures a [`Durable`]. Setters accept anything; [`build`](Self::build) checks every field and
+/// names the one that is wrong.
 ///
 /// # Examples
 ///
@@ -64,33 +64,21 @@ const MAX_BODY: usize = 512 * 1024 * 1024;
 #[must_use = "a builder does nothing until it is built"]
 pub struct DurableBuilder {
     pool: PgPool,
-    channel: String,
-    channels: Subscription,
+    deliver: Subscription,
     transport: TransportChoice,
     runner: bool,
     pass_through: Option<PassThrough>,
-    concurrency: usize,
-    lease: Duration,
-    attempt_timeout: Duration,
-    retry_awaited: RetryPolicy,
-    retry_fired: RetryPolicy,
-    classifier: Classifier,
-    max_request_body: usize,
-    max_response_body: usize,
-    retention: Duration,
-    schema: String,
-    max_connections: u32,
-    notify_in_transactions: bool,
-    connect: Option<PgConnectOptions>,
-    idempotency_header: IdempotencyHeader,
     reconcile: Option<Arc<dyn Reconcile>>,
+    config: Config,
+    store: StoreConfig,
 }
 
+/// The channels that the runner delivers.
 enum Subscription {
     /// The handle's own channel.
     Own,
     All,
-    List(Vec<String>),
+    List(Vec<Arc<str>>),
 }
 
 enum TransportChoice {
@@ -104,79 +92,81 @@ impl DurableBuilder {
     pub(super) fn new(pool: PgPool) -> Self {
         Self {
             pool,
-            channel: DEFAULT_CHANNEL.to_owned(),
-            channels: Subscription::Own,
+            deliver: Subscription::Own,
             transport: TransportChoice::Plain,
             runner: true,
             pass_through: None,
-            concurrency: DEFAULT_CONCURRENCY,
-            lease: DEFAULT_LEASE,
-            attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
-            retry_awaited: RetryPolicy::awaited(),
-            retry_fired: RetryPolicy::fired(),
-            classifier: Classifier::default(),
-            max_request_body: DEFAULT_MAX_REQUEST_BODY,
-            max_response_body: DEFAULT_MAX_RESPONSE_BODY,
-            retention: DEFAULT_RETENTION,
-            schema: DEFAULT_SCHEMA.to_owned(),
-            max_connections: DEFAULT_MAX_CONNECTIONS,
-            notify_in_transactions: true,
-            connect: None,
-            idempotency_header: IdempotencyHeader::default(),
             reconcile: None,
+            config: Config {
+                channel: DEFAULT_CHANNEL.into(),
+                deliver: None,
+                concurrency: DEFAULT_CONCURRENCY,
+                attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
+                retry_awaited: RetryPolicy::awaited(),
+                retry_fired: RetryPolicy::fired(),
+                classifier: Classifier::default(),
+                idempotency_header: IdempotencyHeader::default(),
+            },
+            store: StoreConfig {
+                schema: DEFAULT_SCHEMA.to_owned(),
+                lease: DEFAULT_LEASE,
+                retention: DEFAULT_RETENTION,
+                max_request_body: DEFAULT_MAX_REQUEST_BODY,
+                max_response_body: DEFAULT_MAX_RESPONSE_BODY,
+                max_connections: DEFAULT_MAX_CONNECTIONS,
+                notify_in_transactions: true,
+                connect_options: None,
+            },
         }
     }
 
-    /// The channel that requests go to unless their [`Options`](crate::Options) name another. 1 to 55 bytes. Defaults to [`DEFAULT_CHANNEL`].
+    /// The channel of requests whose [`Options`](crate::Options) name no other. 1 to 55 bytes. Defaults
+    /// to [`DEFAULT_CHANNEL`].
     ///
-    /// A channel names a client stack: every runner that subscribes to it must be able to send its requests. Two differently built
-    /// clients in one application use two channels.
+    /// A channel names a client stack: every runner that delivers the channel must be able to send its
+    /// requests. Two differently built clients in one application use two channels.
     pub fn channel(mut self, channel: impl Into<String>) -> Self {
-        self.channel = channel.into();
+        self.config.channel = channel.into().into();
         self
     }
 
-    /// The channels that the runner delivers. Defaults to the handle's own.
+    /// The channels that the runner delivers. Defaults to the handle's own [`channel`](Self::channel);
+    /// include that one in the list if this process should deliver it too.
     pub fn deliver<I>(mut self, channels: I) -> Self
     where
         I: IntoIterator,
         I::Item: Into<String>,
     {
-        self.channels = Subscription::List(channels.into_iter().map(Into::into).collect());
+        let channels = channels.into_iter().map(|channel| channel.into().into());
+        self.deliver = Subscription::List(channels.collect());
         self
     }
 
-    /// The runner delivers every channel of the schema, those that appear later included.
+    /// The runner delivers every channel of the schema, including channels that appear later.
     pub fn deliver_all(mut self) -> Self {
-        self.channels = Subscription::All;
+        self.deliver = Subscription::All;
         self
     }
 
-    /// The client that sends whatever no live caller's own client sends. Defaults to a plain [`reqwest::Client`] that follows
-    /// no redirects and has no retries of its own.
+    /// The client of attempts that don't run through a caller's own client. Defaults to a plain
+    /// [`reqwest::Client`] that follows no redirects and has no retries of its own.
     ///
-    /// A [`reqwest::Client`] is given as [`ReqwestTransport`]. A client with redirects or retries of its own makes
-    /// transmissions that are neither counted nor recorded.
-    pub fn transport<S, B>(mut self, service: S) -> Self
-    where
-        S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
-        S::Error: Into<BoxError>,
-        S::Future: Send + 'static,
-        B: HttpBody + Send + 'static,
-        B::Data: Send,
-        B::Error: Into<BoxError>,
-    {
+    /// Wrap a [`reqwest::Client`] in [`ReqwestTransport`]. If a client follows redirects or retries by
+    /// itself, those transmissions are neither counted nor recorded.
+    pub fn transport<S: HttpClient>(mut self, service: S) -> Self {
         self.transport = TransportChoice::Given(erase(service));
         self
     }
 
-    /// Whether this handle delivers. With `false` it only enqueues and waits, and other processes deliver. Defaults to `true`.
+    /// Whether this handle delivers. With `false` it only enqueues and waits, and other processes
+    /// deliver. Defaults to `true`.
     pub fn runner(mut self, runner: bool) -> Self {
         self.runner = runner;
         self
     }
 
-    /// Requests for which this is true go straight through the layer or middleware: not persisted, not retried. Defaults to none.
+    /// Requests for which this returns `true` pass straight through the layer or middleware: they are
+    /// not persisted and not retried. Defaults to none.
     pub fn pass_through(
         mut self,
         predicate: impl Fn(&RequestHead<'_>) -> bool + Send + Sync + 'static,
@@ -185,104 +175,112 @@ impl DurableBuilder {
         self
     }
 
-    /// How many attempts are made at a time, at least 1. While there is a backlog, new requests may use half of them, so that they can't
-    /// starve those in the queue. Defaults to [`DEFAULT_CONCURRENCY`].
+    /// How many attempts are made at the same time, from 1 to 100,000. During a backlog, new requests
+    /// may use half of these slots, so that they can't starve the requests in the queue. Defaults to
+    /// [`DEFAULT_CONCURRENCY`].
     pub fn concurrency(mut self, concurrency: usize) -> Self {
-        self.concurrency = concurrency;
+        self.config.concurrency = concurrency;
         self
     }
 
-    /// How long a claimed request is left alone by others; renewed while its attempt goes on, so attempts may take longer.
-    /// After a crash, this is how long its requests wait. 1 second to 1 hour. Defaults to [`DEFAULT_LEASE`].
+    /// How long other processes leave a claimed request alone. The lease is renewed during an attempt,
+    /// so attempts may take longer. After a crash, the requests in flight wait this long. From 1 second
+    /// to 1 hour. Defaults to [`DEFAULT_LEASE`].
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.lease = lease;
+        self.store.lease = lease;
         self
     }
 
     /// How long one attempt may take, from its start to the last byte of the response. Longer than zero.
     /// Defaults to [`DEFAULT_ATTEMPT_TIMEOUT`].
     pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
-        self.attempt_timeout = timeout;
+        self.config.attempt_timeout = timeout;
         self
     }
 
-    /// The policy of every request whose [`Options`](crate::Options) give none. Defaults to [`RetryPolicy::awaited`] for requests whose
-    /// response is awaited and [`RetryPolicy::fired`] for the others.
+    /// The policy of requests whose [`Options`](crate::Options) have none. Defaults to
+    /// [`RetryPolicy::awaited`] for requests whose response is awaited, and [`RetryPolicy::fired`] for
+    /// the others.
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
-        self.retry_awaited = policy.clone();
-        self.retry_fired = policy;
+        self.config.retry_awaited = policy.clone();
+        self.config.retry_fired = policy;
         self
     }
 
-    /// How the results of attempts are judged that this handle makes, except where a request has its own
-    /// [`accept`](crate::Options::accept). Defaults to what [`classify`](crate::classify) says.
+    /// Judges the results of this handle's attempts, except where a request has its own
+    /// [`accept`](crate::Options::accept). Defaults to the rules of [`classify`](crate::classify).
     pub fn classify(mut self, classify: impl Classify) -> Self {
-        self.classifier = Classifier::new(classify);
+        self.config.classifier = Classifier::new(classify);
         self
     }
 
-    /// The largest request body that is persisted, in bytes, up to 512 MiB. Defaults to [`DEFAULT_MAX_REQUEST_BODY`].
+    /// The largest request body that is persisted, in bytes, up to 512 MiB. Defaults to
+    /// [`DEFAULT_MAX_REQUEST_BODY`].
     pub fn max_request_body(mut self, bytes: usize) -> Self {
-        self.max_request_body = bytes;
+        self.store.max_request_body = bytes;
         self
     }
 
-    /// The largest response body that is kept, in bytes, up to 512 MiB. A request whose response is larger counts as delivered;
-    /// who waits for it gets an error with its status and headers. Defaults to [`DEFAULT_MAX_RESPONSE_BODY`].
+    /// The largest response body that is kept, in bytes, up to 512 MiB. A request with a larger response
+    /// counts as delivered; callers that wait for it get an error with its status and headers. Defaults
+    /// to [`DEFAULT_MAX_RESPONSE_BODY`].
     pub fn max_response_body(mut self, bytes: usize) -> Self {
-        self.max_response_body = bytes;
+        self.store.max_response_body = bytes;
         self
     }
 
-    /// How long the outcomes of completed and cancelled requests can be asked for, at least 1 minute. Defaults to [`DEFAULT_RETENTION`].
+    /// How long the outcomes of completed and cancelled requests are kept, from 1 minute to 100 years.
+    /// Defaults to [`DEFAULT_RETENTION`].
     pub fn retention(mut self, retention: Duration) -> Self {
-        self.retention = retention;
+        self.store.retention = retention;
         self
     }
 
-    /// The Postgres schema, as it was given to [`Migrator::schema`](crate::migrate::Migrator::schema).
-    /// Defaults to [`DEFAULT_SCHEMA`].
+    /// The Postgres schema, as passed to [`Migrator::schema`](crate::migrate::Migrator::schema). Defaults
+    /// to [`DEFAULT_SCHEMA`].
     pub fn schema(mut self, schema: impl Into<String>) -> Self {
-        self.schema = schema.into();
+        self.store.schema = schema.into();
         self
     }
 
-    /// How many connections the crate's own pool opens at most, besides one for waiting and two for the runner. At least 2.
-    /// Defaults to [`DEFAULT_MAX_CONNECTIONS`].
+    /// How many connections requeuest's own pool opens at most, besides one for waiting callers and two
+    /// for the runner. At least 2. Defaults to [`DEFAULT_MAX_CONNECTIONS`].
     pub fn max_connections(mut self, connections: u32) -> Self {
-        self.max_connections = connections;
+        self.store.max_connections = connections;
         self
     }
 
-    /// Whether [`Durable::fire_in`] wakes runners at the commit. A notification makes commits of its transactions wait for
-    /// each other; without it, runners find the request within a second. Defaults to `true`.
+    /// Whether a commit after [`Durable::fire_in`] notifies runners. Commits with a notification wait
+    /// for each other; without one, runners find the request within a second. Defaults to `true`.
     pub fn notify_in_transactions(mut self, notify: bool) -> Self {
-        self.notify_in_transactions = notify;
+        self.store.notify_in_transactions = notify;
         self
     }
 
-    /// The header by which receivers can recognise repetitions of requests whose [`Options`](crate::Options) name none. Defaults to
-    /// [`IdempotencyHeader::quoted`].
-    pub fn idempotency_header(mut self, key: IdempotencyHeader) -> Self {
-        self.idempotency_header = key;
+    /// The header by which receivers recognise repeated requests, for requests whose
+    /// [`Options`](crate::Options) name none. Defaults to [`IdempotencyHeader::quoted`].
+    pub fn idempotency_header(mut self, header: IdempotencyHeader) -> Self {
+        self.config.idempotency_header = header;
         self
     }
 
-    /// Asks the other side about requests that ended as [`Status::Ambiguous`](crate::Status::Ambiguous), instead of leaving them to
-    /// [`Durable::resolve`]. Defaults to none.
+    /// Asks the receiver about requests that ended as [`Status::Ambiguous`](crate::Status::Ambiguous),
+    /// instead of leaving them to [`Durable::resolve`]. Defaults to none.
     ///
-    /// The handle looks every few seconds for those of the channels that its runner delivers, with or without a runner. The hook may take a
-    /// minute for each; it is asked again, after 5 seconds at first and up to 5 minutes later, while it doesn't know or fails. Several
-    /// processes with a hook never ask about a request at the same time.
+    /// The handle looks every few seconds for ambiguous requests of the channels that its runner
+    /// delivers, also with [`runner(false)`](Self::runner). The hook may take a minute for each request.
+    /// While it doesn't know or fails, it is called again: first after 5 seconds, later after up to 5
+    /// minutes. Several processes with a hook never ask about a request at the same time.
     pub fn reconcile(mut self, hook: impl Reconcile) -> Self {
         self.reconcile = Some(Arc::new(hook));
         self
     }
 
-    /// Connect options for the crate's own pool, which needs sessions of its own: to be given where the application's pool goes
-    /// through a pooler in transaction mode. Defaults to the options of the application's pool.
+    /// Connect options for requeuest's own pool. Set this when your application's pool goes through a
+    /// transaction-mode pooler such as `PgBouncer`: requeuest needs sessions that keep their settings.
+    /// Defaults to the options of the application's pool.
     pub fn connect_options(mut self, options: PgConnectOptions) -> Self {
-        self.connect = Some(options);
+        self.store.connect_options = Some(options);
         self
     }
 
@@ -292,8 +290,20 @@ impl DurableBuilder {
     ///
     /// If a field is not valid, with its name in [`Error::field`], or no TLS backend or thread can be had.
     pub fn build(self) -> Result<Durable, Error> {
-        let config = self.check()?;
-        let engine = Engine::start(self.pool, config)?;
+        self.check()?;
+        let mut config = self.config;
+        config.deliver = match self.deliver {
+            Subscription::Own => Some(vec![Arc::clone(&config.channel)]),
+            Subscription::All => None,
+            Subscription::List(channels) => Some(channels),
+        };
+        let runtime =
+            Runtime::find().map_err(|error| Error::config("runtime", error.to_string()))?;
+        let store = {
+            let _context = runtime.handle().enter();
+            Store::new(self.pool, self.store)
+        };
+        let engine = Engine::start(runtime, store, config);
         let mut plain_transport = false;
         match self.transport {
             TransportChoice::Given(transport) => engine.offer_transport(|| transport),
@@ -305,12 +315,13 @@ impl DurableBuilder {
                 engine.offer_transport(|| erase(plain));
             }
         }
-        let runner = self.runner.then(|| RunnerGuard::start(&engine));
+        let driver = engine.driver();
+        let runner = self.runner.then(|| RunnerGuard::start(driver));
         let reconciler = self
             .reconcile
-            .map(|hook| ReconcileGuard::start(&engine, hook));
+            .map(|hook| ReconcileGuard::start(driver, hook));
         Ok(Durable {
-            handle: Arc::new(Handle {
+            inner: Arc::new(Inner {
                 engine,
                 runner,
                 _reconciler: reconciler,
@@ -326,7 +337,7 @@ impl DurableBuilder {
         }
     }
 
-    fn check(&self) -> Result<Config, Error> {
+    fn check(&self) -> Result<(), Error> {
         let ensure = |ok: bool, field: &'static str, reason: &'static str| {
             if ok {
                 Ok(())
@@ -335,89 +346,62 @@ impl DurableBuilder {
             }
         };
         let named = |field: &'static str| move |reason: &'static str| Error::config(field, reason);
-        validate_channel(&self.channel).map_err(named("channel"))?;
-        let channels = match &self.channels {
-            Subscription::Own => Some(vec![Arc::from(&*self.channel)]),
-            Subscription::All => None,
-            Subscription::List(channels) => {
-                ensure(
-                    !channels.is_empty() || !self.runner,
-                    "deliver",
-                    "the runner has none to deliver",
-                )?;
-                for channel in channels {
-                    validate_channel(channel).map_err(named("deliver"))?;
-                }
-                Some(
-                    channels
-                        .iter()
-                        .map(|channel| Arc::from(&**channel))
-                        .collect(),
-                )
+        let Self { config, store, .. } = self;
+        validate_channel(&config.channel).map_err(named("channel"))?;
+        if let Subscription::List(channels) = &self.deliver {
+            ensure(
+                !channels.is_empty() || !self.runner,
+                "deliver",
+                "the list is empty; name a channel, or set `runner(false)`",
+            )?;
+            for channel in channels {
+                validate_channel(channel).map_err(named("deliver"))?;
             }
-        };
-        validate_schema(&self.schema).map_err(named("schema"))?;
-        validate_timeout(self.attempt_timeout).map_err(named("attempt_timeout"))?;
-        self.retry_awaited.validate().map_err(named("retry"))?;
-        self.retry_fired.validate().map_err(named("retry"))?;
+        }
+        validate_schema(&store.schema).map_err(named("schema"))?;
+        validate_timeout(config.attempt_timeout).map_err(named("attempt_timeout"))?;
+        config.retry_awaited.validate().map_err(named("retry"))?;
+        config.retry_fired.validate().map_err(named("retry"))?;
         ensure(
-            (1..=100_000).contains(&self.concurrency),
+            (1..=100_000).contains(&config.concurrency),
             "concurrency",
             "must be from 1 to 100,000",
         )?;
         let lease = Duration::from_secs(1)..=Duration::from_secs(3600);
         ensure(
-            lease.contains(&self.lease),
+            lease.contains(&store.lease),
             "lease",
             "must be from one second to one hour",
         )?;
         ensure(
-            self.max_request_body <= MAX_BODY,
+            store.max_request_body <= MAX_BODY,
             "max_request_body",
-            "is over 512 MiB",
+            "must be at most 512 MiB",
         )?;
         ensure(
-            self.max_response_body <= MAX_BODY,
+            store.max_response_body <= MAX_BODY,
             "max_response_body",
-            "is over 512 MiB",
+            "must be at most 512 MiB",
         )?;
         let retention = Duration::from_secs(60)..=MAX_DURATION;
         ensure(
-            retention.contains(&self.retention),
+            retention.contains(&store.retention),
             "retention",
             "must be from one minute to a hundred years",
         )?;
         ensure(
-            self.max_connections >= 2,
+            store.max_connections >= 2,
             "max_connections",
             "must be at least 2",
-        )?;
-        Ok(Config {
-            channel: Arc::from(&*self.channel),
-            channels,
-            concurrency: self.concurrency,
-            lease: self.lease,
-            attempt_timeout: self.attempt_timeout,
-            retry_awaited: self.retry_awaited.clone(),
-            retry_fired: self.retry_fired.clone(),
-            classifier: self.classifier.clone(),
-            max_request_body: self.max_request_body,
-            max_response_body: self.max_response_body,
-            retention: self.retention,
-            schema: self.schema.clone(),
-            max_connections: self.max_connections,
-            notify_in_transactions: self.notify_in_transactions,
-            connect: self.connect.clone(),
-            idempotency_header: self.idempotency_header.clone(),
-        })
+        )
     }
 }
 
 impl fmt::Debug for DurableBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DurableBuilder")
-            .field("channel", &self.channel)
-            .field("schema", &self.schema)
+            .field("channel", &self.config.channel)
+            .field("schema", &self.store.schema)
             .field("runner", &self.runner)
             .finish_non_exhaustive()
     }

@@ -3,30 +3,34 @@
 use sqlx::PgConnection;
 
 use super::{Durable, Mode};
-use crate::engine::bulk::{self, Chunk, How, Transaction};
-use crate::error::{Error, Kind};
+use crate::error::Error;
 use crate::id::RequestId;
 use crate::request::Request;
+use crate::store::bulk::Chunk;
 use crate::store::enqueue::NewRequest;
 
 impl Durable {
-    /// Persists many requests in one transaction of its own: all of them, or none. They are delivered in the background; their ids come in
-    /// the order of the requests, and requests of one ordering key keep theirs.
+    /// Persists many requests in one transaction: all of them, or none. They are delivered in the
+    /// background. The ids come in the order of the requests, and requests of one ordering key keep
+    /// their order.
     ///
-    /// It takes the requests as they are written, a thousand at a time, so a long iterator needs no long list. Many times as fast as
-    /// [`fire`](Self::fire) for each.
+    /// The requests are taken from the iterator as they are written, a thousand at a time, so a long
+    /// iterator needs no long list. This is many times as fast as calling [`fire`](Self::fire) for
+    /// each.
     ///
-    /// Keys that a caller's transaction has are waited for, for five seconds. Two calls of more than a thousand requests each that
-    /// take two keys in opposite order deadlock, and Postgres ends one of them (SQLSTATE 40P01).
+    /// A key that another transaction holds is waited for, for up to five seconds. Two calls of more
+    /// than a thousand requests each that take two keys in opposite order deadlock, and Postgres ends
+    /// one of them (SQLSTATE 40P01).
     ///
     /// # Errors
     ///
-    /// If one of the requests is refused, or they can't be persisted: then none will be sent, except after
-    /// [`Error::is_indeterminate`], when all may be.
+    /// If one of the requests is refused, or they can't be persisted. Then none will be sent, except
+    /// after [`Error::is_indeterminate`], when all may be.
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: dropped before it returns, all of the requests or none may have been persisted.
+    /// Not cancel safe: if the future is dropped before it returns, either all of the requests or none
+    /// of them may have been persisted.
     ///
     /// # Examples
     ///
@@ -35,7 +39,8 @@ impl Durable {
     /// use requeuest::{HeaderMap, Request, Url};
     ///
     /// let url: Url = "https://example.com/hook".parse().expect("a valid URL");
-    /// let hooks = (0..100_000).map(|number| Request::post(url.clone(), vec![number as u8], HeaderMap::new()));
+    /// let hooks = (0..100_000)
+    ///     .map(|number| Request::post(url.clone(), vec![number as u8], HeaderMap::new()));
     /// let ids = durable.fire_many(hooks).await?;
     /// assert_eq!(ids.len(), 100_000);
     /// # Ok(()) }
@@ -46,10 +51,8 @@ impl Durable {
         I::Item: TryInto<Request>,
         <I::Item as TryInto<Request>>::Error: Into<Error>,
     {
-        if self.engine().is_closing() || self.pool().is_closed() {
-            return Err(Error::new(Kind::Closed));
-        }
-        let transaction = Transaction::begin(self.engine());
+        self.engine().ensure_open()?;
+        let transaction = self.engine().begin_bulk();
         let mut chunk = Chunk::default();
         for request in requests {
             if let Some(full) = chunk.push(self.row(request)?) {
@@ -64,10 +67,11 @@ impl Durable {
         transaction.commit().await
     }
 
-    /// As [`fire_many`](Self::fire_many), in the caller's transaction: a commit sends all of them, a rollback none. Outside a
-    /// transaction those are persisted that were written before an error.
+    /// As [`fire_many`](Self::fire_many), in the caller's transaction: a commit sends all of the
+    /// requests, a rollback none. Outside a transaction, requests that were written before an error
+    /// stay persisted.
     ///
-    /// What [`fire_in`](Self::fire_in) says of keys and runners holds here too.
+    /// The notes of [`fire_in`](Self::fire_in) on keys and runners apply here too.
     ///
     /// # Errors
     ///
@@ -75,14 +79,15 @@ impl Durable {
     ///
     /// # Cancel safety
     ///
-    /// As safe as the connection: dropped before it returns, the transaction should be rolled back.
+    /// If the future is dropped before it returns, roll the transaction back.
     ///
     /// # Examples
     ///
     /// ```no_run
     /// # async fn example(pool: sqlx::PgPool, durable: requeuest::Durable) -> Result<(), Box<dyn std::error::Error>> {
     /// let mut tx = pool.begin().await?;
-    /// let orders = (1..=3).map(|order| http::Request::post("https://example.com/orders").body(order.to_string()));
+    /// let orders = (1..=3)
+    ///     .map(|order| http::Request::post("https://example.com/orders").body(order.to_string()));
     /// let ids = durable.fire_many_in(&mut tx, orders.collect::<Result<Vec<_>, _>>()?).await?;
     /// tx.commit().await?;
     /// # Ok(()) }
@@ -97,23 +102,17 @@ impl Durable {
         I::Item: TryInto<Request>,
         <I::Item as TryInto<Request>>::Error: Into<Error>,
     {
-        if self.engine().is_closing() {
-            return Err(Error::new(Kind::Closed));
-        }
-        let config = self.engine().config();
-        let how = How {
-            schema: &config.schema,
-            inserting: config.inserting_for_caller(),
-        };
+        self.engine().ensure_not_closing()?;
+        let store = self.engine().store();
         let mut ids = Vec::new();
         let mut chunk = Chunk::default();
         for request in requests {
             if let Some(full) = chunk.push(self.row(request)?) {
-                ids.append(&mut bulk::write(connection, how, &full).await?);
+                ids.append(&mut store.write_chunk_for_caller(connection, &full).await?);
             }
         }
         if !chunk.is_empty() {
-            ids.append(&mut bulk::write(connection, how, &chunk).await?);
+            ids.append(&mut store.write_chunk_for_caller(connection, &chunk).await?);
         }
         Ok(ids)
     }

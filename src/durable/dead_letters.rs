@@ -1,4 +1,4 @@
-//! What a user does with requests that ended without success.
+//! Inspecting, replaying, resolving and purging dead letters.
 
 use std::sync::Arc;
 
@@ -10,16 +10,18 @@ use crate::destination;
 use crate::engine::dead_letters as work;
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::store::dead_letters::{self, Page};
 
 impl Durable {
-    /// The requests that were given up ([`Status::Discarded`](crate::Status::Discarded)) or may have been sent
-    /// ([`Status::Ambiguous`](crate::Status::Ambiguous)), in the order of their ids: about that of their enqueueing. They are kept until
-    /// they are replayed, resolved or purged.
+    /// The dead letters that match: requests that were given up
+    /// ([`Status::Discarded`](crate::Status::Discarded)) or may have been sent
+    /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order of their ids, which is
+    /// about the order in which they were enqueued. Dead letters stay until they are replayed,
+    /// resolved or purged.
     ///
     /// # Errors
     ///
-    /// If the filter is not valid, with the field's name in [`Error::field`], or the database fails.
+    /// If a field of the filter is not valid, with its name in [`Error::field`], or the database
+    /// fails.
     ///
     /// # Cancel safety
     ///
@@ -33,10 +35,10 @@ impl Durable {
     ///
     /// let mut page = DeadLetterFilter::default().channel("billing");
     /// loop {
-    ///     let kept = durable.dead_letters(&page).await?;
-    ///     let Some(last) = kept.last() else { break };
+    ///     let letters = durable.dead_letters(&page).await?;
+    ///     let Some(last) = letters.last() else { break };
     ///     page = page.after(last.id);
-    ///     for request in kept {
+    ///     for request in letters {
     ///         println!("{} {:?}: {:?}", request.id, request.destination, request.error);
     ///     }
     /// }
@@ -44,37 +46,33 @@ impl Durable {
     /// ```
     pub async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetter>, Error> {
         let wanted = filter.checked()?;
+        let limit = wanted.limit.unwrap_or(DEFAULT_DEAD_LETTER_LIMIT);
         self.engine()
-            .query(move |connection| {
-                Box::pin(async move {
-                    let page = Page {
-                        now: dead_letters::now(&mut *connection).await?,
-                        limit: wanted.limit.unwrap_or(DEFAULT_DEAD_LETTER_LIMIT),
-                        wanted,
-                    };
-                    dead_letters::list(connection, &page).await
-                })
-            })
+            .with_store(|store| async move { store.dead_letters(wanted, limit).await })
             .await
     }
 
-    /// Sends a kept request once more, as a new request with a new id: the same method, URL, headers and body, so that an
-    /// idempotency key stays what it was, and the same retry policy, with attempts and age counted anew. It has no
-    /// [`deadline`](crate::Options::deadline), whatever the first one had.
+    /// Replays a dead letter: sends it again as a new request with a new id. Method, URL, headers and
+    /// body stay the same, so the receiver gets the same idempotency key. The retry policy stays the
+    /// same too, with attempts and age starting from zero. The new request has no
+    /// [`deadline`](crate::Options::deadline).
     ///
-    /// If the old one holds up its ordering key, the new one takes its place and the key goes on; any other
-    /// [`ordered`](crate::Options::ordered) one goes last. A [`key`](crate::Options::key) that led to the old one leads to the new one.
-    /// The old one is no longer kept: its outcome can be asked for until the retention has passed.
+    /// If the dead letter halts its ordering key, the new request takes its place and the key resumes.
+    /// Any other [`ordered`](crate::Options::ordered) request goes to the end of its key. A
+    /// [`key`](crate::Options::key) of the dead letter now belongs to the new request. The dead letter
+    /// becomes an ordinary outcome, which expires after the retention.
     ///
     /// # Errors
     ///
-    /// If there is no such request ([`Error::is_unknown_id`]), or it is not kept ([`Error::is_wrong_state`]): it has not ended, or not
-    /// so, or was replayed before. Nothing is changed then. If the database fails; after [`Error::is_indeterminate`] it is
-    /// unknown whether it was replayed, and [`Error::request_id`] is the new id.
+    /// If there is no such request ([`Error::is_unknown_id`]), or it isn't a dead letter
+    /// ([`Error::is_wrong_state`]): it is still pending, it succeeded, or it was already replayed.
+    /// Nothing is changed then. If the database fails. After [`Error::is_indeterminate`] it is unknown
+    /// whether the request was replayed, and [`Error::request_id`] is the new id.
     ///
     /// # Cancel safety
     ///
-    /// Dropped before it returns, it may or may not have been replayed. It can't be replayed twice.
+    /// If the future is dropped before it returns, the request may or may not have been replayed. It
+    /// can't be replayed twice.
     ///
     /// # Examples
     ///
@@ -85,22 +83,25 @@ impl Durable {
     /// # Ok(()) }
     /// ```
     pub async fn replay(&self, id: RequestId) -> Result<RequestId, Error> {
-        let engine = Arc::clone(self.engine());
-        self.engine().run(work::replay_one(engine, id)).await
+        let driver = Arc::clone(self.engine().driver());
+        self.engine().run(work::replay_one(driver, id)).await
     }
 
-    /// Sends all kept requests once more that match, as [`replay`](Self::replay) does. A batch at a time: after an error some
-    /// were replayed and the others were not. One whose stored request is gone is left out.
+    /// Replays all dead letters that match, as [`replay`](Self::replay) does, and returns the new ids.
+    /// It works in batches: after an error, some were replayed and the others were not. Dead letters
+    /// whose stored request is gone are left out.
     ///
-    /// Without a [`limit`](DeadLetterFilter::limit) it is all that had ended when the call began. Returns the new ids.
+    /// Without a [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call began
+    /// are replayed.
     ///
     /// # Errors
     ///
-    /// If the filter is not valid, with the field's name in [`Error::field`], or the database fails.
+    /// If a field of the filter is not valid, with its name in [`Error::field`], or the database
+    /// fails.
     ///
     /// # Cancel safety
     ///
-    /// Once begun it goes on, awaited or not. None is replayed twice.
+    /// Once begun it continues, awaited or not. No dead letter is replayed twice.
     ///
     /// # Examples
     ///
@@ -108,27 +109,32 @@ impl Durable {
     /// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
     /// use requeuest::{DeadLetterFilter, Status};
     ///
-    /// let outage = DeadLetterFilter::default().destination("https://pay.example.com").status(Status::Discarded);
+    /// let outage = DeadLetterFilter::default()
+    ///     .destination("https://pay.example.com")
+    ///     .status(Status::Discarded);
     /// let again = durable.replay_all(&outage).await?;
-    /// println!("{} requests go out again", again.len());
+    /// println!("{} requests are sent again", again.len());
     /// # Ok(()) }
     /// ```
     pub async fn replay_all(&self, filter: &DeadLetterFilter) -> Result<Vec<RequestId>, Error> {
         let wanted = filter.checked()?;
-        let engine = Arc::clone(self.engine());
-        self.engine().run(work::replay_all(engine, wanted)).await
+        let driver = Arc::clone(self.engine().driver());
+        self.engine().run(work::replay_all(driver, wanted)).await
     }
 
-    /// Forgets all kept requests that match, with their outcomes and [`key`](crate::Options::key)s. If one of them holds up its ordering
-    /// key, the key goes on. Returns how many there were. Without a [`limit`](DeadLetterFilter::limit) it is all that had ended when the call began.
+    /// Deletes all dead letters that match, with their outcomes and [`key`](crate::Options::key)s, and
+    /// returns how many there were. If one of them halts its ordering key, the key resumes. Without a
+    /// [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call began are
+    /// deleted.
     ///
     /// # Errors
     ///
-    /// If the filter is not valid, with the field's name in [`Error::field`], or the database fails: some may be gone then.
+    /// If a field of the filter is not valid, with its name in [`Error::field`], or the database
+    /// fails. Some dead letters may be deleted then.
     ///
     /// # Cancel safety
     ///
-    /// Once begun it goes on, awaited or not.
+    /// Once begun it continues, awaited or not.
     ///
     /// # Examples
     ///
@@ -137,32 +143,39 @@ impl Durable {
     /// use std::time::Duration;
     /// use requeuest::DeadLetterFilter;
     ///
-    /// let old = DeadLetterFilter::default().finished_before(Duration::from_secs(90 * 24 * 3600));
-    /// durable.purge_dead_letters(&old).await?;
+    /// let quarter = Duration::from_secs(90 * 24 * 3600);
+    /// durable
+    ///     .purge_dead_letters(&DeadLetterFilter::default().finished_before(quarter))
+    ///     .await?;
     /// # Ok(()) }
     /// ```
     pub async fn purge_dead_letters(&self, filter: &DeadLetterFilter) -> Result<u64, Error> {
         let wanted = filter.checked()?;
-        let engine = Arc::clone(self.engine());
-        self.engine().run(work::purge(engine, wanted)).await
+        let driver = Arc::clone(self.engine().driver());
+        self.engine().run(work::purge(driver, wanted)).await
     }
 
-    /// Says of a request that ended as [`Status::Ambiguous`](crate::Status::Ambiguous) what became of it.
+    /// Records what became of a request that ended as
+    /// [`Status::Ambiguous`](crate::Status::Ambiguous).
     ///
-    /// [`Resolution::Sent`] ends it as completed; who asks for its response gets an error
-    /// ([`Error::is_response_unknown`]). [`Resolution::NotSent`] puts it back into the queue under its id, without the attempt that did not
-    /// arrive and without a deadline. If it holds up its ordering key, it is sent in its place; any other ordered one goes last.
+    /// [`Resolution::Sent`] completes the request. Callers that ask for its response get an error
+    /// ([`Error::is_response_unknown`]). [`Resolution::NotSent`] puts the request back into the queue
+    /// under its id, without its deadline, and doesn't count the attempt that did not arrive. If the
+    /// request halts its ordering key, it is sent in its place; any other ordered request goes to the
+    /// end of its key.
     ///
-    /// A handler ([`on_outcome`](Self::on_outcome)) gets the new end, too. While it handles the first one, this waits: don't await it in there.
+    /// A handler ([`on_outcome`](Self::on_outcome)) gets the new outcome too. This method waits while
+    /// a handler has the first outcome of the same request, so don't await it inside that handler.
     ///
     /// # Errors
     ///
-    /// If there is no such request ([`Error::is_unknown_id`]), or it is not ambiguous ([`Error::is_wrong_state`]): nothing is changed then.
-    /// If the database fails: it may have taken effect.
+    /// If there is no such request ([`Error::is_unknown_id`]), or it isn't ambiguous
+    /// ([`Error::is_wrong_state`]). Nothing is changed then. If the database fails, the resolution may
+    /// have taken effect.
     ///
     /// # Cancel safety
     ///
-    /// Dropped before it returns, it may or may not have taken effect.
+    /// If the future is dropped before it returns, it may or may not have taken effect.
     ///
     /// # Examples
     ///
@@ -170,21 +183,23 @@ impl Durable {
     /// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
     /// use requeuest::{DeadLetterFilter, Resolution, Status};
     ///
-    /// for request in durable.dead_letters(&DeadLetterFilter::default().status(Status::Ambiguous)).await? {
-    ///     // Somebody looked into the other side's books.
+    /// let ambiguous = DeadLetterFilter::default().status(Status::Ambiguous);
+    /// for request in durable.dead_letters(&ambiguous).await? {
+    ///     // An operator found the request in the receiver's records.
     ///     durable.resolve(request.id, Resolution::Sent).await?;
     /// }
     /// # Ok(()) }
     /// ```
     pub async fn resolve(&self, id: RequestId, resolution: Resolution) -> Result<(), Error> {
-        let engine = Arc::clone(self.engine());
+        let store = self.engine().store().clone();
         self.engine()
-            .run(async move { work::resolve(engine.shared(), id, resolution, None).await })
+            .run(async move { work::resolve(&store, id, resolution, None).await })
             .await
     }
 
-    /// The ordering keys whose requests wait, because one that was to hold them up
-    /// ([`halt_on_discard`](crate::Options::halt_on_discard)) ended without success. A key in which several did is there several times.
+    /// The halted ordering keys: a request with
+    /// [`halt_on_discard`](crate::Options::halt_on_discard) ended as a dead letter, and the requests
+    /// behind it wait. A key that is halted by several dead letters is listed once for each.
     ///
     /// # Errors
     ///
@@ -205,20 +220,22 @@ impl Durable {
     /// ```
     pub async fn halted(&self) -> Result<Vec<HaltedKey>, Error> {
         self.engine()
-            .query(|connection| Box::pin(async move { dead_letters::halted(connection).await }))
+            .with_store(|store| async move { store.halted().await })
             .await
     }
 
-    /// Lets an ordering key go on without the request that holds it up, which stays kept. If several of its requests do, it is the
-    /// first of them: call it once for each. Returns `false` if the key was not held up.
+    /// Resumes a halted ordering key without the request that halts it, which stays a dead letter. If
+    /// several requests halt the key, the first of them stops doing so: call this once for each.
+    /// Returns `false` if the key was not halted.
     ///
     /// # Errors
     ///
-    /// If channel or key are not valid, with the name in [`Error::field`], or the database fails: it may have taken effect.
+    /// If the channel or the key is not valid, with its name in [`Error::field`]. If the database
+    /// fails, the key may have been resumed.
     ///
     /// # Cancel safety
     ///
-    /// Dropped before it returns, it may or may not have taken effect.
+    /// If the future is dropped before it returns, the key may or may not have been resumed.
     ///
     /// # Examples
     ///
@@ -241,9 +258,7 @@ impl Durable {
             .validate()?;
         let group = destination::ordered_group(&key);
         self.engine()
-            .query(move |connection| {
-                Box::pin(async move { dead_letters::resume(connection, &channel, &group).await })
-            })
+            .with_store(|store| async move { store.resume(&channel, &group).await })
             .await
     }
 }

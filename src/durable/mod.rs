@@ -1,4 +1,4 @@
-//! The handle that everything else is a front for.
+//! [`Durable`], the handle behind every entry point.
 
 mod builder;
 mod bulk;
@@ -14,17 +14,14 @@ use std::time::Duration;
 use sqlx::{PgExecutor, PgPool};
 
 use crate::engine::Engine;
-use crate::engine::reconcile::ReconcileGuard;
 use crate::engine::runner::RunnerGuard;
-use crate::error::{Error, Kind};
+use crate::engine::tasks::reconcile::ReconcileGuard;
+use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::request::Request;
 use crate::response::Response;
 use crate::status::Status;
-use crate::store::enqueue;
-use crate::store::inspect::{self, Cancelled};
-use crate::store::outcome;
 
 pub use self::builder::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
@@ -33,13 +30,14 @@ pub use self::builder::{
 };
 pub use self::outcomes::OutcomeSubscription;
 pub use self::pass_through::RequestHead;
-pub(crate) use self::submit::{AwaitResponse, Mode, Submitted};
+pub(crate) use self::submit::{AwaitResponse, Mode};
 
 use self::pass_through::PassThrough;
 
 /// Persists HTTP requests in Postgres and drives them until they are answered.
 ///
-/// A handle, cheap to clone. Its runner stops when the last clone is dropped; what it had persisted stays, for the next process.
+/// A handle, cheap to clone. Its runner stops when the last clone is dropped. Persisted requests stay
+/// in the database, for the next process.
 ///
 /// # Examples
 ///
@@ -65,32 +63,34 @@ use self::pass_through::PassThrough;
 /// ```
 #[derive(Clone)]
 pub struct Durable {
-    handle: Arc<Handle>,
+    inner: Arc<Inner>,
 }
 
-struct Handle {
+struct Inner {
     engine: Arc<Engine>,
     runner: Option<RunnerGuard>,
     _reconciler: Option<ReconcileGuard>,
     pass_through: Option<PassThrough>,
-    /// Background attempts go through a client of the crate's own making.
+    /// Background attempts go through a plain client that the crate built.
     plain_transport: bool,
 }
 
 impl Durable {
-    /// A handle with the defaults of [`DurableBuilder`]. Its runner starts here: on the current tokio runtime, or on a thread
-    /// of its own where there is none.
+    /// A handle with the defaults of [`DurableBuilder`]. Its runner starts at once: on the current tokio
+    /// runtime, or without one, on a thread of its own.
     ///
-    /// Nothing is connected yet; an unreachable database or a missing schema shows in the calls' errors, and the runner waits for it.
+    /// Nothing is connected yet. If the database is unreachable or the schema missing, calls return
+    /// errors, and the runner waits.
     ///
-    /// What no caller's own client sends, through the layer or the middleware, is sent by a plain [`reqwest::Client`] of the crate's
-    /// own: this handle's own calls, fired requests, and whatever outlives its caller. It knows nothing of your proxies,
-    /// certificates, default headers or middleware: give your client with [`DurableBuilder::transport`] if that matters.
+    /// Attempts that don't run through a caller's own client (direct calls on this handle, fired
+    /// requests, anything that outlives its caller) use a plain [`reqwest::Client`]. It knows nothing
+    /// of your proxies, certificates, default headers or middleware. If that matters, pass your client
+    /// to [`DurableBuilder::transport`].
     ///
     /// # Panics
     ///
-    /// If no TLS backend can be initialised or no thread be started, as with [`reqwest::Client::new`]. [`builder`](Self::builder)
-    /// returns an error instead.
+    /// If no TLS backend can be initialised or no thread can be started, as with
+    /// [`reqwest::Client::new`]. [`builder`](Self::builder) returns an error instead.
     pub fn new(pool: PgPool) -> Self {
         match Self::builder(pool).build() {
             Ok(durable) => durable,
@@ -103,16 +103,17 @@ impl Durable {
         DurableBuilder::new(pool)
     }
 
-    /// Persists a request and returns. It is delivered in the background.
+    /// Persists a request and returns. The request is delivered in the background.
     ///
     /// # Errors
     ///
-    /// If the request is refused, or can't be persisted: then it will not be sent, except after
+    /// If the request is refused, or can't be persisted. Then it will not be sent, except after
     /// [`Error::is_indeterminate`], when it may be.
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: dropped before it returns, the request may or may not have been persisted.
+    /// Not cancel safe: if the future is dropped before it returns, the request may or may not have
+    /// been persisted.
     ///
     /// # Examples
     ///
@@ -131,26 +132,30 @@ impl Durable {
         self.submit(prepared, None)?.await
     }
 
-    /// Persists a request in the caller's transaction: a commit sends it, a rollback never does.
+    /// Persists a request in the caller's transaction. A commit sends the request, a rollback never
+    /// does.
     ///
-    /// The executor may be a pool, a connection or a transaction; one statement is run on it. Runners are told at the
-    /// commit, unless [`DurableBuilder::notify_in_transactions`] leaves it to their next look a second later at most.
+    /// The executor may be a pool, a connection or a transaction. One statement runs on it. The commit
+    /// notifies runners; with [`DurableBuilder::notify_in_transactions`] off, they find the request
+    /// with their next poll, within a second.
     ///
-    /// An [`ordered`](crate::Options::ordered) request locks its key until the transaction ends, and so does one with a
-    /// [`key`](crate::Options::key) or [`supersede`](crate::Options::supersede). Two transactions that take two keys in opposite order deadlock, and
-    /// Postgres ends one of them (SQLSTATE 40P01) with all that it did.
+    /// A request that is [`ordered`](crate::Options::ordered), or has a [`key`](crate::Options::key) or
+    /// [`supersede`](crate::Options::supersede), locks that key until the transaction ends. Two
+    /// transactions that take two keys in opposite order deadlock, and Postgres aborts one of them
+    /// (SQLSTATE 40P01).
     ///
-    /// The order is that of the commits at each isolation level. Above `READ COMMITTED` a transaction doesn't see a `key` that was
-    /// committed after its start: it is refused with a serialization failure (40001), and must be run again. Nor does it see that another
-    /// channel has taken its ordering key since.
+    /// Ordered requests are sent in the order of the commits, at every isolation level. Above
+    /// `READ COMMITTED`, a transaction doesn't see a `key` that was committed after it started: the
+    /// request is refused with a serialization failure (40001), and the transaction must be run again.
+    /// Nor does such a transaction see that another channel has taken its ordering key since.
     ///
     /// # Errors
     ///
-    /// If the request is refused, or the statement fails; the transaction is then as broken as after any failed statement.
+    /// If the request is refused, or the statement fails. A failed statement aborts the transaction.
     ///
     /// # Cancel safety
     ///
-    /// As safe as the executor: dropped before it returns, the transaction should be rolled back.
+    /// If the future is dropped before it returns, roll the transaction back.
     ///
     /// # Examples
     ///
@@ -158,7 +163,8 @@ impl Durable {
     /// # async fn example(pool: sqlx::PgPool, durable: requeuest::Durable) -> Result<(), Box<dyn std::error::Error>> {
     /// let mut tx = pool.begin().await?;
     /// sqlx::query("INSERT INTO orders (id) VALUES (1)").execute(&mut *tx).await?;
-    /// let id = durable.fire_in(&mut *tx, http::Request::post("https://example.com/orders").body("1")?).await?;
+    /// let request = http::Request::post("https://example.com/orders").body("1")?;
+    /// let id = durable.fire_in(&mut *tx, request).await?;
     /// tx.commit().await?;
     /// # Ok(()) }
     /// ```
@@ -173,17 +179,16 @@ impl Durable {
     {
         let request = request.try_into().map_err(Into::into)?;
         let prepared = self.prepare(request, Mode::Fired)?;
-        if self.engine().is_closing() {
-            return Err(Error::new(Kind::Closed));
-        }
-        let config = self.engine().config();
-        let how = config.inserting_for_caller();
-        enqueue::insert_one(executor, &config.schema, &prepared.row, how)
+        self.engine().ensure_not_closing()?;
+        self.engine()
+            .store()
+            .insert_for_caller(executor, &prepared.row)
             .await?
             .persisted(prepared.id())
     }
 
-    /// Persists a request, delivers it and waits for its response: a final one, or the last one when retries are used up.
+    /// Persists a request, delivers it and waits for its response: a final one, or the last one once the
+    /// retries are used up.
     ///
     /// # Errors
     ///
@@ -192,13 +197,15 @@ impl Durable {
     ///
     /// # Cancel safety
     ///
-    /// Dropping it never cancels a persisted request: it is delivered all the same. Dropped early, it may or may not have been persisted.
+    /// Dropping the future never cancels a persisted request, which is delivered anyway. If it is
+    /// dropped early, the request may or may not have been persisted.
     ///
     /// # Examples
     ///
     /// ```no_run
     /// # async fn example(durable: requeuest::Durable) -> Result<(), Box<dyn std::error::Error>> {
-    /// let response = durable.await_response(http::Request::get("https://example.com/").body("")?).await?;
+    /// let request = http::Request::get("https://example.com/").body("")?;
+    /// let response = durable.await_response(request).await?;
     /// println!("{}: {}", response.status(), response.text()?);
     /// # Ok(()) }
     /// ```
@@ -212,12 +219,13 @@ impl Durable {
         self.submit_awaited(prepared, None)?.await
     }
 
-    /// Waits for the response of a request that was persisted before: by this process or another one, also before a restart.
+    /// Waits for the response of a request that was persisted earlier, by any process and before any
+    /// restart.
     ///
     /// # Errors
     ///
-    /// As for [`await_response`](Self::await_response), and if no such request exists, or no more
-    /// ([`Error::is_unknown_id`]): outcomes are kept for the retention.
+    /// As for [`await_response`](Self::await_response). Also if there is no such request, or its
+    /// outcome has expired ([`Error::is_unknown_id`]): outcomes are kept for the retention.
     ///
     /// # Cancel safety
     ///
@@ -255,37 +263,10 @@ impl Durable {
     /// # Ok(()) }
     /// ```
     pub async fn outcome(&self, id: RequestId) -> Result<Outcome, Error> {
-        let shared = self.engine().shared();
-        // Before asking, or an outcome could come in between.
-        let waiter = shared.waiters.subscribe(id, None);
-        let found = self
-            .engine()
-            .query_large(shared.config.max_response_body, move |connection| {
-                Box::pin(async move { outcome::find(connection, &[id]).await })
-            })
-            .await?;
-        match found.into_iter().next() {
-            Some((_, outcome::Found::Finished(outcome))) => Ok(*outcome),
-            Some((_, outcome::Found::Pending)) => {
-                let elsewhere = !shared.leases.is_driven(id);
-                if elsewhere {
-                    let instance = shared.instance;
-                    self.engine()
-                        .query(move |connection| {
-                            Box::pin(
-                                async move { outcome::watch(connection, &[id], instance).await },
-                            )
-                        })
-                        .await?;
-                }
-                waiter.arm(elsewhere);
-                waiter.await
-            }
-            _ => Err(Error::new(Kind::UnknownId).with_id(id)),
-        }
+        self.engine().outcome(id).await
     }
 
-    /// Where a request stands, or `None` if it doesn't exist, or no more.
+    /// The status of a request, or `None` if there is no such request or its outcome has expired.
     ///
     /// # Errors
     ///
@@ -304,20 +285,24 @@ impl Durable {
     /// ```
     pub async fn status(&self, id: RequestId) -> Result<Option<Status>, Error> {
         self.engine()
-            .query(move |connection| Box::pin(async move { outcome::status(connection, id).await }))
+            .with_store(|store| async move { store.status(id).await })
             .await
     }
 
-    /// Cancels a request. One that waits is never sent; one that is being sent is not sent again, and whatever its answer, it ends as
-    /// cancelled. Whoever waits for it gets an error ([`Error::is_cancelled`]). Returns `false`, with nothing changed, if it has ended already.
+    /// Cancels a request. A waiting request is never sent. A request in flight is not sent again and
+    /// ends as cancelled, whatever its answer. Callers that wait for it get an error
+    /// ([`Error::is_cancelled`]). Returns `false`, with nothing changed, if the request has already
+    /// finished.
     ///
     /// # Errors
     ///
-    /// If no such request exists, or no more ([`Error::is_unknown_id`]), or the database fails.
+    /// If there is no such request, or its outcome has expired ([`Error::is_unknown_id`]); if the
+    /// database fails.
     ///
     /// # Cancel safety
     ///
-    /// Dropped before it returns, it may or may not have taken effect. It can be called again.
+    /// If the future is dropped before it returns, the request may or may not have been cancelled. It
+    /// can be called again.
     ///
     /// # Examples
     ///
@@ -329,29 +314,16 @@ impl Durable {
     /// # Ok(()) }
     /// ```
     pub async fn cancel(&self, id: RequestId) -> Result<bool, Error> {
-        let shared = self.engine().shared();
-        let retention = shared.config.retention;
-        let cancelled = self
-            .engine()
-            .query(move |connection| {
-                Box::pin(async move { inspect::cancel(connection, id, retention).await })
-            })
-            .await?;
-        match cancelled {
-            Cancelled::Now => {
-                shared.leases.forget(id);
-                shared.waiters.ask_soon(vec![id]);
-                Ok(true)
-            }
-            Cancelled::Ended => Ok(false),
-            Cancelled::Unknown => Err(Error::new(Kind::UnknownId).with_id(id)),
-        }
+        self.engine().cancel(id).await
     }
 
-    /// Stops claiming, waits up to `grace` for the attempts in flight, gives the rest back for others and closes the
-    /// crate's connections. What is still being sent then may have arrived: it counts as a failed attempt, with its normal delay. The caller's pool stays open. Calls that wait, and calls made later, end with [`Error::is_closed`].
+    /// Stops claiming, waits up to `grace` for the attempts in flight, gives the remaining requests back
+    /// to other processes, and closes the crate's connections. Attempts still in flight after `grace`
+    /// may have reached the receiver: they are recorded as failed and retried after the usual backoff.
+    /// The caller's pool stays open. Waiting calls and later calls end with [`Error::is_closed`].
     ///
-    /// Dropping every handle without it loses nothing either: what was in flight is then taken over when its lease ends.
+    /// Dropping every handle without a shutdown loses nothing either: another process takes the
+    /// requests in flight over once their leases run out.
     ///
     /// # Errors
     ///
@@ -359,7 +331,7 @@ impl Durable {
     ///
     /// # Cancel safety
     ///
-    /// Once begun it goes on, awaited or not.
+    /// Once begun it continues, awaited or not.
     ///
     /// # Examples
     ///
@@ -369,66 +341,45 @@ impl Durable {
     /// # Ok(()) }
     /// ```
     pub async fn shutdown(&self, grace: Duration) -> Result<(), Error> {
-        if let Some(runner) = &self.handle.runner {
+        if let Some(runner) = &self.inner.runner {
             runner.stop();
         }
         let engine = Arc::clone(self.engine());
         self.engine().run(engine.shutdown(grace)).await
     }
 
-    /// The caller's pool.
+    /// The pool that the handle was built with.
     pub fn pool(&self) -> &PgPool {
-        self.engine().user_pool()
+        self.engine().store().caller_pool()
+    }
+
+    /// The largest request body that is persisted, in bytes.
+    pub(crate) fn max_request_body(&self) -> usize {
+        self.engine().store().config().max_request_body
     }
 
     pub(crate) fn engine(&self) -> &Arc<Engine> {
-        &self.handle.engine
+        &self.inner.engine
     }
 
     pub(crate) fn passes_through(&self, head: &RequestHead<'_>) -> bool {
-        self.handle
+        self.inner
             .pass_through
             .as_ref()
             .is_some_and(|passes| passes(head))
     }
 
-    /// For callers that have a client of their own, which what outlives them doesn't go through.
+    /// Warns callers with a client of their own: attempts that outlive them use another one.
     pub(crate) fn warn_of_plain_transport(&self) {
         static ONCE: Once = Once::new();
-        if self.handle.plain_transport {
+        if self.inner.plain_transport {
             ONCE.call_once(|| {
-                log::warn!(
-                    "requests that outlive their caller are sent by a plain reqwest client, which knows nothing of the \
-                     application's proxy, certificates or middleware: see DurableBuilder::transport"
+                tracing::warn!(
+                    "requests that outlive their caller are sent by a plain reqwest client, which \
+                     knows nothing of the application's proxy, certificates or middleware; set \
+                     DurableBuilder::transport"
                 );
             });
-        }
-    }
-
-    /// Cancels what has not ended of these channels, a batch at a time: one statement for everything could outlast its timeout.
-    pub(crate) async fn clear(&self, channels: Option<Vec<String>>) -> Result<(), Error> {
-        const BATCH: i32 = 1000;
-        let shared = self.engine().shared();
-        let retention = shared.config.retention;
-        loop {
-            let channels = channels.clone();
-            let cancelled = self
-                .engine()
-                .query(move |connection| {
-                    Box::pin(async move {
-                        inspect::clear(connection, channels.as_deref(), retention, BATCH).await
-                    })
-                })
-                .await?;
-            for id in &cancelled {
-                shared.leases.forget(*id);
-            }
-            let was_last = cancelled.len() < BATCH as usize;
-            // Those who wait here find the outcome in the database.
-            shared.waiters.ask_soon(cancelled);
-            if was_last {
-                return Ok(());
-            }
         }
     }
 }
@@ -437,8 +388,8 @@ impl fmt::Debug for Durable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Durable")
             .field("channel", &self.engine().config().channel)
-            .field("schema", &self.engine().config().schema)
-            .field("runner", &self.handle.runner.is_some())
+            .field("schema", &self.engine().store().config().schema)
+            .field("runner", &self.inner.runner.is_some())
             .finish_non_exhaustive()
     }
 }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use tokio::task::JoinHandle;
 
 use super::Durable;
-use crate::engine;
 use crate::error::Error;
 use crate::options::validate_channel;
-use crate::store::hand_over::{self, OutcomeHandler};
+use crate::store::hand_over::OutcomeHandler;
 
-/// Keeps a handler at work. Dropping it stops the handing over in this process; outcomes then wait for the next handler.
+/// Keeps a handler subscribed. Dropping it stops the handler in this process; outcomes then wait for
+/// another handler.
 #[derive(Debug)]
-#[must_use = "outcomes are handed over for as long as it is kept"]
+#[must_use = "dropping the subscription stops the handler"]
 pub struct OutcomeSubscription {
     task: JoinHandle<()>,
 }
@@ -24,15 +24,20 @@ impl Drop for OutcomeSubscription {
 }
 
 impl Durable {
-    /// Hands each outcome of a channel to `handler`, in a transaction of the caller's pool in which it is marked as handled. So what the handler
-    /// writes and the outcome are true together, once each; when the handler fails, it is called again, but the request is not sent
-    /// again.
+    /// Hands each outcome of a channel to `handler`, in a transaction on the caller's pool. The same
+    /// transaction marks the outcome as handled, so the handler's writes take effect exactly once. If
+    /// the handler fails, it is called again, but the request is not sent again.
     ///
-    /// It gets every request of the channel that ends from now on, however it ends. From the first call on the channel's outcomes
-    /// are kept until they are handled, also while no process has a handler; [`unsubscribe_outcomes`](Self::unsubscribe_outcomes) ends that. Several
-    /// processes may handle the same channel: each outcome goes to one of them. One process handles one outcome at a time.
+    /// The handler gets every request of the channel that finishes from now on, whatever its status.
+    /// From the first subscription on, outcomes of the channel are kept until they are handled, also
+    /// while no process has a handler. [`unsubscribe_outcomes`](Self::unsubscribe_outcomes) ends that.
+    /// Several processes may subscribe to the same channel: each outcome goes to one of them. A
+    /// process handles one outcome of a channel at a time.
     ///
-    /// The outcome itself is stored before the handler is called, so whoever awaits the response doesn't wait for the handler.
+    /// The outcome is stored before the handler is called, so callers that await the response don't
+    /// wait for the handler.
+    ///
+    /// Closures become handlers through [`outcome_fn`](crate::outcome_fn).
     ///
     /// # Errors
     ///
@@ -40,7 +45,8 @@ impl Durable {
     ///
     /// # Cancel safety
     ///
-    /// Dropped before it returns, the channel may or may not be kept for handlers.
+    /// If the future is dropped before it returns, outcomes of the channel may or may not be kept for
+    /// handlers.
     ///
     /// # Examples
     ///
@@ -71,22 +77,12 @@ impl Durable {
         handler: impl OutcomeHandler,
     ) -> Result<OutcomeSubscription, Error> {
         let channel = checked(channel)?;
-        let name = Arc::clone(&channel);
-        self.engine()
-            .query(move |connection| {
-                Box::pin(async move { hand_over::register(connection, &name).await })
-            })
-            .await?;
-        let engine = Arc::clone(self.engine());
-        let task = engine.spawn(engine::hand_over::run(
-            Arc::clone(&engine),
-            channel,
-            Arc::new(handler),
-        ));
+        let task = self.engine().subscribe_outcomes(channel, handler).await?;
         Ok(OutcomeSubscription { task })
     }
 
-    /// Outcomes of a channel are kept for handlers no more; those that still wait for one are not handed over.
+    /// Stops keeping the outcomes of a channel for handlers. Outcomes that still wait are not handed
+    /// over.
     ///
     /// # Errors
     ///
@@ -94,13 +90,12 @@ impl Durable {
     ///
     /// # Cancel safety
     ///
-    /// Dropped before it returns, it may or may not have taken effect. It can be called again.
+    /// If the future is dropped before it returns, it may or may not have taken effect. It can be
+    /// called again.
     pub async fn unsubscribe_outcomes(&self, channel: impl Into<Arc<str>>) -> Result<(), Error> {
         let channel = checked(channel)?;
         self.engine()
-            .query(move |connection| {
-                Box::pin(async move { hand_over::unregister(connection, &channel).await })
-            })
+            .with_store(|store| async move { store.unregister_handler(&channel).await })
             .await
     }
 }

@@ -1,13 +1,14 @@
-//! What is known of a request before anything of it is read.
+//! What is known of a request before its body is read.
 
 use std::sync::Arc;
 
 use http::{HeaderMap, Method};
 
-/// Decides which requests are none of ours.
+/// Decides which requests pass through without being persisted.
 pub(super) type PassThrough = Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>;
 
-/// What [`DurableBuilder::pass_through`](crate::DurableBuilder::pass_through) decides by.
+/// The part of a request that
+/// [`DurableBuilder::pass_through`](crate::DurableBuilder::pass_through) sees.
 #[derive(Debug)]
 pub struct RequestHead<'a> {
     method: &'a Method,

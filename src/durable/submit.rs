@@ -1,45 +1,42 @@
-//! From a request to the engine, and back with its outcome.
+//! From a request to the engine, and back with its response.
 //!
-//! Every front goes this way: a request is prepared (checked and written down), submitted, and perhaps awaited. The futures use
-//! channels only, so that they work on any executor.
+//! Every front takes this path: a request is prepared (checked and encoded), submitted, and perhaps
+//! awaited. The futures use channels only, so they work on any executor.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
-
-use http::Extensions;
-use tokio::sync::oneshot;
+use std::task::{Context, Poll};
 
 use super::Durable;
 use crate::codec::{self, Delivery};
 use crate::destination;
-use crate::engine::enqueue::{Start, Submission};
-use crate::engine::job::Job;
-use crate::engine::live::Live;
-use crate::engine::waiters::Waiter;
-use crate::error::{Error, Kind};
+use crate::engine::attempt::caller_client::CallerClient;
+use crate::engine::attempt::job::Job;
+use crate::engine::enqueue::{AwaitOutcome, Submitted};
+use crate::error::Error;
 use crate::fingerprint::fingerprint;
 use crate::id::RequestId;
 use crate::options::Guarantee;
+use crate::outcome::Outcome;
 use crate::request::Request;
 use crate::response::Response;
-use crate::store::BoxFuture;
 use crate::store::enqueue::{Initial, Key, NewRequest};
 
 impl Durable {
-    /// Checks a request and writes it down.
+    /// Checks a request and encodes it.
     pub(crate) fn prepare(&self, mut request: Request, mode: Mode) -> Result<Prepared, Error> {
         let config = self.engine().config();
         let options = &request.options;
         options.validate()?;
         let uri = request.uri()?;
+        let max_request_body = self.max_request_body();
         if request
             .body
             .as_ref()
-            .is_some_and(|body| body.len() > config.max_request_body)
+            .is_some_and(|body| body.len() > max_request_body)
         {
-            return Err(Error::body_too_large(config.max_request_body));
+            return Err(Error::body_too_large(max_request_body));
         }
         let delivery = Delivery {
             attempt_timeout: options.attempt_timeout.unwrap_or(config.attempt_timeout),
@@ -52,8 +49,8 @@ impl Durable {
         };
         let id = RequestId::generate();
         if options.guarantee == Guarantee::AtLeastOnce {
-            let key = options.idempotency_header.as_ref();
-            key.unwrap_or(&config.idempotency_header).apply(
+            let header = options.idempotency_header.as_ref();
+            header.unwrap_or(&config.idempotency_header).apply(
                 &request.method,
                 id,
                 &mut request.headers,
@@ -82,158 +79,71 @@ impl Durable {
             delay: options.delay.unwrap_or_default(),
             head: codec::encode_request(&request, &uri, &delivery),
             body: request.body.clone(),
-            waiter: (mode == Mode::Awaited).then_some(self.engine().shared().instance),
+            waiter: (mode == Mode::Awaited).then_some(self.engine().driver().instance),
             initial: Initial::Waiting,
         };
-        let job = Job {
-            id,
-            request: Arc::new(request),
-            uri,
-            delivery: Arc::new(delivery),
-            extensions: Extensions::new(),
-        };
+        let job = Job::new(id, request, uri, delivery);
         Ok(Prepared { row, job })
     }
 
-    /// Hands a request to the engine that nobody waits for. If this process may, it makes the first attempt at once, through the
-    /// client that the request came through, or its own.
+    /// Enqueues a request that no caller waits for. `client` is the one that the request came through.
     pub(crate) fn submit(
         &self,
         prepared: Prepared,
-        live: Option<Live>,
+        client: Option<CallerClient>,
     ) -> Result<Submitted, Error> {
-        let has_client = live.is_some();
-        self.hand_in(prepared, live, has_client)
+        let Prepared { row, job } = prepared;
+        self.engine().submit(row, job, client)
     }
 
-    fn hand_in(
-        &self,
-        prepared: Prepared,
-        live: Option<Live>,
-        has_client: bool,
-    ) -> Result<Submitted, Error> {
-        let Prepared { mut row, job } = prepared;
-        let engine = self.engine();
-        let may_start = !row.ordered && row.delay.is_zero();
-        let slot = may_start
-            .then(|| engine.inline_slot(&row.channel, has_client))
-            .flatten();
-        let start = slot.map(|slot| Start {
-            engine: Arc::clone(engine),
-            slot,
-            job,
-            live,
-        });
-        let (id, inline) = (row.id, start.is_some());
-        if let Some(start) = &start {
-            row.initial = match start.job.delivery.guarantee {
-                Guarantee::AtLeastOnce => Initial::Claimed,
-                Guarantee::AtMostOnce => Initial::ClaimedOnce,
-            };
-        }
-        let (done, enqueued) = oneshot::channel();
-        engine.enqueue(Submission { row, start, done })?;
-        Ok(Submitted {
-            id,
-            enqueued,
-            inline,
-        })
-    }
-
-    /// Hands a request to the engine and waits for its response. While somebody waits, every attempt that this process
-    /// makes goes through the client that the request came through.
+    /// Enqueues a request and waits for its response. While the caller waits, every attempt that this
+    /// process makes goes through `client`, if there is one.
     pub(crate) fn submit_awaited(
         &self,
         prepared: Prepared,
-        live: Option<Live>,
+        client: Option<CallerClient>,
     ) -> Result<AwaitResponse, Error> {
-        let waiters = &self.engine().shared().waiters;
-        let has_client = live.is_some();
-        let id = prepared.id();
-        let waiter = waiters.subscribe(id, live);
+        let Prepared { row, job } = prepared;
         Ok(AwaitResponse {
-            id,
-            submitted: Some(self.hand_in(prepared, None, has_client)?),
-            waiter,
-            attached: None,
-            durable: self.clone(),
+            outcome: self.engine().submit_awaited(row, job, client)?,
+            _durable: self.clone(),
         })
     }
 }
 
-/// Whether anybody waits for the response, which decides how long it is retried by default.
+/// Whether a caller waits for the response, which decides how long it is retried by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Awaited,
     Fired,
 }
 
-/// A request that was checked and written down.
+/// A request that was checked and encoded.
 pub(crate) struct Prepared {
     pub(super) row: NewRequest,
     job: Job,
 }
 
 impl Prepared {
-    pub(crate) fn id(&self) -> RequestId {
+    pub(super) fn id(&self) -> RequestId {
         self.row.id
     }
 }
 
-/// A request that was handed to the engine. Waits for the commit of its insert.
-pub(crate) struct Submitted {
-    id: RequestId,
-    enqueued: oneshot::Receiver<Result<RequestId, Error>>,
-    /// This process makes the first attempt.
-    inline: bool,
-}
-
-impl Future for Submitted {
-    /// The request that is persisted: this one, or an earlier one with the same key.
-    type Output = Result<RequestId, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let id = self.id;
-        Pin::new(&mut self.enqueued).poll(cx).map(|enqueued| {
-            // Lost on its way, perhaps after the commit: the engine's runtime has ended.
-            enqueued.unwrap_or_else(|_| Err(Error::new(Kind::Indeterminate(None)).with_id(id)))
-        })
-    }
-}
-
-/// The way from the insert to the outcome. On any executor.
+/// Waits for the response of a request that was submitted. Runs on any executor.
 pub(crate) struct AwaitResponse {
-    id: RequestId,
-    submitted: Option<Submitted>,
-    waiter: Waiter,
-    /// An earlier request has the key: its response is the one to wait for.
-    attached: Option<BoxFuture<'static, Result<Response, Error>>>,
-    /// While somebody waits, the engine lives.
-    durable: Durable,
+    outcome: AwaitOutcome,
+    /// While a caller waits, the handle's runner keeps running.
+    _durable: Durable,
 }
 
 impl Future for AwaitResponse {
     type Output = Result<Response, Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        if let Some(submitted) = &mut this.submitted {
-            let persisted = ready!(Pin::new(&mut *submitted).poll(cx))?;
-            let inline = submitted.inline;
-            this.submitted = None;
-            if persisted == this.id {
-                this.waiter.arm(!inline);
-            } else {
-                let durable = this.durable.clone();
-                this.attached = Some(Box::pin(async move { durable.response(persisted).await }));
-            }
-        }
-        if let Some(attached) = &mut this.attached {
-            return attached.as_mut().poll(cx);
-        }
-        Pin::new(&mut this.waiter)
+        Pin::new(&mut self.outcome)
             .poll(cx)
-            .map(|waited| waited.and_then(crate::outcome::Outcome::into_result))
+            .map(|outcome| outcome.and_then(Outcome::into_result))
     }
 }
 
@@ -242,7 +152,7 @@ mod tests {
     use super::*;
     use crate::testkit::Postgres;
 
-    /// What no index takes: long, and hard to compress.
+    /// Too long for an index, and hard to compress.
     fn overlong() -> String {
         std::iter::repeat_with(fastrand::alphanumeric)
             .take(20_000)
@@ -262,11 +172,11 @@ mod tests {
                 durable.prepare(request, Mode::Fired).unwrap()
             })
             .collect();
-        // The checks before let none of these come so far.
+        // No front lets any of these get this far.
         prepared[17].row.head.push('\0');
         prepared[80].row.group = overlong();
         prepared[200].row.id = prepared[100].row.id;
-        // Handed in at once: they are one batch.
+        // Submitted at once, so they are one batch.
         let submitted: Vec<_> = prepared
             .into_iter()
             .map(|prepared| durable.submit(prepared, None).unwrap())

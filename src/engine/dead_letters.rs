@@ -1,65 +1,29 @@
-//! What is done with requests that ended without success, a batch at a time.
+//! Replaying, purging and resolving dead letters, a batch at a time.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use sqlx::PgConnection;
-
+use super::attempt::Driver;
+use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
 use crate::dead_letter::{Resolution, Wanted};
-use crate::engine::{Engine, Shared};
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
-use crate::store::BoxFuture;
-use crate::store::dead_letters::{self, Changed, Page};
+use crate::store::Store;
+use crate::store::dead_letters::{ChangeResult, Page, Replayed};
 
-/// How many requests one statement sends anew.
+/// How many requests one statement replays.
 const REPLAY_BATCH: u32 = 100;
-/// How many requests one statement forgets.
+/// How many requests one statement purges.
 const PURGE_BATCH: u32 = 500;
-const BUSY_PAUSE_MIN: Duration = Duration::from_millis(2);
-const BUSY_PAUSE_MAX: Duration = Duration::from_millis(100);
-/// After a commit whose outcome is unknown: a restarted server leaves several dead connections in the pool.
-const AGAIN_FOR: Duration = Duration::from_secs(3);
 
-fn not_changed(id: RequestId, changed: Changed) -> Error {
-    let kind = match changed {
-        Changed::NotKept(standing) => match standing.status {
-            None => Kind::UnknownId,
-            Some(status) => Kind::WrongState {
-                status,
-                replayed_as: standing.replayed_as,
-            },
-        },
-        Changed::Elsewhere => Kind::OrderConflict,
-        Changed::Gone | Changed::Done | Changed::Busy => {
-            Kind::Corrupt("its payload is gone".into())
-        }
-    };
-    Error::new(kind).with_id(id)
-}
-
-/// Waits a little longer each time, and not in step with others.
-struct Pause(Duration);
-
-impl Pause {
-    fn new() -> Self {
-        Self(BUSY_PAUSE_MIN)
-    }
-
-    async fn wait(&mut self) {
-        tokio::time::sleep(self.0.mul_f64(0.5 + fastrand::f64())).await;
-        self.0 = (self.0 * 2).min(BUSY_PAUSE_MAX);
-    }
-}
-
-/// No connection is kept while a transaction has the ordering key.
-pub(crate) async fn replay_one(engine: Arc<Engine>, old: RequestId) -> Result<RequestId, Error> {
+/// Replays one dead letter. No connection is kept while a transaction holds the ordering key.
+pub(crate) async fn replay_one(driver: Arc<Driver>, old: RequestId) -> Result<RequestId, Error> {
     let new = RequestId::generate();
-    let mut pause = Pause::new();
+    let mut pause = BusyPause::new();
     loop {
-        let replayed = replay_batch(&engine, Arc::new([(old, new)])).await;
+        let replayed = replay_batch(&driver, &[(old, new)]).await;
         let replayed = replayed.map_err(|error| {
-            // The id by which it can be looked up.
+            // The id by which the caller can look the replay up.
             if error.is_indeterminate() {
                 error.with_id(new)
             } else {
@@ -67,61 +31,53 @@ pub(crate) async fn replay_one(engine: Arc<Engine>, old: RequestId) -> Result<Re
             }
         })?;
         match replayed.first() {
-            Some((_, _, Changed::Done)) => return Ok(new),
-            Some((_, _, Changed::Busy)) => pause.wait().await,
-            Some((_, _, changed)) => return Err(not_changed(old, *changed)),
+            Some((_, _, ChangeResult::Done)) => return Ok(new),
+            Some((_, _, ChangeResult::Busy)) => pause.wait().await,
+            Some((_, _, result)) => return Err(not_changed(old, *result)),
             None => return Err(Error::new(Kind::UnknownId).with_id(old)),
         }
     }
 }
 
-type Replayed = Vec<(RequestId, RequestId, Changed)>;
-
-/// Asked again with the same new ids, it finds what it did before: a commit without an acknowledgement is no loss.
+/// Replays a batch. A retry with the same new ids finds what the first try did, so a commit without
+/// an acknowledgement is no loss.
 async fn replay_batch(
-    engine: &Engine,
-    pairs: Arc<[(RequestId, RequestId)]>,
-) -> Result<Replayed, Error> {
-    let shared = engine.shared();
-    let retention = shared.config.retention;
-    let mut pause = Pause::new();
+    driver: &Driver,
+    pairs: &[(RequestId, RequestId)],
+) -> Result<Vec<Replayed>, Error> {
+    let store = &driver.store;
+    let mut pause = BusyPause::new();
     let mut unknown_since: Option<Instant> = None;
     loop {
-        open(engine)?;
-        shared.verify().await?;
-        let pairs = Arc::clone(&pairs);
-        let replayed = shared
-            .db
-            .run(move |connection| {
-                Box::pin(async move { dead_letters::replay(connection, &pairs, retention).await })
-            })
-            .await;
-        match replayed {
+        driver.ensure_caller_pool()?;
+        store.verify().await?;
+        match store.replay(pairs).await {
             Ok(replayed) => return Ok(replayed),
-            Err(error) if error.unknown || unknown_since.is_some() => {
+            Err(error) if error.is_unknown() || unknown_since.is_some() => {
                 let since = *unknown_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > AGAIN_FOR {
-                    return Err(Error::new(Kind::Indeterminate(Some(error.error))));
+                if since.elapsed() > RETRY_UNKNOWN_FOR {
+                    return Err(error.into_indeterminate());
                 }
             }
-            Err(error) => return Err(shared.refused(error)),
+            Err(error) => return Err(store.refused(error)),
         }
         pause.wait().await;
     }
 }
 
+/// Replays all dead letters that match. Returns the new ids.
 pub(crate) async fn replay_all(
-    engine: Arc<Engine>,
+    driver: Arc<Driver>,
     wanted: Wanted,
 ) -> Result<Vec<RequestId>, Error> {
-    let mut pages = Pages::begin(&engine, wanted, REPLAY_BATCH).await?;
+    let mut pages = Pages::begin(&driver, wanted, REPLAY_BATCH).await?;
     let mut all = Vec::new();
-    while let Some(ids) = pages.next(&engine).await? {
-        let pairs: Arc<[_]> = ids.iter().map(|id| (*id, RequestId::generate())).collect();
-        for (old, new, changed) in replay_batch(&engine, pairs).await? {
-            match changed {
-                Changed::Done => all.push(new),
-                Changed::Busy => match replay_one(Arc::clone(&engine), old).await {
+    while let Some(ids) = pages.next(&driver).await? {
+        let pairs: Vec<_> = ids.iter().map(|id| (*id, RequestId::generate())).collect();
+        for (old, new, result) in replay_batch(&driver, &pairs).await? {
+            match result {
+                ChangeResult::Done => all.push(new),
+                ChangeResult::Busy => match replay_one(Arc::clone(&driver), old).await {
                     Ok(new) => all.push(new),
                     Err(error)
                         if error.is_wrong_state()
@@ -129,27 +85,27 @@ pub(crate) async fn replay_all(
                             || error.is_order_conflict() => {}
                     Err(error) => return Err(error),
                 },
-                // Somebody else was quicker, there is nothing to send, or it has to stay kept for now.
-                Changed::NotKept(_) | Changed::Gone | Changed::Elsewhere => {}
+                // Another call was quicker, the stored request is gone, or its ordering key belongs
+                // to another channel for now.
+                ChangeResult::WrongState(_) | ChangeResult::Gone | ChangeResult::Elsewhere => {}
             }
         }
     }
     Ok(all)
 }
 
-pub(crate) async fn purge(engine: Arc<Engine>, wanted: Wanted) -> Result<u64, Error> {
-    let mut pages = Pages::begin(&engine, wanted, PURGE_BATCH).await?;
+/// Purges all dead letters that match. Returns how many there were.
+pub(crate) async fn purge(driver: Arc<Driver>, wanted: Wanted) -> Result<u64, Error> {
+    let mut pages = Pages::begin(&driver, wanted, PURGE_BATCH).await?;
     let mut purged = 0;
-    while let Some(ids) = pages.next(&engine).await? {
-        purged += query(&engine, move |connection| {
-            Box::pin(async move { dead_letters::purge(connection, &ids).await })
-        })
-        .await?;
+    while let Some(ids) = pages.next(&driver).await? {
+        driver.ensure_caller_pool()?;
+        purged += driver.store.purge(&ids).await?;
     }
     Ok(purged)
 }
 
-/// The requests of a filter, a batch at a time.
+/// The dead letters of a filter, a batch at a time.
 struct Pages {
     page: Page,
     /// How many may still come.
@@ -158,11 +114,9 @@ struct Pages {
 }
 
 impl Pages {
-    async fn begin(engine: &Engine, wanted: Wanted, batch: u32) -> Result<Self, Error> {
-        let now = query(engine, |connection| {
-            Box::pin(async move { dead_letters::now(connection).await })
-        })
-        .await?;
+    async fn begin(driver: &Driver, wanted: Wanted, batch: u32) -> Result<Self, Error> {
+        driver.ensure_caller_pool()?;
+        let now = driver.store.now().await?;
         Ok(Self {
             left: wanted.limit.unwrap_or(u32::MAX),
             page: Page {
@@ -174,16 +128,13 @@ impl Pages {
         })
     }
 
-    async fn next(&mut self, engine: &Engine) -> Result<Option<Vec<RequestId>>, Error> {
+    async fn next(&mut self, driver: &Driver) -> Result<Option<Vec<RequestId>>, Error> {
         self.page.limit = self.batch.min(self.left);
         if self.page.limit == 0 {
             return Ok(None);
         }
-        let page = self.page.clone();
-        let ids = query(engine, move |connection| {
-            Box::pin(async move { dead_letters::ids(connection, &page).await })
-        })
-        .await?;
+        driver.ensure_caller_pool()?;
+        let ids = driver.store.dead_letter_ids(&self.page).await?;
         if self.left != u32::MAX {
             self.left -= u32::try_from(ids.len()).unwrap_or(self.left).min(self.left);
         }
@@ -192,44 +143,37 @@ impl Pages {
     }
 }
 
-/// Says what became of an ambiguous request; with `finished_at`, in the store's microseconds, only if it is still the end that was asked about.
+/// Records what became of an ambiguous request. With `finished_at`, in the store's microseconds,
+/// only if the request still has the outcome of that time.
 pub(crate) async fn resolve(
-    shared: &Shared,
+    store: &Store,
     id: RequestId,
     resolution: Resolution,
     finished_at: Option<i64>,
 ) -> Result<(), Error> {
-    let retention = shared.config.retention;
-    let mut pause = Pause::new();
+    let mut pause = BusyPause::new();
     loop {
-        let changed = shared
-            .query(move |connection| {
-                Box::pin(async move {
-                    dead_letters::resolve(connection, id, resolution, finished_at, retention).await
-                })
-            })
-            .await?;
-        match changed {
-            Changed::Done => return Ok(()),
-            Changed::Busy => pause.wait().await,
-            changed => return Err(not_changed(id, changed)),
+        match store.resolve(id, resolution, finished_at).await? {
+            ChangeResult::Done => return Ok(()),
+            ChangeResult::Busy => pause.wait().await,
+            result => return Err(not_changed(id, result)),
         }
     }
 }
 
-fn open(engine: &Engine) -> Result<(), Error> {
-    if engine.user_pool().is_closed() {
-        Err(Error::new(Kind::Closed))
-    } else {
-        Ok(())
-    }
-}
-
-async fn query<T: Send>(
-    engine: &Engine,
-    statements: impl for<'c> FnOnce(&'c mut PgConnection) -> BoxFuture<'c, Result<T, sqlx::Error>>
-    + Send,
-) -> Result<T, Error> {
-    open(engine)?;
-    engine.shared().query(statements).await
+fn not_changed(id: RequestId, result: ChangeResult) -> Error {
+    let kind = match result {
+        ChangeResult::WrongState(state) => match state.status {
+            None => Kind::UnknownId,
+            Some(status) => Kind::WrongState {
+                status,
+                replayed_as: state.replayed_as,
+            },
+        },
+        ChangeResult::Elsewhere => Kind::OrderConflict,
+        ChangeResult::Gone => Kind::Corrupt("its payload is gone".into()),
+        // The callers handle these two themselves.
+        ChangeResult::Done | ChangeResult::Busy => Kind::Corrupt("the change had no result".into()),
+    };
+    Error::new(kind).with_id(id)
 }

@@ -1,59 +1,188 @@
-//! Persisting requests, many at a time.
+//! The enqueue lane: persists requests, many at a time.
 //!
-//! What the database refuses is split down to the one bad row, which alone fails.
+//! If the database refuses a batch, it is split down to the one bad row, which alone fails.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::engine::attempt;
-use crate::engine::job::Job;
-use crate::engine::lane;
-use crate::engine::live::{self, Live};
-use crate::engine::runner::claim::Claim;
-use crate::engine::runner::lease::Slot;
-use crate::engine::{Engine, Shared};
+use super::Engine;
+use super::attempt::Driver;
+use super::attempt::caller_client::{self, CallerClient};
+use super::attempt::claim::Claim;
+use super::attempt::drive::drive_by_engine;
+use super::attempt::job::Job;
+use super::attempt::slots::Slot;
+use super::attempt::waiters::Waiter;
+use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
+use super::lane;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
-use crate::store::DbError;
-use crate::store::enqueue::{self, Inserted, Inserting, NewRequest};
+use crate::options::Guarantee;
+use crate::outcome::Outcome;
+use crate::runtime::BoxFuture;
+use crate::store::enqueue::{Initial, Inserted, NewRequest};
+use crate::store::{Store, StoreError};
 
-/// A restarted server leaves several dead connections in the pool; each try finds one.
-const AGAIN_PAUSE: Duration = Duration::from_millis(10);
-/// No caller is kept waiting longer for a database that is away.
-const AGAIN_FOR: Duration = Duration::from_secs(3);
-const LOCKED_RETRY_MIN: Duration = Duration::from_millis(2);
-const LOCKED_RETRY_MAX: Duration = Duration::from_millis(100);
+/// The first pause before an insert with an unknown outcome is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
 
 /// A request on its way into the database.
 pub(crate) struct Submission {
-    pub(crate) row: NewRequest,
-    /// The first attempt, if this process makes it at once; else whichever runner claims the request.
-    pub(crate) start: Option<Start>,
+    row: NewRequest,
+    /// The first attempt, if this process makes it at once. Otherwise a runner claims the request.
+    start: Option<Start>,
     /// Told after the commit.
-    pub(crate) done: Done,
+    done: Done,
 }
 
-/// Gets the id of the request that is persisted: the new one, or an earlier one with the same key.
-pub(crate) type Done = oneshot::Sender<Result<RequestId, Error>>;
+/// Gets the id of the persisted request: the new one, or an earlier one with the same key.
+type Done = oneshot::Sender<Result<RequestId, Error>>;
 
-/// What an attempt needs that follows the insert at once.
-pub(crate) struct Start {
-    pub(crate) engine: Arc<Engine>,
-    pub(crate) slot: Slot,
-    pub(crate) job: Job,
-    /// The client that the request came through, if nobody waits who has it.
-    pub(crate) live: Option<Live>,
+/// What the first attempt needs, which follows the insert at once.
+struct Start {
+    driver: Arc<Driver>,
+    slot: Slot,
+    job: Job,
+    /// The client that a fired request came through.
+    client: Option<CallerClient>,
 }
 
-/// Runs until the last sender is gone.
-pub(crate) async fn run(shared: Arc<Shared>, incoming: mpsc::UnboundedReceiver<Submission>) {
-    lane::run(incoming, |batch| {
-        let shared = Arc::clone(&shared);
-        async move { write(&shared, batch).await }
-    })
-    .await;
+impl Engine {
+    /// Enqueues a request that no caller waits for. If a slot is free, this process makes the first
+    /// attempt at once, through `client` or the default transport.
+    pub(crate) fn submit(
+        &self,
+        row: NewRequest,
+        job: Job,
+        client: Option<CallerClient>,
+    ) -> Result<Submitted, Error> {
+        let has_client = client.is_some();
+        self.hand_in(row, job, client, has_client)
+    }
+
+    /// Enqueues a request and waits for its outcome. While the caller waits, every attempt that
+    /// this process makes goes through `client`, if there is one.
+    pub(crate) fn submit_awaited(
+        self: &Arc<Self>,
+        row: NewRequest,
+        job: Job,
+        client: Option<CallerClient>,
+    ) -> Result<AwaitOutcome, Error> {
+        let has_client = client.is_some();
+        let id = row.id;
+        let waiter = self.driver().waiters.subscribe(id, client);
+        Ok(AwaitOutcome {
+            id,
+            submitted: Some(self.hand_in(row, job, None, has_client)?),
+            waiter,
+            attached: None,
+            engine: Arc::clone(self),
+        })
+    }
+
+    fn hand_in(
+        &self,
+        mut row: NewRequest,
+        job: Job,
+        client: Option<CallerClient>,
+        has_client: bool,
+    ) -> Result<Submitted, Error> {
+        let may_start = !row.ordered && row.delay.is_zero();
+        let slot = may_start
+            .then(|| self.driver().try_inline(&row.channel, has_client))
+            .flatten();
+        if slot.is_some() {
+            row.initial = match job.delivery.guarantee {
+                Guarantee::AtLeastOnce => Initial::Claimed,
+                Guarantee::AtMostOnce => Initial::ClaimedOnce,
+            };
+        }
+        let start = slot.map(|slot| Start {
+            driver: Arc::clone(self.driver()),
+            slot,
+            job,
+            client,
+        });
+        let (id, inline) = (row.id, start.is_some());
+        let (done, enqueued) = oneshot::channel();
+        self.enqueue(Submission { row, start, done })?;
+        Ok(Submitted {
+            id,
+            enqueued,
+            inline,
+        })
+    }
+
+    fn enqueue(&self, submission: Submission) -> Result<(), Error> {
+        self.ensure_open()?;
+        if submission.row.needs_lock() {
+            let store = self.store().clone();
+            self.driver().spawn(insert_locked(store, submission));
+            return Ok(());
+        }
+        self.submissions
+            .send(submission)
+            .map_err(|_| Error::new(Kind::Closed))
+    }
+}
+
+/// A request that was handed to the engine. Waits for the commit of its insert, on any executor.
+pub(crate) struct Submitted {
+    id: RequestId,
+    enqueued: oneshot::Receiver<Result<RequestId, Error>>,
+    /// This process makes the first attempt.
+    inline: bool,
+}
+
+impl Future for Submitted {
+    /// The persisted request: this one, or an earlier one with the same key.
+    type Output = Result<RequestId, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let id = self.id;
+        Pin::new(&mut self.enqueued).poll(cx).map(|enqueued| {
+            // The engine's runtime ended before the answer, perhaps after the commit.
+            enqueued.unwrap_or_else(|_| Err(Error::new(Kind::Indeterminate(None)).with_id(id)))
+        })
+    }
+}
+
+/// Waits for the insert of a request, then for its outcome. Runs on any executor.
+pub(crate) struct AwaitOutcome {
+    id: RequestId,
+    submitted: Option<Submitted>,
+    waiter: Waiter,
+    /// An earlier request has the same key, and this is its outcome.
+    attached: Option<BoxFuture<'static, Result<Outcome, Error>>>,
+    engine: Arc<Engine>,
+}
+
+impl Future for AwaitOutcome {
+    type Output = Result<Outcome, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        if let Some(submitted) = &mut this.submitted {
+            let persisted = ready!(Pin::new(&mut *submitted).poll(cx))?;
+            let inline = submitted.inline;
+            this.submitted = None;
+            if persisted == this.id {
+                this.waiter.arm(!inline);
+            } else {
+                let engine = Arc::clone(&this.engine);
+                this.attached = Some(Box::pin(async move { engine.outcome(persisted).await }));
+            }
+        }
+        if let Some(attached) = &mut this.attached {
+            return attached.as_mut().poll(cx);
+        }
+        Pin::new(&mut this.waiter).poll(cx)
+    }
 }
 
 impl lane::Item for Submission {
@@ -66,10 +195,19 @@ impl lane::Item for Submission {
     }
 }
 
+/// Runs the lane until the last sender is gone.
+pub(crate) async fn run(store: Store, incoming: mpsc::UnboundedReceiver<Submission>) {
+    lane::run(incoming, |batch| {
+        let store = store.clone();
+        async move { write(&store, batch).await }
+    })
+    .await;
+}
+
 type Parts = (Option<Start>, Done);
 
-async fn write(shared: &Shared, batch: Vec<Submission>) {
-    if let Err(error) = shared.verify().await {
+async fn write(store: &Store, batch: Vec<Submission>) {
+    if let Err(error) = store.verify().await {
         for submission in batch {
             let _ = submission.done.send(Err(error.share()));
         }
@@ -78,12 +216,11 @@ async fn write(shared: &Shared, batch: Vec<Submission>) {
     let mut runners = Vec::new();
     let mut stack = vec![batch];
     while let Some(batch) = stack.pop() {
-        let (rows, mut parts): (Vec<NewRequest>, Vec<Parts>) = batch
+        let (mut rows, mut parts): (Vec<NewRequest>, Vec<Parts>) = batch
             .into_iter()
             .map(|submission| (submission.row, (submission.start, submission.done)))
             .unzip();
-        let (mut rows, written) = insert(shared, rows).await;
-        match written {
+        match insert(store, &rows).await {
             Ok(()) => {
                 let ready = rows.iter().filter(|row| row.needs_runner());
                 runners.extend(ready.map(|row| Arc::clone(&row.channel)));
@@ -98,11 +235,11 @@ async fn write(shared: &Shared, batch: Vec<Submission>) {
                 stack.push(rejoin(rows, parts));
             }
             Err(error) => {
-                let unknown = error.unknown;
+                let unknown = error.is_unknown();
                 let error = if unknown {
-                    Error::new(Kind::Indeterminate(Some(error.error)))
+                    error.into_indeterminate()
                 } else {
-                    shared.refused(error)
+                    store.refused(error)
                 };
                 for (row, (_, done)) in rows.iter().zip(parts) {
                     let error = error.share();
@@ -116,7 +253,7 @@ async fn write(shared: &Shared, batch: Vec<Submission>) {
             }
         }
     }
-    notify(shared, runners).await;
+    notify(store, runners).await;
 }
 
 fn rejoin(rows: Vec<NewRequest>, parts: Vec<Parts>) -> Vec<Submission> {
@@ -126,62 +263,50 @@ fn rejoin(rows: Vec<NewRequest>, parts: Vec<Parts>) -> Vec<Submission> {
         .collect()
 }
 
-/// After a broken connection the insert is tried again, where the rows are not there already and while the leases that they
-/// may have got still run: later, another runner could have taken them.
-async fn insert(shared: &Shared, rows: Vec<NewRequest>) -> (Vec<NewRequest>, Result<(), DbError>) {
-    let lease = shared.config.lease;
+/// Inserts rows. After a broken connection the insert is tried again where the rows don't exist
+/// yet, while the leases that they may have got still run: later, another runner could have claimed
+/// them.
+async fn insert(store: &Store, rows: &[NewRequest]) -> Result<(), StoreError> {
     let began = Instant::now();
-    let bytes = rows.iter().map(NewRequest::size).sum();
-    let rows = Arc::new(rows);
-    let try_once = |again: bool| {
-        let rows = Arc::clone(&rows);
-        shared.db.run_large(bytes, move |connection| {
-            Box::pin(async move { enqueue::insert(connection, &rows, lease, again).await })
-        })
-    };
-    let mut written = try_once(false).await;
-    let mut pause = AGAIN_PAUSE;
-    while written.as_ref().is_err_and(|error| error.unknown) {
-        if began.elapsed() + pause > AGAIN_FOR.min(lease / 2) {
+    let mut written = store.insert(rows, false).await;
+    let mut pause = RETRY_PAUSE;
+    while written.as_ref().is_err_and(StoreError::is_unknown) {
+        if began.elapsed() + pause > RETRY_UNKNOWN_FOR.min(store.config().lease / 2) {
             break;
         }
         tokio::time::sleep(pause).await;
         pause *= 2;
-        written = try_once(true).await.map_err(|error| DbError {
-            // Whatever this one knows of itself, the first is still unknown.
-            unknown: true,
-            ..error
-        });
+        // Whatever this try knows of itself, the outcome of the first is still unknown.
+        written = store
+            .insert(rows, true)
+            .await
+            .map_err(StoreError::or_unknown);
     }
-    // The statements are over, and with them the other handles.
-    let rows = Arc::try_unwrap(rows).unwrap_or_default();
-    (rows, written)
+    written
 }
 
-/// The request is persisted: its first attempt may begin.
+/// The request is persisted, so its first attempt may begin.
 fn begin(id: RequestId, start: Option<Start>, done: Done) {
     // A caller that is gone cancels nothing.
     let _ = done.send(Ok(id));
     if let Some(start) = start {
-        let claim = Claim::inline(&start.engine, start.job, start.slot);
-        if let Some((claim, transport)) = live::hand_over(claim, start.live) {
-            start
-                .engine
-                .spawn(attempt::drive_by_engine(claim, transport));
+        let claim = Claim::inline(&start.driver, start.job, start.slot);
+        if let Some((claim, transport)) = caller_client::assign(claim, start.client) {
+            start.driver.spawn(drive_by_engine(claim, transport));
         }
     }
 }
 
-/// Inserts a request with a key of some kind. It has a lane of its own, because a caller's transaction may hold the key for long:
-/// no connection is kept while it does, and no other request waits.
-pub(crate) async fn insert_locked(shared: Arc<Shared>, submission: Submission) {
+/// Inserts a request that takes locks. Such requests have a task each instead of a shared lane,
+/// because a caller's transaction may hold the lock for long. No connection is kept and no other
+/// request waits meanwhile.
+async fn insert_locked(store: Store, submission: Submission) {
     let Submission {
         row,
         start,
         mut done,
     } = submission;
-    let row = Arc::new(row);
-    match insert_when_free(&shared, &row, &mut done).await {
+    match insert_when_free(&store, &row, &mut done).await {
         Ok(id) if id == row.id => begin(id, start, done),
         attached_or_refused => {
             let _ = done.send(attached_or_refused);
@@ -189,70 +314,43 @@ pub(crate) async fn insert_locked(shared: Arc<Shared>, submission: Submission) {
     }
 }
 
-/// Tries until the keys are free. Returns the request that is persisted: this one, or an earlier one that has the caller's key.
+/// Tries until the locks are free. Returns the persisted request: this one, or an earlier one that
+/// has the caller's key.
 async fn insert_when_free(
-    shared: &Shared,
-    row: &Arc<NewRequest>,
+    store: &Store,
+    row: &NewRequest,
     done: &mut Done,
 ) -> Result<RequestId, Error> {
-    let mut pause = LOCKED_RETRY_MIN;
+    let mut pause = BusyPause::new();
     let mut unknown_since: Option<Instant> = None;
     loop {
-        shared.verify().await?;
-        match try_locked(shared, row, unknown_since.is_some()).await {
+        store.verify().await?;
+        match store.try_insert_locked(row, unknown_since.is_some()).await {
             Ok(Inserted::Busy) => {}
             Ok(inserted) => return inserted.persisted(row.id),
-            Err(error) if error.unknown || unknown_since.is_some() => {
+            Err(error) if error.is_unknown() || unknown_since.is_some() => {
                 let since = *unknown_since.get_or_insert_with(Instant::now);
-                if since.elapsed() + pause > AGAIN_FOR.min(shared.config.lease / 2) {
-                    return Err(Error::new(Kind::Indeterminate(Some(error.error))).with_id(row.id));
+                let limit = RETRY_UNKNOWN_FOR.min(store.config().lease / 2);
+                if since.elapsed() + pause.length() > limit {
+                    return Err(error.into_indeterminate().with_id(row.id));
                 }
             }
-            Err(error) => return Err(shared.refused(error)),
+            Err(error) => return Err(store.refused(error)),
         }
         tokio::select! {
-            () = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())) => {}
-            // Nobody wants it any more, or hears of it.
+            () = pause.wait() => {}
+            // The caller was dropped.
             () = done.closed() => return Err(Error::new(Kind::Closed)),
         }
-        pause = (pause * 2).min(LOCKED_RETRY_MAX);
     }
 }
 
-async fn try_locked(
-    shared: &Shared,
-    row: &Arc<NewRequest>,
-    again: bool,
-) -> Result<Inserted, DbError> {
-    let bytes = row.size();
-    let (schema, row) = (shared.config.schema.clone(), Arc::clone(row));
-    let how = Inserting {
-        wait: false,
-        again,
-        ..shared.config.inserting()
-    };
-    shared
-        .db
-        .run_large(bytes, move |connection| {
-            Box::pin(async move { enqueue::insert_one(connection, &schema, &row, how).await })
-        })
-        .await
-}
-
-async fn notify(shared: &Shared, mut runners: Vec<Arc<str>>) {
+async fn notify(store: &Store, mut runners: Vec<Arc<str>>) {
     if runners.is_empty() {
         return;
     }
     runners.sort_unstable();
     runners.dedup();
-    let told = shared
-        .db
-        .run(move |connection| {
-            Box::pin(async move { enqueue::notify_runners(connection, &runners).await })
-        })
-        .await;
-    if let Err(error) = told {
-        // Runners look by themselves a moment later.
-        log::debug!("notifying runners failed: {}", error.error);
-    }
+    // After a failure, which the store logs, runners find the requests with their next poll.
+    let _ = store.notify_runners(&runners).await;
 }

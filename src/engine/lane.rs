@@ -1,11 +1,13 @@
-//! Group commit: what piles up while one batch is written goes into the next.
+//! Group commit: items that arrive while one batch is written go into the next.
 //!
-//! An idle lane writes at once what somebody waits for, and a busy one writes more at a time: no timer adds to a caller's latency. What nobody
-//! waits for is given a moment for others to join it, which spares the disk, and callers who wait for it. Batches are capped by rows and
+//! An idle lane writes an urgent item at once, and a busy lane writes larger batches, so no timer
+//! adds to a caller's latency. Items without a waiter are held for up to [`PATIENCE`] so that they
+//! share a commit. That saves an fsync for callers who are waiting. Batches are capped by rows and
 //! by bytes.
-//! When much piles up, a second batch is written beside the first: one is carried out while the other waits for the disk, and
-//! callers that were answered together don't go on in step for ever. What is over a batch's bytes by itself goes beside them, so that the
-//! small ones don't wait for it.
+//!
+//! When many items pile up, a second batch is written beside the first: one runs while the other
+//! waits for the disk, and callers that were answered together don't stay in step for ever. An item
+//! larger than a whole batch is written beside both, so that small items don't wait for it.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -19,25 +21,27 @@ use tokio::time::{Instant, sleep_until};
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 const MAX_WRITES: usize = 2;
-/// How many have to wait for a second batch.
+/// How many items must wait before a second batch is written.
 const SECOND_FROM: usize = 16;
-/// How many wait for no others, though nobody waits for them.
+/// So many items without a waiter are written without waiting for more.
 const ENOUGH: usize = 64;
-/// How many large ones are written at a time, beside the lane.
+/// How many large items are written at the same time, beside the batches.
 const MAX_LARGE: usize = 2;
-/// How long something waits for others at most that nobody waits for. Tokio's clock makes up to a millisecond more of it.
+/// How long an item without a waiter is held for others to join it. Tokio's timer adds up to a
+/// millisecond.
 const PATIENCE: Duration = Duration::from_millis(1);
 
-/// What a lane asks of what it writes.
+/// What a lane writes.
 pub(crate) trait Item {
-    /// In bytes, about.
+    /// About how many bytes the item moves.
     fn size(&self) -> usize;
 
-    /// Whether somebody waits until it is written.
+    /// Whether a caller waits until the item is written.
     fn is_urgent(&self) -> bool;
 }
 
-/// Hands what comes to `write`, a batch at a time, until the last sender is gone and everything is written.
+/// Hands incoming items to `write`, a batch at a time, until the last sender is gone and everything
+/// is written.
 pub(crate) async fn run<T, F>(mut incoming: mpsc::UnboundedReceiver<T>, write: impl Fn(Vec<T>) -> F)
 where
     T: Item,
@@ -47,7 +51,7 @@ where
     let mut large_writes = JoinSet::new();
     let mut batch = Batch::default();
     let mut large = VecDeque::new();
-    let mut came = Vec::with_capacity(MAX_BATCH);
+    let mut arrived = Vec::with_capacity(MAX_BATCH);
     let mut open = true;
     let mut patience = pin!(sleep_until(Instant::now()));
     loop {
@@ -55,13 +59,13 @@ where
             biased;
             Some(written) = writes.join_next() => check(written),
             Some(written) = large_writes.join_next() => check(written),
-            count = incoming.recv_many(&mut came, MAX_BATCH), if open && batch.has_room() => open = count > 0,
+            count = incoming.recv_many(&mut arrived, MAX_BATCH), if open && batch.has_room() => open = count > 0,
             () = &mut patience, if batch.is_patient() => batch.hurry(),
-            // Nothing is written and nothing will come.
+            // No write is under way and no item will come.
             else => break,
         }
         let was_empty = batch.is_empty();
-        for item in came.drain(..) {
+        for item in arrived.drain(..) {
             if item.size() > MAX_BATCH_BYTES {
                 large.push_back(item);
             } else {
@@ -86,14 +90,14 @@ where
     }
 }
 
-/// A panic would be a fault of this crate's; it must not go unnoticed.
+/// A panic would be a fault of this crate, and must not go unnoticed.
 fn check(written: Result<(), JoinError>) {
     if let Err(error) = written {
-        log::error!("a batch was not written: {error}");
+        tracing::error!(%error, "writing a batch panicked");
     }
 }
 
-/// What waits to be written.
+/// The items that wait to be written.
 struct Batch<T> {
     items: VecDeque<T>,
     urgent: bool,
@@ -114,7 +118,7 @@ impl<T: Item> Batch<T> {
         self.items.push_back(item);
     }
 
-    /// It has waited for long enough.
+    /// The items have been held for long enough.
     fn hurry(&mut self) {
         self.urgent = true;
     }
@@ -127,7 +131,7 @@ impl<T: Item> Batch<T> {
         !self.items.is_empty() && !self.urgent
     }
 
-    /// What is not taken waits in the channel.
+    /// Further items wait in the channel.
     fn has_room(&self) -> bool {
         self.items.len() < MAX_BATCH
     }
@@ -141,7 +145,7 @@ impl<T: Item> Batch<T> {
         }
     }
 
-    /// As much as goes into one write.
+    /// The items of the next write.
     fn take(&mut self) -> Vec<T> {
         let mut bytes = 0;
         let fits = self.items.iter().take(MAX_BATCH).take_while(|item| {
@@ -150,7 +154,7 @@ impl<T: Item> Batch<T> {
         });
         let count = fits.count();
         let taken = self.items.drain(..count).collect();
-        // What is left has waited already.
+        // The remaining items have waited already.
         self.urgent &= !self.items.is_empty();
         taken
     }
@@ -180,7 +184,7 @@ mod tests {
         }
     }
 
-    /// A lane, and what it writes with the time of it.
+    /// A lane, and the batches that it writes with their times.
     fn lane() -> (
         mpsc::UnboundedSender<Thing>,
         mpsc::UnboundedReceiver<(Vec<Thing>, Instant)>,

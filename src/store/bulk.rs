@@ -3,32 +3,142 @@
 use sqlx::{Executor, PgConnection, Row};
 use uuid::Uuid;
 
-use super::enqueue::{Inserting, MESSAGE_NAME, NewRequest, bind_columns};
-use super::{BoxFuture, quoted};
+use super::db::within;
+use super::enqueue::{Inserting, MESSAGE_NAME, NewRequest, bind_columns, insert_one};
+use super::idle::Checkout;
+use super::{Store, StoreError, quoted};
+use crate::error::{Error, Kind};
 use crate::id::RequestId;
 
-/// Begins a transaction whose connection is thrown away if it is not committed.
-pub(crate) fn begin(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), sqlx::Error>> {
-    say(connection, "BEGIN")
+/// How many rows one statement has at most. More gain nothing and make the statement long.
+const MAX_ROWS: usize = 1000;
+const MAX_BYTES: usize = 4 * 1024 * 1024;
+
+/// Rows for one statement: many without keys, or one with a key.
+#[derive(Default)]
+pub(crate) struct Chunk {
+    rows: Vec<NewRequest>,
+    bytes: usize,
 }
 
-pub(crate) fn commit(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), sqlx::Error>> {
-    say(connection, "COMMIT")
+impl Chunk {
+    /// Adds a row. Returns the chunk that must be written before it, if this one was full.
+    pub(crate) fn push(&mut self, row: NewRequest) -> Option<Self> {
+        let bytes = row.size();
+        let alone = |row: &NewRequest| row.key.is_some() || row.supersede.is_some();
+        let full = self.rows.len() >= MAX_ROWS
+            || self.bytes + bytes > MAX_BYTES
+            || alone(&row)
+            || self.rows.last().is_some_and(alone);
+        let before = (full && !self.rows.is_empty()).then(|| std::mem::take(self));
+        self.bytes += bytes;
+        self.rows.push(row);
+        before
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
 }
 
-fn say<'c>(
-    connection: &'c mut PgConnection,
+impl Store {
+    /// Begins a transaction on the crate's own pool.
+    pub(crate) async fn begin_bulk(&self) -> Result<BulkInsert<'_>, Error> {
+        self.verify().await?;
+        let mut bulk = BulkInsert {
+            store: self,
+            checkout: Some(self.db().acquire().await?),
+        };
+        within(0, execute(bulk.connection()?, "BEGIN")).await?;
+        Ok(bulk)
+    }
+
+    /// Writes a chunk in the transaction that the caller's connection is in. Returns the ids of its
+    /// requests: new ones, or those of earlier requests with the same keys.
+    pub(crate) async fn write_chunk_for_caller(
+        &self,
+        connection: &mut PgConnection,
+        chunk: &Chunk,
+    ) -> Result<Vec<RequestId>, Error> {
+        let how = self.inserting_for_caller();
+        write(connection, &self.config().schema, how, chunk).await
+    }
+}
+
+/// A transaction that writes chunks. Dropping it before its commit rolls back.
+#[derive(Debug)]
+pub(crate) struct BulkInsert<'a> {
+    store: &'a Store,
+    checkout: Option<Checkout<'a>>,
+}
+
+impl BulkInsert<'_> {
+    /// Writes a chunk. Returns the ids of its requests, as
+    /// [`write_chunk_for_caller`](Store::write_chunk_for_caller) does.
+    pub(crate) async fn write(&mut self, chunk: &Chunk) -> Result<Vec<RequestId>, Error> {
+        let (store, how) = (self.store, self.store.inserting());
+        let schema = &store.config().schema;
+        within(chunk.bytes, write(self.connection()?, schema, how, chunk)).await
+    }
+
+    pub(crate) async fn commit(mut self) -> Result<(), Error> {
+        let committed = within(0, execute(self.connection()?, "COMMIT")).await;
+        match committed.map_err(|error| StoreError::new("bulk.commit", error)) {
+            Ok(()) => {
+                // Back to the pool, whose next user gets a clean session.
+                drop(self.checkout.take());
+                Ok(())
+            }
+            Err(error) if error.is_unknown() => Err(error.into_indeterminate()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn connection(&mut self) -> Result<&mut PgConnection, Error> {
+        match &mut self.checkout {
+            Some(checkout) => Ok(&mut checkout.connection),
+            None => Err(Error::new(Kind::Closed)),
+        }
+    }
+}
+
+impl Drop for BulkInsert<'_> {
+    fn drop(&mut self) {
+        if let Some(checkout) = self.checkout.take() {
+            // Closing the connection rolls back, whatever state the transaction is in.
+            drop(checkout.connection.detach());
+        }
+    }
+}
+
+async fn execute(
+    connection: &mut PgConnection,
     statement: &'static str,
-) -> BoxFuture<'c, Result<(), sqlx::Error>> {
-    Box::pin(async move {
-        connection.execute(statement).await?;
-        Ok(())
-    })
+) -> Result<(), sqlx::Error> {
+    connection.execute(statement).await?;
+    Ok(())
 }
 
-/// Inserts requests without a key of the caller's, in their order, through the schema's own function. Returns one whose ordering key
-/// another channel has: then nothing was done.
-pub(crate) async fn insert_many(
+async fn write(
+    connection: &mut PgConnection,
+    schema: &str,
+    how: Inserting,
+    chunk: &Chunk,
+) -> Result<Vec<RequestId>, Error> {
+    let rows = &chunk.rows;
+    if let [row] = &**rows {
+        let inserted = insert_one(connection, schema, row, how).await?;
+        return inserted.persisted(row.id).map(|id| vec![id]);
+    }
+    match insert_many(connection, schema, rows, how).await? {
+        Some(_) => Err(Error::new(Kind::OrderConflict)),
+        None => Ok(rows.iter().map(|row| row.id).collect()),
+    }
+}
+
+/// Inserts requests without a key of the caller's, in order, through a function of the schema.
+/// Returns a request whose ordering key another channel has; then no row was inserted.
+async fn insert_many(
     connection: &mut PgConnection,
     schema: &str,
     requests: &[NewRequest],

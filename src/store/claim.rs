@@ -1,4 +1,5 @@
-//! What belongs to a claim while its attempt is made. The claiming itself is `mq_poll`, which sqlxmq's runner calls.
+//! What a claim needs of the database while its attempt is made. The claiming itself is `mq_poll`,
+//! which sqlxmq's runner calls.
 
 use std::time::Duration;
 
@@ -8,26 +9,28 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::enqueue::SENDING_ONCE;
-use super::millis;
 use super::settle::Fence;
+use super::{Store, StoreError, millis};
 use crate::error::Error;
+use crate::id::RequestId;
 
-/// What `mq_poll` says of a claimed request.
+/// What `mq_poll` returns for a claimed request.
 #[derive(Debug, Deserialize)]
 pub(crate) struct ClaimHead {
     pub(crate) claim_no: i32,
     pub(crate) attempts: u32,
     #[serde(rename = "age_ms")]
     age_ms: i64,
-    /// How far off the deadline is, if there is one.
+    /// The time left until the deadline, if there is one.
     deadline_ms: Option<i64>,
-    /// The last claim ended with its process, and the request may have been sent and must not be sent again.
+    /// The process with the last claim died. The request may have been sent and must not be sent
+    /// again.
     pub(crate) lost: bool,
-    /// As many were claimed as were asked for: there may be more.
+    /// The poll claimed as many requests as it asked for, so more may be due.
     pub(crate) more: bool,
     /// The body is too large to come with the claim.
     pub(crate) fetch_body: bool,
-    /// The request's head, or nothing if its payload is gone.
+    /// The request's stored head, or `None` if its payload is gone.
     head: Option<Box<RawValue>>,
 }
 
@@ -51,11 +54,36 @@ impl ClaimHead {
     }
 }
 
-/// Fetches a body that was too large to come with the claim.
-pub(crate) async fn body(
-    connection: &mut PgConnection,
-    id: Uuid,
-) -> Result<Option<Vec<u8>>, sqlx::Error> {
+impl Store {
+    /// Fetches a body that was too large to come with its claim.
+    pub(crate) async fn fetch_body(&self, id: RequestId) -> Result<Option<Vec<u8>>, StoreError> {
+        let bytes = self.config().max_request_body;
+        self.run_large("claim.body", bytes, async |connection| {
+            body(connection, id.into()).await
+        })
+        .await
+    }
+
+    /// Takes a fresh lease if the claim is still the latest. Returns whether it is.
+    pub(crate) async fn confirm(&self, fence: Fence, how: Confirm) -> Result<bool, Error> {
+        let lease = self.config().lease;
+        self.run_verified("claim.confirm", async |connection| {
+            confirm(connection, fence, lease, how).await
+        })
+        .await
+    }
+
+    /// Renews the leases of these claims, sorted by id, where they are still the latest.
+    pub(crate) async fn renew(&self, fences: &[Fence]) -> Result<(), StoreError> {
+        let lease = self.config().lease;
+        self.run("claim.renew", async |connection| {
+            renew(connection, fences, lease).await
+        })
+        .await
+    }
+}
+
+async fn body(connection: &mut PgConnection, id: Uuid) -> Result<Option<Vec<u8>>, sqlx::Error> {
     let body = sqlx::query_scalar("SELECT body FROM mq_payloads WHERE id = $1")
         .bind(id)
         .fetch_optional(connection)
@@ -63,18 +91,17 @@ pub(crate) async fn body(
     Ok(body.flatten())
 }
 
-/// What a transmission needs to be sure of, where its claim may have been lost without notice: after a backoff, and before
-/// what must not be sent twice.
+/// What an attempt has confirmed before it sends, where its claim may have been lost unnoticed:
+/// after a backoff, and before a request that must not be sent twice.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Confirm {
-    /// The transmission has not been counted yet.
+    /// The attempt has not been counted yet.
     pub(crate) count: bool,
-    /// What has been sent must not be sent again.
+    /// The request must not be sent twice.
     pub(crate) once: bool,
 }
 
-/// Takes a fresh lease if the claim is still the latest. Returns whether it is.
-pub(crate) async fn confirm(
+async fn confirm(
     connection: &mut PgConnection,
     fence: Fence,
     lease: Duration,
@@ -82,7 +109,8 @@ pub(crate) async fn confirm(
 ) -> Result<bool, sqlx::Error> {
     let confirmed = sqlx::query(
         "UPDATE mq_msgs m
-         SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond', attempts = m.attempts + $4::int, state = $5
+         SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond',
+            attempts = m.attempts + $4::int, state = $5
          WHERE m.id = $1 AND m.claim_no = $2",
     )
     .bind(Uuid::from(fence.id))
@@ -95,18 +123,22 @@ pub(crate) async fn confirm(
     Ok(confirmed.rows_affected() > 0)
 }
 
-/// Prolongs the leases of claims that are still the latest. Rows that a settle holds are skipped: they need no lease any
-/// more, and waiting for them in another order than the settle's would deadlock.
-pub(crate) async fn renew(
+/// Rows that a settle has locked are skipped: they need no lease any more, and waiting for them in
+/// another order than the settle's would deadlock.
+async fn renew(
     connection: &mut PgConnection,
-    ids: &[Uuid],
-    claim_nos: &[i32],
+    fences: &[Fence],
     lease: Duration,
 ) -> Result<(), sqlx::Error> {
+    let (ids, claim_nos): (Vec<Uuid>, Vec<i32>) = fences
+        .iter()
+        .map(|fence| (Uuid::from(fence.id), fence.claim_no))
+        .unzip();
     sqlx::query(
         "WITH locked AS MATERIALIZED (
             SELECT m.id FROM mq_msgs m
-            JOIN unnest($1::uuid[], $2::int[]) AS i(id, claim_no) ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
+            JOIN unnest($1::uuid[], $2::int[]) AS i(id, claim_no)
+                ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
             ORDER BY i.id FOR UPDATE OF m SKIP LOCKED
         )
         UPDATE mq_msgs m SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond'

@@ -1,4 +1,4 @@
-//! Requests that ended without success. What changes them are functions of the schema; they say how they lock.
+//! Dead letters. Functions of the schema change them, and say how they lock.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,23 +7,135 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::millis;
+use super::{Store, StoreError, millis};
 use crate::dead_letter::{DeadLetter, HaltedKey, Resolution, Wanted};
+use crate::error::Error;
 use crate::id::RequestId;
 use crate::status::Status;
 
-/// Which part of the kept requests the next statement is about.
+/// Which dead letters the next statement is about.
 #[derive(Clone, Debug)]
 pub(crate) struct Page {
     pub(crate) wanted: Wanted,
-    /// In microseconds since 1970, by the database's clock: what ends later is not meant, or requests that fail again at once
-    /// would be met for ever.
+    /// When the call began, in microseconds since 1970 by the database's clock. Requests that
+    /// finish later are left out, or a loop would meet those that fail again at once for ever.
     pub(crate) now: i64,
     pub(crate) limit: u32,
 }
 
-/// The database's clock, in microseconds since 1970.
-pub(crate) async fn now(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
+impl Store {
+    /// The database's clock, in microseconds since 1970.
+    pub(crate) async fn now(&self) -> Result<i64, Error> {
+        self.run_verified("dead_letters.now", async |connection| now(connection).await)
+            .await
+    }
+
+    /// The first dead letters that match, in the order of their ids.
+    pub(crate) async fn dead_letters(
+        &self,
+        wanted: Wanted,
+        limit: u32,
+    ) -> Result<Vec<DeadLetter>, Error> {
+        self.run_verified("dead_letters.list", async |connection| {
+            let page = Page {
+                now: now(&mut *connection).await?,
+                limit,
+                wanted,
+            };
+            list(connection, &page).await
+        })
+        .await
+    }
+
+    /// The ids of a page. They may be no dead letters any more when they are used.
+    pub(crate) async fn dead_letter_ids(&self, page: &Page) -> Result<Vec<RequestId>, Error> {
+        self.run_verified("dead_letters.ids", async |connection| {
+            ids(connection, page).await
+        })
+        .await
+    }
+
+    /// Replays dead letters under new ids, given as pairs of old and new. Each pair is independent:
+    /// one that can't be replayed is left alone.
+    pub(crate) async fn replay(
+        &self,
+        pairs: &[(RequestId, RequestId)],
+    ) -> Result<Vec<Replayed>, StoreError> {
+        let retention = self.config().retention;
+        self.run("dead_letters.replay", async |connection| {
+            replay(connection, pairs, retention).await
+        })
+        .await
+    }
+
+    /// Records whether an ambiguous request was sent. With `finished_at`, only if the request still
+    /// has the outcome of that time.
+    pub(crate) async fn resolve(
+        &self,
+        id: RequestId,
+        resolution: Resolution,
+        finished_at: Option<i64>,
+    ) -> Result<ChangeResult, Error> {
+        let retention = self.config().retention;
+        self.run_verified("dead_letters.resolve", async |connection| {
+            resolve(connection, id, resolution, finished_at, retention).await
+        })
+        .await
+    }
+
+    /// Deletes dead letters. Returns how many there were.
+    pub(crate) async fn purge(&self, ids: &[RequestId]) -> Result<u64, Error> {
+        self.run_verified("dead_letters.purge", async |connection| {
+            purge(connection, ids).await
+        })
+        .await
+    }
+
+    /// The requests that halt their ordering keys. Those of one key come in its order.
+    pub(crate) async fn halted(&self) -> Result<Vec<HaltedKey>, Error> {
+        self.run_verified("dead_letters.halted", async |connection| {
+            halted(connection).await
+        })
+        .await
+    }
+
+    /// Resumes an ordering key. Returns whether it was halted.
+    pub(crate) async fn resume(&self, channel: &str, group: &str) -> Result<bool, Error> {
+        self.run_verified("dead_letters.resume", async |connection| {
+            resume(connection, channel, group).await
+        })
+        .await
+    }
+
+    /// Takes up to `limit` ambiguous requests to ask their receivers about. No other process takes
+    /// them for as long as `lease`.
+    pub(crate) async fn take_ambiguous(
+        &self,
+        channels: Option<&[String]>,
+        lease: Duration,
+        limit: i64,
+    ) -> Result<Vec<Question>, Error> {
+        self.run_verified("reconcile.take", async |connection| {
+            take_ambiguous(connection, channels, lease, limit).await
+        })
+        .await
+    }
+
+    /// Makes an ambiguous request due for another question after `delay`.
+    pub(crate) async fn ask_again(
+        &self,
+        id: RequestId,
+        times: i32,
+        delay: Duration,
+    ) -> Result<(), StoreError> {
+        self.run("reconcile.ask_again", async |connection| {
+            ask_again(connection, id, times, delay).await
+        })
+        .await
+    }
+}
+
+async fn now(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
         .fetch_one(connection)
         .await
@@ -37,15 +149,17 @@ const COLUMNS: &str = r#"
     request_destination(p.head) AS destination,
     substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method"#;
 
-/// By the id's index of the partition, so that paging costs what it shows and not what came before.
+/// Reads the partition's index by id, so a page costs what it shows and not what came before.
 const MATCHING: &str = "
     FROM outcomes o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])
     WHERE o.slot = -1
         AND ($1::uuid IS NULL OR o.id > $1)
         AND ($2::text IS NULL OR o.channel_name = $2)
         AND ($3::text IS NULL OR o.status = $3)
-        AND o.finished_at <= 'epoch'::timestamptz + ($4 - coalesce($5, 0)) * interval '1 microsecond'
-        AND ($6::bigint IS NULL OR o.finished_at >= 'epoch'::timestamptz + ($4 - $6) * interval '1 microsecond')
+        AND o.finished_at
+            <= 'epoch'::timestamptz + ($4 - coalesce($5, 0)) * interval '1 microsecond'
+        AND ($6::bigint IS NULL
+            OR o.finished_at >= 'epoch'::timestamptz + ($4 - $6) * interval '1 microsecond')
         AND ($7::text IS NULL OR request_destination(p.head) = $7)
     ORDER BY o.id LIMIT $8";
 
@@ -68,76 +182,73 @@ async fn matching(
         .await
 }
 
-/// The kept requests of a page, in the order of their ids.
-pub(crate) async fn list(
-    connection: &mut PgConnection,
-    page: &Page,
-) -> Result<Vec<DeadLetter>, sqlx::Error> {
+async fn list(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadLetter>, sqlx::Error> {
     let rows = matching(connection, COLUMNS, page).await?;
-    rows.iter().map(kept).collect()
+    rows.iter().map(dead_letter).collect()
 }
 
-/// The ids of a page. They may be kept no more when something is done with them.
-pub(crate) async fn ids(
-    connection: &mut PgConnection,
-    page: &Page,
-) -> Result<Vec<RequestId>, sqlx::Error> {
+async fn ids(connection: &mut PgConnection, page: &Page) -> Result<Vec<RequestId>, sqlx::Error> {
     let rows = matching(connection, "o.id", page).await?;
     rows.iter()
         .map(|row| Ok(row.try_get::<Uuid, _>("id")?.into()))
         .collect()
 }
 
-/// What came of a wish to change a kept request.
+/// What a change of a dead letter did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Changed {
+pub(crate) enum ChangeResult {
     Done,
-    /// A transaction has its ordering key; nothing was done.
+    /// Nothing: a transaction holds the ordering key.
     Busy,
-    /// Unfinished requests of another channel have its ordering key; nothing was done.
+    /// Nothing: unfinished requests of another channel have the ordering key.
     Elsewhere,
-    /// Its payload is not there any more.
+    /// Nothing: the stored request is gone.
     Gone,
-    /// It is not kept, or not so.
-    NotKept(Standing),
+    /// Nothing: the request is no dead letter, or not of the right status.
+    WrongState(CurrentState),
 }
 
-/// Where a request stands that can't be changed.
+/// The state of a request that can't be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Standing {
+pub(crate) struct CurrentState {
     /// `None`: there is no such request.
     pub(crate) status: Option<Status>,
     pub(crate) replayed_as: Option<RequestId>,
 }
 
-fn changed(verdict: Option<&str>, standing: Standing) -> Changed {
+fn change_result(verdict: Option<&str>, state: CurrentState) -> ChangeResult {
     match verdict {
-        Some("busy") => Changed::Busy,
-        Some("elsewhere") => Changed::Elsewhere,
-        Some("gone") => Changed::Gone,
-        Some(_) => Changed::Done,
-        None => Changed::NotKept(standing),
+        Some("busy") => ChangeResult::Busy,
+        Some("elsewhere") => ChangeResult::Elsewhere,
+        Some("gone") => ChangeResult::Gone,
+        Some(_) => ChangeResult::Done,
+        None => ChangeResult::WrongState(state),
     }
 }
 
-async fn standing(connection: &mut PgConnection, id: RequestId) -> Result<Standing, sqlx::Error> {
+async fn current_state(
+    connection: &mut PgConnection,
+    id: RequestId,
+) -> Result<CurrentState, sqlx::Error> {
     let replayed_as: Option<Option<Uuid>> =
         sqlx::query_scalar("SELECT replayed_as FROM outcomes WHERE id = $1 LIMIT 1")
             .bind(Uuid::from(id))
             .fetch_optional(&mut *connection)
             .await?;
-    Ok(Standing {
+    Ok(CurrentState {
         status: super::outcome::status(connection, id).await?,
         replayed_as: replayed_as.flatten().map(RequestId::from),
     })
 }
 
-/// Makes new requests of kept ones, in one statement. Each is on its own: what can't be replayed is left as it is.
-pub(crate) async fn replay(
+/// The old id, the new id, and what the replay did.
+pub(crate) type Replayed = (RequestId, RequestId, ChangeResult);
+
+async fn replay(
     connection: &mut PgConnection,
     pairs: &[(RequestId, RequestId)],
     retention: Duration,
-) -> Result<Vec<(RequestId, RequestId, Changed)>, sqlx::Error> {
+) -> Result<Vec<Replayed>, sqlx::Error> {
     let (old, new): (Vec<Uuid>, Vec<Uuid>) = pairs
         .iter()
         .map(|(old, new)| (Uuid::from(*old), Uuid::from(*new)))
@@ -154,29 +265,30 @@ pub(crate) async fn replay(
     let mut replayed = Vec::with_capacity(rows.len());
     for (old, new, verdict) in rows {
         let old = RequestId::from(old);
-        let standing = match verdict {
-            Some(_) => Standing {
+        let state = match verdict {
+            Some(_) => CurrentState {
                 status: None,
                 replayed_as: None,
             },
-            None => standing(connection, old).await?,
+            None => current_state(connection, old).await?,
         };
-        replayed.push((old, new.into(), changed(verdict.as_deref(), standing)));
+        let result = change_result(verdict.as_deref(), state);
+        replayed.push((old, new.into(), result));
     }
     Ok(replayed)
 }
 
-/// Says of an ambiguous request whether it was sent; with `finished_at`, only if it is still the end that was asked about.
-pub(crate) async fn resolve(
+async fn resolve(
     connection: &mut PgConnection,
     id: RequestId,
     resolution: Resolution,
     finished_at: Option<i64>,
     retention: Duration,
-) -> Result<Changed, sqlx::Error> {
+) -> Result<ChangeResult, sqlx::Error> {
     let verdict: Option<String> = sqlx::query_scalar(
         "SELECT resolve_request(
-            $1, $2, 'epoch'::timestamptz + $3::bigint * interval '1 microsecond', $4 * interval '1 millisecond'
+            $1, $2, 'epoch'::timestamptz + $3::bigint * interval '1 microsecond',
+            $4 * interval '1 millisecond'
         )",
     )
     .bind(Uuid::from(id))
@@ -185,15 +297,11 @@ pub(crate) async fn resolve(
     .bind(millis(retention))
     .fetch_one(&mut *connection)
     .await?;
-    let standing = standing(connection, id).await?;
-    Ok(changed(verdict.as_deref(), standing))
+    let state = current_state(connection, id).await?;
+    Ok(change_result(verdict.as_deref(), state))
 }
 
-/// Forgets kept requests. Returns how many there were.
-pub(crate) async fn purge(
-    connection: &mut PgConnection,
-    ids: &[RequestId],
-) -> Result<u64, sqlx::Error> {
+async fn purge(connection: &mut PgConnection, ids: &[RequestId]) -> Result<u64, sqlx::Error> {
     let purged: i64 = sqlx::query_scalar("SELECT purge_requests($1)")
         .bind(ids.iter().copied().map(Uuid::from).collect::<Vec<_>>())
         .fetch_one(connection)
@@ -201,11 +309,11 @@ pub(crate) async fn purge(
     Ok(purged.unsigned_abs())
 }
 
-/// The requests that hold up their ordering keys, those of a key in its order.
-pub(crate) async fn halted(connection: &mut PgConnection) -> Result<Vec<HaltedKey>, sqlx::Error> {
+async fn halted(connection: &mut PgConnection) -> Result<Vec<HaltedKey>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT m.channel_name, substr(m.channel_args, 8) AS key, m.id,
-            (extract(epoch FROM coalesce(o.finished_at, clock_timestamp())) * 1000000)::bigint AS since
+            (extract(epoch FROM coalesce(o.finished_at, clock_timestamp())) * 1000000)::bigint
+                AS since
          FROM mq_msgs m LEFT JOIN outcomes o ON o.id = ANY (ARRAY[m.id]) AND o.slot = -1
          WHERE m.state = 3
          ORDER BY m.channel_name, m.channel_args, m.seq",
@@ -224,8 +332,7 @@ pub(crate) async fn halted(connection: &mut PgConnection) -> Result<Vec<HaltedKe
         .collect()
 }
 
-/// Lets an ordering key go on. Returns whether it was held up.
-pub(crate) async fn resume(
+async fn resume(
     connection: &mut PgConnection,
     channel: &str,
     group: &str,
@@ -237,25 +344,24 @@ pub(crate) async fn resume(
         .await
 }
 
-/// An ambiguous request that the other side is to be asked about.
+/// An ambiguous request to ask its receiver about.
 #[derive(Debug)]
-pub(crate) struct Asked {
-    pub(crate) kept: DeadLetter,
-    /// How often it was asked, this time included: the fence.
+pub(crate) struct Question {
+    pub(crate) dead_letter: DeadLetter,
+    /// How often the receiver was asked, this time included. Fences the answer.
     pub(crate) times: i32,
-    /// In microseconds since 1970.
+    /// When the request finished, in microseconds since 1970.
     pub(crate) finished_at: i64,
     pub(crate) head: Option<String>,
     pub(crate) body: Option<Bytes>,
 }
 
-/// Takes up to `limit` ambiguous requests to ask about, for as long as `lease`; nobody else takes them in the meantime.
-pub(crate) async fn ask(
+async fn take_ambiguous(
     connection: &mut PgConnection,
     channels: Option<&[String]>,
     lease: Duration,
     limit: i64,
-) -> Result<Vec<Asked>, sqlx::Error> {
+) -> Result<Vec<Question>, sqlx::Error> {
     let rows = sqlx::query(&format!(
         "WITH due AS MATERIALIZED (
             SELECT k.id FROM outcomes_kept k
@@ -265,11 +371,13 @@ pub(crate) async fn ask(
             FOR UPDATE SKIP LOCKED
         ), o AS (
             UPDATE outcomes_kept k
-            SET reconcile_at = clock_timestamp() + $2 * interval '1 millisecond', reconciles = k.reconciles + 1
+            SET reconcile_at = clock_timestamp() + $2 * interval '1 millisecond',
+                reconciles = k.reconciles + 1
             FROM due WHERE k.id = ANY (ARRAY[due.id])
             RETURNING k.*
         )
-        SELECT {COLUMNS}, o.reconciles, p.head, p.body FROM o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])"
+        SELECT {COLUMNS}, o.reconciles, p.head, p.body
+        FROM o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])"
     ))
     .bind(channels)
     .bind(millis(lease))
@@ -278,8 +386,8 @@ pub(crate) async fn ask(
     .await?;
     rows.iter()
         .map(|row| {
-            Ok(Asked {
-                kept: kept(row)?,
+            Ok(Question {
+                dead_letter: dead_letter(row)?,
                 times: row.try_get("reconciles")?,
                 finished_at: row.try_get("finished_at")?,
                 head: row.try_get("head")?,
@@ -289,8 +397,7 @@ pub(crate) async fn ask(
         .collect()
 }
 
-/// Has the other side asked again after a while.
-pub(crate) async fn ask_again(
+async fn ask_again(
     connection: &mut PgConnection,
     id: RequestId,
     times: i32,
@@ -308,7 +415,7 @@ pub(crate) async fn ask_again(
     Ok(())
 }
 
-fn kept(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
+fn dead_letter(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
     let status: String = row.try_get("status")?;
     let attempts: i32 = row.try_get("attempts")?;
     let http_status: Option<i16> = row.try_get("http_status")?;

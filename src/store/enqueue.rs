@@ -9,13 +9,13 @@ use sqlx::query::Query;
 use sqlx::{PgConnection, PgExecutor, Postgres};
 use uuid::Uuid;
 
-use super::{millis, quoted};
+use super::{Store, StoreError, millis, quoted};
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 
-/// The longest that a runner goes without a look, as `mq_poll` tells it.
+/// The longest time between two polls of a runner, as `mq_poll` returns it.
 pub(crate) const RUNNER_WAIT: Duration = Duration::from_secs(1);
-/// Names the rows for anybody who looks into the queue with sqlxmq's eyes.
+/// The message name of every row, for tools that read the queue as sqlxmq's.
 pub(super) const MESSAGE_NAME: &str = "requeuest";
 
 /// A request on its way into the queue.
@@ -25,17 +25,17 @@ pub(crate) struct NewRequest {
     pub(crate) channel: Arc<str>,
     pub(crate) group: String,
     pub(crate) ordered: bool,
-    /// Ended without success it holds up its ordering key.
+    /// The request halts its ordering key if it ends as a dead letter.
     pub(crate) halts: bool,
     pub(crate) delay: Duration,
-    /// How long after the insert it is given up.
+    /// How long after the insert the request is given up.
     pub(crate) deadline: Option<Duration>,
     pub(crate) head: String,
     pub(crate) body: Option<Bytes>,
     /// The instance that waits for the outcome.
     pub(crate) waiter: Option<Uuid>,
     pub(crate) key: Option<Key>,
-    /// A newer request with the same one takes its place while it has not been sent.
+    /// A newer request with the same key replaces this one until it has been sent.
     pub(crate) supersede: Option<Arc<str>>,
     pub(crate) initial: Initial,
 }
@@ -44,23 +44,23 @@ pub(crate) struct NewRequest {
 #[derive(Clone, Debug)]
 pub(crate) struct Key {
     pub(crate) key: Arc<str>,
-    /// Tells whether another call with the key means the same request.
+    /// Equal for two calls that mean the same request.
     pub(crate) fingerprint: [u8; 32],
 }
 
-/// How a row begins.
+/// The state that a row is inserted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Initial {
-    /// For whichever runner claims it.
+    /// Any runner may claim the row.
     Waiting,
-    /// With a lease, for the process that inserts it to make the first attempt.
+    /// Claimed with a lease by the process that inserts the row and makes the first attempt.
     Claimed,
-    /// Likewise, and once its lease has run out it may have been sent and must not be sent again.
+    /// As `Claimed`. If the lease runs out, the request may have been sent and isn't sent again.
     ClaimedOnce,
 }
 
 impl Initial {
-    /// The row's state, as the migrations list them.
+    /// The number of the state, as the migrations list them.
     fn state(self) -> i16 {
         match self {
             Self::Waiting => 0,
@@ -74,38 +74,46 @@ impl Initial {
 pub(crate) const SENDING_ONCE: i16 = 4;
 
 impl NewRequest {
-    /// Whether a runner has to be told of it, because it may look too late by itself.
+    /// Whether runners must be notified, because the next regular poll may be too late.
     pub(crate) fn needs_runner(&self) -> bool {
         self.initial == Initial::Waiting && self.delay < RUNNER_WAIT
     }
 
-    /// Whether the insert has to hold a lock that another transaction may have.
+    /// Whether the insert takes a lock that another transaction may hold.
     pub(crate) fn needs_lock(&self) -> bool {
         self.ordered || self.key.is_some() || self.supersede.is_some()
     }
 
+    /// How many bytes the row moves, about.
     pub(crate) fn size(&self) -> usize {
         self.head.len() + self.body.as_ref().map_or(0, Bytes::len)
     }
 }
 
-/// Bodies are picked by their number: unnested they would be copied more than once, through temporary files if they are large.
+/// Bodies are picked from their array by number. Unnested, they would be copied more than once, and
+/// large ones through temporary files.
 macro_rules! insert_many {
     ($only:literal) => {
         concat!(
             "WITH input AS MATERIALIZED (
                 SELECT i.* FROM unnest(
-                    $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[], $8::uuid[], $9::smallint[]
-                ) WITH ORDINALITY AS i(id, channel_name, channel_args, delay_ms, deadline_ms, head, waiter, state, number) ",
+                    $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[],
+                    $8::uuid[], $9::smallint[]
+                ) WITH ORDINALITY AS i(
+                    id, channel_name, channel_args, delay_ms, deadline_ms, head, waiter, state, number
+                ) ",
             $only,
             "), payloads AS (
                 INSERT INTO mq_payloads (id, name, head, body)
                 SELECT i.id, $10, i.head, ($7::bytea[])[i.number] FROM input i
             )
-            INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline)
+            INSERT INTO mq_msgs (
+                id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline
+            )
             SELECT
                 i.id, i.channel_name, i.channel_args,
-                clock_timestamp() + (i.delay_ms + CASE WHEN i.state > 0 THEN $11 ELSE 0 END) * interval '1 millisecond',
+                clock_timestamp()
+                    + (i.delay_ms + CASE WHEN i.state > 0 THEN $11 ELSE 0 END) * interval '1 millisecond',
                 i.waiter, (i.state > 0)::int, (i.state > 0)::int, i.state,
                 clock_timestamp() + i.deadline_ms * interval '1 millisecond'
             FROM input i"
@@ -115,8 +123,9 @@ macro_rules! insert_many {
 
 const INSERT: &str = insert_many!("");
 
-/// After a commit whose outcome is unknown: a row that is there, or has already ended, is left alone. A statement of its own, because
-/// getting ready to look takes longer than the insert.
+/// For a retry after a commit whose outcome is unknown: rows that exist, or have already finished,
+/// are left alone. A statement of its own, because preparing the check takes longer than the
+/// insert.
 const INSERT_AGAIN: &str = insert_many!(
     "WHERE NOT (
         EXISTS (SELECT FROM mq_payloads p WHERE p.id = i.id OFFSET 0)
@@ -124,19 +133,96 @@ const INSERT_AGAIN: &str = insert_many!(
     )"
 );
 
-/// The same for one row: without arrays to take apart it takes half the time.
+/// The same for one row: without arrays to unnest it takes half the time.
 const INSERT_ALONE: &str = "
     WITH payload AS (INSERT INTO mq_payloads (id, name, head, body) VALUES ($1, $10, $6, $7))
-    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline)
+    INSERT INTO mq_msgs (
+        id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline
+    )
     VALUES (
         $1, $2, $3,
-        clock_timestamp() + ($4::bigint + CASE WHEN $9::smallint > 0 THEN $11::bigint ELSE 0 END) * interval '1 millisecond',
+        clock_timestamp()
+            + ($4::bigint + CASE WHEN $9::smallint > 0 THEN $11::bigint ELSE 0 END)
+            * interval '1 millisecond',
         $8, ($9 > 0)::int, ($9 > 0)::int, $9,
         clock_timestamp() + $5::bigint * interval '1 millisecond'
     )";
 
-/// Inserts requests that need no lock, in one statement.
-pub(crate) async fn insert(
+impl Store {
+    /// Inserts requests that need no lock, in one statement. With `again`, after a commit whose
+    /// outcome is unknown, only those that neither exist nor have finished.
+    pub(crate) async fn insert(
+        &self,
+        requests: &[NewRequest],
+        again: bool,
+    ) -> Result<(), StoreError> {
+        let bytes = requests.iter().map(NewRequest::size).sum();
+        let lease = self.config().lease;
+        self.run_large("enqueue", bytes, async |connection| {
+            insert(connection, requests, lease, again).await
+        })
+        .await
+    }
+
+    /// Inserts a request that takes locks, unless another transaction holds one of them.
+    pub(crate) async fn try_insert_locked(
+        &self,
+        request: &NewRequest,
+        again: bool,
+    ) -> Result<Inserted, StoreError> {
+        let how = Inserting {
+            wait: false,
+            again,
+            ..self.inserting()
+        };
+        let schema = &self.config().schema;
+        self.run_large("enqueue.locked", request.size(), async |connection| {
+            insert_one(connection, schema, request, how).await
+        })
+        .await
+    }
+
+    /// Inserts a request on the caller's connection, in the caller's transaction if there is one.
+    pub(crate) async fn insert_for_caller<'c>(
+        &self,
+        executor: impl PgExecutor<'c>,
+        request: &NewRequest,
+    ) -> Result<Inserted, Error> {
+        let how = self.inserting_for_caller();
+        Ok(insert_one(executor, &self.config().schema, request, how).await?)
+    }
+
+    /// Tells the runners of these channels that requests are due.
+    pub(crate) async fn notify_runners(&self, channels: &[Arc<str>]) -> Result<(), StoreError> {
+        self.run("enqueue.notify", async |connection| {
+            notify_runners(connection, channels).await
+        })
+        .await
+    }
+
+    /// How rows that take locks are inserted on the crate's own connections.
+    pub(super) fn inserting(&self) -> Inserting {
+        Inserting {
+            notify: true,
+            wait: true,
+            again: false,
+            lease: self.config().lease,
+            retention: self.config().retention,
+            prepared: true,
+        }
+    }
+
+    /// How rows are inserted on a caller's connection.
+    pub(super) fn inserting_for_caller(&self) -> Inserting {
+        Inserting {
+            notify: self.config().notify_in_transactions,
+            prepared: self.caller_keeps_sessions(),
+            ..self.inserting()
+        }
+    }
+}
+
+async fn insert(
     connection: &mut PgConnection,
     requests: &[NewRequest],
     lease: Duration,
@@ -163,7 +249,7 @@ pub(crate) async fn insert(
     Ok(())
 }
 
-/// Binds what all rows have: the first seven parameters.
+/// Binds the first seven parameters, which every insert of many rows has.
 pub(super) fn bind_columns<'q>(
     query: Query<'q, Postgres, PgArguments>,
     requests: &'q [NewRequest],
@@ -211,41 +297,43 @@ async fn insert_alone(
     Ok(())
 }
 
-/// How [`insert_one`] goes about it.
-#[allow(
+/// How [`insert_one`] inserts.
+#[expect(
     clippy::struct_excessive_bools,
-    reason = "each says something of its own"
+    reason = "the flags are independent parameters of one function"
 )]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Inserting {
-    /// Whether runners are told at the commit, if it is for them.
-    pub(crate) notify: bool,
-    /// Whether to wait for another transaction that has one of the request's keys.
-    pub(crate) wait: bool,
-    /// After a commit whose outcome is unknown.
-    pub(crate) again: bool,
-    pub(crate) lease: Duration,
-    pub(crate) retention: Duration,
-    /// Whether the statement may stay prepared: behind a pooler, the session may be another one's next time.
-    pub(crate) prepared: bool,
+pub(super) struct Inserting {
+    /// Whether the commit notifies runners of a request that is due.
+    pub(super) notify: bool,
+    /// Whether to wait for another transaction that holds one of the request's keys.
+    wait: bool,
+    /// A retry after a commit whose outcome is unknown.
+    again: bool,
+    lease: Duration,
+    retention: Duration,
+    /// Whether the statement may stay prepared. Behind a pooler the session may serve another
+    /// client next time.
+    pub(super) prepared: bool,
 }
 
-/// What became of an insert.
+/// What an insert did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Inserted {
     New,
-    /// The key was given to this request before.
+    /// Nothing: this earlier request has the key, and is the same request.
     Attached(RequestId),
-    /// The key was given to this request before, which is another one.
+    /// Nothing: this earlier request has the key, and is a different request.
     Conflict(RequestId),
-    /// Another transaction has one of the keys; nothing was done.
+    /// Nothing: another transaction holds one of the keys.
     Busy,
-    /// Unfinished requests of another channel have the ordering key; nothing was done.
+    /// Nothing: unfinished requests of another channel have the ordering key.
     Elsewhere,
 }
 
 impl Inserted {
-    /// What a caller is told: the request that is persisted, `id` or an earlier one with its key.
+    /// The caller's result: the id of the persisted request, which is `id` or that of an earlier
+    /// request with the same key.
     pub(crate) fn persisted(self, id: RequestId) -> Result<RequestId, Error> {
         match self {
             Self::New => Ok(id),
@@ -253,24 +341,25 @@ impl Inserted {
             Self::Conflict(first) => Err(Error::new(Kind::KeyConflict).with_id(first)),
             Self::Elsewhere => Err(Error::new(Kind::OrderConflict)),
             Self::Busy => Err(Error::new(Kind::Database(sqlx::Error::Protocol(
-                "a key was not waited for".to_owned(),
+                "the insert did not wait for a key that another transaction holds".to_owned(),
             )))),
         }
     }
 }
 
-/// Inserts one request through the schema's own function: on any connection, in any transaction.
-pub(crate) async fn insert_one<'c>(
+/// Inserts one request through a function of the schema: on any connection, in any transaction.
+pub(super) async fn insert_one<'c>(
     executor: impl PgExecutor<'c>,
     schema: &str,
     request: &NewRequest,
     how: Inserting,
 ) -> Result<Inserted, sqlx::Error> {
-    // On the caller's connection nothing may depend on its search_path, not even the operator.
+    // On a caller's connection nothing may depend on the search_path, not even an operator.
     let call = format!(
         "SELECT verdict, request_id FROM {}.enqueue(
             $1, $2, $3, $4, $5,
-            $6 OPERATOR(pg_catalog.*) interval '1 millisecond', $7 OPERATOR(pg_catalog.*) interval '1 millisecond',
+            $6 OPERATOR(pg_catalog.*) interval '1 millisecond',
+            $7 OPERATOR(pg_catalog.*) interval '1 millisecond',
             $8, $9, $10, $11, $12, $13 OPERATOR(pg_catalog.*) interval '1 millisecond', $14, $15, $16,
             $17 OPERATOR(pg_catalog.*) interval '1 millisecond', $18, $19, $20
         )",
@@ -310,16 +399,22 @@ pub(crate) async fn insert_one<'c>(
     })
 }
 
-/// Tells the runners of these channels that something is due.
-pub(crate) async fn notify_runners(
+pub(super) async fn notify_runners(
     connection: &mut PgConnection,
     channels: &[Arc<str>],
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "SELECT pg_notify(c.name, '')
-         FROM (SELECT 'mq_' || i.name FROM unnest($1::text[]) AS i(name) UNION SELECT 'mq') AS c(name)",
+         FROM (
+            SELECT 'mq_' || i.name FROM unnest($1::text[]) AS i(name) UNION SELECT 'mq'
+         ) AS c(name)",
     )
-    .bind(channels.iter().map(|channel| &**channel).collect::<Vec<_>>())
+    .bind(
+        channels
+            .iter()
+            .map(|channel| &**channel)
+            .collect::<Vec<_>>(),
+    )
     .execute(connection)
     .await?;
     Ok(())

@@ -5,18 +5,19 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use sqlx::{PgConnection, PgExecutor, Row};
+use sqlx::{PgConnection, PgExecutor, Postgres, Row, Transaction};
 use uuid::Uuid;
 
 use super::outcome::outcome;
-use super::{millis, quoted};
-use crate::error::BoxError;
+use super::{Store, StoreError, millis, quoted};
+use crate::error::{BoxError, Error};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::status::Status;
 
 /// Handles the outcomes of a channel. Registered with
-/// [`Durable::on_outcome`](crate::Durable::on_outcome); closures become handlers through [`outcome_fn`].
+/// [`Durable::on_outcome`](crate::Durable::on_outcome); closures become handlers through
+/// [`outcome_fn`].
 pub trait OutcomeHandler: Send + Sync + 'static {
     /// Handles an outcome on a connection that is inside the transaction that marks the outcome as
     /// handled.
@@ -84,11 +85,90 @@ impl<F> fmt::Debug for OutcomeFn<F> {
     }
 }
 
-/// From now on outcomes of the channel wait to be handled.
-pub(crate) async fn register(
-    connection: &mut PgConnection,
-    channel: &str,
-) -> Result<(), sqlx::Error> {
+/// An outcome that is due, inside a transaction of the caller's pool.
+#[derive(Debug)]
+pub(crate) struct HandOver {
+    transaction: Transaction<'static, Postgres>,
+    outcome: Outcome,
+}
+
+impl HandOver {
+    pub(crate) fn id(&self) -> RequestId {
+        self.outcome.id
+    }
+
+    /// Calls the handler and commits. Anything else rolls back.
+    pub(crate) async fn run(mut self, handler: &dyn OutcomeHandler) -> Result<(), BoxError> {
+        handler.handle(&mut self.transaction, &self.outcome).await?;
+        self.transaction.commit().await?;
+        Ok(())
+    }
+}
+
+/// What there was to hand over.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    Nothing,
+    /// An outcome was due but has expired. It is not due any more.
+    Expired,
+    HandOver(Box<HandOver>),
+}
+
+impl Store {
+    /// From now on outcomes of the channel wait for a handler.
+    pub(crate) async fn register_handler(&self, channel: &str) -> Result<(), Error> {
+        self.run_verified("hand_over.register", async |connection| {
+            register(connection, channel).await
+        })
+        .await
+    }
+
+    /// Outcomes of the channel don't wait for a handler any more.
+    pub(crate) async fn unregister_handler(&self, channel: &str) -> Result<(), Error> {
+        self.run_verified("hand_over.unregister", async |connection| {
+            unregister(connection, channel).await
+        })
+        .await
+    }
+
+    /// Takes an outcome that is due, in a new transaction on the caller's pool. A commit marks the
+    /// outcome as handled.
+    pub(crate) async fn take_unhandled(&self, channel: &str) -> Result<Taken, StoreError> {
+        let failed = |error| StoreError::new("hand_over.take", error);
+        let mut transaction = self.caller_pool().begin().await.map_err(failed)?;
+        let (schema, prepared) = (&self.config().schema, self.caller_keeps_sessions());
+        let due = take(&mut *transaction, schema, channel, prepared)
+            .await
+            .map_err(failed)?;
+        Ok(match due {
+            None => Taken::Nothing,
+            Some(None) => {
+                transaction.commit().await.map_err(failed)?;
+                Taken::Expired
+            }
+            Some(Some(outcome)) => Taken::HandOver(Box::new(HandOver {
+                transaction,
+                outcome,
+            })),
+        })
+    }
+
+    /// Makes an outcome due again after a delay that doubles with each failure, from one second up
+    /// to `cap`.
+    pub(crate) async fn put_off(
+        &self,
+        id: RequestId,
+        error: &str,
+        cap: Duration,
+    ) -> Result<(), Error> {
+        self.run_verified("hand_over.put_off", async |connection| {
+            put_off(connection, id, error, cap).await
+        })
+        .await
+    }
+}
+
+async fn register(connection: &mut PgConnection, channel: &str) -> Result<(), sqlx::Error> {
     sqlx::query("INSERT INTO handled_channels (channel_name) VALUES ($1) ON CONFLICT DO NOTHING")
         .bind(channel)
         .execute(connection)
@@ -96,11 +176,7 @@ pub(crate) async fn register(
     Ok(())
 }
 
-/// Outcomes of the channel wait for nobody any more.
-pub(crate) async fn unregister(
-    connection: &mut PgConnection,
-    channel: &str,
-) -> Result<(), sqlx::Error> {
+async fn unregister(connection: &mut PgConnection, channel: &str) -> Result<(), sqlx::Error> {
     sqlx::query(
         "WITH gone AS (DELETE FROM handled_channels WHERE channel_name = $1)
          DELETE FROM unhandled WHERE channel_name = $1",
@@ -111,23 +187,15 @@ pub(crate) async fn unregister(
     Ok(())
 }
 
-/// What there was to take.
-#[derive(Debug)]
-pub(crate) enum Taken {
-    Nothing,
-    /// It was due, but its outcome is known no more.
-    Gone,
-    Outcome(Box<Outcome>),
-}
-
-/// Takes an outcome that is due (`prepared`: by a statement that may stay so in the session), for as long as the transaction lasts; a commit makes it handled.
-pub(crate) async fn take<'c>(
+/// The outcome that is due, `Some(None)` if it has expired. The row stays locked until the
+/// transaction ends.
+async fn take<'c>(
     executor: impl PgExecutor<'c>,
     schema: &str,
     channel: &str,
     prepared: bool,
-) -> Result<Taken, sqlx::Error> {
-    // On the caller's connection nothing may depend on its search_path.
+) -> Result<Option<Option<Outcome>>, sqlx::Error> {
+    // On the caller's connection nothing may depend on the search_path.
     let call = format!("SELECT * FROM {}.take_unhandled($1)", quoted(schema));
     let row = sqlx::query(&call)
         .bind(channel)
@@ -135,18 +203,17 @@ pub(crate) async fn take<'c>(
         .fetch_optional(executor)
         .await?;
     let Some(row) = row else {
-        return Ok(Taken::Nothing);
+        return Ok(None);
     };
     let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
     let status: Option<String> = row.try_get("status")?;
-    Ok(match status.as_deref().and_then(Status::from_name) {
-        Some(status) => Taken::Outcome(Box::new(outcome(&row, id, status)?)),
-        None => Taken::Gone,
-    })
+    Ok(Some(match status.as_deref().and_then(Status::from_name) {
+        Some(status) => Some(outcome(&row, id, status)?),
+        None => None,
+    }))
 }
 
-/// It was not taken: it is due again after a delay that doubles, from one second to five minutes.
-pub(crate) async fn put_off(
+async fn put_off(
     connection: &mut PgConnection,
     id: RequestId,
     error: &str,
@@ -155,7 +222,8 @@ pub(crate) async fn put_off(
     sqlx::query(
         "UPDATE unhandled
          SET failures = failures + 1, error = $2,
-             due_at = clock_timestamp() + least(power(2, least(failures, 20)) * 1000, $3) * interval '1 millisecond'
+             due_at = clock_timestamp()
+                + least(power(2, least(failures, 20)) * 1000, $3) * interval '1 millisecond'
          WHERE id = $1",
     )
     .bind(Uuid::from(id))

@@ -1,296 +1,196 @@
-//! The only SQL of the crate, one operation a file, and the pool that it runs on.
+//! The only SQL of the crate: one operation a file, each a named method of [`Store`].
 //!
-//! The pool is the crate's own, derived from the caller's connect options: leases don't starve behind the application's
-//! queries, and callers that sit in a transaction can't block the engine that would let them go on. Its sessions are pinned to what
-//! the statements were written for.
-//!
-//! Statements join rows by `id = ANY (ARRAY[x.id])`, sort by the other side's id and put `OFFSET 0` into an `EXISTS`, so that statistics made while the
-//! queue was empty can't turn them into scans: the first migration says how.
+//! Statements join rows by `id = ANY (ARRAY[x.id])`, sort by the other side's id, and put `OFFSET
+//! 0` into an `EXISTS`. Without these, statistics made while the queue was empty could turn them
+//! into scans; the first migration explains how.
 
 pub(crate) mod bulk;
+pub(crate) mod cancel;
 pub(crate) mod claim;
+mod db;
 pub(crate) mod dead_letters;
 pub(crate) mod enqueue;
 pub(crate) mod hand_over;
-pub(crate) mod inspect;
+mod idle;
+pub(crate) mod listen;
 pub(crate) mod outcome;
+pub(crate) mod runner_pool;
+mod schema;
 pub(crate) mod settle;
-mod warm;
+pub(crate) mod sweep;
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{PgConnection, PgPool};
 
-use self::warm::{Turn, Warm};
+use self::db::{Db, Session};
+use crate::error::Error;
 
-/// After this long without an answer a statement's connection is thrown away: sqlx sets no keepalive, so a black-holed
-/// socket would hang for minutes.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// For what nobody waits for any more.
-const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Large bodies take time; a network that is slower than this is of no use.
-const BYTES_PER_MILLISECOND: u64 = 4 * 1024;
-/// A connection that was used so lately is taken to be alive.
-const TRUSTED_FOR: Duration = Duration::from_secs(1);
-const PING_TIMEOUT: Duration = Duration::from_secs(2);
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The connection that is held for good while anyone waits: the waiters', which listens for outcomes.
-const LISTENERS: u32 = 1;
-/// The connections of a runner: it listens on one and polls with the other.
-const RUNNER_CONNECTIONS: u32 = 2;
-/// How often it is looked whether a pool's connections are closed.
-const CLOSE_POLL: Duration = Duration::from_millis(5);
+pub(crate) use self::db::StoreError;
 
-pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
-
-/// The crate's own pool.
+/// What a handle's store was told by its builder.
 #[derive(Clone, Debug)]
-pub(crate) struct Db {
-    pool: PgPool,
-    warm: Arc<Warm>,
-    session: Session,
-}
-
-/// What the statements ask of their sessions.
-#[derive(Clone, Debug)]
-pub(crate) struct Session {
+pub(crate) struct StoreConfig {
     pub(crate) schema: String,
     pub(crate) lease: Duration,
-    /// The largest body that a statement may move.
-    pub(crate) max_body: usize,
+    pub(crate) retention: Duration,
+    pub(crate) max_request_body: usize,
+    pub(crate) max_response_body: usize,
+    pub(crate) max_connections: u32,
+    /// Whether an insert on a caller's connection notifies runners.
+    pub(crate) notify_in_transactions: bool,
+    /// For the crate's own connections. `None` uses the options of the caller's pool.
+    pub(crate) connect_options: Option<PgConnectOptions>,
 }
 
-/// Why a statement brought no result.
+/// Named operations on the schema, over a connection pool of the crate's own. Cheap to clone.
+///
+/// A store needs no engine: whatever only reads or changes rows can use one alone. Its methods must
+/// be awaited on a tokio runtime.
+#[derive(Clone, Debug)]
+pub(crate) struct Store {
+    inner: Arc<Inner>,
+}
+
 #[derive(Debug)]
-pub(crate) struct DbError {
-    pub(crate) error: sqlx::Error,
-    /// The statement was sent and nothing was heard of it: it may have been committed.
-    pub(crate) unknown: bool,
+struct Inner {
+    db: Db,
+    caller_pool: PgPool,
+    config: StoreConfig,
+    /// The schema was found to be the one that the statements were written for.
+    verified: AtomicBool,
 }
 
-impl DbError {
-    /// Whether the data itself is refused (SQLSTATE classes 22, 23 and 54), so that a part of a batch may still be good.
-    pub(crate) fn is_data(&self) -> bool {
-        self.error
-            .as_database_error()
-            .and_then(sqlx::error::DatabaseError::code)
-            .is_some_and(|code| {
-                ["22", "23", "54"]
-                    .iter()
-                    .any(|class| code.starts_with(class))
-            })
-    }
-}
-
-impl From<sqlx::Error> for DbError {
-    fn from(error: sqlx::Error) -> Self {
+impl Store {
+    /// A store beside the caller's pool. Connects on first use; must be called within a tokio
+    /// runtime.
+    pub(crate) fn new(caller_pool: PgPool, config: StoreConfig) -> Self {
+        let session = Session {
+            schema: config.schema.clone(),
+            lease: config.lease,
+            max_body: config.max_request_body.max(config.max_response_body),
+        };
+        let connect = connect_options(&config, &caller_pool);
+        let db = Db::new(&connect, session, config.max_connections);
         Self {
-            unknown: is_unknown(&error),
-            error,
-        }
-    }
-}
-
-impl From<DbError> for crate::Error {
-    fn from(error: DbError) -> Self {
-        error.error.into()
-    }
-}
-
-impl Db {
-    /// A pool that connects when it is first used, with `max_connections` for statements. Must be called within a tokio runtime.
-    pub(crate) fn new(connect: &PgConnectOptions, session: Session, max_connections: u32) -> Self {
-        let pool = pool_options(max_connections.saturating_add(LISTENERS))
-            .connect_lazy_with(pinned(connect, &session));
-        let warm = Arc::new(Warm::new(max_connections));
-        Self {
-            pool,
-            warm,
-            session,
+            inner: Arc::new(Inner {
+                db,
+                caller_pool,
+                config,
+                verified: AtomicBool::new(false),
+            }),
         }
     }
 
-    pub(crate) fn pool(&self) -> &PgPool {
-        &self.pool
+    pub(crate) fn config(&self) -> &StoreConfig {
+        &self.inner.config
     }
 
-    /// A pool for one runner, to be closed with it: its polls wait for nobody else's statements, and whoever has the connection that it
-    /// polls with knows that it doesn't poll. `used` counts how often a connection is taken. Must be called within a tokio runtime.
-    pub(crate) fn runner_pool(&self, used: &Arc<AtomicU64>) -> PgPool {
-        // Here it is the database that watches the time: sqlxmq does not, and a poll that nobody waits for should not claim.
-        let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
-        let connect = (*self.pool.connect_options()).clone();
-        let (connected, taken) = (Arc::clone(used), Arc::clone(used));
-        pool_options(RUNNER_CONNECTIONS)
-            .after_connect(move |_, _| {
-                connected.fetch_add(1, Ordering::Relaxed);
-                Box::pin(async { Ok(()) })
-            })
-            .before_acquire(move |connection, meta| {
-                taken.fetch_add(1, Ordering::Relaxed);
-                answers(connection, meta.idle_for)
-            })
-            .connect_lazy_with(connect.options([("statement_timeout", timeout)]))
+    /// The pool that the application gave.
+    pub(crate) fn caller_pool(&self) -> &PgPool {
+        &self.inner.caller_pool
     }
 
-    /// Closes the pool when the statements under way are over, and waits for that as long as is given.
+    /// Whether the crate's own pool was closed, by a shutdown.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.db().pool().is_closed()
+    }
+
+    /// Closes the crate's own pool once the statements under way are done, and waits up to `within`
+    /// for them.
     pub(crate) async fn close(&self, within: Duration) {
-        // It is closed from here on, awaited or not: nothing comes to rest any more.
-        drop(self.pool.close());
-        self.warm.close();
-        close(&self.pool, within).await;
+        self.db().close(within).await;
     }
 
-    /// Connections made from now on use these options: passwords rotate and servers move.
-    pub(crate) fn reconnect_with(&self, connect: &PgConnectOptions) {
-        self.pool
-            .set_connect_options(pinned(connect, &self.session));
+    /// New connections use the options that the caller's pool has now.
+    pub(crate) fn reconnect(&self) {
+        let connect = connect_options(self.config(), self.caller_pool());
+        self.db().reconnect_with(&connect);
     }
 
-    /// A connection for statements.
-    pub(crate) async fn acquire(&self) -> Result<Turn<'_>, sqlx::Error> {
-        self.warm.take(&self.pool).await
+    /// The caller's error for an operation that failed.
+    pub(crate) fn refused(&self, error: StoreError) -> Error {
+        let error = Error::from(error);
+        if error.is_not_migrated() {
+            // A part of the schema is gone: the next call verifies it again.
+            self.inner.verified.store(false, Ordering::Relaxed);
+        }
+        error
     }
 
-    /// Runs statements on one connection, which is thrown away if no answer comes in time.
-    pub(crate) async fn run<T: Send>(
+    fn db(&self) -> &Db {
+        &self.inner.db
+    }
+
+    /// Runs the statements of the operation of this name. Every operation on the crate's own
+    /// connections passes through here.
+    async fn run<T>(
         &self,
-        statements: impl for<'c> FnOnce(&'c mut PgConnection) -> BoxFuture<'c, Result<T, sqlx::Error>>
-        + Send,
-    ) -> Result<T, DbError> {
-        self.run_large(0, statements).await
+        operation: &'static str,
+        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
+        self.run_large(operation, 0, statements).await
     }
 
-    /// Waits for a statement on a connection that its owner throws away after a failure.
-    pub(crate) async fn within<T, E: From<sqlx::Error>>(
+    /// As [`run`](Self::run), for statements that may move this many bytes.
+    async fn run_large<T>(
         &self,
+        operation: &'static str,
         bytes: usize,
-        statement: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, E> {
-        tokio::time::timeout(STATEMENT_TIMEOUT + moving(bytes), statement)
-            .await
-            .unwrap_or_else(|_elapsed| Err(timed_out().into()))
-    }
-
-    /// As [`run`](Self::run), with the time that it takes to move as many bytes as the statements may.
-    pub(crate) async fn run_large<T: Send>(
-        &self,
-        bytes: usize,
-        statements: impl for<'c> FnOnce(&'c mut PgConnection) -> BoxFuture<'c, Result<T, sqlx::Error>>
-        + Send,
-    ) -> Result<T, DbError> {
-        let mut turn = self.acquire().await.map_err(|error| DbError {
-            error,
-            unknown: false,
-        })?;
-        let result = self
-            .within(bytes, statements(&mut turn.connection))
-            .await
-            .map_err(DbError::from);
-        match &result {
-            Ok(_) => self.warm.keep(&self.pool, turn),
-            Err(error) if error.unknown => drop(turn.connection.detach()),
-            Err(_) => {}
+        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
+        let result = self.db().run(operation, bytes, statements).await;
+        if let Err(error) = &result {
+            tracing::debug!(operation, %error, "a store operation failed");
         }
         result
     }
-}
 
-fn timed_out() -> sqlx::Error {
-    sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
-}
+    /// As [`run`](Self::run), once the schema is verified, with an error for the caller.
+    async fn run_verified<T>(
+        &self,
+        operation: &'static str,
+        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, Error> {
+        self.run_verified_large(operation, 0, statements).await
+    }
 
-fn moving(bytes: usize) -> Duration {
-    Duration::from_millis(bytes as u64 / BYTES_PER_MILLISECOND)
-}
+    /// As [`run_verified`](Self::run_verified), for statements that may move this many bytes.
+    async fn run_verified_large<T>(
+        &self,
+        operation: &'static str,
+        bytes: usize,
+        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, Error> {
+        self.verify().await?;
+        self.run_large(operation, bytes, statements)
+            .await
+            .map_err(|error| self.refused(error))
+    }
 
-fn pool_options(max_connections: u32) -> PgPoolOptions {
-    PgPoolOptions::new()
-        .max_connections(max_connections)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .test_before_acquire(false)
-        .before_acquire(|connection, meta| answers(connection, meta.idle_for))
-}
-
-/// A ping for every statement would be a round trip on the hot path; one that lay idle may have died unnoticed.
-fn answers(
-    connection: &mut PgConnection,
-    idle_for: Duration,
-) -> BoxFuture<'_, Result<bool, sqlx::Error>> {
-    Box::pin(async move {
-        if idle_for > TRUSTED_FOR {
-            tokio::time::timeout(PING_TIMEOUT, connection.ping())
-                .await
-                .map_err(|_elapsed| timed_out())??;
-        }
-        Ok(true)
-    })
-}
-
-/// Closes a pool, for as long as that may take. A connection that hangs in the network is left to its end.
-pub(crate) async fn close(pool: &PgPool, within: Duration) {
-    let closed = async {
-        // sqlx may return too early: for each idle connection that it closes, it waits for one less of the others, and
-        // those stay open when they come back.
-        loop {
-            pool.close().await;
-            if pool.size() == 0 {
-                break;
-            }
-            tokio::time::sleep(CLOSE_POLL).await;
-        }
-    };
-    let _ = tokio::time::timeout(within, closed).await;
-}
-
-/// Whether the statement may have been committed all the same.
-fn is_unknown(error: &sqlx::Error) -> bool {
-    match error {
-        // Refused, unless it is the session that ended (class 08, and 57P for an operator's shutdown): that may have been
-        // after the commit.
-        sqlx::Error::Database(error) => error
-            .code()
-            .is_some_and(|code| code.starts_with("08") || code.starts_with("57P")),
-        sqlx::Error::Encode(_) => false,
-        _ => true,
+    /// Whether the caller's pool keeps its sessions. Connect options of the crate's own are given
+    /// when the caller's pool goes through a pooler, and then it doesn't.
+    fn caller_keeps_sessions(&self) -> bool {
+        self.config().connect_options.is_none()
     }
 }
 
-/// The caller's options, with the settings that the statements were written for.
-fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
-    let lease = format!(r"{}\ milliseconds", session.lease.as_millis());
-    let search_path = quoted(&session.schema);
-    let timeout = SERVER_TIMEOUT + moving(session.max_body);
-    let timeout = timeout.as_millis().to_string();
-    connect.clone().options([
-        ("search_path", search_path.as_str()),
-        ("requeuest.lease", &lease),
-        ("default_transaction_isolation", r"read\ committed"),
-        ("default_transaction_read_only", "off"),
-        ("lock_timeout", "5s"),
-        ("statement_timeout", &timeout),
-        ("idle_in_transaction_session_timeout", "30s"),
-        ("jit", "off"),
-        // A plan made while the tables were tiny is kept for the connection's life. Every access here is by an index,
-        // so plans that are good for full tables are good for all, and needn't be made again.
-        ("enable_seqscan", "off"),
-        ("enable_hashjoin", "off"),
-        ("enable_mergejoin", "off"),
-        ("plan_cache_mode", "force_generic_plan"),
-    ])
+fn connect_options(config: &StoreConfig, caller_pool: &PgPool) -> PgConnectOptions {
+    match &config.connect_options {
+        Some(connect) => connect.clone(),
+        None => (*caller_pool.connect_options()).clone(),
+    }
 }
 
-/// The schema's name as an SQL identifier. Names are checked when the handle is built.
+/// The schema's name as an SQL identifier. The builder and the migrator check the name.
 pub(crate) fn quoted(schema: &str) -> String {
     format!("\"{schema}\"")
 }
 
-/// Postgres counts in milliseconds here; no duration of ours comes near the limit.
-pub(crate) fn millis(duration: Duration) -> i64 {
+/// Postgres counts in milliseconds here; no duration of this crate comes near the limit.
+fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -1,15 +1,17 @@
-//! Asking how requests ended.
+//! Reading the status and the outcome of requests.
 
 use bytes::Bytes;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::{Store, StoreError};
 use crate::codec;
+use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::{Fault, Outcome};
 use crate::status::Status;
 
-/// What is known of an id.
+/// What the database knows of an id.
 #[derive(Debug)]
 pub(crate) enum Found {
     Pending,
@@ -17,16 +19,62 @@ pub(crate) enum Found {
     Unknown,
 }
 
-/// Looks ids up in the queue and among the outcomes, in one statement: in two, a row that moves from the
-/// one to the other in between would look unknown. It looks at a column that the index by id doesn't have: what an index alone
-/// answers, it could answer from end to end.
-pub(crate) async fn find(
+impl Store {
+    /// Looks requests up in the queue and among the outcomes.
+    pub(crate) async fn find(
+        &self,
+        ids: &[RequestId],
+    ) -> Result<Vec<(RequestId, Found)>, StoreError> {
+        let bytes = self.config().max_response_body;
+        self.run_large("outcome.find", bytes, async |connection| {
+            find(connection, ids).await
+        })
+        .await
+    }
+
+    /// As [`find`](Self::find) for one request of a caller's.
+    pub(crate) async fn find_one(&self, id: RequestId) -> Result<Found, Error> {
+        let bytes = self.config().max_response_body;
+        let found = self
+            .run_verified_large("outcome.find", bytes, async |connection| {
+                find(connection, &[id]).await
+            })
+            .await?;
+        Ok(found
+            .into_iter()
+            .next()
+            .map_or(Found::Unknown, |(_, found)| found))
+    }
+
+    /// Marks an unfinished request as waited for by this instance, so that the process that settles
+    /// it notifies the instance. If another instance waits already, every instance is notified.
+    pub(crate) async fn watch(&self, id: RequestId, instance: Uuid) -> Result<(), Error> {
+        self.run_verified("outcome.watch", async |connection| {
+            watch(connection, id, instance).await
+        })
+        .await
+    }
+
+    /// The status of a request, or `None` if there is no such request.
+    pub(crate) async fn status(&self, id: RequestId) -> Result<Option<Status>, Error> {
+        self.run_verified("outcome.status", async |connection| {
+            status(connection, id).await
+        })
+        .await
+    }
+}
+
+/// One statement reads both tables: with two, a row that moves from the queue to the outcomes in
+/// between would look unknown. The statement reads a column that the index by id doesn't have,
+/// because an index-only scan could run through the whole index.
+async fn find(
     connection: &mut PgConnection,
     ids: &[RequestId],
 ) -> Result<Vec<(RequestId, Found)>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT i.id, m.claim_no IS NOT NULL AS queued, o.status, o.attempts, o.http_status, o.head, o.body,
-                o.error_class, o.error
+        "SELECT
+            i.id, m.claim_no IS NOT NULL AS queued,
+            o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error
          FROM unnest($1::uuid[]) AS i(id)
          LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])
          LEFT JOIN outcomes o ON o.id = ANY (ARRAY[i.id])",
@@ -85,11 +133,9 @@ pub(super) fn outcome(
     })
 }
 
-/// Marks unfinished requests as waited for by this instance, so that whoever settles them sends word. Where another
-/// instance waits already, word goes to all.
-pub(crate) async fn watch(
+async fn watch(
     connection: &mut PgConnection,
-    ids: &[RequestId],
+    id: RequestId,
     instance: Uuid,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
@@ -101,7 +147,7 @@ pub(crate) async fn watch(
         UPDATE mq_msgs m SET waiter = CASE WHEN m.waiter IS NULL THEN $2 ELSE $3 END
         FROM locked WHERE m.id = ANY (ARRAY[locked.id])",
     )
-    .bind(ids.iter().copied().map(Uuid::from).collect::<Vec<_>>())
+    .bind([Uuid::from(id)])
     .bind(instance)
     .bind(Uuid::nil())
     .execute(connection)
@@ -109,13 +155,13 @@ pub(crate) async fn watch(
     Ok(())
 }
 
-/// The notification channel of an instance; the nil instance's is everybody's.
-pub(crate) fn notification_channel(instance: Uuid) -> String {
+/// The notification channel of an instance. The nil instance's channel belongs to every instance.
+pub(super) fn notification_channel(instance: Uuid) -> String {
     format!("requeuest_{}", instance.simple())
 }
 
-/// Tells instances which of the requests that they wait for have ended. The ids are a hint, no proof.
-pub(crate) async fn notify_waiters(
+/// Tells instances which of the requests that they wait for have finished. The ids are a hint.
+pub(super) async fn notify_waiters(
     connection: &mut PgConnection,
     ended: &[(Uuid, RequestId)],
 ) -> Result<(), sqlx::Error> {
@@ -125,7 +171,8 @@ pub(crate) async fn notify_waiters(
         .unzip();
     // A payload has to be shorter than 8000 bytes: 200 ids are 7400.
     sqlx::query(
-        "SELECT pg_notify('requeuest_' || replace(i.instance::text, '-', ''), string_agg(i.id::text, ','))
+        "SELECT
+            pg_notify('requeuest_' || replace(i.instance::text, '-', ''), string_agg(i.id::text, ','))
          FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS i(instance, id, number)
          GROUP BY i.instance, i.number / 200",
     )
@@ -136,24 +183,16 @@ pub(crate) async fn notify_waiters(
     Ok(())
 }
 
-/// The ids in a notification's payload; what isn't one is left out, since anybody may notify.
-pub(crate) fn notified_ids(payload: &str) -> Vec<RequestId> {
-    payload
-        .split(',')
-        .filter_map(|id| id.parse().ok())
-        .collect()
-}
-
-/// The state of one request.
-pub(crate) async fn status(
+pub(super) async fn status(
     connection: &mut PgConnection,
     id: RequestId,
 ) -> Result<Option<Status>, sqlx::Error> {
     let name: Option<String> = sqlx::query_scalar(
         "SELECT coalesce(o.status, CASE
              WHEN m.id IS NULL THEN NULL
-             -- A held row's due time has a lease on top; a lease that ran out leaves the row to anybody.
-             WHEN m.state = 2 AND m.attempt_at - current_setting('requeuest.lease')::interval > clock_timestamp()
+             -- A held row's due time includes a lease. Once that runs out, any runner may claim the row.
+             WHEN m.state = 2
+                 AND m.attempt_at - current_setting('requeuest.lease')::interval > clock_timestamp()
                  THEN 'retryable'
              WHEN m.state > 0 AND m.attempt_at > clock_timestamp() THEN 'running'
              WHEN m.attempt_at <= clock_timestamp() THEN 'available'

@@ -116,7 +116,7 @@ impl Drop for TestDatabase {
             Err(error) => Err(error.into()),
         };
         if let Err(error) = outcome {
-            log::warn!("the test database {} was not dropped: {error}", self.name);
+            tracing::warn!("the test database {} was not dropped: {error}", self.name);
         }
     }
 }

@@ -16,7 +16,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// The directory of the downloaded binaries, which may be there from an earlier time.
 pub(super) async fn fetch(run_as: RunAs) -> Result<PathBuf, Cause> {
-    log::info!("no installed Postgres was found: downloading one");
+    tracing::info!("no installed Postgres was found: downloading one");
     // Making the settings makes two directories, which are kept unless someone removes them.
     let mut settings = Settings::new();
     let data = Scrap(settings.data_dir.clone());

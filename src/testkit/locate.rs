@@ -115,7 +115,7 @@ fn installed(environment: &Environment, run_as: &RunAs) -> Result<PathBuf, Vec<S
             found = true;
             match check(&dir, run_as) {
                 Ok(()) => {
-                    log::debug!("Postgres found in {}, by {origin}", dir.display());
+                    tracing::debug!("Postgres found in {}, by {origin}", dir.display());
                     return Ok(dir);
                 }
                 Err(why) => tried.push(format!("{origin}: {why}")),

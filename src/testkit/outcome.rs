@@ -1,6 +1,5 @@
 //! Waiting for a request to finish, with an error that says where the request stands.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -59,9 +58,5 @@ pub async fn outcome(durable: &Durable, id: RequestId, within: Duration) -> Resu
 /// How many results of this handle's attempts came too late to count: their requests had been taken
 /// over, or had finished, in the meantime.
 pub fn stale_results(durable: &Durable) -> u64 {
-    durable
-        .engine()
-        .shared()
-        .stale_results
-        .load(Ordering::Relaxed)
+    durable.engine().driver().settler.stale_results()
 }

@@ -164,7 +164,7 @@ impl Drop for Control {
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner);
         if exited.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
-            log::warn!("a test cluster is slow to stop; it is left to its supervisor");
+            tracing::warn!("a test cluster is slow to stop; it is left to its supervisor");
         }
     }
 }

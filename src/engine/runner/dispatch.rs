@@ -1,96 +1,95 @@
-//! Taking over what sqlxmq's runner claimed.
+//! Taking over the requests that sqlxmq's runner claimed.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use sqlxmq::CurrentJob;
 
-use super::claim::{Claim, unmade};
-use super::lease::{Lease, Registered};
-use super::settle::Settling;
 use crate::classify::FailureClass;
 use crate::codec;
-use crate::engine::job::Job;
-use crate::engine::transport::Transport;
-use crate::engine::{Engine, attempt, live};
+use crate::engine::attempt::Driver;
+use crate::engine::attempt::caller_client;
+use crate::engine::attempt::claim::{Claim, PolledClaim};
+use crate::engine::attempt::drive::drive_by_engine;
+use crate::engine::attempt::job::Job;
+use crate::engine::attempt::leases::Registered;
+use crate::engine::attempt::transport::Transport;
 use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
-use crate::store::claim::{self, ClaimHead};
+use crate::store::StoreError;
+use crate::store::claim::ClaimHead;
 use crate::store::settle::Fence;
 
-/// Takes over what sqlxmq's runner claimed: notes it at once, so that it is known when the runner has ended, and leaves the rest to a task.
-pub(crate) fn take(engine: Arc<Engine>, current: CurrentJob) {
+/// The delay before a request whose body couldn't be fetched is claimed again.
+const FETCH_RETRY: Duration = Duration::from_secs(1);
+
+/// Takes over a request that sqlxmq's runner claimed. Registers the claim at once, so that it is
+/// known when the runner has ended, and leaves the rest to a task.
+pub(super) fn take(driver: &Arc<Driver>, current: CurrentJob) {
     let id = RequestId::from(current.id());
     let json = current.raw_json().unwrap_or_default();
     let head = match ClaimHead::parse(json) {
         Ok(head) => head,
         Err(error) => {
-            log::error!("request {id}: {error}");
+            tracing::error!(%id, %error, "a claimed request can't be read");
             return;
         }
     };
-    engine.shared().backlog.store(head.more, Ordering::Relaxed);
+    driver.slots.set_backlog(head.more);
     let fence = Fence {
         id,
         claim_no: head.claim_no,
     };
-    let lease = match engine.shared().leases.register(fence) {
+    let lease = match driver.leases.register(fence) {
         Registered::New(lease) => lease,
         Registered::Adopted => return,
     };
-    lease.waiting();
-    let home = Arc::clone(&engine);
-    home.spawn(run(engine, current, lease, head));
+    let claim = PolledClaim::new(Arc::clone(driver), lease, current, head);
+    driver.spawn(run(claim, id));
 }
 
-async fn run(engine: Arc<Engine>, current: CurrentJob, lease: Arc<Lease>, head: ClaimHead) {
-    // What led to it is not kept while the attempt is made.
-    let Some((claim, transport)) = claimed(engine, current, lease, head).await else {
+async fn run(claim: PolledClaim, id: RequestId) {
+    // The steps up to the claim are not kept in memory while the attempt is made.
+    let Some((claim, transport)) = prepare(claim, id).await else {
         return;
     };
-    // In this task: another one would cost as much as all that this one did.
-    attempt::drive_by_engine(claim, transport).await;
+    // In this task: another one would cost as much as everything that this one did.
+    drive_by_engine(claim, transport).await;
 }
 
-/// The claim with the client for its attempt, unless the request has ended, is given back, or its caller makes the attempt.
-async fn claimed(
-    engine: Arc<Engine>,
-    current: CurrentJob,
-    lease: Arc<Lease>,
-    head: ClaimHead,
-) -> Option<(Claim, Transport)> {
-    let id = lease.id;
-    let result = if head.lost {
-        let text = "it may have been sent by a process that was lost before it recorded an answer";
+/// The claim with the client for its attempt, unless the request has finished, is put back, or its
+/// caller makes the attempt.
+async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)> {
+    if claim.head().lost {
+        let text = "the process that made the attempt died before it recorded an answer";
         let outcome = Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned());
-        finish(outcome.without_attempt())
-    } else if !engine.is_claiming() {
-        // It came from the last poll. Others may send it at once.
-        unmade(Duration::ZERO)
-    } else {
-        let body = current.raw_bytes().map(Bytes::copy_from_slice);
-        match job(&engine, id, &head, body).await {
-            Ok(job) => {
-                let claim = Claim::polled(&engine, lease, job, &head).counted_by(current);
-                let overdue = head.deadline().is_some_and(|left| left.is_zero());
-                return to_be_sent(claim, overdue);
-            }
-            Err(Unusable::Corrupt(error)) => {
-                log::error!("request {id} is discarded: {error}");
-                let class = FailureClass::Unusable.as_str();
-                finish(Outcome::discarded(id, class, error.to_string()).without_attempt())
-            }
-            Err(Unusable::Later(error)) => {
-                log::warn!("fetching the body of request {id} failed: {error}");
-                unmade(Duration::from_secs(1))
-            }
+        claim.finish(outcome);
+        return None;
+    }
+    if !claim.driver().lifecycle.is_claiming() {
+        // The request came from the last poll. Other processes may send it at once.
+        claim.put_back(Duration::ZERO);
+        return None;
+    }
+    match read(&claim, id).await {
+        Ok(job) => {
+            let overdue = claim.head().deadline().is_some_and(|left| left.is_zero());
+            to_be_sent(claim.open(job), overdue)
         }
-    };
-    engine.settle(lease, Some(current), result, true);
-    None
+        Err(Unusable::Corrupt(error)) => {
+            tracing::error!(%id, %error, "a stored request can't be used and is discarded");
+            let class = FailureClass::Unusable.as_str();
+            claim.finish(Outcome::discarded(id, class, error.to_string()));
+            None
+        }
+        Err(Unusable::Later(error)) => {
+            tracing::debug!(%id, %error, "a request's body could not be fetched yet");
+            claim.put_back(FETCH_RETRY);
+            None
+        }
+    }
 }
 
 fn to_be_sent(claim: Claim, overdue: bool) -> Option<(Claim, Transport)> {
@@ -100,56 +99,38 @@ fn to_be_sent(claim: Claim, overdue: bool) -> Option<(Claim, Transport)> {
     } else if overdue {
         (FailureClass::Deadline, "its deadline passed")
     } else {
-        return live::hand_over(claim, None);
+        return caller_client::assign(claim, None);
     };
     let outcome = Outcome::discarded(claim.job().id, class.as_str(), text.to_owned());
     claim.finish(outcome.without_attempt());
     None
 }
 
-fn finish(outcome: Outcome) -> Settling {
-    Settling::Finish(Arc::new(outcome))
-}
-
-async fn fetch(engine: &Engine, id: RequestId) -> Result<Option<Bytes>, Unusable> {
-    // A large body takes memory only once the attempt can be made soon.
-    let _budget = engine.large_bodies().acquire().await;
-    let fetched = engine
-        .shared()
-        .db
-        .run_large(engine.config().max_request_body, move |connection| {
-            Box::pin(async move { claim::body(connection, id.into()).await })
-        })
-        .await
-        .map_err(|error| Unusable::Later(error.error))?;
-    Ok(fetched.map(Bytes::from))
-}
-
 enum Unusable {
     Corrupt(Error),
-    Later(sqlx::Error),
+    Later(StoreError),
 }
 
-async fn job(
-    engine: &Engine,
-    id: RequestId,
-    head: &ClaimHead,
-    mut body: Option<Bytes>,
-) -> Result<Job, Unusable> {
-    let stored = head
+/// Reads the stored request.
+async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
+    let stored = claim
+        .head()
         .head()
         .ok_or_else(|| Unusable::Corrupt(Error::corrupt("its payload is gone")))?;
-    if head.fetch_body {
-        // Boxed, so that the others don't take the room that it needs.
-        body = Box::pin(fetch(engine, id)).await?;
-    }
+    let body = if claim.head().fetch_body {
+        // Boxed, so that other requests don't take the room that it needs.
+        Box::pin(fetch(claim.driver(), id)).await?
+    } else {
+        claim.current().raw_bytes().map(Bytes::copy_from_slice)
+    };
     let (request, uri, delivery) =
         codec::decode_request(stored, body).map_err(Unusable::Corrupt)?;
-    Ok(Job {
-        id,
-        request: Arc::new(request),
-        uri,
-        delivery: Arc::new(delivery),
-        extensions: http::Extensions::new(),
-    })
+    Ok(Job::new(id, request, uri, delivery))
+}
+
+async fn fetch(driver: &Driver, id: RequestId) -> Result<Option<Bytes>, Unusable> {
+    // A large body takes memory only once its attempt can be made soon.
+    let _permit = driver.large_bodies.acquire().await;
+    let fetched = driver.store.fetch_body(id).await;
+    Ok(fetched.map_err(Unusable::Later)?.map(Bytes::from))
 }

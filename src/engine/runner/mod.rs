@@ -1,17 +1,14 @@
 //! The background runner: sqlxmq's, on this crate's SQL, under a supervisor.
 //!
-//! The stock runner's delay after errors grows without bound, so a supervisor probes the database and replaces the runner when
-//! it is back. Its per-job keep-alive is off: [`lease`] renews all claims at once.
+//! The stock runner's delay after errors grows without bound, so a supervisor probes the database
+//! and replaces the runner once the database is back. The stock keep-alive of each job is off: one
+//! task renews all leases.
 //!
-//! A poll that is cut off goes on in the database, and leases what it finds to nobody. So a runner is not just dropped: [`polls`] waits
-//! until it has got all that it will.
+//! A poll that is cut off continues in the database, and claims requests for no process. So a
+//! runner isn't just dropped: its [`RunnerPool`] waits until the runner has received all claims.
 
-pub(crate) mod claim;
-pub(crate) mod dispatch;
-pub(crate) mod lease;
+mod dispatch;
 pub(crate) mod polls;
-pub(crate) mod settle;
-pub(crate) mod sweep;
 
 use std::future::Future;
 use std::sync::{Arc, Weak};
@@ -20,10 +17,9 @@ use std::time::Duration;
 use sqlxmq::{JobRunnerHandle, JobRunnerOptions};
 use tokio::sync::watch;
 
-use crate::engine::Engine;
-use crate::store::{self, inspect};
-
-use polls::PollingPool;
+use crate::engine::attempt::Driver;
+use crate::engine::telemetry::Condition;
+use crate::store::runner_pool::RunnerPool;
 
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 const START_RETRY_MIN: Duration = Duration::from_millis(100);
@@ -31,31 +27,32 @@ const START_RETRY_MAX: Duration = Duration::from_secs(2);
 const SETTLED_POLL: Duration = Duration::from_millis(10);
 /// Longer than the pause between two tries to settle.
 const SETTLED_TIMEOUT: Duration = Duration::from_secs(3);
-/// A poll ends in the database before.
+/// Longer than a poll may take in the database.
 const STOP_TIMEOUT: Duration = Duration::from_secs(12);
-/// As long as sqlx gives to a connection that it closes.
+/// As long as sqlx waits for a connection that it closes.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Keeps the runner running; dropping it stops the claiming, not the attempts in flight.
+/// Keeps the runner running. Dropping it stops the claiming, not the attempts in flight.
 #[derive(Debug)]
 pub(crate) struct RunnerGuard {
-    engine: Weak<Engine>,
+    driver: Weak<Driver>,
 }
 
 impl RunnerGuard {
-    pub(crate) fn start(engine: &Arc<Engine>) -> Self {
-        engine.set_running(true);
-        // Counted from here on, so that a shutdown right after this waits for it.
-        engine.spawn(supervise(Arc::clone(engine), engine.runner()));
+    pub(crate) fn start(driver: &Arc<Driver>) -> Self {
+        driver.lifecycle.set_claiming(true);
+        // Counted from here on, so that a shutdown right after this waits for the runner.
+        let counted = driver.lifecycle.count_runner();
+        driver.spawn(supervise(Arc::clone(driver), counted));
         Self {
-            engine: Arc::downgrade(engine),
+            driver: Arc::downgrade(driver),
         }
     }
 
-    /// Has the claiming stopped. What a poll brings from now on goes back at once.
+    /// Stops the claiming. Requests that a poll brings from now on go back at once.
     pub(crate) fn stop(&self) {
-        if let Some(engine) = self.engine.upgrade() {
-            engine.set_running(false);
+        if let Some(driver) = self.driver.upgrade() {
+            driver.lifecycle.set_claiming(false);
         }
     }
 }
@@ -66,99 +63,126 @@ impl Drop for RunnerGuard {
     }
 }
 
-/// Keeps a runner going until the claiming is to end. It has the engine until then, so that claims can still be given back.
-async fn supervise(engine: Arc<Engine>, _counted: watch::Receiver<()>) {
-    if unless_ended(&engine, engine.transport_known())
+/// Keeps a runner running until the claiming is to end. Holds the driver until then, so that claims
+/// can still be given back.
+async fn supervise(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
+    if unless_ended(&driver, driver.transport.known())
         .await
         .is_none()
     {
         return;
     }
-    while let Some(runner) = unless_ended(&engine, start(&engine)).await {
-        if unless_ended(&engine, runner.fails(&engine)).await.is_none() {
-            return runner.stop(&engine).await;
-        }
-        // Not waited for: its connections may hang. Claims that it still brings are as good as those of the new one.
-        let old = Arc::clone(&engine);
-        engine.spawn(async move { runner.stop(&old).await });
-        if unless_ended(&engine, up(&engine)).await.is_none() {
+    let database = Database {
+        driver: &driver,
+        unreachable: Condition::default(),
+    };
+    while let Some(runner) = unless_ended(&driver, start(&driver)).await {
+        tracing::info!(
+            schema = driver.store.config().schema,
+            channels = ?driver.config.deliver,
+            "the runner has started"
+        );
+        if unless_ended(&driver, runner.fails(&database))
+            .await
+            .is_none()
+        {
+            runner.stop(&database).await;
+            tracing::info!("the runner has stopped");
             return;
         }
-        log::info!("the database is back, the runner starts anew");
+        // Not awaited: its connections may hang. Claims that it still brings are as valid as those
+        // of the new runner.
+        let old = Arc::clone(&driver);
+        driver.spawn(async move {
+            let database = Database {
+                driver: &old,
+                unreachable: Condition::default(),
+            };
+            // The supervisor has logged that the database is away.
+            database.unreachable.begins();
+            runner.stop(&database).await;
+        });
+        if unless_ended(&driver, database.up()).await.is_none() {
+            return;
+        }
     }
 }
 
-/// What the work brings, or `None` if the claiming is to end before.
-async fn unless_ended<T>(engine: &Engine, work: impl Future<Output = T>) -> Option<T> {
+/// The result of the work, or `None` if the claiming is to end first.
+async fn unless_ended<T>(driver: &Driver, work: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
         biased;
-        () = engine.claiming_ends() => None,
+        () = driver.lifecycle.claiming_ends() => None,
         done = work => Some(done),
     }
 }
 
-/// sqlxmq's runner, and the pool that is its alone.
+/// sqlxmq's runner, with a pool of its own.
 struct Runner {
     handle: JobRunnerHandle,
-    pool: Arc<PollingPool>,
+    pool: Arc<RunnerPool>,
     _counted: watch::Receiver<()>,
 }
 
 impl Runner {
-    /// Waits until the database doesn't answer, or there are no polls though it does: one may hang whose connection vanished without a
-    /// sign, or they were refused until the pauses between them have grown long.
-    async fn fails(&self, engine: &Engine) {
+    /// Returns when the database stops answering, or when it answers but sqlxmq has stopped
+    /// polling: its connection may be black-holed, or its error backoff may have grown too long.
+    async fn fails(&self, database: &Database<'_>) {
+        let driver = database.driver;
         let mut before: Option<u64> = None;
-        while probe(engine).await {
-            if before == Some(self.pool.used()) && self.has_room(engine) {
-                log::warn!("the runner has not polled for {PROBE_INTERVAL:?}");
+        while database.probe().await {
+            if before == Some(self.pool.used()) && self.has_room(driver) {
+                tracing::warn!(
+                    interval = ?PROBE_INTERVAL,
+                    "the runner has stopped polling and is replaced"
+                );
                 return;
             }
-            if !self.pool.has_polled().await {
-                log::warn!("the runner's polls get no answer");
+            if !self.pool.wait_for_poll().await {
+                tracing::warn!("the runner's polls get no answer; it is replaced");
                 return;
             }
-            before = self.has_room(engine).then(|| self.pool.used());
+            before = self.has_room(driver).then(|| self.pool.used());
             tokio::time::sleep(PROBE_INTERVAL).await;
         }
     }
 
-    /// With as many requests as it may hold it doesn't poll.
-    fn has_room(&self, engine: &Engine) -> bool {
-        self.handle.num_running_jobs() < engine.config().concurrency
+    /// With as many requests as it may hold, the runner doesn't poll.
+    fn has_room(&self, driver: &Driver) -> bool {
+        self.handle.num_running_jobs() < driver.config.concurrency
     }
 
-    /// Ends the polling, as soon as all that was claimed is here.
-    async fn stop(mut self, engine: &Engine) {
-        // While its connection is held here, it does not poll.
+    /// Ends the polling, as soon as all claims have arrived.
+    async fn stop(mut self, database: &Database<'_>) {
+        // While its connection is held here, the runner doesn't poll.
         let held = tokio::select! {
-            held = tokio::time::timeout(STOP_TIMEOUT, self.pool.connection()) => held.ok(),
-            // There is nothing to wait for: what was claimed before is left to its lease.
-            () = down(engine) => None,
+            held = tokio::time::timeout(STOP_TIMEOUT, self.pool.hold_polls()) => held.ok(),
+            // There is nothing to wait for: earlier claims are left to their leases.
+            () = database.down() => None,
         };
-        // Returns after a poll that has just ended has handed over what it brought.
+        // Returns after a poll that has just ended has handed its claims over.
         self.handle.stop().await;
         if let Some(connection) = held {
             drop(connection);
-            store::close(self.pool.pool(), CLOSE_TIMEOUT).await;
+            self.pool.close(CLOSE_TIMEOUT).await;
         }
     }
 }
 
-/// Starts the runner, however long the database or its schema takes to appear.
-async fn start(engine: &Arc<Engine>) -> Runner {
+/// Starts a runner, however long the database or its schema takes to appear.
+async fn start(driver: &Arc<Driver>) -> Runner {
     let mut pause = START_RETRY_MIN;
+    let failing = Condition::default();
     loop {
-        let problem = match engine.shared().verify().await {
+        let problem = match driver.store.verify().await {
             Ok(()) => {
-                let shared = engine.shared();
-                let pool = shared.polls.open(&shared.db);
-                match options(engine, pool.pool()).run().await {
+                let pool = driver.polls.open(&driver.store);
+                match options(driver, &pool).run().await {
                     Ok(handle) => {
                         return Runner {
                             handle,
                             pool,
-                            _counted: engine.runner(),
+                            _counted: driver.lifecycle.count_runner(),
                         };
                     }
                     Err(error) => crate::Error::from(error),
@@ -166,75 +190,90 @@ async fn start(engine: &Arc<Engine>) -> Runner {
             }
             Err(error) => error,
         };
-        log::warn!("the runner can't start yet: {problem:?}");
+        if failing.begins() {
+            tracing::warn!(error = ?problem, "the runner can't start yet");
+        }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(START_RETRY_MAX);
-        engine.reconnect();
+        driver.store.reconnect();
     }
 }
 
-fn options(engine: &Arc<Engine>, pool: &sqlx::PgPool) -> JobRunnerOptions {
-    let config = engine.config();
-    // Weak, or the runner that the engine owns would own the engine.
-    let weak = Arc::downgrade(engine);
-    let mut options = JobRunnerOptions::new(pool, move |current| {
+fn options(driver: &Arc<Driver>, pool: &RunnerPool) -> JobRunnerOptions {
+    let config = &driver.config;
+    // Weak, or the runner that the driver owns would own the driver.
+    let weak = Arc::downgrade(driver);
+    let mut options = JobRunnerOptions::new(pool.for_sqlxmq(), move |current| {
         // A panic here would end the runner silently: it only hands over.
-        if let Some(engine) = weak.upgrade() {
-            dispatch::take(engine, current);
+        if let Some(driver) = weak.upgrade() {
+            dispatch::take(&driver, current);
         }
     });
-    // The first is when the runner asks for more, the second how much it then holds: what is beyond the slots waits for
-    // one here, so that each poll brings many.
+    // The runner polls again below the first number, and then holds up to the second. Requests
+    // beyond the slots wait for one in this process, so that each poll brings many.
     options
         .set_concurrency(
             config.concurrency,
             config.concurrency + config.concurrency / 2,
         )
         .set_keep_alive(false);
-    if let Some(channels) = &config.channels {
+    if let Some(channels) = &config.deliver {
         let channels: Vec<&str> = channels.iter().map(|channel| &**channel).collect();
         options.set_channel_names(&channels);
     }
     options
 }
 
-/// Waits until the database doesn't answer.
-async fn down(engine: &Engine) {
-    while probe(engine).await {
-        tokio::time::sleep(PROBE_INTERVAL).await;
-    }
+/// The database, as probes see it.
+struct Database<'a> {
+    driver: &'a Driver,
+    unreachable: Condition,
 }
 
-/// Waits until the database answers again and has taken the results that were kept for it: a poll before that could claim their
-/// requests, whose leases are over.
-async fn up(engine: &Engine) {
-    loop {
-        // The passwords may have changed in the meantime.
-        engine.reconnect();
-        if probe(engine).await {
-            break;
+impl Database<'_> {
+    async fn probe(&self) -> bool {
+        match self.driver.store.probe().await {
+            Ok(()) => {
+                if self.unreachable.ends() {
+                    tracing::info!("the database answers again");
+                }
+                true
+            }
+            Err(error) => {
+                if self.unreachable.begins() {
+                    tracing::warn!(%error, "the database doesn't answer");
+                }
+                false
+            }
         }
-        tokio::time::sleep(PROBE_INTERVAL).await;
     }
-    let leases = &engine.shared().leases;
-    let kept = leases.settling();
-    let settled = async {
-        while kept.iter().any(|lease| leases.holds(lease)) {
-            tokio::time::sleep(SETTLED_POLL).await;
-        }
-    };
-    // A result that the database goes on refusing must not hold up the others.
-    let _ = tokio::time::timeout(SETTLED_TIMEOUT, settled).await;
-}
 
-async fn probe(engine: &Engine) -> bool {
-    let probed = engine
-        .shared()
-        .db
-        .run(|connection| Box::pin(async move { inspect::probe(connection).await }))
-        .await;
-    if let Err(error) = &probed {
-        log::warn!("the database doesn't answer: {}", error.error);
+    /// Waits until the database doesn't answer.
+    async fn down(&self) {
+        while self.probe().await {
+            tokio::time::sleep(PROBE_INTERVAL).await;
+        }
     }
-    probed.is_ok()
+
+    /// Waits until the database answers again and the results that were kept for it are settled. A
+    /// poll before that could claim their requests, whose leases have run out.
+    async fn up(&self) {
+        loop {
+            // The passwords may have changed in the meantime.
+            self.driver.store.reconnect();
+            if self.probe().await {
+                break;
+            }
+            tokio::time::sleep(PROBE_INTERVAL).await;
+        }
+        let leases = &self.driver.leases;
+        let unsettled = leases.unsettled();
+        let settled = async {
+            while unsettled.iter().any(|lease| leases.holds(lease)) {
+                tokio::time::sleep(SETTLED_POLL).await;
+            }
+        };
+        // A result that the database keeps refusing must not hold up the others.
+        let _ = tokio::time::timeout(SETTLED_TIMEOUT, settled).await;
+    }
 }

@@ -1,52 +1,42 @@
-//! The claims that this process holds, and the one statement that renews them.
+//! The claims that this process holds.
 //!
-//! A lease is renewed while its attempt is being sent or its result waits to be settled, and never past the attempt's hard
-//! deadline: a caller that keeps a future without polling it keeps neither the slot nor the lease.
+//! A lease is due for renewal while its attempt is being sent or its result waits for its commit,
+//! but never past the attempt's hard deadline: a caller that keeps a future without polling it
+//! keeps neither the slot nor the lease.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
-use uuid::Uuid;
-
-use crate::engine::Shared;
 use crate::id::RequestId;
-use crate::store::claim;
 use crate::store::settle::Fence;
 
-/// One claim. Its number is read when it is settled, because the claim may have been renewed by a poll in between.
+use super::slots::Slot;
+
+/// One claim. Its number is read when it is settled, because a poll may have raised it in between.
 #[derive(Debug)]
 pub(crate) struct Lease {
     pub(crate) id: RequestId,
     claim_no: AtomicI32,
-    state: Mutex<LeaseState>,
+    inner: Mutex<Inner>,
 }
 
 #[derive(Debug)]
-struct LeaseState {
-    phase: Phase,
-    /// When this process came by the claim.
+struct Inner {
+    state: LeaseState,
+    /// When this process got the claim.
     since: Instant,
     renewed: Instant,
-    /// Counts against the concurrency while an attempt is made.
+    /// Held while an attempt is made.
     slot: Option<Slot>,
 }
 
-/// One of the attempts at a time.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub(crate) _attempt: OwnedSemaphorePermit,
-    /// Of those that new requests may have while there is a backlog.
-    pub(crate) _inline: Option<OwnedSemaphorePermit>,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Held until its next attempt; the database has its due time and a lease more.
-    Idle,
-    /// Waiting for a slot or its body, in the engine's own hands.
+enum LeaseState {
+    /// Held until its next attempt. The row's due time includes a lease.
+    Held,
+    /// Waiting for a slot or its body, owned by the engine.
     Waiting,
     /// Being sent, until this hard deadline at most.
     Sending(Instant),
@@ -62,58 +52,56 @@ impl Lease {
         }
     }
 
-    pub(crate) fn sending(&self, deadline: Instant) {
-        self.lock().phase = Phase::Sending(deadline);
+    pub(crate) fn mark_sending(&self, deadline: Instant) {
+        self.lock().state = LeaseState::Sending(deadline);
     }
 
-    pub(crate) fn waiting(&self) {
-        self.lock().phase = Phase::Waiting;
+    pub(crate) fn mark_waiting(&self) {
+        self.lock().state = LeaseState::Waiting;
     }
 
-    pub(crate) fn settling(&self) {
-        let mut state = self.lock();
-        state.phase = Phase::Settling;
-        state.slot = None;
+    pub(crate) fn mark_settling(&self) {
+        let mut inner = self.lock();
+        inner.state = LeaseState::Settling;
+        inner.slot = None;
     }
 
     pub(crate) fn has_slot(&self) -> bool {
         self.lock().slot.is_some()
     }
 
-    pub(crate) fn take_slot(&self, attempt: OwnedSemaphorePermit) {
-        self.lock().slot = Some(Slot {
-            _attempt: attempt,
-            _inline: None,
-        });
+    pub(crate) fn take_slot(&self, slot: Slot) {
+        self.lock().slot = Some(slot);
     }
 
-    fn lock(&self) -> MutexGuard<'_, LeaseState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// All claims of this process. Each belongs to whoever drives its request: one whose owner is gone, lost to a panic, is not renewed, so that
-/// its request is taken over.
+/// All claims of this process. Each belongs to the task that drives its request. A claim whose
+/// owner is gone, after a panic, is not renewed, so another claim takes its request over.
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
     held: Mutex<HashMap<RequestId, Weak<Lease>>>,
 }
 
-/// What a claim that came from a poll means here.
+/// What a polled claim means to this process.
 pub(crate) enum Registered {
     New(Arc<Lease>),
-    /// The request is in flight here already, and its lease had run out: the attempt goes on under the new number.
+    /// The request is in flight here already and its lease had run out. The attempt continues under
+    /// the new number.
     Adopted,
 }
 
 impl Leases {
-    /// Notes a claim of a request that no other claim of this process can be for.
+    /// Adds the claim of a request that this process has no other claim of.
     pub(crate) fn insert(&self, fence: Fence, slot: Option<Slot>) -> Arc<Lease> {
         let lease = Arc::new(Lease {
             id: fence.id,
             claim_no: AtomicI32::new(fence.claim_no),
-            state: Mutex::new(LeaseState {
-                phase: Phase::Idle,
+            inner: Mutex::new(Inner {
+                state: LeaseState::Held,
                 since: Instant::now(),
                 renewed: Instant::now(),
                 slot,
@@ -123,10 +111,11 @@ impl Leases {
         lease
     }
 
-    /// Notes a claim that a poll made.
+    /// Adds a polled claim.
     pub(crate) fn register(&self, fence: Fence) -> Registered {
         if let Some(lease) = self.get(fence.id) {
-            // A number further on was released by this process in between: then the old attempt has ended.
+            // If the number rose by more than one, this process released the claim in between, and
+            // the old attempt has ended.
             let follows = lease.claim_no.compare_exchange(
                 fence.claim_no - 1,
                 fence.claim_no,
@@ -151,11 +140,12 @@ impl Leases {
         }
     }
 
-    /// The request has ended without its claim: whoever holds it finds out when it goes on.
+    /// Removes the claim of a request that finished without it. The claim's owner notices at its
+    /// next step.
     pub(crate) fn forget(&self, id: RequestId) {
         let forgotten = self.lock().remove(&id);
         if let Some(lease) = forgotten.and_then(|lease| lease.upgrade()) {
-            // A caller that is not polled would keep them for ever.
+            // A caller that isn't polled would keep the slot for ever.
             lease.lock().slot = None;
         }
     }
@@ -167,21 +157,21 @@ impl Leases {
             .is_some_and(|held| is_same(held, lease))
     }
 
-    /// Whether the request is in this process's hands.
+    /// Whether this process has a claim of the request.
     pub(crate) fn is_driven(&self, id: RequestId) -> bool {
         self.get(id).is_some()
     }
 
-    /// Whether the request came into this process's hands so lately that there is no need to ask how it is.
+    /// Whether this process has had a claim of the request for less than `age`.
     pub(crate) fn is_fresh(&self, id: RequestId, age: Duration) -> bool {
         self.get(id)
             .is_some_and(|lease| lease.lock().since.elapsed() < age)
     }
 
-    /// Those whose result waits for its commit.
-    pub(crate) fn settling(&self) -> Vec<Arc<Lease>> {
+    /// The claims whose result waits for its commit.
+    pub(crate) fn unsettled(&self) -> Vec<Arc<Lease>> {
         let mut held = self.all();
-        held.retain(|lease| lease.lock().phase == Phase::Settling);
+        held.retain(|lease| lease.lock().state == LeaseState::Settling);
         held
     }
 
@@ -197,24 +187,24 @@ impl Leases {
         self.lock().get(&id)?.upgrade()
     }
 
-    /// The claims whose leases are due for renewal, sorted. Those past their hard deadline are let go.
-    fn due(&self, after: Duration) -> Vec<(Uuid, i32)> {
+    /// The claims whose leases are due for renewal, sorted by id. Claims past their hard deadline
+    /// are removed.
+    pub(crate) fn due(&self, after: Duration) -> Vec<Fence> {
         let now = Instant::now();
         let mut due = Vec::new();
         let mut lapsed = Vec::new();
         for lease in self.all() {
-            let mut state = lease.lock();
-            match state.phase {
-                Phase::Sending(deadline) if deadline <= now => {
-                    state.slot = None;
+            let mut inner = lease.lock();
+            match inner.state {
+                LeaseState::Sending(deadline) if deadline <= now => {
+                    inner.slot = None;
                     lapsed.push(Arc::clone(&lease));
                 }
-                Phase::Sending(_) | Phase::Waiting | Phase::Settling
-                    if now - state.renewed >= after =>
+                LeaseState::Sending(_) | LeaseState::Waiting | LeaseState::Settling
+                    if now - inner.renewed >= after =>
                 {
-                    state.renewed = now;
-                    let fence = lease.fence();
-                    due.push((fence.id.into(), fence.claim_no));
+                    inner.renewed = now;
+                    due.push(lease.fence());
                 }
                 _ => {}
             }
@@ -223,7 +213,7 @@ impl Leases {
             self.remove(&lease);
         }
         self.lock().retain(|_, lease| lease.strong_count() > 0);
-        due.sort_unstable();
+        due.sort_unstable_by_key(|fence| fence.id);
         due
     }
 
@@ -236,34 +226,10 @@ fn is_same(held: &Weak<Lease>, lease: &Arc<Lease>) -> bool {
     std::ptr::eq(held.as_ptr(), Arc::as_ptr(lease))
 }
 
-/// Renews leases for as long as the engine lives. A third of the lease leaves time for two more tries.
-pub(crate) async fn renew(shared: Arc<Shared>) {
-    let lease = shared.config.lease;
-    let interval = lease / 3;
-    // Looked at more often than renewed, so that no lease is a whole interval late.
-    let mut ticks = tokio::time::interval(interval / 3);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        let due = shared.leases.due(interval);
-        if due.is_empty() {
-            continue;
-        }
-        let (ids, claim_nos): (Vec<_>, Vec<_>) = due.into_iter().unzip();
-        let renewed = shared
-            .db
-            .run(move |connection| {
-                Box::pin(async move { claim::renew(connection, &ids, &claim_nos, lease).await })
-            })
-            .await;
-        if let Err(error) = renewed {
-            log::warn!("renewing leases failed: {}", error.error);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
 
     fn fence(claim_no: i32) -> Fence {
@@ -274,13 +240,13 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_that_was_lost_with_its_owner_is_not_renewed_and_its_request_is_taken_anew() {
+    fn a_claim_whose_owner_is_gone_is_not_renewed_but_replaced() {
         let leases = Leases::default();
         let lease = leases.insert(fence(1), None);
-        lease.settling();
+        lease.mark_settling();
         assert_eq!(leases.due(Duration::ZERO).len(), 1);
         assert!(matches!(leases.register(fence(2)), Registered::Adopted));
-        // As by a panic of what settles it.
+        // As after a panic in the settle lane.
         drop(lease);
         assert!(leases.due(Duration::ZERO).is_empty());
         assert!(leases.is_empty());

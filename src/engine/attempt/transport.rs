@@ -1,4 +1,4 @@
-//! Who sends: the wrapped service, the caller's own, or a plain reqwest client.
+//! The clients that send: a wrapped service, or a plain reqwest client.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -15,21 +15,49 @@ use url::Url;
 use crate::body::Body;
 use crate::error::BoxError;
 
+/// The services that send for this crate: an alias of the bound in its `where` clause, which holds
+/// for every type that meets it. It can't be implemented otherwise.
+pub trait HttpClient: sealed::HttpClient {}
+
+impl<S: sealed::HttpClient> HttpClient for S {}
+
+mod sealed {
+    use super::{Body, BoxError, HttpBody, Service};
+
+    /// A [`Service`] from requests to responses with any body.
+    pub trait HttpClient:
+        Service<
+            http::Request<Body>,
+            Response = http::Response<Self::ResponseBody>,
+            Error: Into<BoxError>,
+            Future: Send + 'static,
+        > + Clone
+        + Send
+        + 'static
+    {
+        type ResponseBody: HttpBody<Data: Send, Error: Into<BoxError>> + Send + 'static;
+    }
+
+    impl<S, B> HttpClient for S
+    where
+        S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
+        S::Error: Into<BoxError>,
+        S::Future: Send + 'static,
+        B: HttpBody + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<BoxError>,
+    {
+        type ResponseBody = B;
+    }
+}
+
 /// Any HTTP client, with its type erased.
 pub(crate) type Transport = BoxCloneService<http::Request<Body>, http::Response<Body>, BoxError>;
 
 /// Erases a service's type.
-pub(crate) fn erase<S, B>(service: S) -> Transport
-where
-    S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    B: HttpBody + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
-{
+pub(crate) fn erase<S: HttpClient>(service: S) -> Transport {
     let service: MapErr<_, fn(S::Error) -> BoxError> = service
-        .map_response(wrap_body::<B> as fn(_) -> _)
+        .map_response(wrap_body::<S::ResponseBody> as fn(_) -> _)
         .map_err(Into::into);
     BoxCloneService::new(service)
 }
@@ -43,23 +71,24 @@ where
     response.map(Body::wrap)
 }
 
-/// The transport of attempts that no caller's own client makes. Until it is known, the runner claims nothing.
+/// The transport of attempts that don't run through a caller's own client. The runner claims
+/// nothing until it is known.
 #[derive(Default)]
-pub(crate) struct TransportSlot {
-    // `BoxCloneService` is not `Sync`.
+pub(crate) struct DefaultTransport {
+    // `BoxCloneService` isn't `Sync`.
     transport: Mutex<Option<Transport>>,
     known: tokio::sync::Notify,
 }
 
-impl TransportSlot {
+impl DefaultTransport {
     /// Sets the transport unless one is set.
     pub(crate) fn offer(&self, transport: impl FnOnce() -> Transport) {
-        let mut slot = self
+        let mut current = self
             .transport
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if slot.is_none() {
-            *slot = Some(transport());
+        if current.is_none() {
+            *current = Some(transport());
             self.known.notify_waiters();
         }
     }
@@ -78,7 +107,7 @@ impl TransportSlot {
             .clone()
     }
 
-    /// Waits until there is one.
+    /// Waits until a transport is known.
     pub(crate) async fn known(&self) {
         loop {
             let known = self.known.notified();
@@ -116,8 +145,9 @@ impl ReqwestTransport {
         Self { client }
     }
 
-    /// The client that sends where nothing else was given. It follows no redirects, because the answer to a request is its
-    /// response; it has no hidden retries, because each transmission is to be counted; and it gives up connecting after ten seconds.
+    /// The client that sends if no other transport was given. It follows no redirects, because the
+    /// answer to a request is its response. It has no retries of its own, because each attempt must
+    /// be counted. It gives up connecting after ten seconds.
     pub(crate) fn plain() -> Result<Self, reqwest::Error> {
         let client = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
@@ -145,7 +175,7 @@ impl Service<http::Request<Body>> for ReqwestTransport {
 
     fn call(&mut self, request: http::Request<Body>) -> ReqwestFuture {
         let (parts, body) = request.into_parts();
-        // Through the builder, which takes credentials out of the URL.
+        // The builder turns credentials in the URL into a header.
         let mut builder = self
             .client
             .request(parts.method, parts.uri.to_string())
@@ -187,7 +217,8 @@ impl Future for ReqwestFuture {
     }
 }
 
-/// Where a response came from: the part of a [`reqwest::Response`] that an [`http::Response`] has no field for.
+/// The URL that a response came from. An [`http::Response`] has no field for it, unlike a
+/// [`reqwest::Response`].
 #[derive(Clone, Debug)]
 pub(crate) struct ResponseUrl(pub(crate) Url);
 

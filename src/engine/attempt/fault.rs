@@ -1,4 +1,4 @@
-//! Telling clients' errors apart: above all whether anything of the request may have left.
+//! Classifying clients' errors: above all, whether a part of the request may have been sent.
 
 use std::error::Error as StdError;
 use std::io::{self, ErrorKind};
@@ -6,7 +6,8 @@ use std::iter;
 
 use crate::classify::FailureClass;
 
-/// The class of a client's error. Only what certainly happened before the request was sent gets a class that says so.
+/// The class of a client's error. Only an error that certainly came before the request was sent
+/// gets a class that says so.
 pub(super) fn class_of(error: &(dyn StdError + 'static)) -> FailureClass {
     if is_unusable(error) {
         FailureClass::Unusable
@@ -22,7 +23,7 @@ fn causes<'a>(
     error: &'a (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
     iter::successors(Some(error), |&error: &&'a (dyn StdError + 'static)| {
-        // Its `source` is that of the error inside, which it leaves out itself.
+        // The `source` of an `io::Error` skips the error inside it.
         match error
             .downcast_ref::<io::Error>()
             .and_then(io::Error::get_ref)
@@ -37,7 +38,7 @@ fn io_kind(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
     error.downcast_ref::<io::Error>().map(io::Error::kind)
 }
 
-/// Only the outermost: middleware may have sent requests of its own, after this one.
+/// Checks only the outermost error: middleware may have sent requests of its own after this one.
 fn is_unusable(error: &(dyn StdError + 'static)) -> bool {
     error
         .downcast_ref::<reqwest::Error>()
@@ -48,7 +49,7 @@ fn is_connect(error: &(dyn StdError + 'static)) -> bool {
     if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
         return error.is_connect();
     }
-    // What no connection that exists can report.
+    // An established connection never reports this.
     io_kind(error) == Some(ErrorKind::ConnectionRefused)
 }
 
@@ -68,7 +69,7 @@ fn is_dns(error: &(dyn StdError + 'static)) -> bool {
     if let Some(error) = error.downcast_ref::<reqwest::Error>() {
         return error.is_dns();
     }
-    // The type of the error of hyper's connector is private, and its text the only thing that tells.
+    // The error type of hyper's connector is private; only its text tells.
     error.to_string() == "dns error"
 }
 
@@ -81,7 +82,7 @@ fn is_tls(error: &(dyn StdError + 'static)) -> bool {
     if error.is::<native_tls::Error>() {
         return true;
     }
-    // A connection that was made and breaks before the request is sent breaks in the handshake.
+    // A connection that breaks before the request is sent breaks during the handshake.
     matches!(
         io_kind(error),
         Some(ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)

@@ -1,0 +1,425 @@
+//! Owning a due request.
+//!
+//! A [`Claim`] has one owner. Dropping it gives the request back: uncounted if nothing was sent,
+//! else as a failed attempt with its normal backoff, never as an instant second transmission.
+//!
+//! Every result leaves through [`settle`], the only sender to the settle lane.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::Extensions;
+use sqlxmq::CurrentJob;
+use tokio::sync::oneshot;
+
+use super::Driver;
+use super::job::Job;
+use super::leases::Lease;
+use super::slots::Slot;
+use crate::classify::FailureClass;
+use crate::engine::settle::{AttemptResult, Held, Settlement};
+use crate::options::Guarantee;
+use crate::outcome::Outcome;
+use crate::retry::Retry;
+use crate::status::Status;
+use crate::store::claim::{ClaimHead, Confirm};
+use crate::store::settle::{Failure, Fence};
+
+/// An attempt's hard deadline is this long after its timeout, so that its result can be judged.
+const DEADLINE_GRACE: Duration = Duration::from_secs(5);
+
+const ABANDONED: &str = "the caller or task that made the attempt went away";
+
+/// How long an attempt keeps its slot and its lease at most.
+fn hard_deadline(job: &Job) -> Duration {
+    job.delivery.attempt_timeout + DEADLINE_GRACE
+}
+
+/// A request that a poll claimed, before its stored head is read.
+#[derive(Debug)]
+pub(crate) struct PolledClaim {
+    driver: Arc<Driver>,
+    lease: Arc<Lease>,
+    /// sqlxmq's runner counts the request as running until this is dropped.
+    current: CurrentJob,
+    head: ClaimHead,
+}
+
+impl PolledClaim {
+    pub(crate) fn new(
+        driver: Arc<Driver>,
+        lease: Arc<Lease>,
+        current: CurrentJob,
+        head: ClaimHead,
+    ) -> Self {
+        // The lease is renewed from here on, for as long as the claim waits for a slot or its body.
+        lease.mark_waiting();
+        Self {
+            driver,
+            lease,
+            current,
+            head,
+        }
+    }
+
+    pub(crate) fn driver(&self) -> &Arc<Driver> {
+        &self.driver
+    }
+
+    pub(crate) fn head(&self) -> &ClaimHead {
+        &self.head
+    }
+
+    pub(crate) fn current(&self) -> &CurrentJob {
+        &self.current
+    }
+
+    /// The claim of the request, with what there is to send.
+    pub(crate) fn open(self, job: Job) -> Claim {
+        let head = &self.head;
+        // The claim may have waited here for a slot or its body, and been taken over meanwhile.
+        let unconfirmed = job.delivery.guarantee == Guarantee::AtMostOnce;
+        let mut claim = Claim::new(
+            &self.driver,
+            self.lease,
+            job,
+            head.attempts,
+            head.age(),
+            head.deadline(),
+        );
+        claim.unconfirmed = unconfirmed;
+        claim.current = Some(self.current);
+        claim
+    }
+
+    /// Finishes the request without an attempt.
+    pub(crate) fn finish(self, outcome: Outcome) {
+        self.settle(finish(outcome.without_attempt(), None));
+    }
+
+    /// Puts the request back, without counting an attempt.
+    pub(crate) fn put_back(self, delay: Duration) {
+        self.settle(AttemptResult::PutBack {
+            delay,
+            hold: None,
+            uncounted: true,
+            failure: None,
+        });
+    }
+
+    fn settle(self, result: AttemptResult) {
+        settle(&self.driver, self.lease, Some(self.current), result, true);
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Claim {
+    driver: Arc<Driver>,
+    /// `None` once the claim was handed to the settle lane.
+    lease: Option<Arc<Lease>>,
+    job: Job,
+    /// Attempts begun, including this claim's if it is counted.
+    attempts: u32,
+    /// The database has counted this claim's attempt already.
+    counted: bool,
+    /// The database must confirm the claim before anything is sent.
+    unconfirmed: bool,
+    /// When the request is given up.
+    deadline: Option<Instant>,
+    /// When the request was enqueued, by this process's clock.
+    enqueued: Instant,
+    /// When the attempt is due.
+    due: Instant,
+    /// When the attempt under way began.
+    sending: Option<Instant>,
+    /// Kept until the result is settled: sqlxmq's runner counts the request as running until then.
+    current: Option<CurrentJob>,
+}
+
+impl Claim {
+    /// The claim of a request that was inserted claimed.
+    pub(crate) fn inline(driver: &Arc<Driver>, job: Job, slot: Slot) -> Self {
+        let fence = Fence {
+            id: job.id,
+            claim_no: 1,
+        };
+        let lease = driver.leases.insert(fence, Some(slot));
+        // The hard deadline runs from here, because a caller may never come to make the attempt.
+        lease.mark_sending(Instant::now() + hard_deadline(&job));
+        let deadline = job.request.options.deadline;
+        Self::new(driver, lease, job, 1, Duration::ZERO, deadline)
+    }
+
+    fn new(
+        driver: &Arc<Driver>,
+        lease: Arc<Lease>,
+        job: Job,
+        attempts: u32,
+        age: Duration,
+        deadline: Option<Duration>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            driver: Arc::clone(driver),
+            lease: Some(lease),
+            job,
+            attempts,
+            counted: true,
+            unconfirmed: false,
+            deadline: deadline.and_then(|left| now.checked_add(left)),
+            enqueued: now.checked_sub(age).unwrap_or(now),
+            due: now,
+            sending: None,
+            current: None,
+        }
+    }
+
+    pub(crate) fn driver(&self) -> &Arc<Driver> {
+        &self.driver
+    }
+
+    pub(crate) fn job(&self) -> &Job {
+        &self.job
+    }
+
+    /// Adds what a waiting caller attached to its request.
+    pub(super) fn attach(&mut self, extensions: Extensions) {
+        self.job.extensions = extensions;
+    }
+
+    /// Prepares the claim for a caller that may never come for it.
+    pub(super) fn awaiting_caller(self) -> Self {
+        if let Some(lease) = &self.lease {
+            lease.mark_sending(Instant::now() + hard_deadline(&self.job));
+        }
+        self
+    }
+
+    /// Whether a caller of this process waits for the outcome.
+    pub(super) fn is_awaited(&self) -> bool {
+        !self.driver.lifecycle.is_closing() && self.driver.waiters.contains(self.job.id)
+    }
+
+    /// Begins an attempt: takes a slot and marks the lease for renewal. Returns `false` if no
+    /// attempt may be made: the request was cancelled, or another claim took it over from a caller
+    /// that didn't come in time.
+    pub(super) async fn begin(&mut self) -> bool {
+        let leases = &self.driver.leases;
+        let Some(lease) = self.lease.as_ref().filter(|lease| leases.holds(lease)) else {
+            // There is nothing to give back.
+            self.lease = None;
+            return false;
+        };
+        if !lease.has_slot() {
+            lease.mark_waiting();
+            if let Some(slot) = self.driver.slots.acquire().await {
+                lease.take_slot(slot);
+            }
+        }
+        let now = Instant::now();
+        lease.mark_sending(now + hard_deadline(&self.job));
+        if self.unconfirmed && !Box::pin(self.confirm()).await {
+            return false;
+        }
+        self.sending = Some(Instant::now());
+        true
+    }
+
+    /// Has the database confirm the claim: the request may have been cancelled, taken over or given
+    /// up.
+    async fn confirm(&mut self) -> bool {
+        let Some(lease) = &self.lease else {
+            return false;
+        };
+        let fence = lease.fence();
+        let how = Confirm {
+            count: !self.counted,
+            once: self.is_once(),
+        };
+        let confirmed = self
+            .driver
+            .with_store(|store| async move { store.confirm(fence, how).await })
+            .await;
+        match confirmed {
+            Ok(true) => {
+                self.attempts += u32::from(how.count);
+                self.counted = true;
+                self.unconfirmed = false;
+                true
+            }
+            Ok(false) => {
+                // There is nothing to give back. Waiters get the outcome from the database.
+                self.driver.leases.remove(lease);
+                self.driver.waiters.fetch_soon(vec![self.job.id]);
+                self.lease = None;
+                false
+            }
+            Err(error) => {
+                tracing::debug!(id = %self.job.id, ?error, "a claim could not be confirmed");
+                false
+            }
+        }
+    }
+
+    /// Whether the request must not be sent again once it may have been sent.
+    pub(super) fn is_once(&self) -> bool {
+        self.job.delivery.guarantee == Guarantee::AtMostOnce
+    }
+
+    /// Attempts begun, including this claim's.
+    pub(super) fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// The delay until the next attempt, or `None` to give the request up. `asked` is the delay
+    /// that the response asked for.
+    pub(super) fn next_delay(&self, asked: Option<Duration>) -> Option<Duration> {
+        let retry = Retry::new(self.attempts, self.enqueued.elapsed());
+        let function = self.driver.config.retry_fired.function();
+        let policy = &self.job.delivery.retry;
+        let delay = policy.delay(retry, fastrand::f64(), asked, function)?;
+        // The request is given up now if its deadline passes before the next attempt.
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        left.is_none_or(|left| delay < left).then_some(delay)
+    }
+
+    /// Whether the policy allows no attempt any more: the last one was lost with its process.
+    pub(crate) fn is_exhausted(&self) -> bool {
+        // This claim's attempt is counted but hasn't been made.
+        let before = self.attempts - 1;
+        before > 0 && !self.job.delivery.retry.allows_after(before)
+    }
+
+    /// Waits until the attempt is due. `false` if a shutdown begins first; dropping the claim then
+    /// gives the request back at once.
+    pub(super) async fn wait_until_due(&self) -> bool {
+        tokio::select! {
+            () = tokio::time::sleep_until(self.due.into()) => true,
+            () = self.driver.lifecycle.closing() => false,
+        }
+    }
+
+    /// Finishes the request. The settle lane waits for the commit.
+    pub(crate) fn finish(mut self, outcome: Outcome) {
+        let result = finish(outcome, Some(&self.job));
+        self.settle(result);
+    }
+
+    /// Puts the request back into the queue, due after `delay`.
+    pub(super) fn put_back(mut self, delay: Duration, failure: Failure) {
+        self.settle(AttemptResult::PutBack {
+            delay,
+            hold: None,
+            uncounted: false,
+            failure: Some(Box::new(failure)),
+        });
+    }
+
+    /// Holds the request for its next attempt in this process. Returns the new claim after the
+    /// commit, or `None` if the request was lost to another claim.
+    pub(super) async fn hold(mut self, delay: Duration, failure: Failure) -> Option<Self> {
+        let due = Instant::now() + delay;
+        let (hold, held) = oneshot::channel();
+        self.settle(AttemptResult::PutBack {
+            delay,
+            hold: Some(hold),
+            uncounted: false,
+            failure: Some(Box::new(failure)),
+        });
+        let Held { lease, attempts } = held.await.ok()?;
+        self.lease = Some(lease);
+        self.attempts = attempts;
+        self.counted = false;
+        self.unconfirmed = true;
+        self.due = due;
+        self.sending = None;
+        Some(self)
+    }
+
+    /// Whether anything waits for the commit of the result: a caller, the next request of the
+    /// ordering key, or sqlxmq's runner, for room.
+    fn is_urgent(&self) -> bool {
+        self.current.is_some() && self.driver.slots.unsettled_take_room()
+            || self.job.request.options.ordered.is_some()
+            || self.driver.waiters.contains(self.job.id)
+    }
+
+    fn settle(&mut self, result: AttemptResult) {
+        let urgent = self.is_urgent();
+        if let Some(lease) = self.lease.take() {
+            settle(&self.driver, lease, self.current.take(), result, urgent);
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.lease.is_none() {
+            return;
+        }
+        let (id, class) = (self.job.id, FailureClass::Abandoned);
+        let result = match self.sending {
+            None => AttemptResult::PutBack {
+                delay: self.due.saturating_duration_since(Instant::now()),
+                hold: None,
+                uncounted: self.counted,
+                failure: None,
+            },
+            Some(_) if self.is_once() => {
+                let outcome = Outcome::ambiguous(id, class.as_str(), ABANDONED.to_owned());
+                finish(outcome, Some(&self.job))
+            }
+            Some(began) => {
+                if let Some(delay) = self.next_delay(None) {
+                    AttemptResult::PutBack {
+                        delay,
+                        hold: None,
+                        uncounted: false,
+                        failure: Some(Box::new(Failure {
+                            class,
+                            text: ABANDONED.to_owned(),
+                            duration: began.elapsed(),
+                            response: None,
+                        })),
+                    }
+                } else {
+                    let outcome = Outcome::discarded(id, class.as_str(), ABANDONED.to_owned());
+                    finish(outcome, Some(&self.job))
+                }
+            }
+        };
+        self.settle(result);
+    }
+}
+
+fn finish(outcome: Outcome, job: Option<&Job>) -> AttemptResult {
+    // Only the log line of a dead letter shows the destination.
+    let is_dead_letter = matches!(outcome.status, Status::Discarded | Status::Ambiguous);
+    let destination = job.filter(|_| is_dead_letter);
+    AttemptResult::Finish {
+        destination: destination.map(|job| job.destination().to_string().into()),
+        outcome: Arc::new(outcome),
+    }
+}
+
+/// Hands a result to the settle lane. The only door: every result leaves through it.
+fn settle(
+    driver: &Arc<Driver>,
+    lease: Arc<Lease>,
+    current: Option<CurrentJob>,
+    result: AttemptResult,
+    urgent: bool,
+) {
+    lease.mark_settling();
+    // Without a lane the runtime is ending. The lease runs out, and another process takes over.
+    let _ = driver.settlements.send(Settlement {
+        lease,
+        result,
+        urgent,
+        _current: current,
+        _unsettled: driver.slots.count_unsettled(),
+        _driver: Arc::clone(driver),
+    });
+}

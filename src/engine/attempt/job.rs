@@ -1,0 +1,38 @@
+//! What there is to send.
+
+use std::sync::Arc;
+
+use http::{Extensions, Uri};
+
+use crate::codec::Delivery;
+use crate::destination::Destination;
+use crate::id::RequestId;
+use crate::request::Request;
+
+/// What is sent, and how. Shared by all attempts of one claim.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    pub(crate) id: RequestId,
+    pub(crate) request: Arc<Request>,
+    pub(crate) uri: Uri,
+    pub(crate) delivery: Arc<Delivery>,
+    /// What a waiting caller attached to the request. Each attempt gets its own copy.
+    pub(crate) extensions: Extensions,
+}
+
+impl Job {
+    pub(crate) fn new(id: RequestId, request: Request, uri: Uri, delivery: Delivery) -> Self {
+        Self {
+            id,
+            request: Arc::new(request),
+            uri,
+            delivery: Arc::new(delivery),
+            extensions: Extensions::new(),
+        }
+    }
+
+    /// Where the request goes: the key of limits, and what logs show of its URL.
+    pub(crate) fn destination(&self) -> Destination<'_> {
+        Destination::of(&self.uri)
+    }
+}

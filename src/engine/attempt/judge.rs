@@ -1,0 +1,78 @@
+//! Judging an attempt: whether its request finishes, or is sent again.
+
+use std::time::Duration;
+
+use super::claim::Claim;
+use super::send::{Answer, Exchange};
+use crate::classify::{Attempt, FailureClass, Verdict};
+use crate::outcome::Outcome;
+use crate::status::Status;
+use crate::store::settle::Failure;
+
+/// What an attempt's result means for its request.
+pub(super) enum Judgement {
+    Finish(Outcome),
+    Retry { delay: Duration, failure: Failure },
+}
+
+pub(super) fn judge(exchange: Exchange, claim: &Claim) -> Judgement {
+    let job = claim.job();
+    let driver = claim.driver();
+    let attempt = Attempt::new(&job.request.method, claim.attempts(), exchange.seen());
+    let verdict = driver
+        .config
+        .classifier
+        .judge(job.delivery.accept.as_deref(), &attempt);
+    let delay = match verdict {
+        Verdict::Retry => claim.next_delay(exchange.asked_delay()),
+        Verdict::Final | Verdict::Discard => None,
+    };
+    match (delay, exchange.result) {
+        // Whatever the verdict: it is unknown whether the request arrived.
+        (_, Err((class, text))) if claim.is_once() && class.may_have_been_sent() => {
+            Judgement::Finish(Outcome::ambiguous(job.id, class.as_str(), text))
+        }
+        (Some(delay), result) => {
+            let failure = failure(exchange.duration, result);
+            tracing::debug!(
+                id = %job.id,
+                destination = %job.destination(),
+                attempt = claim.attempts(),
+                class = %failure.class,
+                reason = failure.text,
+                ?delay,
+                "an attempt failed and will be repeated"
+            );
+            Judgement::Retry { delay, failure }
+        }
+        (None, Ok(answer)) => {
+            let status = match verdict {
+                Verdict::Final => Status::Completed,
+                Verdict::Retry | Verdict::Discard => Status::Discarded,
+            };
+            let limit = driver.store.config().max_response_body;
+            Judgement::Finish(answer.into_outcome(status, limit))
+        }
+        (None, Err((class, text))) => {
+            Judgement::Finish(Outcome::discarded(job.id, class.as_str(), text))
+        }
+    }
+}
+
+/// The record of a failed attempt.
+fn failure(duration: Duration, result: Result<Answer, (FailureClass, String)>) -> Failure {
+    match result {
+        Ok(answer) => Failure {
+            class: FailureClass::Status,
+            text: format!("answered with {}", answer.response().status),
+            duration,
+            response: answer.into_whole(),
+        },
+        Err((class, text)) => Failure {
+            class,
+            text,
+            duration,
+            response: None,
+        },
+    }
+}

@@ -1,0 +1,466 @@
+//! The settle lane: records the results of attempts, many at a time.
+//!
+//! No result is dropped: while the database fails, the lane keeps its results and tries again.
+//! Waiters are woken, and other processes notified, only after the commit.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use sqlxmq::CurrentJob;
+use tokio::sync::{Notify, mpsc, oneshot};
+use uuid::Uuid;
+
+use crate::engine::attempt::Driver;
+use crate::engine::attempt::leases::{Lease, Leases};
+use crate::engine::attempt::slots::Unsettled;
+use crate::engine::attempt::waiters::Waiters;
+use crate::engine::lane::{self, Item};
+use crate::engine::runner::polls::Polls;
+use crate::engine::telemetry::Condition;
+use crate::id::RequestId;
+use crate::outcome::Outcome;
+use crate::status::Status;
+use crate::store::enqueue::RUNNER_WAIT;
+use crate::store::outcome::Found;
+use crate::store::settle::{Failure, Fence, Finished, PutBack, SettledRow};
+use crate::store::{Store, StoreError};
+
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+
+/// A result on its way into the database.
+pub(crate) struct Settlement {
+    pub(crate) lease: Arc<Lease>,
+    pub(crate) result: AttemptResult,
+    /// Whether anything waits for the commit.
+    pub(crate) urgent: bool,
+    /// Dropped after the commit: until then sqlxmq's runner counts the request as running.
+    pub(crate) _current: Option<CurrentJob>,
+    pub(crate) _unsettled: Unsettled,
+    /// Keeps the runtime that the result is written on: without it, the runtime could end with the
+    /// last handle.
+    pub(crate) _driver: Arc<Driver>,
+}
+
+pub(crate) enum AttemptResult {
+    Finish {
+        /// Shared with the statement that writes it.
+        outcome: Arc<Outcome>,
+        /// The destination of a dead letter, for its log line.
+        destination: Option<Box<str>>,
+    },
+    PutBack {
+        delay: Duration,
+        /// Receives the claim after the commit, if this process holds it for the next attempt.
+        hold: Option<oneshot::Sender<Held>>,
+        uncounted: bool,
+        failure: Option<Box<Failure>>,
+    },
+}
+
+/// A claim that this process holds for the next attempt.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) lease: Arc<Lease>,
+    pub(crate) attempts: u32,
+}
+
+impl Settlement {
+    fn is_finish(&self) -> bool {
+        matches!(self.result, AttemptResult::Finish { .. })
+    }
+
+    /// Removes data that the database may have refused: the body, then the rest of the response,
+    /// then the error text. `false` if there is nothing left to remove.
+    fn drop_refused_data(&mut self) -> bool {
+        const REFUSED: &str = "the database refused the error text";
+        let (response, text) = match &mut self.result {
+            AttemptResult::Finish { outcome, .. } => {
+                let outcome = Arc::make_mut(outcome);
+                if outcome.drop_body() {
+                    return true;
+                }
+                let fault = outcome.fault.get_or_insert_default();
+                (&mut outcome.response, &mut fault.text)
+            }
+            AttemptResult::PutBack {
+                failure: Some(failure),
+                ..
+            } => (&mut failure.response, &mut failure.text),
+            AttemptResult::PutBack { failure: None, .. } => return false,
+        };
+        if response.take().is_some() {
+            return true;
+        }
+        let text_refused = text == REFUSED;
+        REFUSED.clone_into(text);
+        !text_refused
+    }
+}
+
+impl Item for Settlement {
+    fn size(&self) -> usize {
+        let response = match &self.result {
+            AttemptResult::Finish { outcome, .. } => outcome.response.as_ref(),
+            AttemptResult::PutBack { failure, .. } => {
+                failure.as_ref().and_then(|f| f.response.as_ref())
+            }
+        };
+        response.map_or(0, |response| response.body.len())
+    }
+
+    fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+}
+
+/// What the settle lane works with. It holds no sender, so the lane ends with the driver.
+#[derive(Debug)]
+pub(crate) struct Settler {
+    store: Store,
+    instance: Uuid,
+    leases: Arc<Leases>,
+    waiters: Arc<Waiters>,
+    polls: Arc<Polls>,
+    /// Notified when requests have finished here.
+    finished: Notify,
+    /// Results that came too late to count.
+    stale_results: AtomicU64,
+    failing: Condition,
+}
+
+impl Settler {
+    pub(crate) fn new(
+        store: Store,
+        instance: Uuid,
+        leases: Arc<Leases>,
+        waiters: Arc<Waiters>,
+        polls: Arc<Polls>,
+    ) -> Self {
+        Self {
+            store,
+            instance,
+            leases,
+            waiters,
+            polls,
+            finished: Notify::new(),
+            stale_results: AtomicU64::new(0),
+            failing: Condition::default(),
+        }
+    }
+
+    /// Notified when requests have finished here.
+    pub(crate) fn finished(&self) -> &Notify {
+        &self.finished
+    }
+
+    /// How many results changed nothing, because their claims were no longer the latest.
+    #[cfg(feature = "testkit")]
+    pub(crate) fn stale_results(&self) -> u64 {
+        self.stale_results.load(Ordering::Relaxed)
+    }
+
+    /// Runs until the last sender is gone and everything is settled.
+    pub(crate) async fn run(self: Arc<Self>, incoming: mpsc::UnboundedReceiver<Settlement>) {
+        lane::run(incoming, |batch| {
+            let settler = Arc::clone(&self);
+            async move { settler.write(batch).await }
+        })
+        .await;
+    }
+
+    /// Writes a batch, splitting it down to the row that the database refuses.
+    async fn write(&self, mut batch: Vec<Settlement>) {
+        // The statements lock rows in the order of their ids.
+        batch.sort_unstable_by_key(|settlement| settlement.lease.id);
+        let mut stack = vec![batch];
+        let mut pause = RETRY_MIN;
+        while let Some(mut batch) = stack.pop() {
+            let error = match self.write_once(&mut batch).await {
+                Ok(()) => {
+                    pause = RETRY_MIN;
+                    if self.failing.ends() {
+                        tracing::info!("results are settled again");
+                    }
+                    continue;
+                }
+                Err(error) => error,
+            };
+            if error.is_data() && batch.len() > 1 {
+                let half = batch.split_off(batch.len() / 2);
+                stack.push(half);
+                stack.push(batch);
+                continue;
+            }
+            if error.is_data() {
+                let id = batch[0].lease.id;
+                tracing::error!(
+                    %id, %error,
+                    "the database refused a result; it is settled without its data"
+                );
+                if !batch[0].drop_refused_data() {
+                    // The lease will run out, as for a claim that was lost with its process.
+                    continue;
+                }
+            } else {
+                if self.failing.begins() {
+                    tracing::warn!(%error, "results can't be settled; they are kept and tried again");
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+                if self.store.is_closed() {
+                    // After a shutdown, other processes take over.
+                    return;
+                }
+            }
+            stack.push(batch);
+        }
+    }
+
+    /// Writes the batch, and takes the settlements out of it as they are committed.
+    async fn write_once(&self, batch: &mut Vec<Settlement>) -> Result<(), StoreError> {
+        let mut wakeups = Wakeups::default();
+        while !batch.is_empty() {
+            if batch.iter().any(Settlement::is_finish) {
+                self.write_finishes(batch, &mut wakeups).await?;
+            } else {
+                self.write_put_backs(batch, &mut wakeups).await?;
+            }
+        }
+        wakeups.send(&self.store).await;
+        Ok(())
+    }
+
+    async fn write_finishes(
+        &self,
+        batch: &mut Vec<Settlement>,
+        wakeups: &mut Wakeups,
+    ) -> Result<(), StoreError> {
+        let finishes: Vec<_> = batch
+            .iter()
+            .filter_map(|settlement| match &settlement.result {
+                AttemptResult::Finish { outcome, .. } => {
+                    Some((settlement.lease.fence(), Arc::clone(outcome)))
+                }
+                AttemptResult::PutBack { .. } => None,
+            })
+            .collect();
+        let bytes = batch.iter().map(Settlement::size).sum();
+        let finished = self.store.finish(&finishes, bytes).await?;
+        // Dropped now, so that each waiter can get its outcome without a copy.
+        let fences: Vec<_> = finishes.into_iter().map(|(fence, _)| fence).collect();
+        wakeups.add_finished(self.instance, &finished);
+        // By claim: the batch may also have an earlier claim of the same request.
+        let mut finished: HashMap<Fence, Finished> = finished
+            .into_iter()
+            .map(|finished| (finished.row.fence, finished))
+            .collect();
+        let (written, rest) = std::mem::take(batch)
+            .into_iter()
+            .partition(Settlement::is_finish);
+        *batch = rest;
+        let mut unsettled = Vec::new();
+        // `fences` was made from `written`, in the same order.
+        for (settlement, fence) in written.into_iter().zip(fences) {
+            let Some(finished) = finished.remove(&fence) else {
+                unsettled.push((settlement, fence));
+                continue;
+            };
+            self.leases.remove(&settlement.lease);
+            if let AttemptResult::Finish {
+                outcome,
+                destination,
+            } = settlement.result
+            {
+                log_dead_letter(&outcome, &finished.row, destination.as_deref());
+                self.waiters.wake(fence.id, || completed(outcome, finished));
+            }
+        }
+        self.finished.notify_waiters();
+        self.reclassify_unsettled(unsettled, batch).await;
+        Ok(())
+    }
+
+    /// Sorts out results whose claims aren't the latest. Results whose requests a poll of this
+    /// process claimed again count under the new number, and go back into the batch. The others are
+    /// stale.
+    async fn reclassify_unsettled(
+        &self,
+        unsettled: Vec<(Settlement, Fence)>,
+        batch: &mut Vec<Settlement>,
+    ) {
+        if unsettled.is_empty() {
+            return;
+        }
+        if self.any_queued(&unsettled).await {
+            // After an outage that outlasted the lease, a poll's claims may be on their way here.
+            self.polls.wait_for_polls().await;
+        }
+        let mut stale = Vec::new();
+        for (settlement, fence) in unsettled {
+            if settlement.lease.fence() != fence {
+                batch.push(settlement);
+                continue;
+            }
+            self.leases.remove(&settlement.lease);
+            stale.push(fence.id);
+        }
+        self.count_stale(stale);
+    }
+
+    /// Whether one of the requests has not finished. Without an answer one may not have.
+    async fn any_queued(&self, unsettled: &[(Settlement, Fence)]) -> bool {
+        let ids: Vec<_> = unsettled.iter().map(|(_, fence)| fence.id).collect();
+        self.store.find(&ids).await.map_or(true, |found| {
+            found
+                .iter()
+                .any(|(_, found)| matches!(found, Found::Pending))
+        })
+    }
+
+    async fn write_put_backs(
+        &self,
+        batch: &mut Vec<Settlement>,
+        wakeups: &mut Wakeups,
+    ) -> Result<(), StoreError> {
+        let put_backs: Vec<_> = batch
+            .iter()
+            .filter_map(|settlement| match &settlement.result {
+                AttemptResult::Finish { .. } => None,
+                AttemptResult::PutBack {
+                    delay,
+                    hold,
+                    uncounted,
+                    failure,
+                } => Some(PutBack {
+                    fence: settlement.lease.fence(),
+                    delay: *delay,
+                    hold: hold.is_some(),
+                    uncounted: *uncounted,
+                    failure: failure.as_deref().cloned(),
+                }),
+            })
+            .collect();
+        let bytes = batch.iter().map(Settlement::size).sum();
+        let settled = self.store.put_back(&put_backs, bytes).await?;
+        let mut settled: HashMap<Fence, SettledRow> = settled
+            .into_iter()
+            .map(|row| (row.fence.before(), row))
+            .collect();
+        let mut returned = Vec::new();
+        let mut unsettled = Vec::new();
+        for (settlement, put_back) in std::mem::take(batch).into_iter().zip(put_backs) {
+            let fence = put_back.fence;
+            let Some(row) = settled.remove(&fence) else {
+                unsettled.push((settlement, fence));
+                continue;
+            };
+            self.leases.remove(&settlement.lease);
+            let AttemptResult::PutBack { delay, hold, .. } = settlement.result else {
+                continue;
+            };
+            let Some(hold) = hold else {
+                returned.push(row.fence.id);
+                if delay < RUNNER_WAIT {
+                    wakeups.runners.push(row.channel.into());
+                }
+                continue;
+            };
+            let held = Held {
+                lease: self.leases.insert(row.fence, None),
+                attempts: row.attempts,
+            };
+            if let Err(held) = hold.send(held) {
+                // No task is left to make the attempt. Another runner makes it, once the due time
+                // and the lease have passed.
+                self.leases.remove(&held.lease);
+            }
+        }
+        // Waiters of requests that went back into the queue must listen for their outcomes.
+        self.waiters.fetch_soon(returned);
+        self.reclassify_unsettled(unsettled, batch).await;
+        Ok(())
+    }
+
+    /// Counts results whose claims are no longer the latest. If such a request has finished, here
+    /// after a lost acknowledgement or in another process, its waiters get that outcome. Otherwise
+    /// the process with the latest claim wakes them.
+    fn count_stale(&self, ids: Vec<RequestId>) {
+        if ids.is_empty() {
+            return;
+        }
+        self.stale_results
+            .fetch_add(ids.len() as u64, Ordering::Relaxed);
+        tracing::debug!(
+            count = ids.len(),
+            "discarded stale results: their requests were taken over or had finished"
+        );
+        self.waiters.fetch_soon(ids);
+    }
+}
+
+/// The outcome, with what only the database knows.
+fn completed(outcome: Arc<Outcome>, finished: Finished) -> Outcome {
+    // The statement has dropped its reference.
+    let outcome = Arc::unwrap_or_clone(outcome);
+    Outcome {
+        attempts: finished.row.attempts,
+        response: finished
+            .earlier
+            .map(|response| *response)
+            .or(outcome.response),
+        ..outcome
+    }
+}
+
+/// Logs a request that was given up. Operators search for this line.
+fn log_dead_letter(outcome: &Outcome, row: &SettledRow, destination: Option<&str>) {
+    let sentence = match outcome.status {
+        Status::Discarded => "a request was given up",
+        Status::Ambiguous => "a request may have been sent and is not sent again",
+        _ => return,
+    };
+    let status = outcome.response.as_ref().map(|response| response.status);
+    tracing::warn!(
+        id = %outcome.id,
+        channel = row.channel,
+        destination,
+        attempts = row.attempts,
+        http_status = status.map(|status| status.as_u16()),
+        class = outcome.fault.as_ref().map(|fault| &*fault.class),
+        reason = outcome.error(),
+        "{sentence}"
+    );
+}
+
+/// Notifications to send once the batch has committed.
+#[derive(Default)]
+struct Wakeups {
+    /// Finished requests, with the other instances that wait for them.
+    waiters: Vec<(Uuid, RequestId)>,
+    /// Channels with requests that may be claimed now.
+    runners: Vec<Arc<str>>,
+}
+
+impl Wakeups {
+    fn add_finished(&mut self, own: Uuid, finished: &[Finished]) {
+        for Finished { row, .. } in finished {
+            let waiter = row.waiter.filter(|waiter| *waiter != own);
+            self.waiters
+                .extend(waiter.map(|waiter| (waiter, row.fence.id)));
+            if row.ordered {
+                self.runners.push(row.channel.as_str().into());
+            }
+        }
+    }
+
+    async fn send(self, store: &Store) {
+        if self.waiters.is_empty() && self.runners.is_empty() {
+            return;
+        }
+        // After a failure, which the store logs, the other processes look by themselves soon.
+        let _ = store.notify_settled(&self.waiters, &self.runners).await;
+    }
+}

@@ -1,0 +1,81 @@
+//! Which schema a session finds, and whether the database answers at all.
+
+use std::sync::atomic::Ordering;
+
+use sqlx::PgConnection;
+
+use super::{Store, StoreError};
+use crate::error::{Error, Kind, MigrationState};
+use crate::migrate::wanted_version;
+
+/// The schema that a session of the crate's own pool sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Schema {
+    Missing,
+    /// The session looks into another schema than it was told to: a pooler dropped its settings.
+    Elsewhere,
+    Version(i64),
+}
+
+impl Store {
+    /// Verifies, once, that the schema exists and is the one that the statements were written for.
+    pub(crate) async fn verify(&self) -> Result<(), Error> {
+        if self.inner.verified.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let schema = &self.config().schema;
+        let found = self
+            .run("schema.version", async |connection| {
+                schema_version(connection, schema).await
+            })
+            .await?;
+        let wanted = wanted_version();
+        let state = match found {
+            Schema::Missing => MigrationState::Missing,
+            Schema::Elsewhere => MigrationState::Swallowed,
+            Schema::Version(found) if found < wanted => MigrationState::Older { found, wanted },
+            Schema::Version(found) if found > wanted => MigrationState::Newer { found, wanted },
+            Schema::Version(_) => {
+                self.inner.verified.store(true, Ordering::Relaxed);
+                return Ok(());
+            }
+        };
+        Err(Error::new(Kind::Migrations(state)))
+    }
+
+    /// Whether the database answers.
+    pub(crate) async fn probe(&self) -> Result<(), StoreError> {
+        self.run("probe", async |connection| {
+            sqlx::query("SELECT 1").execute(connection).await?;
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// The newest migration in the session's schema.
+async fn schema_version(
+    connection: &mut PgConnection,
+    schema: &str,
+) -> Result<Schema, sqlx::Error> {
+    let current: Option<String> = sqlx::query_scalar("SELECT current_schema()::text")
+        .fetch_one(&mut *connection)
+        .await?;
+    match current {
+        None => return Ok(Schema::Missing),
+        Some(current) if current != schema => return Ok(Schema::Elsewhere),
+        Some(_) => {}
+    }
+    // Checked first, so that a missing ledger leaves no error in the server's log.
+    let ledger: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
+        .fetch_one(&mut *connection)
+        .await?;
+    if !ledger {
+        return Ok(Schema::Missing);
+    }
+    let version: Option<i64> =
+        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
+            .fetch_one(connection)
+            .await?;
+    Ok(version.map_or(Schema::Missing, Schema::Version))
+}
