@@ -1,6 +1,6 @@
 //! The integration tests, in one binary: a module for each theme.
 //!
-//! Each test has a database of its own in a real Postgres, and a real HTTP server on a loopback port.
+//! Each test has its own database in a real Postgres, and a real HTTP server on a loopback port.
 
 #![allow(unreachable_pub)] // a test crate has no outside
 

@@ -1,4 +1,5 @@
-//! What the tests share: a recording HTTP server, a migrated database, and waiting for conditions.
+//! What the tests share: a recording HTTP server, a migrated database, requests and clients, and
+//! waiting for conditions.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -11,16 +12,20 @@ use http::{HeaderMap, Method, Request, Response, Uri, Version};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, TestDatabase};
-use requeuest::{Durable, DurableBuilder, Options};
+use requeuest::{Durable, DurableBuilder, Options, Outcome, RequestId, Uuid};
+use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
+use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-/// Longer than anything here takes on a busy machine, short enough to be waited for.
+/// Longer than any step of a test takes on a busy machine, and short enough to wait for.
 pub const LONG: Duration = Duration::from_secs(30);
 
 /// A request as the server saw it.
@@ -33,7 +38,8 @@ pub struct Seen {
     pub body: Bytes,
 }
 
-/// An HTTP server (1.1 and 2 without TLS) on a loopback port, which records what it gets before it answers.
+/// An HTTP server (1.1, and 2 without TLS) on a loopback port. It records each request before it
+/// answers.
 pub struct Server {
     pub addr: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
@@ -42,7 +48,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Answers with what `handler` makes of the request and its number, counted from 0.
+    /// Answers with the response that `handler` returns. The handler gets the request and its
+    /// number, counted from 0.
     pub async fn start<H, F>(handler: H) -> Self
     where
         H: Fn(usize, Seen) -> F + Send + Sync + 'static,
@@ -79,7 +86,7 @@ impl Server {
                             record.push(seen.clone());
                             record.len() - 1
                         };
-                        // In a task of its own, so that its panic is noticed.
+                        // In a separate task, so that a panic of the handler is noticed.
                         tokio::spawn(handler(number, seen)).await.map_err(|error| {
                             *failed.lock().unwrap() = Some(error.to_string());
                             std::io::Error::other("the handler panicked")
@@ -107,7 +114,12 @@ impl Server {
         Self::start(move |_, _| async move { reply(status, "") }).await
     }
 
-    /// Answers with this status and the body that it got, once for each permit.
+    /// Answers every request with status 200 and the request's body.
+    pub async fn echo() -> Self {
+        Self::start(|_, seen| async move { reply(200, seen.body) }).await
+    }
+
+    /// Answers with this status and the request's body, once for each permit.
     pub async fn held(status: u16) -> (Self, Arc<Semaphore>) {
         let gate = Arc::new(Semaphore::new(0));
         let wait = Arc::clone(&gate);
@@ -122,7 +134,7 @@ impl Server {
         (server, gate)
     }
 
-    /// Answers with these statuses in turn, and with the last one from then on.
+    /// Answers with these statuses in turn, and then with the last status for ever.
     pub async fn in_turn(statuses: &'static [u16]) -> Self {
         Self::start(
             move |number, _| async move { reply(statuses[number.min(statuses.len() - 1)], "") },
@@ -142,7 +154,12 @@ impl Server {
         self.seen.lock().unwrap().len()
     }
 
-    /// Waits until so many requests have come.
+    /// The bodies of the requests, in the order in which they arrived.
+    pub fn bodies(&self) -> Vec<Bytes> {
+        self.seen().into_iter().map(|seen| seen.body).collect()
+    }
+
+    /// Waits until this many requests have arrived.
     pub async fn wait_for(&self, count: usize) {
         eventually(&format!("{count} requests"), || async {
             self.count() >= count
@@ -167,7 +184,7 @@ pub fn reply(status: u16, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     response
 }
 
-/// A port on which nobody listens.
+/// A port on which no server listens.
 pub async fn closed_port() -> SocketAddr {
     TcpListener::bind(("127.0.0.1", 0))
         .await
@@ -176,7 +193,7 @@ pub async fn closed_port() -> SocketAddr {
         .unwrap()
 }
 
-/// A database of the test's own, with the schema in it.
+/// A new database for this test, with the schema in it.
 pub async fn migrated() -> TestDatabase {
     let _ = env_logger::builder().is_test(true).try_init();
     let database = Postgres::shared().await.unwrap().database().await.unwrap();
@@ -197,7 +214,7 @@ where
     }
 }
 
-/// Fails the test if this takes too long, rather than hang.
+/// Awaits the future, and fails the test if that takes too long.
 pub async fn in_time<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(LONG, future)
         .await
@@ -210,14 +227,65 @@ pub fn post(url: impl AsRef<str>, body: impl Into<Bytes>) -> requeuest::Request 
     request.try_into().unwrap()
 }
 
-/// A builder on the test's own database.
+/// A builder of handles on the test's database.
 pub fn builder(database: &TestDatabase) -> DurableBuilder {
     Durable::builder(database.pool().clone())
+}
+
+/// Stands in for a handle in another process: its own pool, and no runner.
+pub async fn other_process(database: &TestDatabase) -> Durable {
+    let pool = PgPool::connect(database.url()).await.unwrap();
+    Durable::builder(pool).runner(false).build().unwrap()
+}
+
+/// A hyper client that speaks plain HTTP.
+pub fn hyper_client<B>() -> Client<HttpConnector, B>
+where
+    B: http_body::Body + Send,
+    B::Data: Send,
+{
+    Client::builder(TokioExecutor::new()).build_http()
+}
+
+/// This client with the handle as its middleware.
+pub fn with_middleware(client: reqwest::Client, durable: &Durable) -> ClientWithMiddleware {
+    ClientBuilder::new(client).with(durable.clone()).build()
+}
+
+/// Waits until a request has ended.
+pub async fn outcome_of(durable: &Durable, id: RequestId) -> Outcome {
+    testkit::outcome(durable, id, LONG).await.unwrap()
 }
 
 /// How many rows one of the schema's tables has. `table` may end with a `WHERE` clause.
 pub async fn rows(database: &TestDatabase, table: &str) -> i64 {
     count(database, &format!("SELECT count(*) FROM requeuest.{table}")).await
+}
+
+/// Waits until one of the schema's tables has this many rows. `table` may end with a `WHERE`
+/// clause.
+pub async fn eventually_rows(database: &TestDatabase, table: &str, expected: i64) {
+    eventually(&format!("{expected} rows in {table}"), || async {
+        rows(database, table).await == expected
+    })
+    .await;
+}
+
+/// No table holds anything of a request.
+pub async fn assert_nothing_persisted(database: &TestDatabase) {
+    for table in ["mq_msgs", "mq_payloads", "outcomes", "attempts"] {
+        assert_eq!(rows(database, table).await, 0, "{table}");
+    }
+}
+
+/// The id in the only row of one of the schema's tables.
+pub async fn only_id(database: &TestDatabase, table: &str) -> RequestId {
+    let ids: Vec<Uuid> = sqlx::query_scalar(&format!("SELECT id FROM requeuest.{table}"))
+        .fetch_all(database.pool())
+        .await
+        .unwrap();
+    assert_eq!(ids.len(), 1, "rows in {table}");
+    ids[0].into()
 }
 
 /// A number from the database.
@@ -233,7 +301,7 @@ const PART: &str = "REQUEUEST_TEST_PART";
 
 /// A copy of this test binary that runs just one of a module's ignored tests.
 pub fn part(module: &str, name: &str) -> Command {
-    // The name by which the test binary knows it: without the crate's.
+    // The test binary knows its tests by names without the crate's name.
     let (_, module) = module.split_once("::").unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -248,7 +316,7 @@ pub fn part(module: &str, name: &str) -> Command {
     command
 }
 
-/// Whether this process was started to play the part.
+/// Whether this process was started to play this part.
 pub fn plays(name: &str) -> bool {
     std::env::var(PART).is_ok_and(|part| part == name)
 }
@@ -260,17 +328,12 @@ pub fn quick() -> RetryPolicy {
         .cap(Duration::from_millis(20))
 }
 
-/// Lets time pass until a request that is enqueued now has fallen due and been delivered. What should never happen has had its
-/// chance then: runners have listened, polled and sent all the while.
+/// Waits until a request that is enqueued now with this delay has been delivered. Runners have
+/// listened, polled and sent in the meantime: what should never happen has had its chance.
 pub async fn passing(database: &TestDatabase, time: Duration) {
     let server = Server::always(200).await;
-    let clock = Durable::builder(database.pool().clone())
-        .channel("clock")
-        .build()
-        .unwrap();
-    let request = Request::post(server.url("/")).body("").unwrap();
-    let mut request = requeuest::Request::try_from(request).unwrap();
-    request = request.with(Options::default().delay(time));
+    let clock = builder(database).channel("clock").build().unwrap();
+    let request = post(server.url("/"), "").with(Options::default().delay(time));
     let id = clock.fire(request).await.unwrap();
-    testkit::outcome(&clock, id, LONG).await.unwrap();
+    outcome_of(&clock, id).await;
 }
