@@ -1,0 +1,190 @@
+//! Bad input: each kind has its own typed error, and leaves nothing half-done.
+
+mod bodies;
+mod database;
+mod settings;
+
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use requeuest::{
+    Body, Durable, DurableService, Error, HeaderMap, MAX_URL_LEN, Request, RequestId, Url, Uuid,
+    reqwest,
+};
+use reqwest_middleware::ClientWithMiddleware;
+use tower::{Layer, ServiceExt};
+
+use crate::support::{
+    Server, assert_nothing_persisted, builder, closed_port, eventually_rows, hyper_client, in_time,
+    migrated, quick, rows, with_middleware,
+};
+
+fn layered(durable: &Durable) -> DurableService<Client<HttpConnector, Body>> {
+    durable.layer().layer(hyper_client())
+}
+
+fn middleware(durable: &Durable) -> ClientWithMiddleware {
+    with_middleware(reqwest::Client::new(), durable)
+}
+
+fn of_middleware(error: &reqwest_middleware::Error) -> &Error {
+    Error::from_middleware(error).unwrap_or_else(|| panic!("not an error of the crate: {error:?}"))
+}
+
+fn into_error(error: reqwest_middleware::Error) -> Error {
+    match error {
+        reqwest_middleware::Error::Middleware(error) => error.downcast().unwrap(),
+        reqwest_middleware::Error::Reqwest(error) => panic!("{error:?}"),
+    }
+}
+
+/// A `GET` request of the `http` crate, which takes relative URLs too.
+fn get(url: impl AsRef<str>) -> http::Request<String> {
+    http::Request::get(url.as_ref())
+        .body(String::new())
+        .unwrap()
+}
+
+fn assert_refused(error: &Error, field: &str) {
+    assert!(error.is_request(), "{error:?}");
+    assert_eq!(error.field(), Some(field), "{error:?}");
+    assert_eq!(error.request_id(), None);
+}
+
+#[tokio::test]
+async fn every_entry_point_refuses_a_url_that_is_not_absolute_http() {
+    let database = migrated().await;
+    let durable = Durable::new(database.pool().clone());
+    let client = middleware(&durable);
+    for url in ["/relative", "*", "example.com", "ftp://example.com/"] {
+        assert_refused(&durable.fire(get(url)).await.unwrap_err(), "url");
+        assert_refused(&durable.await_response(get(url)).await.unwrap_err(), "url");
+        let refused = durable.fire_in(database.pool(), get(url)).await;
+        assert_refused(&refused.unwrap_err(), "url");
+        let refused = in_time(layered(&durable).oneshot(get(url))).await;
+        assert_refused(&refused.unwrap_err(), "url");
+    }
+    for url in ["ftp://example.com/", "mailto:a@example.com", "data:,x"] {
+        let url = Url::parse(url).unwrap();
+        let request = Request::get(url.clone(), HeaderMap::new());
+        assert_refused(&durable.fire(&request).await.unwrap_err(), "url");
+        let request = reqwest::Request::new(http::Method::GET, url);
+        let refused = in_time(client.execute(request)).await;
+        assert_refused(of_middleware(&refused.unwrap_err()), "url");
+    }
+    assert_nothing_persisted(&database).await;
+}
+
+#[tokio::test]
+async fn urls_are_limited_to_8_kib() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = Durable::new(database.pool().clone());
+    let base = server.url("/");
+    let longest = format!("{base}{}", "x".repeat(MAX_URL_LEN - base.len() - 1));
+    let too_long = format!("{base}{}", "x".repeat(MAX_URL_LEN));
+
+    assert_refused(&durable.fire(get(&too_long)).await.unwrap_err(), "url");
+    let refused = in_time(layered(&durable).oneshot(get(&too_long))).await;
+    assert_refused(&refused.unwrap_err(), "url");
+    let refused = in_time(middleware(&durable).get(&too_long).send()).await;
+    assert_refused(of_middleware(&refused.unwrap_err()), "url");
+    // Longer than the `http` crate can express.
+    let endless = Url::parse(&format!("{base}{}", "x".repeat(100_000))).unwrap();
+    let refused = durable.fire(Request::get(endless, HeaderMap::new())).await;
+    assert_refused(&refused.unwrap_err(), "url");
+    assert_nothing_persisted(&database).await;
+
+    let response = in_time(durable.await_response(get(&longest)))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(server.url(&server.seen()[0].uri.to_string()), longest);
+}
+
+#[tokio::test]
+async fn a_password_in_a_url_is_used_and_never_shown() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = builder(&database)
+        .retry(quick().max_attempts(2))
+        .build()
+        .unwrap();
+    let with_password = |addr| format!("http://user:hunter2@{addr}/path?token=hunter3");
+
+    let request = Request::try_from(get(&with_password(server.addr))).unwrap();
+    assert!(request.url().contains("hunter2"));
+    assert!(!format!("{request:?}").contains("hunter"), "{request:?}");
+    in_time(durable.await_response(request)).await.unwrap();
+    let by_url = Request::get(
+        Url::parse(&with_password(server.addr)).unwrap(),
+        HeaderMap::new(),
+    );
+    in_time(durable.await_response(&by_url)).await.unwrap();
+    for seen in server.seen() {
+        // user:hunter2
+        assert_eq!(seen.headers["authorization"], "Basic dXNlcjpodW50ZXIy");
+        assert_eq!(seen.uri, "/path?token=hunter3");
+    }
+
+    let closed = closed_port().await;
+    let unreachable = with_password(closed);
+    let mut errors = Vec::new();
+    let failed = in_time(durable.await_response(get(&unreachable))).await;
+    errors.push(failed.unwrap_err());
+    // The errors of this client show the URL.
+    let talkative = tower::service_fn(|request: http::Request<Body>| async move {
+        let text = format!("no way to {} ({0})", request.uri());
+        Err::<http::Response<Body>, _>(std::io::Error::other(text))
+    });
+    let failed = in_time(durable.layer().layer(talkative).oneshot(get(&unreachable))).await;
+    errors.push(failed.unwrap_err());
+    for error in errors {
+        assert!(error.is_discarded());
+        assert!(
+            !format!("{error} {error:?}").contains("hunter"),
+            "{error:?}"
+        );
+        assert!(
+            error.to_string().contains(&closed.ip().to_string())
+                || error.to_string().contains("Connect")
+        );
+    }
+    let failed = in_time(middleware(&durable).get(&unreachable).send()).await;
+    let shown = failed.unwrap_err();
+    assert!(
+        !format!("{shown} {shown:?}").contains("hunter"),
+        "{shown:?}"
+    );
+    for table in ["outcomes", "attempts"] {
+        let texts = format!("{table} WHERE error LIKE '%refused%' OR error LIKE '%no way%'");
+        assert_eq!(rows(&database, &texts).await, 3, "{table}");
+        let leaks = format!("{table} WHERE error LIKE '%hunter%'");
+        assert_eq!(rows(&database, &leaks).await, 0, "{table}");
+    }
+}
+
+#[tokio::test]
+async fn an_unknown_id_has_its_own_error() {
+    let database = migrated().await;
+    let durable = Durable::new(database.pool().clone());
+    let id = RequestId::from(Uuid::now_v7());
+    let error = in_time(durable.response(id)).await.unwrap_err();
+    assert!(error.is_unknown_id(), "{error:?}");
+    assert_eq!(error.request_id(), Some(id));
+    assert_eq!(durable.status(id).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_refused_request_does_not_affect_others() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = Durable::new(database.pool().clone());
+    let (bad, good) = tokio::join!(
+        durable.await_response(get("/relative")),
+        durable.await_response(get(server.url("/"))),
+    );
+    assert_refused(&bad.unwrap_err(), "url");
+    assert_eq!(good.unwrap().status(), 200);
+    // Only the good request is there.
+    eventually_rows(&database, "outcomes", 1).await;
+}
