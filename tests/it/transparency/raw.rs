@@ -1,4 +1,5 @@
-//! A server without an HTTP library: it keeps the bytes of each request as they came, and answers with the bytes it was told.
+//! A server without an HTTP library. It keeps the bytes of each request, and answers with given
+//! bytes.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -8,11 +9,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-/// What the server sends back, as it stands.
+/// The bytes that the server sends back.
 #[derive(Clone, Debug, Default)]
 pub struct Answer {
     pub bytes: Vec<u8>,
-    /// The end of the connection is the end of the response.
+    /// Whether the end of the connection ends the response.
     pub close: bool,
 }
 
@@ -46,7 +47,7 @@ impl RawServer {
         }
     }
 
-    /// Answers every request from now on with this.
+    /// Sets the answer to all later requests.
     pub fn answer(&self, answer: &Answer) {
         self.answer.lock().unwrap().clone_from(answer);
     }
@@ -93,7 +94,8 @@ async fn serve(
     }
 }
 
-/// How long the first request in the buffer is, once it is all there. Its body has a `content-length`, or there is none.
+/// The length of the first request in the buffer, once it is complete. A body must come with a
+/// `content-length`.
 fn request_len(buffer: &[u8]) -> Option<usize> {
     let head = buffer.windows(4).position(|end| end == b"\r\n\r\n")? + 4;
     let body = buffer[..head]
