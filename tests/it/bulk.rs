@@ -1,16 +1,11 @@
-//! Many requests at once: all or none of them, in their order.
+//! `fire_many`: all requests or none are persisted, and they keep their order.
 
-use requeuest::{Durable, Error, Options, Request, testkit};
+use requeuest::{Durable, Error, Options, Request};
 use tokio::task::JoinSet;
 
-use crate::support::{LONG, Server, count, eventually, in_time, migrated};
-
-const UNFINISHED: &str = "select count(*) from requeuest.mq_msgs";
-
-fn post(url: &str, body: impl Into<bytes::Bytes>, options: Options) -> Request {
-    let request = http::Request::post(url).body(body.into()).unwrap();
-    Request::try_from(request).unwrap().with(options)
-}
+use crate::support::{
+    Server, builder, count, eventually, eventually_rows, in_time, migrated, outcome_of, post, rows,
+};
 
 #[tokio::test]
 async fn many_requests_are_delivered_once_each() {
@@ -18,23 +13,20 @@ async fn many_requests_are_delivered_once_each() {
     let server = Server::always(200).await;
     let durable = Durable::new(database.pool().clone());
     let requests = (0..2500).map(|number: usize| {
-        // One in a hundred goes by itself, as its key wants it.
-        let options = match number % 100 {
-            0 => Options::default().key(number.to_string()),
-            _ => Options::default(),
-        };
-        post(&server.url("/"), number.to_string(), options)
+        let request = post(server.url("/"), number.to_string());
+        // A request with a key is inserted alone. One in a hundred has a key.
+        match number % 100 {
+            0 => request.with(Options::default().key(number.to_string())),
+            _ => request,
+        }
     });
     let ids = in_time(durable.fire_many(requests)).await.unwrap();
     assert_eq!(ids.len(), 2500);
     for number in [0, 1, 999, 1000, 2499] {
-        let outcome = testkit::outcome(&durable, ids[number], LONG).await.unwrap();
+        let outcome = outcome_of(&durable, ids[number]).await;
         assert_eq!(outcome.into_result().unwrap().status(), 200);
     }
-    eventually("all have ended", || async {
-        count(&database, UNFINISHED).await == 0
-    })
-    .await;
+    eventually_rows(&database, "mq_msgs", 0).await;
     let mut bodies: Vec<usize> = server
         .seen()
         .iter()
@@ -51,8 +43,8 @@ async fn requests_of_a_key_keep_their_order() {
     let durable = Durable::new(database.pool().clone());
     let requests = (0..120).map(|number: usize| {
         let key = ["a", "b", "c"][number % 3];
-        let options = Options::default().ordered(key);
-        post(&server.url("/"), format!("{key}{number:03}"), options)
+        let request = post(server.url("/"), format!("{key}{number:03}"));
+        request.with(Options::default().ordered(key))
     });
     in_time(durable.fire_many(requests)).await.unwrap();
     server.wait_for(120).await;
@@ -65,29 +57,28 @@ async fn requests_of_a_key_keep_their_order() {
 }
 
 #[tokio::test]
-async fn one_that_is_refused_keeps_all_from_being_persisted() {
+async fn one_refused_request_keeps_all_from_being_persisted() {
     let database = migrated().await;
-    let durable = Durable::builder(database.pool().clone()).runner(false);
-    let durable = durable.build().unwrap();
+    let durable = builder(&database).runner(false).build().unwrap();
     let url = "http://127.0.0.1:9/";
     let with_last = |last: Options| {
-        let many = (0..1500).map(|_| post(url, "x", Options::default().ordered("k")));
-        many.chain([post(url, "last", last)])
+        let many = (0..1500).map(|_| post(url, "x").with(Options::default().ordered("k")));
+        many.chain([post(url, "last").with(last)])
     };
     let invalid = Options::default().channel("");
     let error = in_time(durable.fire_many(with_last(invalid))).await;
     assert_eq!(error.unwrap_err().field(), Some("channel"));
-    let elsewhere = || Options::default().ordered("k").channel("other");
-    let error = in_time(durable.fire_many(with_last(elsewhere()))).await;
+    let other_channel = || Options::default().ordered("k").channel("other");
+    let error = in_time(durable.fire_many(with_last(other_channel()))).await;
     assert!(error.unwrap_err().is_order_conflict());
     let few = [
-        post(url, "x", Options::default().ordered("k")),
-        post(url, "x", elsewhere()),
+        post(url, "x").with(Options::default().ordered("k")),
+        post(url, "x").with(other_channel()),
     ];
     let error = in_time(durable.fire_many(few)).await;
     assert!(error.unwrap_err().is_order_conflict());
 
-    // What can't be made a request of is refused like it.
+    // An `http` request that can't be converted is refused too.
     let relative = http::Request::post("/relative").body("").unwrap();
     let error: Error = in_time(durable.fire_many([relative])).await.unwrap_err();
     assert_eq!(error.field(), Some("url"));
@@ -98,17 +89,17 @@ async fn one_that_is_refused_keeps_all_from_being_persisted() {
             .unwrap()
             .is_empty()
     );
-    assert_eq!(count(&database, UNFINISHED).await, 0);
+    assert_eq!(rows(&database, "mq_msgs").await, 0);
 }
 
 #[tokio::test]
-async fn a_callers_transaction_has_all_of_them_or_none() {
+async fn a_callers_transaction_persists_all_requests_or_none() {
     let database = migrated().await;
     let server = Server::always(200).await;
     let durable = Durable::new(database.pool().clone());
     let requests = |body: &'static str| {
         let url = server.url("/");
-        (0..1200).map(move |_| post(&url, body, Options::default()))
+        (0..1200).map(move |_| post(&url, body))
     };
     let mut transaction = database.pool().begin().await.unwrap();
     let lost = durable
@@ -129,47 +120,47 @@ async fn a_callers_transaction_has_all_of_them_or_none() {
 }
 
 #[tokio::test]
-async fn dropped_before_its_end_it_leaves_nothing_behind() {
+async fn a_dropped_fire_many_leaves_nothing_behind() {
     let database = migrated().await;
-    let durable = Durable::builder(database.pool().clone()).runner(false);
-    let durable = durable.build().unwrap();
+    let durable = builder(&database).runner(false).build().unwrap();
     let mut transaction = database.pool().begin().await.unwrap();
     let held = Options::default().ordered("held");
     let url = "http://127.0.0.1:9/";
     durable
-        .fire_in(&mut *transaction, post(url, "x", held.clone()))
+        .fire_in(&mut *transaction, post(url, "x").with(held.clone()))
         .await
         .unwrap();
-    // Waits for the key, with a thousand others written.
-    let many = (0..1000).map(|_| post(url, "x", Options::default()));
-    let many: Vec<_> = many.chain([post(url, "x", held)]).collect();
+    // The call has written a thousand requests when it waits for the key of the last one.
+    let many = (0..1000).map(|_| post(url, "x"));
+    let many: Vec<_> = many.chain([post(url, "x").with(held)]).collect();
     let firing = tokio::spawn({
         let durable = durable.clone();
         async move { durable.fire_many(many).await }
     });
-    let waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted
-                   and database = (select oid from pg_database where datname = current_database())";
-    eventually("it waits for the key", || async {
+    let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
+                   AND database = (
+                       SELECT oid FROM pg_database WHERE datname = current_database()
+                   )";
+    eventually("the call waits for the key", || async {
         count(&database, waiting).await == 1
     })
     .await;
     firing.abort();
     assert!(firing.await.unwrap_err().is_cancelled());
     transaction.commit().await.unwrap();
-    eventually("its session is gone", || async {
-        let idle = "select count(*) from pg_stat_activity where datname = current_database()
-                    and state like 'idle in transaction%'";
+    eventually("the session of the call is gone", || async {
+        let idle = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                    AND state LIKE 'idle in transaction%'";
         count(&database, waiting).await == 0 && count(&database, idle).await == 0
     })
     .await;
-    assert_eq!(count(&database, UNFINISHED).await, 1);
+    assert_eq!(rows(&database, "mq_msgs").await, 1);
 }
 
 #[tokio::test]
-async fn two_with_the_same_keys_in_opposite_order_do_not_deadlock() {
+async fn fire_many_with_keys_in_opposite_order_never_deadlocks() {
     let database = migrated().await;
-    let durable = Durable::builder(database.pool().clone()).runner(false);
-    let durable = durable.build().unwrap();
+    let durable = builder(&database).runner(false).build().unwrap();
     let mut firing = JoinSet::new();
     for round in 0..40 {
         let durable = durable.clone();
@@ -179,8 +170,8 @@ async fn two_with_the_same_keys_in_opposite_order_do_not_deadlock() {
                 keys.reverse();
             }
             let requests = keys.into_iter().map(|key| {
-                let options = Options::default().ordered(key.to_string());
-                post("http://127.0.0.1:9/", "x", options)
+                let request = post("http://127.0.0.1:9/", "x");
+                request.with(Options::default().ordered(key.to_string()))
             });
             durable.fire_many(requests).await
         });
@@ -188,5 +179,5 @@ async fn two_with_the_same_keys_in_opposite_order_do_not_deadlock() {
     for fired in in_time(firing.join_all()).await {
         fired.unwrap();
     }
-    assert_eq!(count(&database, UNFINISHED).await, 800);
+    assert_eq!(rows(&database, "mq_msgs").await, 800);
 }
