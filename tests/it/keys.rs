@@ -1,66 +1,66 @@
-//! A caller's keys: calls that attach to an earlier one, requests that take another's place, and the channel of an ordering key.
+//! Idempotency keys, superseding keys, and the channel of an ordering key.
 
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use requeuest::retry::RetryPolicy;
-use requeuest::{Channels, Client, Durable, Options, Request, RequestId, Status, testkit};
+use requeuest::{Channels, Client, Durable, Options, Request, RequestId, Status};
 use sqlx::PgPool;
 use tokio::task::JoinSet;
 
-use crate::support::{LONG, Server, count, eventually, in_time, migrated, part, plays, reply};
+use crate::support::{
+    Server, builder, eventually, eventually_rows, in_time, migrated, outcome_of, part, plays, post,
+    reply, rows,
+};
 
-fn keyed(url: &str, key: &str, body: &'static str) -> Request {
-    let request = http::Request::post(url).body(body).unwrap();
-    let request = Request::try_from(request).unwrap();
-    request.with(Options::default().key(key))
+fn keyed(url: impl AsRef<str>, key: &str, body: &'static str) -> Request {
+    post(url, body).with(Options::default().key(key))
 }
 
-async fn echo() -> Server {
+/// Answers each request with its number.
+async fn numbering_server() -> Server {
     Server::start(|number, _| async move { reply(200, number.to_string()) }).await
 }
 
 #[tokio::test]
-async fn calls_with_one_key_are_one_request() {
+async fn calls_with_the_same_key_are_one_request() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let durable = Durable::new(database.pool().clone());
-    let first = in_time(durable.await_response(keyed(&server.url("/"), "k", "x")))
+    let first = in_time(durable.await_response(keyed(server.url("/"), "k", "x")))
         .await
         .unwrap();
-    let second = in_time(durable.await_response(keyed(&server.url("/"), "k", "x")))
+    let second = in_time(durable.await_response(keyed(server.url("/"), "k", "x")))
         .await
         .unwrap();
     assert_eq!(first.id(), second.id());
     assert_eq!(first.body(), second.body());
-    let fired = durable.fire(keyed(&server.url("/"), "k", "x")).await;
+    let fired = durable.fire(keyed(server.url("/"), "k", "x")).await;
     assert_eq!(fired.unwrap(), first.id());
 
-    // In a transaction of the caller's, and from a handle of another process, as good as.
-    let other = Durable::builder(PgPool::connect(database.url()).await.unwrap())
-        .build()
-        .unwrap();
+    // A call in a transaction, through a handle with another pool.
+    let other = Durable::new(PgPool::connect(database.url()).await.unwrap());
     let mut transaction = database.pool().begin().await.unwrap();
     let fired = other
-        .fire_in(&mut *transaction, keyed(&server.url("/"), "k", "x"))
+        .fire_in(&mut *transaction, keyed(server.url("/"), "k", "x"))
         .await;
     transaction.commit().await.unwrap();
     assert_eq!(fired.unwrap(), first.id());
 
-    // Another key, and another channel, are another request.
-    let request = keyed(&server.url("/"), "l", "x");
+    // Another key or another channel makes another request.
+    let request = keyed(server.url("/"), "l", "x");
     let another = in_time(durable.await_response(request)).await.unwrap();
     assert_ne!(another.id(), first.id());
-    let request = keyed(&server.url("/"), "k", "x");
+    let request = keyed(server.url("/"), "k", "x");
     let request = request.with(Options::default().key("k").channel("other"));
     assert_ne!(durable.fire(request).await.unwrap(), first.id());
     assert_eq!(server.count(), 2);
 }
 
 #[tokio::test]
-async fn calls_with_one_key_at_once_are_one_request() {
+async fn concurrent_calls_with_the_same_key_are_one_request() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let handles = [
         Durable::new(database.pool().clone()),
         Durable::new(PgPool::connect(database.url()).await.unwrap()),
@@ -85,15 +85,15 @@ async fn calls_with_one_key_at_once_are_one_request() {
 }
 
 #[tokio::test]
-async fn the_same_key_for_another_request_is_an_error() {
+async fn reusing_a_key_for_a_different_request_is_an_error() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let durable = Durable::new(database.pool().clone());
-    let first = durable.fire(keyed(&server.url("/"), "k", "x")).await;
+    let first = durable.fire(keyed(server.url("/"), "k", "x")).await;
     let first = first.unwrap();
     for other in [
-        keyed(&server.url("/"), "k", "y"),
-        keyed(&server.url("/other"), "k", "x"),
+        keyed(server.url("/"), "k", "y"),
+        keyed(server.url("/other"), "k", "x"),
     ] {
         let error = durable.fire(&other).await.unwrap_err();
         assert!(error.is_key_conflict(), "{error:?}");
@@ -104,27 +104,24 @@ async fn the_same_key_for_another_request_is_an_error() {
         let error = durable.fire_in(database.pool(), &other).await.unwrap_err();
         assert!(error.is_key_conflict(), "{error:?}");
     }
-    testkit::outcome(&durable, first, LONG).await.unwrap();
+    outcome_of(&durable, first).await;
     assert_eq!(server.count(), 1);
-    assert_eq!(
-        count(&database, "select count(*) from requeuest.mq_msgs").await,
-        0
-    );
+    assert_eq!(rows(&database, "mq_msgs").await, 0);
 }
 
 #[tokio::test]
-async fn a_key_is_free_again_when_its_request_is_forgotten() {
+async fn a_key_is_free_once_its_outcome_is_deleted() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let durable = Durable::new(database.pool().clone());
-    let first = in_time(durable.await_response(keyed(&server.url("/"), "k", "x")))
+    let first = in_time(durable.await_response(keyed(server.url("/"), "k", "x")))
         .await
         .unwrap();
-    sqlx::query("delete from requeuest.outcomes")
+    sqlx::query("DELETE FROM requeuest.outcomes")
         .execute(database.pool())
         .await
         .unwrap();
-    let second = in_time(durable.await_response(keyed(&server.url("/"), "k", "other")))
+    let second = in_time(durable.await_response(keyed(server.url("/"), "k", "other")))
         .await
         .unwrap();
     assert_ne!(first.id(), second.id());
@@ -132,21 +129,21 @@ async fn a_key_is_free_again_when_its_request_is_forgotten() {
 }
 
 #[tokio::test]
-async fn a_rolled_back_key_is_free() {
+async fn a_key_is_free_after_a_rollback() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let durable = Durable::new(database.pool().clone());
     let mut transaction = database.pool().begin().await.unwrap();
     let lost = durable
-        .fire_in(&mut *transaction, keyed(&server.url("/"), "k", "x"))
+        .fire_in(&mut *transaction, keyed(server.url("/"), "k", "x"))
         .await
         .unwrap();
-    // Another caller with the key waits for the transaction; one with another key does not.
+    // A caller with the same key waits for the transaction. A caller with another key doesn't.
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
         async move { durable.await_response(keyed(&url, "k", "y")).await }
     });
-    let other = durable.await_response(keyed(&server.url("/"), "l", "x"));
+    let other = durable.await_response(keyed(server.url("/"), "l", "x"));
     in_time(other).await.unwrap();
     assert!(!waiting.is_finished());
     transaction.rollback().await.unwrap();
@@ -159,9 +156,9 @@ const STEPS: usize = 3;
 const KILLS: usize = 50;
 
 #[tokio::test]
-async fn a_workflow_that_is_killed_and_run_again_sends_each_call_once() {
+async fn a_killed_and_rerun_workflow_sends_each_call_once() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let run = |number: usize, steps: usize| {
         part(module_path!(), "run_workflow")
             .env("REQUEUEST_TEST_DATABASE", database.url())
@@ -172,12 +169,12 @@ async fn a_workflow_that_is_killed_and_run_again_sends_each_call_once() {
             .spawn()
             .unwrap()
     };
-    let ended = |mut child: std::process::Child| async move {
+    let ended = |mut child: Child| async move {
         in_time(tokio::task::spawn_blocking(move || child.wait().unwrap()))
             .await
             .unwrap()
     };
-    // Two at a time: each is killed between its steps, a different one each time, and then run to its end.
+    // Two workflows at a time. Each is killed after one of its steps and then run to its end.
     let mut workflows = JoinSet::new();
     for lane in 0..2 {
         let numbers = (0..KILLS).filter(move |number| number % 2 == lane);
@@ -186,7 +183,7 @@ async fn a_workflow_that_is_killed_and_run_again_sends_each_call_once() {
         for number in children {
             let killed = run(number, number % STEPS + 1);
             let status = ended(killed).await;
-            assert!(!status.success(), "it was to be killed");
+            assert!(!status.success(), "the workflow was not killed");
             workflows.spawn(ended(run(number, usize::MAX)));
             if workflows.len() > 1 {
                 assert!(workflows.join_next().await.unwrap().unwrap().success());
@@ -196,14 +193,14 @@ async fn a_workflow_that_is_killed_and_run_again_sends_each_call_once() {
     for status in workflows.join_all().await {
         assert!(status.success());
     }
-    let mut calls: Vec<_> = server.seen().into_iter().map(|seen| seen.body).collect();
+    let mut calls = server.bodies();
     calls.sort();
     let sent = calls.len();
     calls.dedup();
     assert_eq!((sent, calls.len()), (KILLS * STEPS, KILLS * STEPS));
 }
 
-/// A workflow of three calls, which kills itself after some of its steps.
+/// A workflow of three calls that aborts its process after the given number of steps.
 #[tokio::test]
 #[ignore = "a part played by a copy of this binary"]
 async fn run_workflow() {
@@ -222,9 +219,7 @@ async fn run_workflow() {
     let durable = Durable::new(pool);
     for step in 0..STEPS {
         let call = format!("{workflow}.{step}");
-        let request = http::Request::post(&url).body(call.clone()).unwrap();
-        let request = Request::try_from(request).unwrap();
-        let request = request.with(Options::default().key(call));
+        let request = post(&url, call.clone()).with(Options::default().key(call));
         in_time(durable.await_response(request)).await.unwrap();
         if step + 1 == until {
             std::process::abort();
@@ -233,15 +228,13 @@ async fn run_workflow() {
 }
 
 fn superseding(url: &str, body: &'static str, delay: Duration) -> Request {
-    let request = http::Request::post(url).body(body).unwrap();
-    let request = Request::try_from(request).unwrap();
-    request.with(Options::default().supersede("s").delay(delay))
+    post(url, body).with(Options::default().supersede("s").delay(delay))
 }
 
 #[tokio::test]
-async fn the_latest_request_takes_the_place_of_those_not_sent() {
+async fn the_latest_request_supersedes_those_not_yet_sent() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let durable = Durable::new(database.pool().clone());
     let hour = Duration::from_secs(3600);
     let url = server.url("/");
@@ -250,11 +243,11 @@ async fn the_latest_request_takes_the_place_of_those_not_sent() {
         let (durable, request) = (durable.clone(), superseding(&url, "2", hour));
         async move { durable.await_response(request).await }
     });
-    eventually("the second takes the first's place", || async {
+    eventually("the second request supersedes the first", || async {
         durable.status(first).await.unwrap() == Some(Status::Cancelled)
     })
     .await;
-    // In a transaction: only its commit replaces.
+    // In a transaction, the commit supersedes.
     let mut transaction = database.pool().begin().await.unwrap();
     let third = superseding(&url, "3", Duration::ZERO);
     let third = durable.fire_in(&mut *transaction, third).await.unwrap();
@@ -264,11 +257,11 @@ async fn the_latest_request_takes_the_place_of_those_not_sent() {
     let error = durable.response(first).await.unwrap_err();
     assert!(error.is_superseded(), "{error:?}");
 
-    let outcome = testkit::outcome(&durable, third, LONG).await.unwrap();
+    let outcome = outcome_of(&durable, third).await;
     assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(server.seen()[0].body, "3");
     assert_eq!(server.count(), 1);
-    // What was sent is not replaced.
+    // A request that was sent is not superseded.
     let fourth = superseding(&url, "4", Duration::ZERO);
     in_time(durable.await_response(fourth)).await.unwrap();
     assert_eq!(
@@ -277,20 +270,18 @@ async fn the_latest_request_takes_the_place_of_those_not_sent() {
     );
 }
 
+/// A request with the ordering key `k` in this channel. It has one attempt.
 fn ordered(url: &str, channel: &'static str) -> Request {
-    let request = http::Request::post(url).body(channel).unwrap();
-    let request = Request::try_from(request).unwrap();
     let options = Options::default().ordered("k").channel(channel);
-    request.with(options.retry(RetryPolicy::none()))
+    post(url, channel).with(options.retry(RetryPolicy::none()))
 }
 
 #[tokio::test]
 async fn an_ordering_key_belongs_to_one_channel_at_a_time() {
     let database = migrated().await;
-    let server = echo().await;
+    let server = numbering_server().await;
     let url = server.url("/");
-    let durable = Durable::builder(database.pool().clone()).runner(false);
-    let durable = durable.build().unwrap();
+    let durable = builder(&database).runner(false).build().unwrap();
     let first = durable.fire(ordered(&url, "m")).await.unwrap();
     durable.fire(ordered(&url, "m")).await.unwrap();
     for other in ["a", "z"] {
@@ -306,7 +297,7 @@ async fn an_ordering_key_belongs_to_one_channel_at_a_time() {
             assert!(error.is_order_conflict(), "{error:?}");
             assert_eq!(error.field(), Some("ordered"));
         }
-        // Nor in one transaction, where nothing is committed yet.
+        // The same holds within a transaction that has not committed yet.
         let mut transaction = database.pool().begin().await.unwrap();
         let own = ordered(&url, other).with(Options::default().ordered("l").channel(other));
         durable.fire_in(&mut *transaction, own).await.unwrap();
@@ -315,33 +306,27 @@ async fn an_ordering_key_belongs_to_one_channel_at_a_time() {
         assert!(error.is_order_conflict(), "{error:?}");
         transaction.rollback().await.unwrap();
     }
-    let unfinished = "select count(*) from requeuest.mq_msgs";
-    assert_eq!(count(&database, unfinished).await, 2);
+    assert_eq!(rows(&database, "mq_msgs").await, 2);
     assert_eq!(
         durable.status(first).await.unwrap(),
         Some(Status::Available)
     );
 
-    // Once they have ended, another channel may have it.
-    let runner = Durable::builder(database.pool().clone()).channel("m");
-    let _runner = runner.build().unwrap();
-    eventually("they have ended", || async {
-        count(&database, unfinished).await == 0
-    })
-    .await;
+    // Once these requests have ended, another channel may use the key.
+    let _runner = builder(&database).channel("m").build().unwrap();
+    eventually_rows(&database, "mq_msgs", 0).await;
     durable.fire(ordered(&url, "a")).await.unwrap();
     assert_eq!(server.count(), 2);
 }
 
 #[tokio::test]
-async fn a_kept_request_is_not_replayed_while_another_channel_has_its_ordering_key() {
+async fn a_replay_is_refused_while_another_channel_has_its_key() {
     let database = migrated().await;
     let server = Server::in_turn(&[503, 200]).await;
     let url = server.url("/");
-    let durable = Durable::builder(database.pool().clone()).channel("m");
-    let durable = durable.build().unwrap();
+    let durable = builder(&database).channel("m").build().unwrap();
     let kept = durable.fire(ordered(&url, "m")).await.unwrap();
-    let outcome = testkit::outcome(&durable, kept, LONG).await.unwrap();
+    let outcome = outcome_of(&durable, kept).await;
     assert_eq!(outcome.status(), Status::Discarded);
     let holder = durable.fire(ordered(&url, "a")).await.unwrap();
     let error = durable.replay(kept).await.unwrap_err();
@@ -357,7 +342,7 @@ async fn a_kept_request_is_not_replayed_while_another_channel_has_its_ordering_k
 }
 
 #[tokio::test]
-async fn the_older_api_keeps_an_order_in_each_channel() {
+async fn the_older_api_orders_each_channel_separately() {
     let database = migrated().await;
     let client = Client::new(database.pool().clone(), Channels::List(&["other"]))
         .await
@@ -369,6 +354,5 @@ async fn the_older_api_keeps_an_order_in_each_channel() {
             .await
             .unwrap();
     }
-    let unfinished = "select count(*) from requeuest.mq_msgs where seq is not null";
-    assert_eq!(count(&database, unfinished).await, 2);
+    assert_eq!(rows(&database, "mq_msgs WHERE seq IS NOT NULL").await, 2);
 }
