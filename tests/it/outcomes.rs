@@ -1,4 +1,4 @@
-//! Outcomes that are handed to the application in a transaction.
+//! Handlers, which get outcomes in a transaction.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -6,20 +6,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
-use requeuest::{
-    Durable, Options, Outcome, OutcomeHandler, Request, RequestId, Status, Uuid, outcome_fn,
-};
+use requeuest::{Durable, Options, Outcome, OutcomeHandler, RequestId, Status, Uuid, outcome_fn};
 use sqlx::{PgConnection, PgPool};
 
-use crate::support::{Server, count, eventually, migrated};
+use crate::support::{
+    Server, builder, count, eventually, eventually_rows, in_time, migrated, post, rows,
+};
 
-const DONE: &str = "select count(*) from done";
+const DONE: &str = "SELECT count(*) FROM done";
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 async fn with_table() -> TestDatabase {
     let database = migrated().await;
-    sqlx::query("create table done (request uuid primary key, status text not null)")
+    sqlx::query("CREATE TABLE done (request uuid PRIMARY KEY, status text NOT NULL)")
         .execute(database.pool())
         .await
         .unwrap();
@@ -27,7 +27,7 @@ async fn with_table() -> TestDatabase {
 }
 
 async fn insert(connection: &mut PgConnection, id: RequestId, status: Status) {
-    sqlx::query("insert into done (request, status) values ($1, $2)")
+    sqlx::query("INSERT INTO done (request, status) VALUES ($1, $2)")
         .bind(Uuid::from(id))
         .bind(status.as_str())
         .execute(connection)
@@ -50,15 +50,6 @@ impl OutcomeHandler for Insert {
     }
 }
 
-fn post(server: &Server) -> Request {
-    let request = http::Request::post(server.url("/")).body("x").unwrap();
-    request.try_into().unwrap()
-}
-
-async fn unhandled(database: &TestDatabase) -> i64 {
-    count(database, "select count(*) from requeuest.unhandled").await
-}
-
 #[tokio::test]
 async fn a_handler_writes_in_the_transaction_that_marks_the_outcome() {
     let database = with_table().await;
@@ -79,20 +70,20 @@ async fn a_handler_writes_in_the_transaction_that_marks_the_outcome() {
         .await
         .unwrap();
     for _ in 0..20 {
-        durable.fire(post(&server)).await.unwrap();
+        durable.fire(post(server.url("/"), "x")).await.unwrap();
     }
-    let elsewhere = post(&server).with(Options::default().channel("another"));
-    durable.fire(elsewhere).await.unwrap();
-    eventually("all are handled", || async {
+    let other = post(server.url("/"), "x").with(Options::default().channel("another"));
+    durable.fire(other).await.unwrap();
+    eventually("all outcomes are handled", || async {
         count(&database, DONE).await == 20
     })
     .await;
-    assert_eq!(unhandled(&database).await, 0);
+    assert_eq!(rows(&database, "unhandled").await, 0);
     assert_eq!(server.count(), 20);
 }
 
 #[tokio::test]
-async fn a_handler_that_fails_is_called_again_and_nothing_is_sent_again() {
+async fn a_failing_handler_is_called_again_and_nothing_is_resent() {
     let database = with_table().await;
     let server = Server::always(200).await;
     let durable = Durable::new(database.pool().clone());
@@ -107,8 +98,8 @@ async fn a_handler_that_fails_is_called_again_and_nothing_is_sent_again() {
                 Box::pin(async move {
                     insert(tx, id, status).await;
                     match call {
-                        0 => Err("what was written is rolled back".into()),
-                        1 => panic!("this too"),
+                        0 => Err("the insert is rolled back".into()),
+                        1 => panic!("the insert is rolled back"),
                         _ => Ok(()),
                     }
                 })
@@ -116,9 +107,9 @@ async fn a_handler_that_fails_is_called_again_and_nothing_is_sent_again() {
         )
         .await
         .unwrap();
-    let id = durable.fire(post(&server)).await.unwrap();
-    eventually("it is handled", || async {
-        count(&database, DONE).await == 1 && unhandled(&database).await == 0
+    let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
+    eventually("the outcome is handled", || async {
+        count(&database, DONE).await == 1 && rows(&database, "unhandled").await == 0
     })
     .await;
     assert_eq!(calls.load(Ordering::SeqCst), 3);
@@ -127,18 +118,18 @@ async fn a_handler_that_fails_is_called_again_and_nothing_is_sent_again() {
 }
 
 #[tokio::test]
-async fn outcomes_wait_for_a_handler_and_go_to_one_of_several() {
+async fn outcomes_wait_for_a_handler_and_go_to_exactly_one() {
     let database = with_table().await;
     let server = Server::in_turn(&[200, 200, 500]).await;
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(RetryPolicy::none())
         .build()
         .unwrap();
     drop(durable.on_outcome("default", Insert).await.unwrap());
     for _ in 0..20 {
-        durable.fire(post(&server)).await.unwrap();
+        durable.fire(post(server.url("/"), "x")).await.unwrap();
     }
-    eventually("they wait", || async { unhandled(&database).await == 20 }).await;
+    eventually_rows(&database, "unhandled", 20).await;
     assert_eq!(count(&database, DONE).await, 0);
 
     let other = Durable::new(PgPool::connect(database.url()).await.unwrap());
@@ -146,17 +137,17 @@ async fn outcomes_wait_for_a_handler_and_go_to_one_of_several() {
         durable.on_outcome("default", Insert).await.unwrap(),
         other.on_outcome("default", Insert).await.unwrap(),
     ];
-    eventually("all are handled, each once", || async {
+    eventually("each outcome is handled once", || async {
         count(&database, DONE).await == 20
     })
     .await;
-    // Those that were given up, too.
-    let discarded = "select count(*) from done where status = 'discarded'";
+    // Handlers get discarded requests too.
+    let discarded = "SELECT count(*) FROM done WHERE status = 'discarded'";
     assert_eq!(count(&database, discarded).await, 18);
 }
 
 #[tokio::test]
-async fn nothing_waits_for_a_handler_that_was_given_up() {
+async fn outcomes_do_not_wait_for_an_unsubscribed_handler() {
     let database = with_table().await;
     let server = Server::always(200).await;
     let durable = Durable::new(database.pool().clone());
@@ -169,12 +160,12 @@ async fn nothing_waits_for_a_handler_that_was_given_up() {
         )
         .await
         .unwrap();
-    durable.fire(post(&server)).await.unwrap();
-    eventually("it waits", || async { unhandled(&database).await == 1 }).await;
+    durable.fire(post(server.url("/"), "x")).await.unwrap();
+    eventually_rows(&database, "unhandled", 1).await;
     drop(listener);
     durable.unsubscribe_outcomes("default").await.unwrap();
-    assert_eq!(unhandled(&database).await, 0);
-    let id = durable.fire(post(&server)).await.unwrap();
-    durable.response(id).await.unwrap();
-    assert_eq!(unhandled(&database).await, 0);
+    assert_eq!(rows(&database, "unhandled").await, 0);
+    let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
+    in_time(durable.response(id)).await.unwrap();
+    assert_eq!(rows(&database, "unhandled").await, 0);
 }
