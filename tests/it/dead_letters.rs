@@ -1,36 +1,39 @@
-//! Requests that ended without success: listing, replaying, resolving, asking about and forgetting them.
+//! Dead letters: listing, replaying, resolving, reconciling and purging them.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use requeuest::testkit::{self, TestDatabase};
+use futures_util::future::join_all;
+use requeuest::testkit::TestDatabase;
 use requeuest::{
     DeadLetter, DeadLetterFilter, Durable, DurableBuilder, Guarantee, Options, Request, RequestId,
-    Resolution, Status, outcome_fn,
+    Resolution, Status, Uuid, outcome_fn,
 };
 
-use crate::support::{LONG, Seen, Server, count, eventually, in_time, migrated, quick, reply};
+use crate::support::{
+    Server, builder, eventually, eventually_rows, in_time, migrated, outcome_of, post, quick,
+    reply, rows,
+};
 
-fn post(url: &str, body: &'static str) -> Request {
-    let request = http::Request::post(url)
-        .header("authorization", "hunter2")
-        .body(body)
-        .unwrap();
-    request.try_into().unwrap()
+fn post_with_secret(url: impl AsRef<str>, body: &'static str) -> Request {
+    let mut request = post(url, body);
+    let secret = http::HeaderValue::from_static("hunter2");
+    request.headers_mut().insert("authorization", secret);
+    request
 }
 
-/// Gives a failing request up at once.
-fn once(database: &TestDatabase) -> DurableBuilder {
-    Durable::builder(database.pool().clone()).retry(quick().max_attempts(1))
+/// Discards a request after one failed attempt.
+fn single_attempt(database: &TestDatabase) -> DurableBuilder {
+    builder(database).retry(quick().max_attempts(1))
 }
 
-/// A server that fails until it is told not to.
-async fn failing() -> (Server, Arc<AtomicBool>) {
-    let well = Arc::new(AtomicBool::new(false));
-    let is_well = Arc::clone(&well);
+/// A server that answers with 503 until the flag is set.
+async fn failing_server() -> (Server, Arc<AtomicBool>) {
+    let recovered = Arc::new(AtomicBool::new(false));
+    let has_recovered = Arc::clone(&recovered);
     let server = Server::start(move |_, seen| {
-        let status = if is_well.load(Ordering::SeqCst) {
+        let status = if has_recovered.load(Ordering::SeqCst) {
             200
         } else {
             503
@@ -38,11 +41,11 @@ async fn failing() -> (Server, Arc<AtomicBool>) {
         async move { reply(status, seen.body) }
     })
     .await;
-    (server, well)
+    (server, recovered)
 }
 
-/// A server that gets requests and never answers, until it is told to.
-async fn mute() -> (Server, Arc<AtomicBool>) {
+/// A server that never answers requests that arrive before the flag is set.
+async fn mute_server() -> (Server, Arc<AtomicBool>) {
     let answers = Arc::new(AtomicBool::new(false));
     let answering = Arc::clone(&answers);
     let server = Server::start(move |_, seen| {
@@ -58,73 +61,74 @@ async fn mute() -> (Server, Arc<AtomicBool>) {
     (server, answers)
 }
 
+/// Fires the request and waits until it ends with this status.
 async fn ends(durable: &Durable, request: Request, status: Status) -> RequestId {
     let id = in_time(durable.fire(request)).await.unwrap();
-    let outcome = testkit::outcome(durable, id, LONG).await.unwrap();
+    let outcome = outcome_of(durable, id).await;
     assert_eq!(outcome.status(), status);
     id
 }
 
-/// May have been sent, as far as anybody knows.
+/// Fires an at-most-once request that ends as ambiguous.
 async fn ambiguous(durable: &Durable, url: &str, options: Options) -> RequestId {
     let options = options
         .guarantee(Guarantee::AtMostOnce)
         .attempt_timeout(Duration::from_millis(300));
-    ends(durable, post(url, "x").with(options), Status::Ambiguous).await
+    let request = post_with_secret(url, "x").with(options);
+    ends(durable, request, Status::Ambiguous).await
 }
 
-fn ids(kept: &[DeadLetter]) -> Vec<RequestId> {
-    kept.iter().map(|kept| kept.id).collect()
+async fn all_dead_letters(durable: &Durable) -> Vec<DeadLetter> {
+    let all = DeadLetterFilter::default();
+    durable.dead_letters(&all).await.unwrap()
 }
 
-fn bodies(seen: &[Seen]) -> Vec<String> {
-    seen.iter()
-        .map(|seen| String::from_utf8_lossy(&seen.body).into_owned())
-        .collect()
+fn ids(letters: &[DeadLetter]) -> Vec<RequestId> {
+    letters.iter().map(|letter| letter.id).collect()
 }
 
 #[tokio::test]
-async fn what_was_given_up_is_listed_without_its_secrets() {
+async fn dead_letters_are_listed_without_secrets() {
     let database = migrated().await;
-    let (server, _) = failing().await;
-    let durable = once(&database).build().unwrap();
+    let (server, _) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
     let url = format!("http://user:hunter2@{}/p?q=hunter2", server.addr);
-    let plain = ends(&durable, post(&url, "x"), Status::Discarded).await;
-    let ordered = post(&server.url("/"), "x").with(Options::default().ordered("a|b"));
+    let plain = ends(&durable, post_with_secret(&url, "x"), Status::Discarded).await;
+    let ordered = post_with_secret(server.url("/"), "x").with(Options::default().ordered("a|b"));
     let ordered = ends(&durable, ordered, Status::Discarded).await;
 
-    let kept = durable
-        .dead_letters(&DeadLetterFilter::default())
-        .await
-        .unwrap();
-    assert_eq!(ids(&kept), [plain, ordered]);
+    let letters = all_dead_letters(&durable).await;
+    assert_eq!(ids(&letters), [plain, ordered]);
     assert_eq!(
-        kept[0].destination.as_deref(),
+        letters[0].destination.as_deref(),
         Some(&*format!("http://{}", server.addr))
     );
-    assert_eq!(kept[0].method.as_deref(), Some("POST"));
-    assert_eq!(kept[0].http_status, Some(503));
-    assert_eq!((kept[0].attempts, kept[0].status), (1, Status::Discarded));
-    assert_eq!(kept[0].ordering_key, None);
-    assert_eq!(kept[1].ordering_key.as_deref(), Some("a|b"));
-    assert!(kept[0].created_at <= kept[0].finished_at);
-    assert!(!format!("{kept:?}").contains("hunter2"), "{kept:?}");
+    assert_eq!(letters[0].method.as_deref(), Some("POST"));
+    assert_eq!(letters[0].http_status, Some(503));
+    assert_eq!(
+        (letters[0].attempts, letters[0].status),
+        (1, Status::Discarded)
+    );
+    assert_eq!(letters[0].ordering_key, None);
+    assert_eq!(letters[1].ordering_key.as_deref(), Some("a|b"));
+    assert!(letters[0].created_at <= letters[0].finished_at);
+    assert!(!format!("{letters:?}").contains("hunter2"), "{letters:?}");
 }
 
 #[tokio::test]
-async fn a_filter_picks_by_channel_destination_status_and_time() {
+async fn filters_select_by_channel_destination_status_and_time() {
     let database = migrated().await;
-    let (server, _) = failing().await;
-    let (silent, _) = mute().await;
-    let durable = once(&database).deliver_all().build().unwrap();
-    let here = ends(&durable, post(&server.url("/"), "x"), Status::Discarded).await;
-    let other = post(&server.url("/"), "x").with(Options::default().channel("other"));
+    let (server, _) = failing_server().await;
+    let (silent, _) = mute_server().await;
+    let durable = single_attempt(&database).deliver_all().build().unwrap();
+    let here = ends(&durable, post(server.url("/"), "x"), Status::Discarded).await;
+    let other = post(server.url("/"), "x").with(Options::default().channel("other"));
     let other = ends(&durable, other, Status::Discarded).await;
-    let unsure = ambiguous(&durable, &silent.url("/"), Options::default()).await;
+    let ambiguous_id = ambiguous(&durable, &silent.url("/"), Options::default()).await;
     sqlx::query(
-        "update requeuest.outcomes set finished_at = now() - interval '1 day' where id = $1",
+        "UPDATE requeuest.outcomes SET finished_at = now() - INTERVAL '1 day' WHERE id = $1",
     )
-    .bind(requeuest::Uuid::from(other))
+    .bind(Uuid::from(other))
     .execute(database.pool())
     .await
     .unwrap();
@@ -132,18 +136,18 @@ async fn a_filter_picks_by_channel_destination_status_and_time() {
     let hour = Duration::from_secs(3600);
     let filter = DeadLetterFilter::default;
     for (filter, wanted) in [
-        (filter(), vec![here, other, unsure]),
+        (filter(), vec![here, other, ambiguous_id]),
         (filter().channel("other"), vec![other]),
         (filter().destination(server.url("")), vec![here, other]),
         (filter().destination("https://example.com"), vec![]),
-        (filter().status(Status::Ambiguous), vec![unsure]),
-        (filter().finished_within(hour), vec![here, unsure]),
+        (filter().status(Status::Ambiguous), vec![ambiguous_id]),
+        (filter().finished_within(hour), vec![here, ambiguous_id]),
         (filter().finished_before(hour), vec![other]),
         (filter().limit(2), vec![here, other]),
-        (filter().limit(2).after(other), vec![unsure]),
+        (filter().limit(2).after(other), vec![ambiguous_id]),
     ] {
-        let kept = durable.dead_letters(&filter).await.unwrap();
-        assert_eq!(ids(&kept), wanted, "{filter:?}");
+        let letters = durable.dead_letters(&filter).await.unwrap();
+        assert_eq!(ids(&letters), wanted, "{filter:?}");
     }
     let error = durable.dead_letters(&filter().limit(0)).await.unwrap_err();
     assert_eq!(error.field(), Some("limit"));
@@ -155,7 +159,7 @@ async fn a_filter_picks_by_channel_destination_status_and_time() {
 }
 
 #[tokio::test]
-async fn stored_destinations_are_compared_with_their_default_ports() {
+async fn stored_destinations_include_default_ports() {
     let database = migrated().await;
     for (url, destination) in [
         ("https://A.example/x", "https://a.example:443"),
@@ -163,7 +167,7 @@ async fn stored_destinations_are_compared_with_their_default_ports() {
         ("http://[::1]/", "http://[::1]:80"),
     ] {
         let head = format!(r#"{{"method":"GET","url":"{url}","version":"HTTP/1.1"}}"#);
-        let found: String = sqlx::query_scalar("select requeuest.request_destination($1)")
+        let found: String = sqlx::query_scalar("SELECT requeuest.request_destination($1)")
             .bind(head)
             .fetch_one(database.pool())
             .await
@@ -173,13 +177,14 @@ async fn stored_destinations_are_compared_with_their_default_ports() {
 }
 
 #[tokio::test]
-async fn a_replay_is_a_new_request_with_the_same_content_and_happens_once() {
+async fn a_replay_sends_the_same_content_once_under_a_new_id() {
     let database = migrated().await;
-    let (server, well) = failing().await;
-    let durable = once(&database).build().unwrap();
-    let keyed = || post(&server.url("/"), "hello").with(Options::default().key("invoice-42"));
+    let (server, recovered) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
+    let keyed =
+        || post_with_secret(server.url("/"), "hello").with(Options::default().key("invoice-42"));
     let old = ends(&durable, keyed(), Status::Discarded).await;
-    well.store(true, Ordering::SeqCst);
+    recovered.store(true, Ordering::SeqCst);
 
     let new = in_time(durable.replay(old)).await.unwrap();
     assert!(new > old);
@@ -190,16 +195,10 @@ async fn a_replay_is_a_new_request_with_the_same_content_and_happens_once() {
     assert_eq!(seen[0], seen[1]);
     assert!(seen[0].headers.contains_key("idempotency-key"));
 
-    // The key leads to the new one, and the old one is history.
+    // The key belongs to the new request now. The old request is no dead letter any more.
     assert_eq!(durable.fire(keyed()).await.unwrap(), new);
     assert_eq!(durable.status(old).await.unwrap(), Some(Status::Discarded));
-    assert!(
-        durable
-            .dead_letters(&DeadLetterFilter::default())
-            .await
-            .unwrap()
-            .is_empty()
-    );
+    assert!(all_dead_letters(&durable).await.is_empty());
     let error = durable.replay(old).await.unwrap_err();
     assert!(error.is_wrong_state(), "{error}");
     let text = error.to_string();
@@ -211,14 +210,14 @@ async fn a_replay_is_a_new_request_with_the_same_content_and_happens_once() {
 }
 
 #[tokio::test]
-async fn only_one_of_many_replays_at_once_succeeds() {
+async fn only_one_of_many_concurrent_replays_succeeds() {
     let database = migrated().await;
-    let (server, well) = failing().await;
-    let durable = once(&database).build().unwrap();
-    let id = ends(&durable, post(&server.url("/"), "x"), Status::Discarded).await;
-    well.store(true, Ordering::SeqCst);
+    let (server, recovered) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
+    let id = ends(&durable, post(server.url("/"), "x"), Status::Discarded).await;
+    recovered.store(true, Ordering::SeqCst);
     let replays = (0..8).map(|_| durable.replay(id));
-    let replays = in_time(futures_util::future::join_all(replays)).await;
+    let replays = in_time(join_all(replays)).await;
     let (done, refused): (Vec<_>, Vec<_>) = replays.into_iter().partition(Result::is_ok);
     assert_eq!((done.len(), refused.len()), (1, 7));
     for refused in refused {
@@ -228,22 +227,22 @@ async fn only_one_of_many_replays_at_once_succeeds() {
 }
 
 #[tokio::test]
-async fn what_is_not_kept_is_refused_and_left_as_it_is() {
+async fn only_dead_letters_can_be_replayed_resolved_or_purged() {
     let database = migrated().await;
-    let (server, well) = failing().await;
-    let durable = once(&database).build().unwrap();
-    let unknown = RequestId::from(requeuest::Uuid::nil());
+    let (server, recovered) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
+    let unknown = RequestId::from(Uuid::nil());
     assert!(durable.replay(unknown).await.unwrap_err().is_unknown_id());
     let error = durable.resolve(unknown, Resolution::Sent).await;
     assert!(error.unwrap_err().is_unknown_id());
 
-    let discarded = ends(&durable, post(&server.url("/"), "x"), Status::Discarded).await;
+    let discarded = ends(&durable, post(server.url("/"), "x"), Status::Discarded).await;
     let error = durable.resolve(discarded, Resolution::NotSent).await;
     assert!(error.unwrap_err().is_wrong_state());
-    well.store(true, Ordering::SeqCst);
-    let completed = ends(&durable, post(&server.url("/"), "x"), Status::Completed).await;
+    recovered.store(true, Ordering::SeqCst);
+    let completed = ends(&durable, post(server.url("/"), "x"), Status::Completed).await;
     let later =
-        post(&server.url("/"), "x").with(Options::default().delay(Duration::from_secs(3600)));
+        post(server.url("/"), "x").with(Options::default().delay(Duration::from_secs(3600)));
     let waiting = durable.fire(later).await.unwrap();
     for (id, status) in [(completed, Status::Completed), (waiting, Status::Scheduled)] {
         let error = durable.replay(id).await.unwrap_err();
@@ -253,13 +252,8 @@ async fn what_is_not_kept_is_refused_and_left_as_it_is() {
         assert!(error.is_wrong_state(), "{error}");
         assert_eq!(durable.status(id).await.unwrap(), Some(status));
     }
-    assert_eq!(
-        durable
-            .purge_dead_letters(&DeadLetterFilter::default())
-            .await
-            .unwrap(),
-        1
-    );
+    let all = DeadLetterFilter::default();
+    assert_eq!(durable.purge_dead_letters(&all).await.unwrap(), 1);
     assert_eq!(durable.status(discarded).await.unwrap(), None);
     assert_eq!(
         durable.status(waiting).await.unwrap(),
@@ -268,13 +262,13 @@ async fn what_is_not_kept_is_refused_and_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn all_that_match_are_replayed_even_if_they_fail_again() {
+async fn replay_all_replays_every_match_even_if_it_fails_again() {
     let database = migrated().await;
-    let (server, _) = failing().await;
-    let durable = once(&database).build().unwrap();
-    let fired = (0..105).map(|_| durable.fire(post(&server.url("/"), "x")));
-    for id in in_time(futures_util::future::join_all(fired)).await {
-        testkit::outcome(&durable, id.unwrap(), LONG).await.unwrap();
+    let (server, _) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
+    let fired = (0..105).map(|_| durable.fire(post(server.url("/"), "x")));
+    for id in in_time(join_all(fired)).await {
+        outcome_of(&durable, id.unwrap()).await;
     }
     let filter = DeadLetterFilter::default().destination(server.url(""));
     let two = in_time(durable.replay_all(&filter.clone().limit(2))).await;
@@ -282,24 +276,23 @@ async fn all_that_match_are_replayed_even_if_they_fail_again() {
     let again = in_time(durable.replay_all(&filter)).await.unwrap();
     assert!(again.len() >= 103 && again.len() <= 105, "{}", again.len());
     for id in again {
-        testkit::outcome(&durable, id, LONG).await.unwrap();
+        outcome_of(&durable, id).await;
     }
     assert_eq!(
         in_time(durable.purge_dead_letters(&filter)).await.unwrap(),
         105
     );
     for table in ["mq_msgs", "mq_payloads", "outcomes_kept"] {
-        let query = format!("select count(*) from requeuest.{table}");
-        assert_eq!(count(&database, &query).await, 0, "{table}");
+        assert_eq!(rows(&database, table).await, 0, "{table}");
     }
 }
 
-/// The first request of a key halts it, the second one waits behind it.
+/// Halts a key by its first request. The second request of the key waits behind it.
 async fn halted(durable: &Durable, server: &Server) -> (RequestId, RequestId) {
     let options = || Options::default().ordered("key").halt_on_discard();
-    let first = post(&server.url("/"), "first").with(options());
+    let first = post(server.url("/"), "first").with(options());
     let first = ends(durable, first, Status::Discarded).await;
-    let second = post(&server.url("/"), "second").with(options());
+    let second = post(server.url("/"), "second").with(options());
     let second = durable.fire(second).await.unwrap();
     let halted = durable.halted().await.unwrap();
     assert_eq!(halted.len(), 1);
@@ -311,70 +304,65 @@ async fn halted(durable: &Durable, server: &Server) -> (RequestId, RequestId) {
 #[tokio::test]
 async fn a_replay_takes_its_old_place_in_a_halted_key() {
     let database = migrated().await;
-    let (server, well) = failing().await;
-    let durable = once(&database).build().unwrap();
+    let (server, recovered) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
     let (first, second) = halted(&durable, &server).await;
-    well.store(true, Ordering::SeqCst);
+    recovered.store(true, Ordering::SeqCst);
     durable.replay(first).await.unwrap();
     in_time(durable.response(second)).await.unwrap();
-    assert_eq!(bodies(&server.seen()), ["first", "first", "second"]);
+    assert_eq!(server.bodies(), ["first", "first", "second"]);
     assert!(durable.halted().await.unwrap().is_empty());
 }
 
 #[tokio::test]
-async fn a_halted_key_goes_on_when_it_is_resumed_and_its_blocker_stays_kept() {
+async fn a_resumed_key_moves_on_and_keeps_its_dead_letter() {
     let database = migrated().await;
-    let (server, well) = failing().await;
-    let durable = once(&database).build().unwrap();
+    let (server, recovered) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
     let (first, second) = halted(&durable, &server).await;
-    well.store(true, Ordering::SeqCst);
+    recovered.store(true, Ordering::SeqCst);
     assert!(!durable.resume("default", "another").await.unwrap());
     assert!(durable.resume("default", "key").await.unwrap());
     assert!(!durable.resume("default", "key").await.unwrap());
     in_time(durable.response(second)).await.unwrap();
-    assert_eq!(bodies(&server.seen()), ["first", "second"]);
+    assert_eq!(server.bodies(), ["first", "second"]);
     let new = durable.replay(first).await.unwrap();
     in_time(durable.response(new)).await.unwrap();
-    assert_eq!(bodies(&server.seen()), ["first", "second", "first"]);
+    assert_eq!(server.bodies(), ["first", "second", "first"]);
     let error = durable.resume("", "key").await.unwrap_err();
     assert_eq!(error.field(), Some("channel"));
 }
 
 #[tokio::test]
-async fn purging_what_halts_a_key_lets_it_go_on() {
+async fn purging_the_dead_letter_that_halts_a_key_resumes_it() {
     let database = migrated().await;
-    let (server, well) = failing().await;
-    let durable = once(&database).build().unwrap();
+    let (server, recovered) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
     let (first, second) = halted(&durable, &server).await;
-    well.store(true, Ordering::SeqCst);
-    assert_eq!(
-        durable
-            .purge_dead_letters(&DeadLetterFilter::default())
-            .await
-            .unwrap(),
-        1
-    );
+    recovered.store(true, Ordering::SeqCst);
+    let all = DeadLetterFilter::default();
+    assert_eq!(durable.purge_dead_letters(&all).await.unwrap(), 1);
     in_time(durable.response(second)).await.unwrap();
     assert_eq!(durable.status(first).await.unwrap(), None);
-    assert_eq!(bodies(&server.seen()), ["first", "second"]);
+    assert_eq!(server.bodies(), ["first", "second"]);
 }
 
 #[tokio::test]
-async fn an_ordered_replay_waits_for_a_transaction_that_has_its_key() {
+async fn an_ordered_replay_waits_for_a_transaction_with_its_key() {
     let database = migrated().await;
-    let (server, well) = failing().await;
-    let durable = once(&database).build().unwrap();
-    let ordered = || post(&server.url("/"), "x").with(Options::default().ordered("key"));
+    let (server, recovered) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
+    let ordered = || post(server.url("/"), "x").with(Options::default().ordered("key"));
     let old = ends(&durable, ordered(), Status::Discarded).await;
-    well.store(true, Ordering::SeqCst);
+    recovered.store(true, Ordering::SeqCst);
     let mut transaction = database.pool().begin().await.unwrap();
     let before = durable.fire_in(&mut *transaction, ordered()).await.unwrap();
     let replaying = tokio::spawn({
         let durable = durable.clone();
         async move { durable.replay(old).await }
     });
-    // Others are not held up in the meantime.
-    ends(&durable, post(&server.url("/"), "y"), Status::Completed).await;
+    // Other requests are not held up in the meantime.
+    ends(&durable, post(server.url("/"), "y"), Status::Completed).await;
     assert!(!replaying.is_finished());
     transaction.commit().await.unwrap();
     let new = in_time(replaying).await.unwrap().unwrap();
@@ -386,13 +374,13 @@ async fn an_ordered_replay_waits_for_a_transaction_that_has_its_key() {
 }
 
 #[tokio::test]
-async fn resolved_as_sent_it_is_completed_without_a_response() {
+async fn a_request_resolved_as_sent_completes_without_a_response() {
     let database = migrated().await;
-    let (server, answers) = mute().await;
-    let durable = once(&database).build().unwrap();
+    let (server, answers) = mute_server().await;
+    let durable = single_attempt(&database).build().unwrap();
     let options = Options::default().ordered("key").halt_on_discard();
     let id = ambiguous(&durable, &server.url("/"), options).await;
-    let next = post(&server.url("/"), "next").with(Options::default().ordered("key"));
+    let next = post(server.url("/"), "next").with(Options::default().ordered("key"));
     let next = durable.fire(next).await.unwrap();
     answers.store(true, Ordering::SeqCst);
     durable.resolve(id, Resolution::Sent).await.unwrap();
@@ -400,26 +388,20 @@ async fn resolved_as_sent_it_is_completed_without_a_response() {
     let error = durable.response(id).await.unwrap_err();
     assert!(error.is_response_unknown(), "{error}");
     assert_eq!(error.request_id(), Some(id));
-    // Its key goes on.
+    // The ordering key moves on.
     in_time(durable.response(next)).await.unwrap();
-    assert_eq!(bodies(&server.seen()), ["x", "next"]);
+    assert_eq!(server.bodies(), ["x", "next"]);
     let again = durable.resolve(id, Resolution::NotSent).await.unwrap_err();
     assert!(again.is_wrong_state(), "{again}");
-    assert!(
-        durable
-            .dead_letters(&DeadLetterFilter::default())
-            .await
-            .unwrap()
-            .is_empty()
-    );
+    assert!(all_dead_letters(&durable).await.is_empty());
 }
 
 #[tokio::test]
-async fn resolved_as_not_sent_it_goes_out_again_under_its_id() {
+async fn a_request_resolved_as_not_sent_is_resent_under_its_id() {
     let database = migrated().await;
-    let (server, answers) = mute().await;
-    // Its policy allows one attempt, and the one that did not arrive is none.
-    let durable = once(&database).build().unwrap();
+    let (server, answers) = mute_server().await;
+    // The policy allows one attempt. The attempt that did not arrive doesn't count.
+    let durable = single_attempt(&database).build().unwrap();
     let id = ambiguous(&durable, &server.url("/"), Options::default()).await;
     answers.store(true, Ordering::SeqCst);
     durable.resolve(id, Resolution::NotSent).await.unwrap();
@@ -428,25 +410,25 @@ async fn resolved_as_not_sent_it_goes_out_again_under_its_id() {
 }
 
 #[tokio::test]
-async fn resolved_as_not_sent_it_keeps_its_place_in_a_halted_key() {
+async fn a_request_resolved_as_not_sent_keeps_its_place_in_its_key() {
     let database = migrated().await;
-    let (server, answers) = mute().await;
-    let durable = once(&database).build().unwrap();
+    let (server, answers) = mute_server().await;
+    let durable = single_attempt(&database).build().unwrap();
     let options = Options::default().ordered("key").halt_on_discard();
     let id = ambiguous(&durable, &server.url("/"), options).await;
-    let next = post(&server.url("/"), "next").with(Options::default().ordered("key"));
+    let next = post(server.url("/"), "next").with(Options::default().ordered("key"));
     let next = durable.fire(next).await.unwrap();
     answers.store(true, Ordering::SeqCst);
     durable.resolve(id, Resolution::NotSent).await.unwrap();
     in_time(durable.response(next)).await.unwrap();
-    assert_eq!(bodies(&server.seen()), ["x", "x", "next"]);
+    assert_eq!(server.bodies(), ["x", "x", "next"]);
 }
 
 #[tokio::test]
-async fn a_handler_gets_the_end_that_a_resolution_makes() {
+async fn handlers_get_the_outcome_of_a_resolution() {
     let database = migrated().await;
-    let (server, answers) = mute().await;
-    let durable = once(&database).build().unwrap();
+    let (server, answers) = mute_server().await;
+    let durable = single_attempt(&database).build().unwrap();
     let handled = Arc::new(Mutex::new(Vec::new()));
     let record = Arc::clone(&handled);
     let _listener = durable
@@ -467,7 +449,7 @@ async fn a_handler_gets_the_end_that_a_resolution_makes() {
     answers.store(true, Ordering::SeqCst);
     durable.resolve(sent, Resolution::Sent).await.unwrap();
     durable.resolve(lost, Resolution::NotSent).await.unwrap();
-    eventually("both ends", || async {
+    eventually("both requests have completed", || async {
         let handled = handled.lock().unwrap();
         [sent, lost]
             .iter()
@@ -477,16 +459,16 @@ async fn a_handler_gets_the_end_that_a_resolution_makes() {
 }
 
 #[tokio::test]
-async fn a_reconcile_hook_finds_out_what_became_of_a_request() {
+async fn a_reconcile_hook_resolves_ambiguous_requests() {
     let database = migrated().await;
-    let (server, answers) = mute().await;
+    let (server, answers) = mute_server().await;
     let asked = Arc::new(Mutex::new(Vec::new()));
     let ask = {
         let (asked, answers) = (Arc::clone(&asked), Arc::clone(&answers));
-        move |kept: DeadLetter, request: Request| {
+        move |letter: DeadLetter, request: Request| {
             let (asked, answers) = (Arc::clone(&asked), Arc::clone(&answers));
             async move {
-                asked.lock().unwrap().push((kept.id, request.clone()));
+                asked.lock().unwrap().push((letter.id, request.clone()));
                 if request.url().ends_with("/arrived") {
                     return Ok(Some(Resolution::Sent));
                 }
@@ -495,16 +477,16 @@ async fn a_reconcile_hook_finds_out_what_became_of_a_request() {
             }
         }
     };
-    let durable = once(&database).reconcile(ask).build().unwrap();
+    let durable = single_attempt(&database).reconcile(ask).build().unwrap();
     let arrived = ambiguous(&durable, &server.url("/arrived"), Options::default()).await;
-    eventually("the end of the one that arrived", || async {
+    eventually("the request that arrived has completed", || async {
         durable.status(arrived).await.unwrap() == Some(Status::Completed)
     })
     .await;
     let error = durable.response(arrived).await.unwrap_err();
     assert!(error.is_response_unknown(), "{error}");
     let lost = ambiguous(&durable, &server.url("/lost"), Options::default()).await;
-    eventually("the end of the one that was lost", || async {
+    eventually("the lost request has completed", || async {
         durable.status(lost).await.unwrap() == Some(Status::Completed)
     })
     .await;
@@ -517,27 +499,28 @@ async fn a_reconcile_hook_finds_out_what_became_of_a_request() {
 }
 
 #[tokio::test]
-async fn two_processes_never_ask_about_a_request_at_once() {
+async fn two_processes_never_reconcile_a_request_concurrently() {
     let database = migrated().await;
-    let (server, _) = mute().await;
+    let (server, _) = mute_server().await;
     let asked = Arc::new(AtomicUsize::new(0));
     let handle = || {
         let asked = Arc::clone(&asked);
         let ask = move |_: DeadLetter, _: Request| {
             asked.fetch_add(1, Ordering::SeqCst);
-            async { Err("nobody is there".into()) }
+            async { Err("the receiver does not answer".into()) }
         };
-        once(&database).reconcile(ask).build().unwrap()
+        single_attempt(&database).reconcile(ask).build().unwrap()
     };
     let (one, _other) = (handle(), handle());
     let id = ambiguous(&one, &server.url("/"), Options::default()).await;
-    eventually("a question", || async { asked.load(Ordering::SeqCst) > 0 }).await;
-    eventually("a pause before the next", || async {
-        let query = "select count(*) from requeuest.outcomes_kept
-            where reconciles = 1 and reconcile_at < now() + interval '10 seconds'";
-        count(&database, query).await == 1
+    eventually("the hook was called", || async {
+        asked.load(Ordering::SeqCst) > 0
     })
     .await;
+    // The next call is delayed.
+    let delayed = "outcomes_kept WHERE reconciles = 1
+                   AND reconcile_at < now() + INTERVAL '10 seconds'";
+    eventually_rows(&database, delayed, 1).await;
     assert_eq!(asked.load(Ordering::SeqCst), 1);
     assert_eq!(one.status(id).await.unwrap(), Some(Status::Ambiguous));
 }
