@@ -1,47 +1,46 @@
-//! The end of the claiming: what a poll brings that was in flight then goes back at once, for others.
+//! Polls that are in flight when a runner stops. The requests that they claim go back to the queue
+//! at once.
 
 use std::time::{Duration, Instant};
 
-use http::Request;
-use requeuest::testkit::{self, TestDatabase};
+use requeuest::testkit::TestDatabase;
 use requeuest::{Channels, Client, Durable, RequestId, Status};
 use sqlx::{Connection, Postgres, Transaction};
 
-use crate::support::{LONG, Server, count, eventually, in_time, migrated};
+use crate::support::{
+    LONG, Server, builder, count, eventually, in_time, migrated, outcome_of, post, rows,
+};
 
-/// So long that what is left leased stays so until the test fails.
+/// Longer than a test takes, so that a request that stays leased fails the test.
 const LEASE: Duration = Duration::from_secs(300);
 
 fn serving(database: &TestDatabase) -> Durable {
-    Durable::builder(database.pool().clone())
-        .lease(LEASE)
-        .build()
-        .unwrap()
+    builder(&database).lease(LEASE).build().unwrap()
 }
 
-/// A poll that waits in the database, and the request that it will claim when it goes on.
+/// A poll that waits for a lock in the database, and the request that the poll will claim.
 struct Held {
     server: Server,
     id: RequestId,
-    /// Its commit lets the poll go on.
+    /// Holds up the poll until it commits.
     lock: Transaction<'static, Postgres>,
 }
 
 impl Held {
-    /// Waits until the runner polls, and holds it there.
+    /// Waits until the runner polls, and holds up that poll.
     async fn poll_of(durable: &Durable, database: &TestDatabase) -> Self {
         let server = Server::always(200).await;
-        let patient = "alter function requeuest.mq_poll set lock_timeout = 0";
+        let patient = "ALTER FUNCTION requeuest.mq_poll SET lock_timeout = 0";
         sqlx::query(patient).execute(database.pool()).await.unwrap();
         let mut lock = database.pool().begin().await.unwrap();
-        sqlx::query("lock table requeuest.mq_msgs")
+        sqlx::query("LOCK TABLE requeuest.mq_msgs")
             .execute(&mut *lock)
             .await
             .unwrap();
-        let request = Request::post(server.url("/")).body("").unwrap();
+        let request = post(server.url("/"), "");
         let id = durable.fire_in(&mut *lock, request).await.unwrap();
-        // A poll looks for what was due when it began.
-        sqlx::query("update requeuest.mq_msgs set attempt_at = now() - interval '1 minute'")
+        // A poll claims requests that were due when it began.
+        sqlx::query("UPDATE requeuest.mq_msgs SET attempt_at = now() - INTERVAL '1 minute'")
             .execute(&mut *lock)
             .await
             .unwrap();
@@ -53,9 +52,9 @@ impl Held {
     async fn shutdown_of(&mut self, durable: &Durable) {
         let deadline = Instant::now() + LONG;
         loop {
-            // Where it is not refused yet, it is rolled back.
+            // The transaction rolls back a request that is still accepted.
             let mut tx = self.lock.begin().await.unwrap();
-            let request = Request::post(self.server.url("/")).body("late").unwrap();
+            let request = post(self.server.url("/"), "late");
             match durable.fire_in(&mut *tx, request).await {
                 Ok(_) => assert!(Instant::now() < deadline, "requests are still taken"),
                 Err(error) => return assert!(error.is_closed(), "{error}"),
@@ -63,7 +62,7 @@ impl Held {
         }
     }
 
-    /// Lets the poll go on.
+    /// Lets the poll continue.
     async fn release(self) -> (Server, RequestId) {
         self.lock.commit().await.unwrap();
         (self.server, self.id)
@@ -72,41 +71,42 @@ impl Held {
 
 /// Whether a poll waits for the lock.
 async fn poll_waits(database: &TestDatabase) -> bool {
-    let waiting = "select count(*) from pg_stat_activity
-                   where datname = current_database() and wait_event_type = 'Lock' and query like 'SELECT * FROM mq_poll%'";
+    let waiting = "SELECT count(*) FROM pg_stat_activity
+                   WHERE datname = current_database() AND wait_event_type = 'Lock'
+                   AND query LIKE 'SELECT * FROM mq_poll%'";
     count(database, waiting).await == 1
 }
 
-/// Whether the request was claimed and is back in the queue, as if it had not been.
-async fn is_back(database: &TestDatabase) -> bool {
-    let back = "select count(*) from requeuest.mq_msgs
-                where claim_no > 1 and state = 0 and attempts = 0 and attempt_at <= clock_timestamp()";
-    count(database, back).await == 1
+/// Whether the request was claimed, and is back in the queue with no attempt counted.
+async fn is_released(database: &TestDatabase) -> bool {
+    let back = "mq_msgs WHERE claim_no > 1 AND state = 0 AND attempts = 0
+                AND attempt_at <= clock_timestamp()";
+    rows(database, back).await == 1
 }
 
-/// Another process delivers it, with its first attempt.
-async fn assert_free(database: &TestDatabase, held: (Server, RequestId)) {
+/// Another handle can claim the request at once and delivers it with the first attempt.
+async fn assert_deliverable(database: &TestDatabase, held: (Server, RequestId)) {
     let (server, id) = held;
     assert_eq!(server.count(), 0);
     let other = serving(database);
-    let outcome = testkit::outcome(&other, id, LONG).await.unwrap();
+    let outcome = outcome_of(&other, id).await;
     assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(server.count(), 1);
 }
 
 #[tokio::test]
-async fn what_a_poll_brings_after_the_last_handle_is_dropped_goes_back_at_once() {
+async fn a_poll_that_outlives_the_handles_releases_its_claims() {
     let database = migrated().await;
     let durable = serving(&database);
     let held = Held::poll_of(&durable, &database).await;
     drop(durable);
     let held = held.release().await;
-    eventually("it is back", || is_back(&database)).await;
-    assert_free(&database, held).await;
+    eventually("the request is released", || is_released(&database)).await;
+    assert_deliverable(&database, held).await;
 }
 
 #[tokio::test]
-async fn what_a_poll_brings_after_a_listener_is_dropped_goes_back_at_once() {
+async fn a_poll_that_outlives_its_listener_releases_its_claims() {
     let database = migrated().await;
     let mut client = Client::new(database.pool().clone(), Channels::All)
         .await
@@ -114,12 +114,12 @@ async fn what_a_poll_brings_after_a_listener_is_dropped_goes_back_at_once() {
     let held = Held::poll_of(client.durable(), &database).await;
     drop(client.take_listener());
     let held = held.release().await;
-    eventually("it is back", || is_back(&database)).await;
-    assert_free(&database, held).await;
+    eventually("the request is released", || is_released(&database)).await;
+    assert_deliverable(&database, held).await;
 }
 
 #[tokio::test]
-async fn a_shutdown_gives_back_what_a_poll_in_flight_brings() {
+async fn a_shutdown_releases_the_claims_of_a_poll_in_flight() {
     let database = migrated().await;
     let durable = serving(&database);
     let mut held = Held::poll_of(&durable, &database).await;
@@ -130,12 +130,12 @@ async fn a_shutdown_gives_back_what_a_poll_in_flight_brings() {
     held.shutdown_of(&durable).await;
     let held = held.release().await;
     in_time(shutdown).await.unwrap().unwrap();
-    assert!(is_back(&database).await);
-    assert_free(&database, held).await;
+    assert!(is_released(&database).await);
+    assert_deliverable(&database, held).await;
 }
 
 #[tokio::test]
-async fn a_shutdown_waits_for_the_poll_of_a_listener_too() {
+async fn a_shutdown_waits_for_the_poll_of_a_listener() {
     let database = migrated().await;
     let mut client = Client::new(database.pool().clone(), Channels::All)
         .await
@@ -150,6 +150,6 @@ async fn a_shutdown_waits_for_the_poll_of_a_listener_too() {
     held.shutdown_of(&durable).await;
     let held = held.release().await;
     in_time(shutdown).await.unwrap().unwrap();
-    assert!(is_back(&database).await);
-    assert_free(&database, held).await;
+    assert!(is_released(&database).await);
+    assert_deliverable(&database, held).await;
 }
