@@ -1,8 +1,9 @@
--- How requests ended.
+-- How requests ended: outcomes, their handover, failed attempts, and keys.
 
--- One row a finished request, in a ring of partitions by time. A slot whose rows have all outlived their retention is
--- truncated: no row-by-row deletes, no vacuum debt, no partition that is missing when it is needed, and no right
--- to change the schema needed at run time. Slot -1 keeps what must not go by itself: discarded and ambiguous requests.
+-- One row per finished request, in a ring of partitions by time. A partition whose rows have all
+-- outlived their retention is truncated. So there are no row-by-row deletes and no vacuum debt, no
+-- partition is missing when it is needed, and no right to change the schema is needed at run time.
+-- Dead letters (discarded and ambiguous requests) are in slot -1, because they must not expire.
 CREATE TABLE outcomes (
     slot smallint NOT NULL,
     id uuid NOT NULL,
@@ -12,12 +13,12 @@ CREATE TABLE outcomes (
     attempts int NOT NULL,
     created_at timestamptz NOT NULL,
     finished_at timestamptz NOT NULL,
-    -- NULL: until purged.
+    -- NULL: kept until purged.
     expires_at timestamptz,
     http_status smallint,
     head text,
     body bytea,
-    -- Why there is no response, or not all of it.
+    -- Why there is no response, or only part of one.
     error_class text,
     error text
 ) PARTITION BY LIST (slot);
@@ -27,33 +28,42 @@ DO $$
 BEGIN
     EXECUTE 'CREATE TABLE outcomes_kept PARTITION OF outcomes FOR VALUES IN (-1)';
     FOR slot IN 0..15 LOOP
-        EXECUTE format('CREATE TABLE outcomes_%s PARTITION OF outcomes FOR VALUES IN (%s)', slot, slot);
+        EXECUTE format(
+            'CREATE TABLE outcomes_%s PARTITION OF outcomes FOR VALUES IN (%s)', slot, slot
+        );
     END LOOP;
 END;
 $$;
 CREATE INDEX outcomes_id ON outcomes (id);
 
--- Channels whose outcomes are handed to somebody in a transaction.
+-- Channels whose outcomes are handed to an application in a transaction.
 CREATE TABLE handled_channels (
     channel_name text COLLATE "C" PRIMARY KEY
 );
 
--- Outcomes of those channels that have not been handed over yet.
+-- Outcomes of these channels that have not been handed over yet.
 CREATE TABLE unhandled (
     id uuid PRIMARY KEY,
     channel_name text COLLATE "C" NOT NULL,
     due_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- How often it was handed over and not taken.
+    -- How many times handing the outcome over has failed.
     failures int NOT NULL DEFAULT 0,
     error text
 );
 CREATE INDEX unhandled_due ON unhandled (channel_name, due_at);
 
--- Hands over an outcome that is due: it counts as handled if the transaction commits. Another transaction gets another one.
--- The status is NULL if the outcome is known no more.
+-- Takes one outcome that is due. It counts as handled once the transaction commits. A concurrent
+-- transaction takes a different outcome. The status is NULL if the outcome no longer exists.
 CREATE FUNCTION take_unhandled(p_channel text)
 RETURNS TABLE (
-    id uuid, status text, attempts int, http_status smallint, head text, body bytea, error_class text, error text
+    id uuid,
+    status text,
+    attempts int,
+    http_status smallint,
+    head text,
+    body bytea,
+    error_class text,
+    error text
 )
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -75,22 +85,26 @@ BEGIN
 END;
 $$;
 
--- The slot of an outcome that ends now. Twelve slots span the retention; the others give the pruning time.
+-- The slot of an outcome that ends at p_at. Twelve slots span the retention; the remaining four
+-- leave time for pruning.
 --
--- Without a search_path of its own, alone of all: with one it could not be inlined, and would be planned anew for each row that is
--- settled, which takes longer than all the rest of it.
+-- This function has no search_path of its own. With one, it could not be inlined and would be
+-- planned anew for each settled row, which takes longer than the rest of the settle.
 CREATE FUNCTION outcome_slot(p_at timestamptz, p_retention interval) RETURNS smallint
 LANGUAGE sql
 STABLE
 AS $$
     SELECT pg_catalog.int2(
         pg_catalog.int8(pg_catalog.floor(
-            extract(epoch FROM p_at) OPERATOR(pg_catalog./) greatest(extract(epoch FROM p_retention) OPERATOR(pg_catalog./) 12, 1)
+            extract(epoch FROM p_at)
+                OPERATOR(pg_catalog./)
+                greatest(extract(epoch FROM p_retention) OPERATOR(pg_catalog./) 12, 1)
         )) OPERATOR(pg_catalog.%) 16
     );
 $$;
 
--- Empties the slots that no outcome will enter soon and whose rows have all expired. Returns how many it emptied.
+-- Empties the slots that no outcome will enter soon and whose rows have all expired. Returns the
+-- number of slots it emptied.
 CREATE FUNCTION prune_outcomes(p_retention interval) RETURNS int
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -101,8 +115,10 @@ DECLARE
     v_live boolean;
     v_emptied int := 0;
 BEGIN
-    -- One process at a time; the others have nothing to wait for.
-    IF NOT pg_try_advisory_xact_lock(hashtextextended(concat_ws('/', 'requeuest', current_schema(), 'prune'), 0)) THEN
+    -- One process prunes at a time; the others need not wait.
+    IF NOT pg_try_advisory_xact_lock(
+        hashtextextended(concat_ws('/', 'requeuest', current_schema(), 'prune'), 0)
+    ) THEN
         RETURN 0;
     END IF;
     FOR ahead IN 1..3 LOOP
@@ -115,16 +131,19 @@ BEGIN
         BEGIN
             EXECUTE format('LOCK TABLE outcomes_%s IN ACCESS EXCLUSIVE MODE NOWAIT', v_slot);
         EXCEPTION WHEN lock_not_available THEN
-            -- Somebody reads it: next time, rather than make everybody queue behind this lock.
+            -- A session is reading the slot. Try again next time, rather than make all sessions
+            -- queue behind this lock.
             CONTINUE;
         END;
-        -- Once more: processes with another retention may have added to it before it was locked.
+        -- Check again: processes with a different retention may have added rows before the lock was
+        -- taken.
         EXECUTE format(
             'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
         ) INTO v_live;
         CONTINUE WHEN v_live;
         EXECUTE format(
-            'SELECT EXISTS (SELECT FROM unhandled u JOIN outcomes_%s o ON o.id = ANY (ARRAY[u.id]))', v_slot
+            'SELECT EXISTS (SELECT FROM unhandled u JOIN outcomes_%s o ON o.id = ANY (ARRAY[u.id]))'
+            , v_slot
         ) INTO v_live;
         CONTINUE WHEN v_live;
         EXECUTE format('TRUNCATE outcomes_%s', v_slot);
@@ -134,7 +153,7 @@ BEGIN
 END;
 $$;
 
--- Failed attempts only: the way of a request that is answered at once needs no telling.
+-- Failed attempts only: a request that is answered at once needs no history.
 CREATE TABLE attempts (
     id uuid NOT NULL,
     number int NOT NULL,
@@ -147,7 +166,7 @@ CREATE TABLE attempts (
 );
 CREATE INDEX attempts_ended_at ON attempts (ended_at);
 
--- A caller's key for a request: a second call with the same key attaches to the first.
+-- A caller's key for a request. A second call with the same key attaches to the first request.
 CREATE TABLE request_keys (
     channel_name text COLLATE "C" NOT NULL,
     key text COLLATE "C" NOT NULL,
@@ -157,10 +176,10 @@ CREATE TABLE request_keys (
     PRIMARY KEY (channel_name, key)
 );
 CREATE INDEX request_keys_created_at ON request_keys (created_at);
--- Where a replay takes a key over, and where keys of forgotten requests are found.
+-- Used when a replay takes over a key, and to find keys of requests that no longer exist.
 CREATE INDEX request_keys_id ON request_keys (id);
 
--- What the whole fleet knows of an origin.
+-- What the whole fleet knows about an origin.
 CREATE TABLE destinations (
     origin text COLLATE "C" PRIMARY KEY,
     paused_until timestamptz,

@@ -8,8 +8,8 @@ DROP FUNCTION enqueue_many(
     uuid[], text[], text[], bigint[], bigint[], text[], bytea[], boolean[], boolean[], text, boolean
 );
 DROP FUNCTION enqueue(
-    uuid, text, text, boolean, boolean, interval, interval, text, text, bytea, uuid, smallint, interval, text, bytea, text,
-    interval, boolean, boolean, boolean
+    uuid, text, text, boolean, boolean, interval, interval, text, text, bytea, uuid, smallint,
+    interval, text, bytea, text, interval, boolean, boolean, boolean
 );
 DROP FUNCTION expire_requests(int);
 DROP FUNCTION end_requests(uuid[], text, text, text, interval);

@@ -1,12 +1,15 @@
--- How requests enter the queue, and how they leave it without being answered.
+-- How requests enter the queue, and how they leave it without a response.
 
--- Locks a caller's key until the end of the transaction. Returns false if another one has it and p_wait is not set.
+-- Locks a caller's key until the end of the transaction. Returns false if another transaction holds
+-- the lock and p_wait is not set.
 CREATE FUNCTION lock_key(p_kind text, p_channel text, p_key text, p_wait boolean) RETURNS boolean
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_lock bigint := hashtextextended(concat_ws('/', 'requeuest', current_schema(), p_kind, p_channel, p_key), 0);
+    v_lock bigint := hashtextextended(
+        concat_ws('/', 'requeuest', current_schema(), p_kind, p_channel, p_key), 0
+    );
 BEGIN
     IF p_wait THEN
         PERFORM pg_advisory_xact_lock(v_lock);
@@ -24,37 +27,46 @@ AS $$
     SELECT NULL::void;
 $$;
 
--- Whether the key of a group is kept in order: over all channels, or within each.
+-- Whether a group is an ordering key: one that all channels share, or one within a channel.
 CREATE FUNCTION is_ordered(p_group text) RETURNS boolean
 LANGUAGE sql
 IMMUTABLE
 SET search_path FROM CURRENT
 AS $$ SELECT substr(p_group, 5, 3) IN ('|o|', '|c|') $$;
 
--- Locks an ordering key, as lock_key does.
+-- Locks an ordering key, in the same way as lock_key.
 CREATE FUNCTION lock_order(p_channel text, p_group text, p_wait boolean) RETURNS boolean
 LANGUAGE sql
 SET search_path FROM CURRENT
-AS $$ SELECT lock_key('order', CASE WHEN substr(p_group, 5, 3) = '|o|' THEN '' ELSE p_channel END, p_group, p_wait) $$;
+AS $$
+    SELECT lock_key(
+        'order', CASE WHEN substr(p_group, 5, 3) = '|o|' THEN '' ELSE p_channel END, p_group, p_wait
+    )
+$$;
 
--- Whether unfinished requests of another channel have the ordering key. With its lock held, in a later statement.
+-- Whether another channel has unfinished requests with this ordering key. Call it while holding the
+-- key's lock, in a later statement than the one that took the lock.
 CREATE FUNCTION is_ordered_elsewhere(p_channel text, p_group text) RETURNS boolean
 LANGUAGE sql
 SET search_path FROM CURRENT
 AS $$
-    -- Two ranges of the index, or the key's own backlog would be read.
+    -- Two ranges of the index: a single condition `<>` would read the key's own backlog.
     SELECT substr(p_group, 5, 3) = '|o|' AND (
         EXISTS (
-            SELECT FROM mq_msgs m WHERE m.channel_args = p_group AND m.channel_name < p_channel AND m.seq IS NOT NULL
+            SELECT FROM mq_msgs m
+            WHERE m.channel_args = p_group AND m.channel_name < p_channel AND m.seq IS NOT NULL
         ) OR EXISTS (
-            SELECT FROM mq_msgs m WHERE m.channel_args = p_group AND m.channel_name > p_channel AND m.seq IS NOT NULL
+            SELECT FROM mq_msgs m
+            WHERE m.channel_args = p_group AND m.channel_name > p_channel AND m.seq IS NOT NULL
         )
     );
 $$;
 
--- Ends unfinished requests without an answer and tells who waits for them. Returns those that it ended.
-CREATE FUNCTION end_requests(p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval)
-RETURNS uuid[]
+-- Ends unfinished requests without a response and notifies the instances that wait for them.
+-- Returns the ids of the requests it ended.
+CREATE FUNCTION end_requests(
+    p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval
+) RETURNS uuid[]
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
@@ -66,7 +78,9 @@ DECLARE
     v_channels text[];
 BEGIN
     WITH locked AS MATERIALIZED (
-        SELECT m.id, m.channel_name, m.channel_args, m.attempts, m.created_at, m.waiter, m.seq IS NOT NULL AS ordered,
+        SELECT
+            m.id, m.channel_name, m.channel_args, m.attempts, m.created_at, m.waiter,
+            m.seq IS NOT NULL AS ordered,
             v_kept AND m.halts AND m.seq IS NOT NULL AS halts
         FROM mq_msgs m WHERE m.id = ANY (p_ids) AND m.state <> 3
         ORDER BY m.id FOR UPDATE
@@ -74,14 +88,15 @@ BEGIN
         DELETE FROM mq_msgs m USING locked l WHERE m.id = ANY (ARRAY[l.id]) AND NOT l.halts
     ), halted AS (
         UPDATE mq_msgs m
-        SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL, supersede_key = NULL
+        SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL,
+            supersede_key = NULL
         FROM locked l WHERE m.id = ANY (ARRAY[l.id]) AND l.halts
     ), dropped AS (
         DELETE FROM mq_payloads p USING locked l WHERE p.id = ANY (ARRAY[l.id]) AND NOT v_kept
     ), stored AS (
         INSERT INTO outcomes (
-            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at,
-            http_status, head, body, error_class, error
+            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+            expires_at, http_status, head, body, error_class, error
         )
         SELECT
             CASE WHEN v_kept THEN -1 ELSE outcome_slot(v_now, p_retention) END,
@@ -94,7 +109,8 @@ BEGIN
         FROM locked l LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[l.id])
     ), to_handle AS (
         INSERT INTO unhandled (id, channel_name)
-        SELECT l.id, l.channel_name FROM locked l JOIN handled_channels h ON h.channel_name = l.channel_name
+        SELECT l.id, l.channel_name
+        FROM locked l JOIN handled_channels h ON h.channel_name = l.channel_name
     )
     SELECT
         coalesce(array_agg(l.id), '{}'), array_agg(l.waiter),
@@ -102,14 +118,16 @@ BEGIN
     INTO v_ended, v_waiters, v_channels
     FROM locked l;
 
-    -- A payload has to be shorter than 8000 bytes: 200 ids are 7400.
-    PERFORM pg_notify('requeuest_' || replace(told.waiter::text, '-', ''), string_agg(told.id::text, ','))
+    -- The payload of a notification must be shorter than 8000 bytes; 200 ids take 7400.
+    PERFORM pg_notify(
+        'requeuest_' || replace(told.waiter::text, '-', ''), string_agg(told.id::text, ',')
+    )
     FROM (
         SELECT w.id, w.waiter, row_number() OVER (PARTITION BY w.waiter) / 200 AS part
         FROM unnest(v_ended, v_waiters) AS w(id, waiter) WHERE w.waiter IS NOT NULL
     ) told
     GROUP BY told.waiter, told.part;
-    -- Others of their ordering keys may go now.
+    -- Later requests with the same ordering keys may be sent now.
     IF v_channels IS NOT NULL THEN
         PERFORM pg_notify('mq_' || c.name, '') FROM unnest(v_channels) AS c(name);
         PERFORM pg_notify('mq', '');
@@ -118,8 +136,8 @@ BEGIN
 END;
 $$;
 
--- Gives up requests whose deadline has passed and that nobody is attempting. One that may have been sent and must not be sent
--- again (state 4) is left to the claim that finds out about it.
+-- Gives up requests whose deadline has passed and that have no attempt under way. A request that
+-- may have been sent and must not be sent again (state 4) is left to the claim that finds this out.
 CREATE FUNCTION expire_requests(p_limit int) RETURNS int
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -140,11 +158,18 @@ BEGIN
 END;
 $$;
 
--- Persists one request, in the caller's transaction: a commit sends it, a rollback never does.
+-- Persists one request in the caller's transaction: a commit sends it, a rollback never does.
 --
--- Verdicts: `inserted`; `attached`, with the id of the request that has the key already; `conflict`, likewise, if that is
--- another request; `busy`, with nothing done, if another transaction has one of the keys and p_wait is not set; `elsewhere`, with
--- nothing done, if unfinished requests of another channel have the ordering key.
+-- Verdicts:
+--
+-- - `inserted`
+-- - `attached`: the key belongs to an earlier request with the same fingerprint, whose id is
+--   returned.
+-- - `conflict`: the key belongs to an earlier request that differs, whose id is returned.
+-- - `busy`: nothing was done, because another transaction has one of the keys and p_wait is not
+--   set.
+-- - `elsewhere`: nothing was done, because another channel has unfinished requests with the
+--   ordering key.
 CREATE FUNCTION enqueue(
     p_id uuid,
     p_channel text,
@@ -157,7 +182,7 @@ CREATE FUNCTION enqueue(
     p_head text,
     p_body bytea,
     p_waiter uuid,
-    -- 0, or the state of a row that is inserted claimed, with this lease.
+    -- 0, or the state of a row that is inserted already claimed, with this lease.
     p_state smallint,
     p_lease interval,
     p_key text,
@@ -166,7 +191,8 @@ CREATE FUNCTION enqueue(
     p_retention interval,
     p_notify boolean,
     p_wait boolean,
-    -- After a commit whose outcome is unknown: a row that is there, or has already ended, is left alone.
+    -- Set after a commit whose outcome is unknown. A request that is in the queue or has already
+    -- ended is then left alone.
     p_again boolean
 ) RETURNS TABLE (verdict text, request_id uuid)
 LANGUAGE plpgsql
@@ -178,7 +204,8 @@ DECLARE
     v_seq bigint;
     v_now timestamptz;
 BEGIN
-    -- All locks first, always in this order: a later one that is not to be had must leave nothing done.
+    -- Take all locks first, always in this order: if a later lock is not available, nothing may
+    -- have been done yet.
     IF p_key IS NOT NULL AND NOT lock_key('key', p_channel, p_key, p_wait)
         OR p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait)
         OR p_ordered AND NOT lock_order(p_channel, p_group, p_wait)
@@ -186,9 +213,11 @@ BEGIN
         RETURN QUERY SELECT 'busy', NULL::uuid;
         RETURN;
     END IF;
-    -- From here on in later statements than the locks were taken in: one and the same could be older than the wait.
+    -- From here on, all reads are in later statements than the locks. The snapshot of a single
+    -- statement that did both could be older than the wait for the lock.
     IF p_again AND (
-        EXISTS (SELECT FROM mq_payloads p WHERE p.id = p_id) OR EXISTS (SELECT FROM outcomes o WHERE o.id = p_id)
+        EXISTS (SELECT FROM mq_payloads p WHERE p.id = p_id)
+        OR EXISTS (SELECT FROM outcomes o WHERE o.id = p_id)
     ) THEN
         RETURN QUERY SELECT 'inserted', p_id;
         RETURN;
@@ -197,13 +226,15 @@ BEGIN
         SELECT k.id, k.fingerprint = p_fingerprint AS same INTO v_first
         FROM request_keys k
         WHERE k.channel_name = p_channel AND k.key = p_key
-            -- In one statement, or a request that ends in between would look forgotten.
+            -- Both lookups are in one statement: a request that ends between two statements would
+            -- look as if it had never existed.
             AND (
                 EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
                 OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0)
             );
         IF FOUND THEN
-            RETURN QUERY SELECT CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id;
+            RETURN QUERY SELECT
+                CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id;
             RETURN;
         END IF;
     END IF;
@@ -212,19 +243,23 @@ BEGIN
         RETURN;
     END IF;
     IF p_key IS NOT NULL THEN
-        INSERT INTO request_keys AS k (channel_name, key, id, fingerprint) VALUES (p_channel, p_key, p_id, p_fingerprint)
-        ON CONFLICT (channel_name, key)
-            DO UPDATE SET id = excluded.id, fingerprint = excluded.fingerprint, created_at = excluded.created_at;
+        INSERT INTO request_keys AS k (channel_name, key, id, fingerprint)
+        VALUES (p_channel, p_key, p_id, p_fingerprint)
+        ON CONFLICT (channel_name, key) DO UPDATE
+        SET id = excluded.id, fingerprint = excluded.fingerprint, created_at = excluded.created_at;
     END IF;
     IF p_supersede IS NOT NULL THEN
-        -- One that a runner is claiming right now is being sent.
+        -- Skips a row that a runner is claiming right now, because that request is being sent.
         SELECT array_agg(older.id) INTO v_older FROM (
             SELECT m.id FROM mq_msgs m
-            WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede AND m.attempts = 0 AND m.state <= 0
+            WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede
+                AND m.attempts = 0 AND m.state <= 0
             FOR UPDATE SKIP LOCKED
         ) older;
         IF v_older IS NOT NULL THEN
-            PERFORM end_requests(v_older, 'cancelled', 'superseded', 'a newer request took its place', p_retention);
+            PERFORM end_requests(
+                v_older, 'cancelled', 'superseded', 'a newer request took its place', p_retention
+            );
         END IF;
     END IF;
     IF p_ordered THEN
@@ -233,11 +268,13 @@ BEGIN
     INSERT INTO mq_payloads (id, name, head, body) VALUES (p_id, p_name, p_head, p_body);
     v_now := clock_timestamp();
     INSERT INTO mq_msgs (
-        id, channel_name, channel_args, attempt_at, seq, waiter, claim_no, attempts, state, deadline, supersede_key, halts
+        id, channel_name, channel_args, attempt_at, seq, waiter, claim_no, attempts, state,
+        deadline, supersede_key, halts
     )
     VALUES (
-        p_id, p_channel, p_group, v_now + CASE WHEN p_state = 0 THEN p_delay ELSE p_lease END, v_seq, p_waiter,
-        (p_state > 0)::int, (p_state > 0)::int, p_state, v_now + p_deadline, p_supersede, p_halts
+        p_id, p_channel, p_group, v_now + CASE WHEN p_state = 0 THEN p_delay ELSE p_lease END,
+        v_seq, p_waiter, (p_state > 0)::int, (p_state > 0)::int, p_state,
+        v_now + p_deadline, p_supersede, p_halts
     );
     IF p_notify THEN
         PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
@@ -246,8 +283,9 @@ BEGIN
 END;
 $$;
 
--- Persists many requests without a key of the caller's, in the caller's transaction and in their order. Returns NULL, or the id of one
--- whose ordering key unfinished requests of another channel have: then nothing was done.
+-- Persists many requests that have no caller's key, in the caller's transaction and in their order.
+-- Returns NULL on success. If another channel has unfinished requests with the ordering key of one
+-- of them, does nothing and returns the id of that one.
 CREATE FUNCTION enqueue_many(
     p_ids uuid[],
     p_channels text[],
@@ -263,7 +301,7 @@ CREATE FUNCTION enqueue_many(
 ) RETURNS uuid
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
--- A plan for this call's arrays is not worth its time.
+-- A plan made for one call's arrays is not worth the time it takes.
 SET plan_cache_mode = force_generic_plan
 AS $$
 DECLARE
@@ -271,7 +309,8 @@ DECLARE
     v_now timestamptz;
 BEGIN
     IF true = ANY (p_ordered) THEN
-        -- Sorted, so that two of these don't deadlock; and before the statement that takes the numbers.
+        -- The keys are locked in sorted order, so that two such calls don't deadlock, and before
+        -- the statement that takes the sequence numbers.
         PERFORM lock_order(k.channel, k.key_group, true)
         FROM (
             SELECT DISTINCT i.channel, i.key_group
@@ -282,7 +321,8 @@ BEGIN
         FROM unnest(p_ids, p_channels, p_groups, p_ordered) AS i(id, channel, key_group, ordered)
         WHERE i.ordered AND (
             is_ordered_elsewhere(i.channel, i.key_group) OR EXISTS (
-                SELECT FROM unnest(p_channels, p_groups, p_ordered) AS o(channel, key_group, ordered)
+                SELECT
+                FROM unnest(p_channels, p_groups, p_ordered) AS o(channel, key_group, ordered)
                 WHERE o.ordered AND o.key_group = i.key_group AND o.channel <> i.channel
                     AND substr(i.key_group, 5, 3) = '|o|'
             )
@@ -295,28 +335,32 @@ BEGIN
     v_now := clock_timestamp();
     INSERT INTO mq_payloads (id, name, head, body)
     SELECT i.id, p_name, i.head, i.body FROM unnest(p_ids, p_heads, p_bodies) AS i(id, head, body);
-    INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, created_at, seq, deadline, halts)
+    INSERT INTO mq_msgs (
+        id, channel_name, channel_args, attempt_at, created_at, seq, deadline, halts
+    )
     SELECT
         i.id, i.channel, i.key_group, v_now + i.delay_ms * interval '1 millisecond', v_now,
-        -- Unnested rows come in their order.
+        -- unnest returns rows in the order of the arrays.
         CASE WHEN i.ordered THEN nextval('mq_seq') END,
         v_now + i.deadline_ms * interval '1 millisecond', i.halts
     FROM unnest(p_ids, p_channels, p_groups, p_ordered, p_halts, p_delays_ms, p_deadlines_ms)
         AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms);
     IF p_notify THEN
-        PERFORM tell_runners(told.channel) FROM (SELECT DISTINCT i.channel FROM unnest(p_channels) AS i(channel)) told;
+        PERFORM tell_runners(told.channel)
+        FROM (SELECT DISTINCT i.channel FROM unnest(p_channels) AS i(channel)) told;
     END IF;
     RETURN NULL;
 END;
 $$;
 
--- Cancels an unfinished request. Returns `cancelled`, or `ended` if it had ended already, or NULL if there is none.
+-- Cancels an unfinished request. Returns `cancelled`; `ended` if the request had already ended;
+-- NULL if there is no such request.
 CREATE FUNCTION cancel_request(p_id uuid, p_retention interval) RETURNS text
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    -- Waits for a settle that is about to end it.
+    -- Waits for a settle that is about to end the request.
     IF cardinality(end_requests(ARRAY[p_id], 'cancelled', NULL, NULL, p_retention)) > 0 THEN
         RETURN 'cancelled';
     END IF;
@@ -327,27 +371,31 @@ BEGIN
 END;
 $$;
 
--- Cancels up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) and lets go of their halted
--- ordering keys. Returns those that it ended.
-CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int) RETURNS uuid[]
+-- Cancels up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) and
+-- releases their halted ordering keys. Returns the ids of the requests it ended.
+CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int)
+RETURNS uuid[]
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_ids uuid[];
 BEGIN
-    DELETE FROM mq_msgs m WHERE m.state = 3 AND (channel_names IS NULL OR m.channel_name = ANY (channel_names));
+    DELETE FROM mq_msgs m
+    WHERE m.state = 3 AND (channel_names IS NULL OR m.channel_name = ANY (channel_names));
     IF channel_names IS NULL THEN
         SELECT array_agg(found.id) INTO v_ids FROM (
             SELECT m.id FROM mq_msgs m ORDER BY m.id LIMIT p_limit FOR UPDATE
         ) found;
     ELSE
-        -- By the indexes of those that wait and of those that somebody has.
+        -- Uses the indexes of waiting rows and of owned rows.
         SELECT array_agg(locked.id) INTO v_ids FROM (
             SELECT m.id FROM (
-                SELECT w.id FROM mq_msgs w WHERE w.channel_name = ANY (channel_names) AND w.state = 0
+                SELECT w.id FROM mq_msgs w
+                WHERE w.channel_name = ANY (channel_names) AND w.state = 0
                 UNION ALL
-                SELECT l.id FROM mq_msgs l WHERE l.channel_name = ANY (channel_names) AND l.state IN (1, 2, 4)
+                SELECT l.id FROM mq_msgs l
+                WHERE l.channel_name = ANY (channel_names) AND l.state IN (1, 2, 4)
                 LIMIT p_limit
             ) found JOIN mq_msgs m ON m.id = ANY (ARRAY[found.id])
             ORDER BY found.id FOR UPDATE OF m
@@ -357,7 +405,7 @@ BEGIN
 END;
 $$;
 
--- sqlxmq's entry points that insert and clear, for tools that speak its language.
+-- sqlxmq's entry points that insert and clear, for tools that call its functions.
 
 CREATE TYPE mq_new_t AS (
     id uuid,
@@ -382,11 +430,13 @@ DECLARE
 BEGIN
     FOREACH m IN ARRAY new_messages LOOP
         PERFORM FROM enqueue(
-            m.id, m.channel_name, m.channel_args, coalesce(m.ordered, false), false, coalesce(m.delay, '0'), NULL,
-            m.name, m.payload_json, m.payload_bytes, NULL, 0::smallint, NULL, NULL, NULL, NULL, NULL, true, true, false
+            m.id, m.channel_name, m.channel_args, coalesce(m.ordered, false), false,
+            coalesce(m.delay, '0'), NULL, m.name, m.payload_json, m.payload_bytes, NULL,
+            0::smallint, NULL, NULL, NULL, NULL, NULL, true, true, false
         ) AS e WHERE e.verdict = 'elsewhere';
         IF FOUND THEN
-            RAISE EXCEPTION 'unfinished requests of another channel have the ordering key' USING ERRCODE = 'object_in_use';
+            RAISE EXCEPTION 'unfinished requests of another channel have the ordering key'
+                USING ERRCODE = 'object_in_use';
         END IF;
     END LOOP;
 END;

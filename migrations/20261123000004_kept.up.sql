@@ -1,27 +1,30 @@
--- What is done with requests that ended without success: they are listed, sent anew, resolved, asked about, forgotten.
+-- Dead letters, that is, requests that ended as discarded or ambiguous: listing, replay,
+-- resolution, reconciliation and purging.
 --
--- Each of these changes locks the outcome first, then the row that holds up an ordering key, then the payload.
+-- Each change of a dead letter locks the outcome first, then the row that holds up an ordering key,
+-- then the payload.
 
 ALTER TABLE outcomes
-    -- The request that was made of it.
+    -- The request that a replay made from this one.
     ADD COLUMN replayed_as uuid,
-    -- When the other side may be asked about it again; while it is asked, the end of a lease.
+    -- When the receiver may be asked about the request again; while it is being asked, the end of a
+    -- lease.
     ADD COLUMN reconcile_at timestamptz,
-    -- How often the other side was asked.
+    -- How often the receiver was asked.
     ADD COLUMN reconciles int NOT NULL DEFAULT 0;
 CREATE INDEX outcomes_kept_reconcile ON outcomes_kept (reconcile_at) WHERE status = 'ambiguous';
 
 ALTER TABLE mq_payloads
-    -- How often it went back into the queue after it had ended.
+    -- How often the request went back into the queue after it had ended.
     ADD COLUMN returns int NOT NULL DEFAULT 0,
-    -- It held up its ordering key, which was let go.
+    -- The request held up its ordering key, and the key was released.
     ADD COLUMN halts boolean NOT NULL DEFAULT false;
 
--- What holds up an ordering key.
+-- Halted requests, which hold up an ordering key.
 CREATE INDEX mq_msgs_halted ON mq_msgs (channel_name, channel_args, seq) WHERE state = 3;
 
--- Scheme, host and port of a stored request, without its credentials. NULL for a head that can't be read, which must not keep
--- the others from being listed.
+-- Scheme, host and port of a stored request, without its credentials. NULL for a head that can't be
+-- read, so that such a request doesn't keep the others from being listed.
 CREATE FUNCTION request_destination(p_head text) RETURNS text
 LANGUAGE sql
 IMMUTABLE
@@ -36,7 +39,8 @@ AS $$
     ) AS u(url);
 $$;
 
--- Locks an ordering key for a request that is to come back to it. Returns why it can't, as replay_request does, or NULL.
+-- Locks an ordering key for a request that is about to return to it. Returns NULL, or the reason
+-- why the request can't return, in the terms of replay_request.
 CREATE FUNCTION refuses_order(p_channel text, p_group text) RETURNS text
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -52,8 +56,13 @@ BEGIN
 END;
 $$;
 
--- Makes a new request of a kept one. Returns `replayed`; `gone` if there is nothing left to be sent; `busy`, with nothing done, if a
--- transaction has its ordering key; `elsewhere`, likewise, if another channel has it; NULL if it is not kept.
+-- Makes a new request from a dead letter. Returns:
+--
+-- - `replayed`
+-- - `gone`: its payload no longer exists.
+-- - `busy`: nothing was done, because another transaction has its ordering key.
+-- - `elsewhere`: nothing was done, because another channel has its ordering key.
+-- - NULL: it isn't a dead letter.
 CREATE FUNCTION replay_request(p_id uuid, p_new uuid, p_retention interval) RETURNS text
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -69,7 +78,7 @@ DECLARE
 BEGIN
     SELECT * INTO v_kept FROM outcomes o WHERE o.id = p_id AND o.slot = -1 FOR UPDATE;
     IF NOT FOUND THEN
-        -- Asked again after a commit whose outcome is unknown.
+        -- A second call, after a commit whose outcome is unknown.
         IF EXISTS (SELECT FROM outcomes o WHERE o.id = p_id AND o.replayed_as = p_new) THEN
             RETURN 'replayed';
         END IF;
@@ -93,17 +102,21 @@ BEGIN
     END IF;
     IF v_in_place THEN
         UPDATE mq_msgs m
-        SET id = p_new, attempt_at = v_now, created_at = v_now, waiter = NULL, claim_no = 0, attempts = 0, state = 0
+        SET id = p_new, attempt_at = v_now, created_at = v_now, waiter = NULL, claim_no = 0,
+            attempts = 0, state = 0
         WHERE m.id = p_id;
     ELSE
         IF v_ordered THEN
             v_seq := nextval('mq_seq');
         END IF;
         INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, halts)
-        VALUES (p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq, v_ordered AND v_halts);
+        VALUES (
+            p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq, v_ordered AND v_halts
+        );
     END IF;
     UPDATE request_keys k SET id = p_new WHERE k.id = p_id;
-    -- Not an update: who waits for the lock of a row that moves to another partition gets an error.
+    -- Not an UPDATE: a session that waits for the lock of a row gets an error if the row moves to
+    -- another partition.
     DELETE FROM outcomes o WHERE o.id = p_id AND o.slot = -1;
     v_kept.slot := outcome_slot(v_now, p_retention);
     v_kept.expires_at := v_now + p_retention;
@@ -114,9 +127,13 @@ BEGIN
 END;
 $$;
 
--- Says of an ambiguous request whether it was sent. With p_finished only if it is still the end that was asked about.
--- Returns as replay_request does, with `resolved`, and with `busy` also while its end is being handled.
-CREATE FUNCTION resolve_request(p_id uuid, p_sent boolean, p_finished timestamptz, p_retention interval) RETURNS text
+-- Records whether an ambiguous request was sent. If p_finished is given, the call only applies
+-- while the outcome still has this finished_at, that is, while it is the outcome that the receiver
+-- was asked about. Returns `resolved`, or the same as replay_request; also `busy` while the outcome
+-- is being handed over.
+CREATE FUNCTION resolve_request(
+    p_id uuid, p_sent boolean, p_finished timestamptz, p_retention interval
+) RETURNS text
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
@@ -141,7 +158,7 @@ BEGIN
     BEGIN
         PERFORM FROM unhandled u WHERE u.id = p_id FOR UPDATE NOWAIT;
     EXCEPTION WHEN lock_not_available THEN
-        -- Its first end is being handled, for as long as that takes.
+        -- The first outcome is being handed over. The lock lasts as long as that takes.
         RETURN 'busy';
     END;
     PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 3 FOR UPDATE;
@@ -161,9 +178,10 @@ BEGIN
         v_kept.error_class := 'response_unknown';
         v_kept.error := 'it was sent, and its response is not known';
         INSERT INTO outcomes SELECT v_kept.*;
-        -- Handled anew: it has ended otherwise.
+        -- The outcome changed, so it is handed over again.
         INSERT INTO unhandled AS u (id, channel_name)
-        SELECT p_id, h.channel_name FROM handled_channels h WHERE h.channel_name = v_kept.channel_name
+        SELECT p_id, h.channel_name FROM handled_channels h
+        WHERE h.channel_name = v_kept.channel_name
         ON CONFLICT (id) DO UPDATE SET due_at = excluded.due_at, failures = 0, error = NULL;
         IF v_in_place THEN
             PERFORM tell_runners(v_kept.channel_name);
@@ -181,24 +199,30 @@ BEGIN
         IF NOT FOUND THEN
             RETURN 'gone';
         END IF;
-        -- The attempt that did not arrive is not counted: a policy of one attempt has to allow the next.
+        -- The attempt that did not arrive is not counted, so that a policy of one attempt allows
+        -- the next.
         v_attempts := greatest(v_kept.attempts - 1, 0);
         IF v_in_place THEN
             UPDATE mq_msgs m
-            SET attempt_at = v_now, waiter = NULL, claim_no = m.claim_no + 1, attempts = v_attempts, state = 0
+            SET attempt_at = v_now, waiter = NULL, claim_no = m.claim_no + 1, attempts = v_attempts,
+                state = 0
             WHERE m.id = p_id;
         ELSE
             IF v_ordered THEN
                 v_seq := nextval('mq_seq');
             END IF;
-            INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, created_at, seq, claim_no, attempts, halts)
+            INSERT INTO mq_msgs (
+                id, channel_name, channel_args, attempt_at, created_at, seq, claim_no, attempts,
+                halts
+            )
             VALUES (
                 p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_kept.created_at, v_seq,
-                -- Beyond all that it had, for a claim of then must not be taken for one of now.
+                -- Higher than any claim_no the request had before, so that an old claim is never
+                -- taken for a current one.
                 least(v_returns, 2000) * 1000000, v_attempts, v_ordered AND v_halts
             );
         END IF;
-        -- It has not ended after all.
+        -- The request has not ended after all.
         DELETE FROM unhandled u WHERE u.id = p_id;
         DELETE FROM outcomes o WHERE o.id = p_id AND o.slot = -1;
         PERFORM tell_runners(v_kept.channel_name);
@@ -208,7 +232,8 @@ BEGIN
 END;
 $$;
 
--- Forgets kept requests, and lets go of the ordering keys that they hold up. Returns how many.
+-- Deletes dead letters and releases the ordering keys that they hold up. Returns the number of dead
+-- letters it deleted.
 CREATE FUNCTION purge_requests(p_ids uuid[]) RETURNS bigint
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -217,7 +242,8 @@ DECLARE
     v_ids uuid[];
 BEGIN
     SELECT array_agg(kept.id) INTO v_ids FROM (
-        SELECT o.id FROM outcomes o WHERE o.slot = -1 AND o.id = ANY (p_ids) ORDER BY o.id FOR UPDATE
+        SELECT o.id FROM outcomes o
+        WHERE o.slot = -1 AND o.id = ANY (p_ids) ORDER BY o.id FOR UPDATE
     ) kept;
     PERFORM tell_runners(let_go.channel_name) FROM (
         SELECT DISTINCT m.channel_name FROM mq_msgs m WHERE m.id = ANY (v_ids) AND m.state = 3
@@ -231,7 +257,8 @@ BEGIN
 END;
 $$;
 
--- Lets an ordering key go on past the first request that holds it up. Returns false if none does.
+-- Releases an ordering key from the first request that holds it up. Returns false if no request
+-- does.
 CREATE FUNCTION resume_key(p_channel text, p_group text) RETURNS boolean
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -246,7 +273,7 @@ BEGIN
         RETURN false;
     END IF;
     DELETE FROM mq_msgs m WHERE m.id = v_id;
-    -- For a replay of it, which asks for the same.
+    -- Kept for a replay: the new request holds up the key again if it ends without success.
     UPDATE mq_payloads p SET halts = true WHERE p.id = v_id;
     PERFORM tell_runners(p_channel);
     RETURN true;
