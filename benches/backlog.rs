@@ -1,8 +1,9 @@
-//! What a backlog costs: a poll, an insert and a delivery, while many others wait.
+//! What a backlog costs: polls and inserts while many other requests wait.
 //!
-//! `cargo bench --bench backlog -- --rows 1000000`; with `--only`, `polls`, `inserts` or `pinned`.
+//! `cargo bench --bench backlog -- --rows 1000000`; `--only` takes `polls`, `inserts` or `pinned`.
 //!
-//! Each poll claims 256 requests. Its time is compared with that among a thousand ready ones, in the same run.
+//! Each poll asks for 256 requests. Its time is compared with the time of a poll among a thousand
+//! ready requests in the same run.
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
@@ -35,14 +36,14 @@ async fn main() -> Result<(), AnyError> {
     run(rows, only.as_deref()).await
 }
 
-/// Requests as they wait in the queue.
+/// Requests that wait in the queue.
 struct Backlog {
     name: &'static str,
     rows: i64,
     groups: i64,
     /// When they are due, as an SQL interval from now.
     due: &'static str,
-    /// How many of them a poll may find.
+    /// How many of the requests are ready to be claimed.
     ready: i64,
 }
 
@@ -86,7 +87,7 @@ async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
     ] {
         polls(&postgres, &backlog, Some(base)).await?;
     }
-    hidden(
+    one_ready(
         &postgres,
         &backlog("delayed, one of them ready", 20_000, delayed),
     )
@@ -96,22 +97,27 @@ async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
 async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, AnyError> {
     let database = postgres.database().await?;
     requeuest::migrate(database.pool()).await?;
-    // What the others are copies of.
+    // The row that all others are copies of.
     let durable = Durable::builder(database.pool().clone())
         .runner(false)
         .build()?;
     durable.fire(request()?).await?;
     durable.shutdown(Duration::from_secs(5)).await?;
     let fill = format!(
-        // Ids that rise, as the crate's do.
+        // Ids rise, like those of the crate.
         "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
          SELECT
             lpad(to_hex(n), 32, '0')::uuid, 'c',
-            lpad(to_hex((n % {groups} * 7919) % 65536), 4, '0') || '|d|http://' || n % {groups} || ':80', now() + {due}
+            lpad(to_hex((n % {groups} * 7919) % 65536), 4, '0')
+                || '|d|http://' || n % {groups} || ':80',
+            now() + {due}
          FROM generate_series(1, {rows}) AS n;
          INSERT INTO requeuest.mq_payloads (id, name, head, body)
-         SELECT m.id, p.name, p.head, p.body FROM requeuest.mq_msgs m, requeuest.mq_payloads p WHERE m.id <> p.id;
-         SELECT requeuest.mq_delete(ARRAY(SELECT id FROM requeuest.mq_msgs WHERE channel_name <> 'c'));",
+         SELECT m.id, p.name, p.head, p.body
+         FROM requeuest.mq_msgs m, requeuest.mq_payloads p WHERE m.id <> p.id;
+         SELECT requeuest.mq_delete(
+            ARRAY(SELECT id FROM requeuest.mq_msgs WHERE channel_name <> 'c')
+         );",
         due = backlog.due,
         groups = backlog.groups,
         rows = backlog.rows,
@@ -123,7 +129,8 @@ async fn filled(postgres: &Postgres, backlog: &Backlog) -> Result<TestDatabase, 
     Ok(database)
 }
 
-/// Few are ready, and before them were many whose rows an old snapshot keeps from being vacuumed.
+/// Few requests are ready. The deleted rows of many earlier ones can't be vacuumed, because an old
+/// snapshot pins them.
 async fn pinned(
     postgres: &Postgres,
     few: &Backlog,
@@ -140,7 +147,8 @@ async fn pinned(
     }
     sqlx::raw_sql(&format!(
         "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
-         SELECT gen_random_uuid(), 'c', '0000|d|http://gone:80', now() - interval '1 hour' FROM generate_series(1, {dead});
+         SELECT gen_random_uuid(), 'c', '0000|d|http://gone:80', now() - interval '1 hour'
+         FROM generate_series(1, {dead});
          DELETE FROM requeuest.mq_msgs WHERE channel_args = '0000|d|http://gone:80';"
     ))
     .execute(database.pool())
@@ -175,14 +183,19 @@ async fn timed(
     for _ in 0..POLLS {
         let (claimed, took) = poll(&mut connection, CHANNEL).await?;
         if claimed != left.min(i64::from(BATCH)) {
-            return Err(format!("{claimed} of {left} were claimed").into());
+            return Err(
+                format!("a poll claimed {claimed} requests while {left} were ready").into(),
+            );
         }
         left -= claimed;
-        // Of few, the same ones again.
+        // With few requests, makes those already claimed ready again.
         if left < i64::from(BATCH) && backlog.ready > 0 {
-            sqlx::query("UPDATE mq_msgs SET state = 0, attempt_at = now() - interval '1 second' WHERE state = 1")
-                .execute(&mut connection)
-                .await?;
+            sqlx::query(
+                "UPDATE mq_msgs SET state = 0, attempt_at = now() - interval '1 second'
+                 WHERE state = 1",
+            )
+            .execute(&mut connection)
+            .await?;
             left = backlog.ready;
         }
         times.push(took);
@@ -194,22 +207,23 @@ async fn timed(
     Ok(median)
 }
 
-/// The one that is ready is found by the next poll.
-async fn hidden(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError> {
+/// One of many delayed requests becomes ready, and the next poll must find it.
+async fn one_ready(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError> {
     let database = filled(postgres, backlog).await?;
     let mut connection = session(&database).await?;
     let mut times = Vec::new();
     for _ in 0..POLLS {
         sqlx::query(
             "UPDATE mq_msgs SET attempt_at = now() WHERE id = (
-                SELECT id FROM mq_msgs WHERE state = 0 AND channel_name = 'c' ORDER BY attempt_at DESC LIMIT 1
+                SELECT id FROM mq_msgs WHERE state = 0 AND channel_name = 'c'
+                ORDER BY attempt_at DESC LIMIT 1
             )",
         )
         .execute(&mut connection)
         .await?;
         let (claimed, took) = poll(&mut connection, CHANNEL).await?;
         if claimed != 1 {
-            return Err(format!("the next poll found {claimed}").into());
+            return Err(format!("the next poll claimed {claimed} requests instead of one").into());
         }
         times.push(took);
     }
@@ -218,7 +232,7 @@ async fn hidden(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError> 
     Ok(())
 }
 
-/// How fast requests are persisted beside the others.
+/// The rate of `fire` beside the backlog, and beside none.
 async fn inserts(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError> {
     let empty = Backlog {
         rows: 0,
@@ -229,7 +243,7 @@ async fn inserts(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError>
         filled(postgres, backlog).await?,
     );
     let mut rates = [Vec::new(), Vec::new()];
-    // In turn, as the machine is never the same for long.
+    // Alternates, because the speed of the machine varies over time.
     for _ in 0..3 {
         for (database, rates) in [&empty, &full].into_iter().zip(&mut rates) {
             rates.push(insert_rate(database.pool()).await?);
@@ -250,7 +264,7 @@ async fn inserts(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyError>
 async fn insert_rate(pool: &PgPool) -> Result<f64, AnyError> {
     const CALLERS: usize = 64;
     const EACH: usize = 150;
-    // Persisted and not delivered: what is measured is the insert.
+    // No runner, so that only the insert is measured.
     let durable = Durable::builder(pool.clone()).runner(false).build()?;
     durable.status(requeuest::Uuid::nil().into()).await?;
     let began = Instant::now();

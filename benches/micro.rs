@@ -1,9 +1,11 @@
-//! What a call costs this process, in time and in allocations: without a network, and without waiting for a disk.
+//! What a call costs this process in time and allocations, without a network and without waiting
+//! for a disk.
 //!
 //! `cargo bench --bench micro`
 //!
-//! Everything runs on the thread that is measured: the lanes, the attempts, the driver of Postgres. The client that sends is a function that
-//! answers at once. Postgres itself runs without `fsync`; its own time shows in the times of the durable calls, not in their allocations.
+//! Everything runs on the measured thread: the lanes, the attempts and the Postgres driver. The
+//! transport is a function that answers at once. Postgres runs without `fsync`. The time that
+//! Postgres takes is part of the times of the durable calls, but not of their allocations.
 
 use std::convert::Infallible;
 use std::future::{Ready, ready};
@@ -39,7 +41,7 @@ fn answer<B>(_: http::Request<B>) -> Answer {
     ready(Ok(http::Response::new(Body::from("ok"))))
 }
 
-/// The request as the crate keeps it.
+/// Conversion of a request into the crate's own type.
 #[divan::bench]
 fn intake(bencher: Bencher<'_, '_>) {
     bencher
@@ -50,7 +52,7 @@ fn intake(bencher: Bencher<'_, '_>) {
 struct Fixture {
     runtime: Runtime,
     durable: Durable,
-    // Goes last: the handle's connections are to it.
+    // Declared last, so that the handle is dropped before its database.
     _database: TestDatabase,
 }
 
@@ -67,7 +69,7 @@ fn fixture() -> Fixture {
             .transport(service_fn(answer::<Body>))
             .build()
             .expect("a handle");
-        // Connections are made and statements prepared.
+        // Opens the connections and prepares the statements.
         for _ in 0..10 {
             durable.await_response(request()).await.expect("an answer");
         }
@@ -80,7 +82,7 @@ fn fixture() -> Fixture {
     }
 }
 
-/// One after another: each has its statements for itself.
+/// One call after another: no call shares its statements.
 #[divan::bench(sample_count = 200)]
 fn await_response_alone(bencher: Bencher<'_, '_>) {
     let fixture = fixture();
@@ -92,7 +94,7 @@ fn await_response_alone(bencher: Bencher<'_, '_>) {
 
 const TOGETHER: usize = 64;
 
-/// Many at once, which share their statements. The counts are those of all of them.
+/// Many concurrent calls, which share statements. The counts are totals of all calls.
 #[divan::bench(sample_count = 200)]
 fn await_response_64_together(bencher: Bencher<'_, '_>) {
     let fixture = fixture();
@@ -109,7 +111,8 @@ fn await_response_64_together(bencher: Bencher<'_, '_>) {
         });
 }
 
-/// What a request costs that passes through a layer untouched, beside the same without the layer.
+/// The cost of a request that passes through a layer untouched, and of the same request without the
+/// layer.
 #[divan::bench(args = [false, true])]
 fn pass_through(bencher: Bencher<'_, '_>, layered: bool) {
     let runtime = tokio::runtime::Builder::new_current_thread()

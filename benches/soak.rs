@@ -1,13 +1,18 @@
-//! A constant rate for long: whether anything drifts, grows or is lost.
+//! A constant rate for a long time: does anything drift, grow or get lost?
 //!
-//! `cargo bench --bench soak -- --minutes 30 --interval 60 --retention 300 --json figures.json`; with `--rate`, so many requests a second,
-//! else `--share` (0.7) of what `--callers` (64) reach in the first `--probe` (20) seconds; with `--set name=value` another server. All
-//! times but `--minutes` are in seconds.
+//! `cargo bench --bench soak -- --minutes 30 --interval 60 --retention 300 --json figures.json`
 //!
-//! Requests start when the clock says so, however long those before them take, and the latency of each counts from the moment at which
-//! it was to start: a moment of standstill is seen by all requests that it holds up. The retention is short, so that pruning has its part in
-//! it, and the outcomes grow until it has passed by a third, as they are pruned by slots. Each request must be answered once: any other count, or
-//! an error, fails the run.
+//! - `--rate`: requests per second. Without it, the rate is `--share` (0.7) of what `--callers`
+//!   (64) reach in the first `--probe` (20) seconds.
+//! - `--set name=value`: a setting of the Postgres server.
+//!
+//! All times except `--minutes` are in seconds.
+//!
+//! Requests start when the clock says so, however long earlier requests take, and each latency
+//! counts from the planned start. So a stall shows in all requests that it holds up. The retention
+//! is short, so that the run includes pruning. Outcomes are pruned by slots, so they grow until a
+//! third more than the retention has passed. Each request must be answered once: any other count,
+//! or an error, fails the run.
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
@@ -30,7 +35,7 @@ use common::report::{Report, micros};
 use common::server::Setting;
 use common::{AnyError, arguments, memory, request, server};
 
-/// How often the clock is looked at for requests that are to start.
+/// How often the run looks for requests that are due to start.
 const TICK: Duration = Duration::from_millis(1);
 
 #[tokio::main]
@@ -38,12 +43,12 @@ async fn main() -> Result<(), AnyError> {
     run(&Arguments::parse()?).await
 }
 
-/// What was asked for.
+/// Command-line arguments.
 struct Arguments {
     minutes: f64,
     interval: Duration,
     retention: Duration,
-    /// Requests a second.
+    /// Requests per second.
     rate: Option<f64>,
     share: f64,
     callers: usize,
@@ -87,7 +92,7 @@ impl Arguments {
         Ok(parsed)
     }
 
-    /// How many intervals there are.
+    /// The number of intervals in the run.
     fn intervals(&self) -> usize {
         (self.minutes * 60.0 / self.interval.as_secs_f64()).ceil() as usize
     }
@@ -135,7 +140,7 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
 
     let times = Times::default();
     let count = (rate * arguments.interval.as_secs_f64() * arguments.intervals() as f64) as usize;
-    // A task of its own: what is looked up for a row must hold up no call.
+    // A separate task, so that the queries for a row hold up no call.
     let calls = tokio::spawn(paced(caller, rate, count, times.clone()));
     let (rows, ()) = tokio::try_join!(watch(pool, arguments, &times), async { calls.await? })?;
     made += count;
@@ -152,7 +157,7 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
     Ok(())
 }
 
-/// What it takes to make a call.
+/// Everything that a call needs.
 #[derive(Clone)]
 struct Caller {
     durable: Durable,
@@ -171,7 +176,7 @@ impl Caller {
     }
 }
 
-/// How long the calls took that have ended since they were last taken.
+/// Latencies of the calls that have ended since the last `take`.
 #[derive(Clone, Default)]
 struct Times(Arc<Mutex<Vec<Duration>>>);
 
@@ -181,7 +186,8 @@ impl Times {
         times.push(time);
     }
 
-    /// Into a buffer whose memory goes on to be used for the next ones: what this program keeps for itself must not look like growth.
+    /// Swaps the latencies with a buffer whose memory is reused, so that the memory of this bench
+    /// itself doesn't look like growth.
     fn take(&self, taken: &mut Vec<Duration>) {
         taken.clear();
         let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -189,7 +195,7 @@ impl Times {
     }
 }
 
-/// Starts each call when its time has come, whatever has become of those before.
+/// Starts each call at its planned time, whether or not earlier calls have ended.
 async fn paced(caller: Caller, rate: f64, count: usize, times: Times) -> Result<(), AnyError> {
     let mut running = JoinSet::new();
     let mut ticks = tokio::time::interval(TICK);
@@ -220,17 +226,17 @@ async fn paced(caller: Caller, rate: f64, count: usize, times: Times) -> Result<
     Ok(())
 }
 
-/// What is seen at the end of an interval.
+/// Figures at the end of an interval.
 struct Row {
-    /// Since the start.
+    /// Seconds since the start.
     seconds: f64,
-    /// Calls that ended, a second.
+    /// Calls that ended, per second.
     rate: f64,
     p50: Duration,
     p95: Duration,
     p99: Duration,
     sizes: Sizes,
-    /// Resident, in MiB.
+    /// Resident memory, in MiB.
     memory: Option<u64>,
 }
 
@@ -242,21 +248,26 @@ struct Sizes {
     payloads: i64,
     payloads_indexes: i64,
     outcomes: i64,
-    /// Rows of the queue that no vacuum has removed yet, as the statistics have it.
+    /// Rows of the queue that no vacuum has removed yet, according to the statistics.
     dead: i64,
 }
 
 const SIZES: &str = "
     SELECT
-        pg_table_size('requeuest.mq_msgs') AS queue, pg_indexes_size('requeuest.mq_msgs') AS queue_indexes,
-        pg_table_size('requeuest.mq_payloads') AS payloads, pg_indexes_size('requeuest.mq_payloads') AS payloads_indexes,
+        pg_table_size('requeuest.mq_msgs') AS queue,
+        pg_indexes_size('requeuest.mq_msgs') AS queue_indexes,
+        pg_table_size('requeuest.mq_payloads') AS payloads,
+        pg_indexes_size('requeuest.mq_payloads') AS payloads_indexes,
         (
             SELECT sum(pg_total_relation_size(inhrelid))::bigint FROM pg_inherits
             WHERE inhparent = 'requeuest.outcomes'::regclass
         ) AS outcomes,
-        (SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = 'requeuest.mq_msgs'::regclass) AS dead";
+        (
+            SELECT n_dead_tup FROM pg_stat_user_tables
+            WHERE relid = 'requeuest.mq_msgs'::regclass
+        ) AS dead";
 
-/// A row for each interval.
+/// Prints and returns a row for each interval.
 async fn watch(pool: &PgPool, arguments: &Arguments, times: &Times) -> Result<Vec<Row>, AnyError> {
     println!(
         "{:>7} {:>9} {:>9} {:>9} {:>9}  {:>15} {:>15} {:>9} {:>9} {:>7}",
@@ -345,8 +356,9 @@ fn mebibytes(bytes: i64) -> f64 {
     bytes as f64 / (1024.0 * 1024.0)
 }
 
-/// The last third of the run against the first; sizes against the second, as they have a level to reach first, and the slowest calls against
-/// both, as what the disk has to take at a checkpoint grows with them.
+/// Compares the last third of the run with the first. Sizes are compared with the second third,
+/// because they first have to reach a level. The slowest calls are compared with both, because the
+/// amount that a checkpoint writes to disk grows with the sizes.
 fn drift(rows: &[Row], report: &mut Report) {
     let third = rows.len() / 3;
     if third == 0 {
@@ -355,10 +367,13 @@ fn drift(rows: &[Row], report: &mut Report) {
     let (first, second) = (&rows[..third], &rows[third..rows.len() - third]);
     let last = &rows[rows.len() - third..];
     let mut compare = |name: &str, before: &[Row], figure: &dyn Fn(&Row) -> f64| {
-        let of = |rows: &[Row]| median(rows.iter().map(figure).collect());
-        let (was, is) = (of(before), of(last));
-        println!("{name:<32} {was:>9.2} {is:>9.2}  {:>5.2} ×", is / was);
-        report.note(&format!("drift: {name}"), json!([was, is]));
+        let median_of = |rows: &[Row]| median(rows.iter().map(figure).collect());
+        let (earlier, later) = (median_of(before), median_of(last));
+        println!(
+            "{name:<32} {earlier:>9.2} {later:>9.2}  {:>5.2} ×",
+            later / earlier
+        );
+        report.note(&format!("drift: {name}"), json!([earlier, later]));
     };
     println!("\nmedians of the first third and of the last");
     compare("calls/s", first, &|row| row.rate);

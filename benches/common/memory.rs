@@ -1,16 +1,16 @@
-//! The memory of this process, where the system tells.
+//! Memory of this process, where the system reports it.
 
-/// What is resident now, in MiB.
+/// Resident memory now, in MiB.
 pub(crate) fn resident() -> Option<u64> {
-    of_status("VmRSS:")
+    status_field("VmRSS:")
 }
 
-/// What was resident at most, in MiB.
+/// Peak resident memory, in MiB.
 pub(crate) fn peak() -> Option<u64> {
-    of_status("VmHWM:")
+    status_field("VmHWM:")
 }
 
-fn of_status(name: &str) -> Option<u64> {
+fn status_field(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let size = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kibibytes: u64 = size.trim().strip_suffix("kB")?.trim().parse().ok()?;

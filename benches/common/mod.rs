@@ -1,4 +1,4 @@
-//! What the benches share: a server, a receiver, callers, and the figures.
+//! Shared by the benches: a server, a receiver, callers, polls and reports.
 
 #![allow(dead_code)] // each bench uses a part of it
 
@@ -13,16 +13,16 @@ use bytes::Bytes;
 
 pub(crate) type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What a bench was asked for: names, each with its value.
+/// Command-line arguments: names, each with its value.
 pub(crate) fn arguments() -> impl Iterator<Item = Result<(String, String), AnyError>> {
-    // Cargo's own is left out.
+    // Cargo adds `--bench`.
     let mut arguments = std::env::args().skip(1).filter(|name| name != "--bench");
     std::iter::from_fn(move || {
         let name = arguments.next()?;
         let value = arguments.next();
         Some(match value {
             Some(value) => Ok((name, value)),
-            None => Err(format!("{name} of what?").into()),
+            None => Err(format!("{name} needs a value").into()),
         })
     })
 }

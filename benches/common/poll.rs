@@ -1,4 +1,4 @@
-//! Polls as a runner makes them.
+//! Polls like those of a runner.
 
 use std::time::{Duration, Instant};
 
@@ -8,9 +8,9 @@ use requeuest::testkit::TestDatabase;
 
 use super::AnyError;
 
-/// How many requests a poll asks for.
+/// Requests that a poll asks for.
 pub(crate) const BATCH: i32 = 256;
-/// What the crate asks of its sessions.
+/// The crate's session settings, with a lease that outlasts the bench.
 const SESSION: [(&str, &str); 7] = [
     ("search_path", "requeuest"),
     ("requeuest.lease", r"1\ hour"),
@@ -21,13 +21,13 @@ const SESSION: [(&str, &str); 7] = [
     ("plan_cache_mode", "force_generic_plan"),
 ];
 
-/// A session as the crate has them.
+/// Opens a session with these settings.
 pub(crate) async fn session(database: &TestDatabase) -> Result<PgConnection, AnyError> {
     let options: PgConnectOptions = database.options().options(SESSION);
     Ok(options.connect().await?)
 }
 
-/// How many requests it claimed, and how long that took.
+/// Polls once. Returns how many requests the poll claimed and how long it took.
 pub(crate) async fn poll(
     connection: &mut PgConnection,
     channel: &str,

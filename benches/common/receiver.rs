@@ -1,4 +1,4 @@
-//! A server on a thread of its own, which counts what it gets.
+//! An HTTP server on its own thread that counts the requests it receives.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -15,20 +15,20 @@ use tokio::sync::Notify;
 
 use super::AnyError;
 
-/// Longer than any measurement may stand still.
+/// Longer than any measurement may stall.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// The header by which clients tell who they are, if they do.
+/// The header in which clients may name themselves.
 pub(crate) const SENDER: &str = "sender";
 
 pub(crate) struct Receiver {
     pub(crate) url: String,
-    counted: Arc<Counted>,
+    counted: Arc<Counts>,
 }
 
 #[derive(Default)]
-struct Counted {
+struct Counts {
     received: AtomicUsize,
-    /// Told when so many have come.
+    /// `reached` is notified when this many requests have arrived.
     goal: AtomicUsize,
     reached: Notify,
     senders: Mutex<BTreeMap<Vec<u8>, usize>>,
@@ -39,7 +39,7 @@ impl Receiver {
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
         listener.set_nonblocking(true)?;
         let url = format!("http://{}/", listener.local_addr()?);
-        let counted = Arc::new(Counted::default());
+        let counted = Arc::new(Counts::default());
         let counter = Arc::clone(&counted);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -52,38 +52,41 @@ impl Receiver {
         self.counted.received.load(Ordering::SeqCst)
     }
 
-    /// How many each of those sent who told.
+    /// How many requests arrived from each sender that named itself.
     pub(crate) fn by_sender(&self) -> Vec<usize> {
         let senders = &self.counted.senders;
         let senders = senders.lock().unwrap_or_else(PoisonError::into_inner);
         senders.values().copied().collect()
     }
 
-    /// Waits until so many requests have come since the start. More are as wrong as less.
+    /// Waits until at least this many requests have arrived since the start.
     pub(crate) async fn wait_for(&self, count: usize) -> Result<Instant, AnyError> {
         self.counted.goal.store(count, Ordering::SeqCst);
         let reached = async {
             while self.received() < count {
-                let told = self.counted.reached.notified();
+                let notified = self.counted.reached.notified();
                 if self.received() >= count {
                     break;
                 }
-                told.await;
+                notified.await;
             }
         };
         tokio::time::timeout(PATIENCE, reached).await?;
         Ok(Instant::now())
     }
 
+    /// Fails unless exactly this many requests have arrived since the start.
     pub(crate) fn expect(&self, count: usize) -> Result<(), AnyError> {
         match self.received() {
             received if received == count => Ok(()),
-            received => Err(format!("{count} requests were made and {received} received").into()),
+            received => {
+                Err(format!("{count} requests were made, but {received} were received").into())
+            }
         }
     }
 }
 
-async fn serve(listener: std::net::TcpListener, counted: Arc<Counted>) {
+async fn serve(listener: std::net::TcpListener, counted: Arc<Counts>) {
     let Ok(listener) = TcpListener::from_std(listener) else {
         return;
     };

@@ -1,4 +1,4 @@
-//! The table, and the same figures for a program.
+//! A printed table, and the same figures as JSON.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::AnyError;
 use super::load::Measured;
 
-/// Figures as they come, each printed at once.
+/// Collects the figures of a run.
 #[derive(Default)]
 pub(crate) struct Report {
     figures: Map<String, Value>,
@@ -19,7 +19,7 @@ impl Report {
         self.figures.insert(name.to_owned(), value.into());
     }
 
-    /// A rate, and its share of what bounds it.
+    /// Prints a rate at once, with its ratio to the limit that bounds it.
     pub(crate) fn rate(&mut self, name: &str, measured: &Measured, limit: Option<(&str, f64)>) {
         let rate = measured.rate();
         let share = limit.map_or_else(String::new, |(what, limit)| {

@@ -1,4 +1,4 @@
-//! A throwaway Postgres, set as one that is in earnest.
+//! A throwaway Postgres with `fsync` on, as in production.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::AnyError;
 /// A name and its value.
 pub(crate) type Setting = (String, String);
 
-/// Of an argument `--set name=value`.
+/// Parses the value of an argument `--set name=value`.
 pub(crate) fn setting(argument: &str) -> Result<Setting, AnyError> {
     let (name, value) = argument.split_once('=').ok_or("--set takes name=value")?;
     Ok((name.to_owned(), value.to_owned()))
@@ -24,7 +24,7 @@ pub(crate) async fn start(settings: &[Setting]) -> Result<Postgres, testkit::Err
     server.start().await
 }
 
-/// What it says of itself.
+/// The server's version and the settings that matter here.
 pub(crate) async fn describe(pool: &PgPool) -> Result<String, AnyError> {
     let row = sqlx::query(
         "SELECT current_setting('server_version') AS version, current_setting('fsync') AS fsync,
@@ -41,7 +41,7 @@ pub(crate) async fn describe(pool: &PgPool) -> Result<String, AnyError> {
     ))
 }
 
-/// Its version, without what the system's packages add to it.
+/// The server's version, without the suffix that the system's packages add.
 pub(crate) async fn version(pool: &PgPool) -> Result<String, AnyError> {
     let version = "SELECT split_part(current_setting('server_version'), ' ', 1)";
     Ok(sqlx::query_scalar(version).fetch_one(pool).await?)
