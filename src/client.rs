@@ -1,7 +1,7 @@
 //! For code written against the older crate of the same name; new code uses [`Durable`].
 //!
-//! Users of that API expect that a request is retried for ever, until an accepted response (any 2xx by
-//! default) comes. This module does the same, with a cap on delays and a timeout for attempts.
+//! Users of that API expect that a request is retried for ever, until an accepted response (any 2xx
+//! by default) comes. This module does the same, with a cap on delays and a timeout for attempts.
 //!
 //! # Examples
 //!
@@ -12,7 +12,8 @@
 //! requeuest::migrate(&pool).await?;
 //! let client = Client::new(pool, Channels::List(&["my_service"])).await?;
 //!
-//! let request = Request::post(Url::parse("https://example.com/")?, b"hello".to_vec(), HeaderMap::new());
+//! let url = Url::parse("https://example.com/")?;
+//! let request = Request::post(url, b"hello".to_vec(), HeaderMap::new());
 //! client.spawn("my_service", &request).await?;
 //! let response = client.spawn_returning("my_service", &request).await?;
 //! println!("{}", response.status());
@@ -53,8 +54,8 @@ impl Channels<'_> {
 
 /// For code written against the older crate of the same name; new code uses [`Durable`].
 ///
-/// Spawns requests, and delivers the requests of its channels for as long as it, or its [`Listener`],
-/// lives.
+/// Spawns requests, and delivers the requests of its channels for as long as it, or its
+/// [`Listener`], lives.
 #[derive(Debug)]
 pub struct Client {
     durable: Durable,
@@ -73,8 +74,8 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// If a channel's name is not valid. An unreachable database is no error here: later calls return
-    /// errors, and the client waits for the database.
+    /// If a channel's name is not valid. An unreachable database is no error here: later calls
+    /// return errors, and the client waits for the database.
     ///
     /// # Cancel safety
     ///
@@ -129,7 +130,10 @@ impl Client {
     ///
     /// ```no_run
     /// # use std::time::Duration;
-    /// # async fn example(client: requeuest::Client, request: requeuest::Request) -> Result<(), requeuest::Error> {
+    /// # async fn example(
+    /// #     client: requeuest::Client,
+    /// #     request: requeuest::Request,
+    /// # ) -> Result<(), requeuest::Error> {
     /// client
     ///     .spawn_cfg("my_service", &request, |job| {
     ///         job.set_delay(Duration::from_secs(60)).set_retries(5)
@@ -195,12 +199,15 @@ impl Client {
 
     /// Persists a request and waits until an accepted response comes.
     ///
-    /// There is no form with an executor: waiting inside an uncommitted transaction would never end.
-    /// Use [`spawn_with`](Self::spawn_with), commit, then wait:
+    /// There is no form with an executor: waiting inside an uncommitted transaction would never
+    /// end. Use [`spawn_with`](Self::spawn_with), commit, then wait:
     ///
     /// ```no_run
-    /// # async fn example(pool: sqlx::PgPool, client: requeuest::Client, request: requeuest::Request)
-    /// # -> Result<(), Box<dyn std::error::Error>> {
+    /// # async fn example(
+    /// #     pool: sqlx::PgPool,
+    /// #     client: requeuest::Client,
+    /// #     request: requeuest::Request,
+    /// # ) -> Result<(), Box<dyn std::error::Error>> {
     /// let mut tx = pool.begin().await?;
     /// let id = client.spawn_with(&mut *tx, "my_service", &request).await?;
     /// tx.commit().await?;
@@ -264,7 +271,8 @@ impl Client {
         &self.durable
     }
 
-    /// Cancels every unfinished request of these channels. Requests in flight may still arrive, once.
+    /// Cancels every unfinished request of these channels. Requests in flight may still arrive,
+    /// once.
     ///
     /// # Errors
     ///
@@ -324,8 +332,8 @@ impl JobConfig {
         self
     }
 
-    /// The upper bound of the delay before the first retry. It doubles with each retry. At least one
-    /// millisecond. Defaults to [`retry::DEFAULT_BASE`](crate::retry::DEFAULT_BASE).
+    /// The upper bound of the delay before the first retry. It doubles with each retry. At least
+    /// one millisecond. Defaults to [`retry::DEFAULT_BASE`](crate::retry::DEFAULT_BASE).
     pub fn set_retry_backoff(&mut self, backoff: Duration) -> &mut Self {
         self.retry_backoff = Some(backoff);
         self
@@ -337,14 +345,15 @@ impl JobConfig {
         self
     }
 
-    /// Whether the request waits for earlier ones of the same channel and arguments. Defaults to `false`.
+    /// Whether the request waits for earlier ones of the same channel and arguments. Defaults to
+    /// `false`.
     pub fn set_ordered(&mut self, ordered: bool) -> &mut Self {
         self.ordered = ordered;
         self
     }
 
-    /// The group within the channel, which is the scope of the order. Up to 255 bytes. Defaults to the
-    /// empty group.
+    /// The group within the channel, which is the scope of the order. Up to 255 bytes. Defaults to
+    /// the empty group.
     pub fn set_channel_args(&mut self, args: impl Into<String>) -> &mut Self {
         self.channel_args = Some(args.into());
         self

@@ -1,7 +1,8 @@
 //! The entry point for tower: a layer over any HTTP client service.
 //!
-//! The wrapped service makes every attempt, and the caller gets the stored response. The layer's error
-//! is [`Error`] and not the service's: after a restart, only the recorded text of an error exists.
+//! The wrapped service makes every attempt, and the caller gets the stored response. The layer's
+//! error is [`Error`] and not the service's: after a restart, only the recorded text of an error
+//! exists.
 
 use std::fmt;
 use std::future::Future;
@@ -26,7 +27,8 @@ use crate::error::{BoxError, Error, Kind};
 use crate::id::RequestId;
 use crate::request::Request;
 
-/// The header that carries a fired request's id in the `202 Accepted` of the layer and the middleware: `requeuest-id`.
+/// The header that carries a fired request's id in the `202 Accepted` of the layer and the
+/// middleware: `requeuest-id`.
 pub const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("requeuest-id");
 
 /// Makes every request through a service durable.
@@ -52,9 +54,9 @@ pub struct DurableLayer {
 }
 
 impl DurableLayer {
-    /// A layer with the defaults of [`DurableBuilder`](crate::DurableBuilder). The first service that it
-    /// wraps also makes background attempts; until there is one, the runner delivers nothing. Starts
-    /// the engine, as [`Durable::new`] does.
+    /// A layer with the defaults of [`DurableBuilder`](crate::DurableBuilder). The first service
+    /// that it wraps also makes background attempts; until there is one, the runner delivers
+    /// nothing. Starts the engine, as [`Durable::new`] does.
     ///
     /// # Panics
     ///

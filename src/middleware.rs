@@ -1,8 +1,8 @@
 //! The entry point for reqwest-middleware: a [`Durable`] is a middleware.
 //!
-//! While its caller waits, an attempt goes through the rest of the caller's stack, so inner middleware
-//! and the client apply. [`Next`] borrows the client, so such an attempt runs inside the caller's
-//! future. Attempts that outlive their caller go through the handle's transport.
+//! While its caller waits, an attempt goes through the rest of the caller's stack, so inner
+//! middleware and the client apply. [`Next`] borrows the client, so such an attempt runs inside the
+//! caller's future. Attempts that outlive their caller go through the handle's transport.
 
 use http::Extensions;
 use http_body::Body as _;
@@ -143,7 +143,8 @@ impl Inner<'_> {
         let extensions = self.latest.insert(self.original.clone());
         match self.next.clone().run(attempt, extensions).await {
             Ok(response) => Ok(from_reqwest(response).map(Body::wrap)),
-            // Unwrapped, because the wrapper hides the error: it isn't part of the chain of sources.
+            // Unwrapped, because the wrapper hides the error: it isn't part of the chain of
+            // sources.
             Err(MiddlewareError::Reqwest(error)) => Err(error.into()),
             Err(MiddlewareError::Middleware(error)) => Err(error.into()),
         }

@@ -45,8 +45,8 @@ impl Runtime {
         &self.handle
     }
 
-    /// Spawns a future on this runtime, and returns one that waits for it on any executor. `None` if
-    /// the runtime has ended.
+    /// Spawns a future on this runtime, and returns one that waits for it on any executor. `None`
+    /// if the runtime has ended.
     ///
     /// Not an `async fn`, whose future would keep room for the one that it spawns.
     pub(crate) fn run<T, F>(&self, future: F) -> impl Future<Output = Option<T>> + use<T, F>

@@ -120,18 +120,19 @@ impl DurableBuilder {
         }
     }
 
-    /// The channel of requests whose [`Options`](crate::Options) name no other. 1 to 55 bytes. Defaults
-    /// to [`DEFAULT_CHANNEL`].
+    /// The channel of requests whose [`Options`](crate::Options) name no other. 1 to 55 bytes.
+    /// Defaults to [`DEFAULT_CHANNEL`].
     ///
-    /// A channel names a client stack: every runner that delivers the channel must be able to send its
-    /// requests. Two differently built clients in one application use two channels.
+    /// A channel names a client stack: every runner that delivers the channel must be able to send
+    /// its requests. Two differently built clients in one application use two channels.
     pub fn channel(mut self, channel: impl Into<String>) -> Self {
         self.config.channel = channel.into().into();
         self
     }
 
-    /// The channels that the runner delivers. Defaults to the handle's own [`channel`](Self::channel);
-    /// include that one in the list if this process should deliver it too.
+    /// The channels that the runner delivers. Defaults to the handle's own
+    /// [`channel`](Self::channel); include that one in the list if this process should deliver it
+    /// too.
     pub fn deliver<I>(mut self, channels: I) -> Self
     where
         I: IntoIterator,
@@ -151,8 +152,8 @@ impl DurableBuilder {
     /// The client of attempts that don't run through a caller's own client. Defaults to a plain
     /// [`reqwest::Client`] that follows no redirects and has no retries of its own.
     ///
-    /// Wrap a [`reqwest::Client`] in [`ReqwestTransport`]. If a client follows redirects or retries by
-    /// itself, those transmissions are neither counted nor recorded.
+    /// Wrap a [`reqwest::Client`] in [`ReqwestTransport`]. If a client follows redirects or retries
+    /// by itself, those transmissions are neither counted nor recorded.
     pub fn transport<S: HttpClient>(mut self, service: S) -> Self {
         self.transport = TransportChoice::Given(erase(service));
         self
@@ -165,8 +166,8 @@ impl DurableBuilder {
         self
     }
 
-    /// Requests for which this returns `true` pass straight through the layer or middleware: they are
-    /// not persisted and not retried. Defaults to none.
+    /// Requests for which this returns `true` pass straight through the layer or middleware: they
+    /// are not persisted and not retried. Defaults to none.
     pub fn pass_through(
         mut self,
         predicate: impl Fn(&RequestHead<'_>) -> bool + Send + Sync + 'static,
@@ -175,32 +176,32 @@ impl DurableBuilder {
         self
     }
 
-    /// How many attempts are made at the same time, from 1 to 100,000. During a backlog, new requests
-    /// may use half of these slots, so that they can't starve the requests in the queue. Defaults to
-    /// [`DEFAULT_CONCURRENCY`].
+    /// How many attempts are made at the same time, from 1 to 100,000. During a backlog, new
+    /// requests may use half of these slots, so that they can't starve the requests in the queue.
+    /// Defaults to [`DEFAULT_CONCURRENCY`].
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.config.concurrency = concurrency;
         self
     }
 
-    /// How long other processes leave a claimed request alone. The lease is renewed during an attempt,
-    /// so attempts may take longer. After a crash, the requests in flight wait this long. From 1 second
-    /// to 1 hour. Defaults to [`DEFAULT_LEASE`].
+    /// How long other processes leave a claimed request alone. The lease is renewed during an
+    /// attempt, so attempts may take longer. After a crash, the requests in flight wait this long.
+    /// From 1 second to 1 hour. Defaults to [`DEFAULT_LEASE`].
     pub fn lease(mut self, lease: Duration) -> Self {
         self.store.lease = lease;
         self
     }
 
-    /// How long one attempt may take, from its start to the last byte of the response. Longer than zero.
-    /// Defaults to [`DEFAULT_ATTEMPT_TIMEOUT`].
+    /// How long one attempt may take, from its start to the last byte of the response. Longer than
+    /// zero. Defaults to [`DEFAULT_ATTEMPT_TIMEOUT`].
     pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.config.attempt_timeout = timeout;
         self
     }
 
     /// The policy of requests whose [`Options`](crate::Options) have none. Defaults to
-    /// [`RetryPolicy::awaited`] for requests whose response is awaited, and [`RetryPolicy::fired`] for
-    /// the others.
+    /// [`RetryPolicy::awaited`] for requests whose response is awaited, and [`RetryPolicy::fired`]
+    /// for the others.
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.config.retry_awaited = policy.clone();
         self.config.retry_fired = policy;
@@ -221,37 +222,38 @@ impl DurableBuilder {
         self
     }
 
-    /// The largest response body that is kept, in bytes, up to 512 MiB. A request with a larger response
-    /// counts as delivered; callers that wait for it get an error with its status and headers. Defaults
-    /// to [`DEFAULT_MAX_RESPONSE_BODY`].
+    /// The largest response body that is kept, in bytes, up to 512 MiB. A request with a larger
+    /// response counts as delivered; callers that wait for it get an error with its status and
+    /// headers. Defaults to [`DEFAULT_MAX_RESPONSE_BODY`].
     pub fn max_response_body(mut self, bytes: usize) -> Self {
         self.store.max_response_body = bytes;
         self
     }
 
-    /// How long the outcomes of completed and cancelled requests are kept, from 1 minute to 100 years.
-    /// Defaults to [`DEFAULT_RETENTION`].
+    /// How long the outcomes of completed and cancelled requests are kept, from 1 minute to 100
+    /// years. Defaults to [`DEFAULT_RETENTION`].
     pub fn retention(mut self, retention: Duration) -> Self {
         self.store.retention = retention;
         self
     }
 
-    /// The Postgres schema, as passed to [`Migrator::schema`](crate::migrate::Migrator::schema). Defaults
-    /// to [`DEFAULT_SCHEMA`].
+    /// The Postgres schema, as passed to [`Migrator::schema`](crate::migrate::Migrator::schema).
+    /// Defaults to [`DEFAULT_SCHEMA`].
     pub fn schema(mut self, schema: impl Into<String>) -> Self {
         self.store.schema = schema.into();
         self
     }
 
-    /// How many connections requeuest's own pool opens at most, besides one for waiting callers and two
-    /// for the runner. At least 2. Defaults to [`DEFAULT_MAX_CONNECTIONS`].
+    /// How many connections requeuest's own pool opens at most, besides one for waiting callers and
+    /// two for the runner. At least 2. Defaults to [`DEFAULT_MAX_CONNECTIONS`].
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.store.max_connections = connections;
         self
     }
 
-    /// Whether a commit after [`Durable::fire_in`] notifies runners. Commits with a notification wait
-    /// for each other; without one, runners find the request within a second. Defaults to `true`.
+    /// Whether a commit after [`Durable::fire_in`] notifies runners. Commits with a notification
+    /// wait for each other; without one, runners find the request within a second. Defaults to
+    /// `true`.
     pub fn notify_in_transactions(mut self, notify: bool) -> Self {
         self.store.notify_in_transactions = notify;
         self
@@ -264,21 +266,23 @@ impl DurableBuilder {
         self
     }
 
-    /// Asks the receiver about requests that ended as [`Status::Ambiguous`](crate::Status::Ambiguous),
-    /// instead of leaving them to [`Durable::resolve`]. Defaults to none.
+    /// Asks the receiver about requests that ended as
+    /// [`Status::Ambiguous`](crate::Status::Ambiguous), instead of leaving them to
+    /// [`Durable::resolve`]. Defaults to none.
     ///
     /// The handle looks every few seconds for ambiguous requests of the channels that its runner
-    /// delivers, also with [`runner(false)`](Self::runner). The hook may take a minute for each request.
-    /// While it doesn't know or fails, it is called again: first after 5 seconds, later after up to 5
-    /// minutes. Several processes with a hook never ask about a request at the same time.
+    /// delivers, also with [`runner(false)`](Self::runner). The hook may take a minute for each
+    /// request. While it doesn't know or fails, it is called again: first after 5 seconds, later
+    /// after up to 5 minutes. Several processes with a hook never ask about a request at the same
+    /// time.
     pub fn reconcile(mut self, hook: impl Reconcile) -> Self {
         self.reconcile = Some(Arc::new(hook));
         self
     }
 
-    /// Connect options for requeuest's own pool. Set this when your application's pool goes through a
-    /// transaction-mode pooler such as `PgBouncer`: requeuest needs sessions that keep their settings.
-    /// Defaults to the options of the application's pool.
+    /// Connect options for requeuest's own pool. Set this when your application's pool goes through
+    /// a transaction-mode pooler such as `PgBouncer`: requeuest needs sessions that keep their
+    /// settings. Defaults to the options of the application's pool.
     pub fn connect_options(mut self, options: PgConnectOptions) -> Self {
         self.store.connect_options = Some(options);
         self
@@ -288,7 +292,8 @@ impl DurableBuilder {
     ///
     /// # Errors
     ///
-    /// If a field is not valid, with its name in [`Error::field`], or no TLS backend or thread can be had.
+    /// If a field is not valid, with its name in [`Error::field`], or no TLS backend or thread can
+    /// be had.
     pub fn build(self) -> Result<Durable, Error> {
         self.check()?;
         let mut config = self.config;

@@ -14,23 +14,23 @@ impl Durable {
     /// background. The ids come in the order of the requests, and requests of one ordering key keep
     /// their order.
     ///
-    /// The requests are taken from the iterator as they are written, a thousand at a time, so a long
-    /// iterator needs no long list. This is many times as fast as calling [`fire`](Self::fire) for
-    /// each.
+    /// The requests are taken from the iterator as they are written, a thousand at a time, so a
+    /// long iterator needs no long list. This is many times as fast as calling [`fire`](Self::fire)
+    /// for each.
     ///
-    /// A key that another transaction holds is waited for, for up to five seconds. Two calls of more
-    /// than a thousand requests each that take two keys in opposite order deadlock, and Postgres ends
-    /// one of them (SQLSTATE 40P01).
+    /// A key that another transaction holds is waited for, for up to five seconds. Two calls of
+    /// more than a thousand requests each that take two keys in opposite order deadlock, and
+    /// Postgres ends one of them (SQLSTATE 40P01).
     ///
     /// # Errors
     ///
-    /// If one of the requests is refused, or they can't be persisted. Then none will be sent, except
-    /// after [`Error::is_indeterminate`], when all may be.
+    /// If one of the requests is refused, or they can't be persisted. Then none will be sent,
+    /// except after [`Error::is_indeterminate`], when all may be.
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: if the future is dropped before it returns, either all of the requests or none
-    /// of them may have been persisted.
+    /// Not cancel safe: if the future is dropped before it returns, either all of the requests or
+    /// none of them may have been persisted.
     ///
     /// # Examples
     ///
@@ -75,7 +75,8 @@ impl Durable {
     ///
     /// # Errors
     ///
-    /// If one of the requests is refused, or a statement fails. The transaction should be rolled back.
+    /// If one of the requests is refused, or a statement fails. The transaction should be rolled
+    /// back.
     ///
     /// # Cancel safety
     ///
@@ -84,7 +85,10 @@ impl Durable {
     /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(pool: sqlx::PgPool, durable: requeuest::Durable) -> Result<(), Box<dyn std::error::Error>> {
+    /// # async fn example(
+    /// #     pool: sqlx::PgPool,
+    /// #     durable: requeuest::Durable,
+    /// # ) -> Result<(), Box<dyn std::error::Error>> {
     /// let mut tx = pool.begin().await?;
     /// let orders = (1..=3)
     ///     .map(|order| http::Request::post("https://example.com/orders").body(order.to_string()));

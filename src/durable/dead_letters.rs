@@ -14,9 +14,9 @@ use crate::id::RequestId;
 impl Durable {
     /// The dead letters that match: requests that were given up
     /// ([`Status::Discarded`](crate::Status::Discarded)) or may have been sent
-    /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order of their ids, which is
-    /// about the order in which they were enqueued. Dead letters stay until they are replayed,
-    /// resolved or purged.
+    /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order of their ids,
+    /// which is about the order in which they were enqueued. Dead letters stay until they are
+    /// replayed, resolved or purged.
     ///
     /// # Errors
     ///
@@ -52,32 +52,35 @@ impl Durable {
             .await
     }
 
-    /// Replays a dead letter: sends it again as a new request with a new id. Method, URL, headers and
-    /// body stay the same, so the receiver gets the same idempotency key. The retry policy stays the
-    /// same too, with attempts and age starting from zero. The new request has no
+    /// Replays a dead letter: sends it again as a new request with a new id. Method, URL, headers
+    /// and body stay the same, so the receiver gets the same idempotency key. The retry policy
+    /// stays the same too, with attempts and age starting from zero. The new request has no
     /// [`deadline`](crate::Options::deadline).
     ///
-    /// If the dead letter halts its ordering key, the new request takes its place and the key resumes.
-    /// Any other [`ordered`](crate::Options::ordered) request goes to the end of its key. A
-    /// [`key`](crate::Options::key) of the dead letter now belongs to the new request. The dead letter
-    /// becomes an ordinary outcome, which expires after the retention.
+    /// If the dead letter halts its ordering key, the new request takes its place and the key
+    /// resumes. Any other [`ordered`](crate::Options::ordered) request goes to the end of its key.
+    /// A [`key`](crate::Options::key) of the dead letter now belongs to the new request. The dead
+    /// letter becomes an ordinary outcome, which expires after the retention.
     ///
     /// # Errors
     ///
     /// If there is no such request ([`Error::is_unknown_id`]), or it isn't a dead letter
     /// ([`Error::is_wrong_state`]): it is still pending, it succeeded, or it was already replayed.
-    /// Nothing is changed then. If the database fails. After [`Error::is_indeterminate`] it is unknown
-    /// whether the request was replayed, and [`Error::request_id`] is the new id.
+    /// Nothing is changed then. If the database fails. After [`Error::is_indeterminate`] it is
+    /// unknown whether the request was replayed, and [`Error::request_id`] is the new id.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped before it returns, the request may or may not have been replayed. It
-    /// can't be replayed twice.
+    /// If the future is dropped before it returns, the request may or may not have been replayed.
+    /// It can't be replayed twice.
     ///
     /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(durable: requeuest::Durable, id: requeuest::RequestId) -> Result<(), requeuest::Error> {
+    /// # async fn example(
+    /// #     durable: requeuest::Durable,
+    /// #     id: requeuest::RequestId,
+    /// # ) -> Result<(), requeuest::Error> {
     /// let again = durable.replay(id).await?;
     /// println!("{}", durable.response(again).await?.status());
     /// # Ok(()) }
@@ -87,12 +90,12 @@ impl Durable {
         self.engine().run(work::replay_one(driver, id)).await
     }
 
-    /// Replays all dead letters that match, as [`replay`](Self::replay) does, and returns the new ids.
-    /// It works in batches: after an error, some were replayed and the others were not. Dead letters
-    /// whose stored request is gone are left out.
+    /// Replays all dead letters that match, as [`replay`](Self::replay) does, and returns the new
+    /// ids. It works in batches: after an error, some were replayed and the others were not. Dead
+    /// letters whose stored request is gone are left out.
     ///
-    /// Without a [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call began
-    /// are replayed.
+    /// Without a [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call
+    /// began are replayed.
     ///
     /// # Errors
     ///
@@ -122,10 +125,10 @@ impl Durable {
         self.engine().run(work::replay_all(driver, wanted)).await
     }
 
-    /// Deletes all dead letters that match, with their outcomes and [`key`](crate::Options::key)s, and
-    /// returns how many there were. If one of them halts its ordering key, the key resumes. Without a
-    /// [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call began are
-    /// deleted.
+    /// Deletes all dead letters that match, with their outcomes and [`key`](crate::Options::key)s,
+    /// and returns how many there were. If one of them halts its ordering key, the key resumes.
+    /// Without a [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call
+    /// began are deleted.
     ///
     /// # Errors
     ///
@@ -159,19 +162,20 @@ impl Durable {
     /// [`Status::Ambiguous`](crate::Status::Ambiguous).
     ///
     /// [`Resolution::Sent`] completes the request. Callers that ask for its response get an error
-    /// ([`Error::is_response_unknown`]). [`Resolution::NotSent`] puts the request back into the queue
-    /// under its id, without its deadline, and doesn't count the attempt that did not arrive. If the
-    /// request halts its ordering key, it is sent in its place; any other ordered request goes to the
-    /// end of its key.
+    /// ([`Error::is_response_unknown`]). [`Resolution::NotSent`] puts the request back into the
+    /// queue under its id, without its deadline, and doesn't count the attempt that did not arrive.
+    /// If the request halts its ordering key, it is sent in its place; any other ordered request
+    /// goes to the end of its key.
     ///
-    /// A handler ([`on_outcome`](Self::on_outcome)) gets the new outcome too. This method waits while
-    /// a handler has the first outcome of the same request, so don't await it inside that handler.
+    /// A handler ([`on_outcome`](Self::on_outcome)) gets the new outcome too. This method waits
+    /// while a handler has the first outcome of the same request, so don't await it inside that
+    /// handler.
     ///
     /// # Errors
     ///
     /// If there is no such request ([`Error::is_unknown_id`]), or it isn't ambiguous
-    /// ([`Error::is_wrong_state`]). Nothing is changed then. If the database fails, the resolution may
-    /// have taken effect.
+    /// ([`Error::is_wrong_state`]). Nothing is changed then. If the database fails, the resolution
+    /// may have taken effect.
     ///
     /// # Cancel safety
     ///
@@ -198,8 +202,9 @@ impl Durable {
     }
 
     /// The halted ordering keys: a request with
-    /// [`halt_on_discard`](crate::Options::halt_on_discard) ended as a dead letter, and the requests
-    /// behind it wait. A key that is halted by several dead letters is listed once for each.
+    /// [`halt_on_discard`](crate::Options::halt_on_discard) ended as a dead letter, and the
+    /// requests behind it wait. A key that is halted by several dead letters is listed once for
+    /// each.
     ///
     /// # Errors
     ///
@@ -224,8 +229,8 @@ impl Durable {
             .await
     }
 
-    /// Resumes a halted ordering key without the request that halts it, which stays a dead letter. If
-    /// several requests halt the key, the first of them stops doing so: call this once for each.
+    /// Resumes a halted ordering key without the request that halts it, which stays a dead letter.
+    /// If several requests halt the key, the first of them stops doing so: call this once for each.
     /// Returns `false` if the key was not halted.
     ///
     /// # Errors

@@ -36,8 +36,8 @@ use self::pass_through::PassThrough;
 
 /// Persists HTTP requests in Postgres and drives them until they are answered.
 ///
-/// A handle, cheap to clone. Its runner stops when the last clone is dropped. Persisted requests stay
-/// in the database, for the next process.
+/// A handle, cheap to clone. Its runner stops when the last clone is dropped. Persisted requests
+/// stay in the database, for the next process.
 ///
 /// # Examples
 ///
@@ -76,16 +76,16 @@ struct Inner {
 }
 
 impl Durable {
-    /// A handle with the defaults of [`DurableBuilder`]. Its runner starts at once: on the current tokio
-    /// runtime, or without one, on a thread of its own.
+    /// A handle with the defaults of [`DurableBuilder`]. Its runner starts at once: on the current
+    /// tokio runtime, or without one, on a thread of its own.
     ///
     /// Nothing is connected yet. If the database is unreachable or the schema missing, calls return
     /// errors, and the runner waits.
     ///
     /// Attempts that don't run through a caller's own client (direct calls on this handle, fired
-    /// requests, anything that outlives its caller) use a plain [`reqwest::Client`]. It knows nothing
-    /// of your proxies, certificates, default headers or middleware. If that matters, pass your client
-    /// to [`DurableBuilder::transport`].
+    /// requests, anything that outlives its caller) use a plain [`reqwest::Client`]. It knows
+    /// nothing of your proxies, certificates, default headers or middleware. If that matters, pass
+    /// your client to [`DurableBuilder::transport`].
     ///
     /// # Panics
     ///
@@ -135,23 +135,25 @@ impl Durable {
     /// Persists a request in the caller's transaction. A commit sends the request, a rollback never
     /// does.
     ///
-    /// The executor may be a pool, a connection or a transaction. One statement runs on it. The commit
-    /// notifies runners; with [`DurableBuilder::notify_in_transactions`] off, they find the request
-    /// with their next poll, within a second.
+    /// The executor may be a pool, a connection or a transaction. One statement runs on it. The
+    /// commit notifies runners; with [`DurableBuilder::notify_in_transactions`] off, they find the
+    /// request with their next poll, within a second.
     ///
-    /// A request that is [`ordered`](crate::Options::ordered), or has a [`key`](crate::Options::key) or
-    /// [`supersede`](crate::Options::supersede), locks that key until the transaction ends. Two
-    /// transactions that take two keys in opposite order deadlock, and Postgres aborts one of them
-    /// (SQLSTATE 40P01).
+    /// A request that is [`ordered`](crate::Options::ordered), or has a
+    /// [`key`](crate::Options::key) or [`supersede`](crate::Options::supersede), locks that key
+    /// until the transaction ends. Two transactions that take two keys in opposite order deadlock,
+    /// and Postgres aborts one of them (SQLSTATE 40P01).
     ///
-    /// Ordered requests are sent in the order of the commits, at every isolation level. Above
-    /// `READ COMMITTED`, a transaction doesn't see a `key` that was committed after it started: the
-    /// request is refused with a serialization failure (40001), and the transaction must be run again.
-    /// Nor does such a transaction see that another channel has taken its ordering key since.
+    /// Ordered requests are sent in the order of the commits, at every isolation level. Above `READ
+    /// COMMITTED`, a transaction doesn't see a `key` that was committed after it started: the
+    /// request is refused with a serialization failure (40001), and the transaction must be run
+    /// again. Nor does such a transaction see that another channel has taken its ordering key
+    /// since.
     ///
     /// # Errors
     ///
-    /// If the request is refused, or the statement fails. A failed statement aborts the transaction.
+    /// If the request is refused, or the statement fails. A failed statement aborts the
+    /// transaction.
     ///
     /// # Cancel safety
     ///
@@ -160,7 +162,10 @@ impl Durable {
     /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(pool: sqlx::PgPool, durable: requeuest::Durable) -> Result<(), Box<dyn std::error::Error>> {
+    /// # async fn example(
+    /// #     pool: sqlx::PgPool,
+    /// #     durable: requeuest::Durable,
+    /// # ) -> Result<(), Box<dyn std::error::Error>> {
     /// let mut tx = pool.begin().await?;
     /// sqlx::query("INSERT INTO orders (id) VALUES (1)").execute(&mut *tx).await?;
     /// let request = http::Request::post("https://example.com/orders").body("1")?;
@@ -187,8 +192,8 @@ impl Durable {
             .persisted(prepared.id())
     }
 
-    /// Persists a request, delivers it and waits for its response: a final one, or the last one once the
-    /// retries are used up.
+    /// Persists a request, delivers it and waits for its response: a final one, or the last one
+    /// once the retries are used up.
     ///
     /// # Errors
     ///
@@ -219,8 +224,8 @@ impl Durable {
         self.submit_awaited(prepared, None)?.await
     }
 
-    /// Waits for the response of a request that was persisted earlier, by any process and before any
-    /// restart.
+    /// Waits for the response of a request that was persisted earlier, by any process and before
+    /// any restart.
     ///
     /// # Errors
     ///
@@ -257,7 +262,10 @@ impl Durable {
     /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(durable: requeuest::Durable, id: requeuest::RequestId) -> Result<(), requeuest::Error> {
+    /// # async fn example(
+    /// #     durable: requeuest::Durable,
+    /// #     id: requeuest::RequestId,
+    /// # ) -> Result<(), requeuest::Error> {
     /// let outcome = durable.outcome(id).await?;
     /// println!("{} after {} attempts", outcome.status(), outcome.attempts());
     /// # Ok(()) }
@@ -279,7 +287,10 @@ impl Durable {
     /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(durable: requeuest::Durable, id: requeuest::RequestId) -> Result<(), requeuest::Error> {
+    /// # async fn example(
+    /// #     durable: requeuest::Durable,
+    /// #     id: requeuest::RequestId,
+    /// # ) -> Result<(), requeuest::Error> {
     /// let done = durable.status(id).await?.is_some_and(|status| status.is_terminal());
     /// # Ok(()) }
     /// ```
@@ -289,8 +300,8 @@ impl Durable {
             .await
     }
 
-    /// Cancels a request. A waiting request is never sent. A request in flight is not sent again and
-    /// ends as cancelled, whatever its answer. Callers that wait for it get an error
+    /// Cancels a request. A waiting request is never sent. A request in flight is not sent again
+    /// and ends as cancelled, whatever its answer. Callers that wait for it get an error
     /// ([`Error::is_cancelled`]). Returns `false`, with nothing changed, if the request has already
     /// finished.
     ///
@@ -301,13 +312,16 @@ impl Durable {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped before it returns, the request may or may not have been cancelled. It
-    /// can be called again.
+    /// If the future is dropped before it returns, the request may or may not have been cancelled.
+    /// It can be called again.
     ///
     /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(durable: requeuest::Durable, id: requeuest::RequestId) -> Result<(), requeuest::Error> {
+    /// # async fn example(
+    /// #     durable: requeuest::Durable,
+    /// #     id: requeuest::RequestId,
+    /// # ) -> Result<(), requeuest::Error> {
     /// if !durable.cancel(id).await? {
     ///     println!("too late: {:?}", durable.status(id).await?);
     /// }
@@ -317,10 +331,11 @@ impl Durable {
         self.engine().cancel(id).await
     }
 
-    /// Stops claiming, waits up to `grace` for the attempts in flight, gives the remaining requests back
-    /// to other processes, and closes the crate's connections. Attempts still in flight after `grace`
-    /// may have reached the receiver: they are recorded as failed and retried after the usual backoff.
-    /// The caller's pool stays open. Waiting calls and later calls end with [`Error::is_closed`].
+    /// Stops claiming, waits up to `grace` for the attempts in flight, gives the remaining requests
+    /// back to other processes, and closes the crate's connections. Attempts still in flight after
+    /// `grace` may have reached the receiver: they are recorded as failed and retried after the
+    /// usual backoff. The caller's pool stays open. Waiting calls and later calls end with
+    /// [`Error::is_closed`].
     ///
     /// Dropping every handle without a shutdown loses nothing either: another process takes the
     /// requests in flight over once their leases run out.

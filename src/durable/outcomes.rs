@@ -9,8 +9,8 @@ use crate::error::Error;
 use crate::options::validate_channel;
 use crate::store::hand_over::OutcomeHandler;
 
-/// Keeps a handler subscribed. Dropping it stops the handler in this process; outcomes then wait for
-/// another handler.
+/// Keeps a handler subscribed. Dropping it stops the handler in this process; outcomes then wait
+/// for another handler.
 #[derive(Debug)]
 #[must_use = "dropping the subscription stops the handler"]
 pub struct OutcomeSubscription {
@@ -24,15 +24,16 @@ impl Drop for OutcomeSubscription {
 }
 
 impl Durable {
-    /// Hands each outcome of a channel to `handler`, in a transaction on the caller's pool. The same
-    /// transaction marks the outcome as handled, so the handler's writes take effect exactly once. If
-    /// the handler fails, it is called again, but the request is not sent again.
+    /// Hands each outcome of a channel to `handler`, in a transaction on the caller's pool. The
+    /// same transaction marks the outcome as handled, so the handler's writes take effect exactly
+    /// once. If the handler fails, it is called again, but the request is not sent again.
     ///
-    /// The handler gets every request of the channel that finishes from now on, whatever its status.
-    /// From the first subscription on, outcomes of the channel are kept until they are handled, also
-    /// while no process has a handler. [`unsubscribe_outcomes`](Self::unsubscribe_outcomes) ends that.
-    /// Several processes may subscribe to the same channel: each outcome goes to one of them. A
-    /// process handles one outcome of a channel at a time.
+    /// The handler gets every request of the channel that finishes from now on, whatever its
+    /// status. From the first subscription on, outcomes of the channel are kept until they are
+    /// handled, also while no process has a handler.
+    /// [`unsubscribe_outcomes`](Self::unsubscribe_outcomes) ends that. Several processes may
+    /// subscribe to the same channel: each outcome goes to one of them. A process handles one
+    /// outcome of a channel at a time.
     ///
     /// The outcome is stored before the handler is called, so callers that await the response don't
     /// wait for the handler.
@@ -45,8 +46,8 @@ impl Durable {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped before it returns, outcomes of the channel may or may not be kept for
-    /// handlers.
+    /// If the future is dropped before it returns, outcomes of the channel may or may not be kept
+    /// for handlers.
     ///
     /// # Examples
     ///
@@ -56,7 +57,8 @@ impl Durable {
     /// # async fn example(durable: Durable) -> Result<(), requeuest::Error> {
     /// let subscription = durable
     ///     .on_outcome("payments", outcome_fn(|transaction, outcome| {
-    ///         let paid = outcome.response().is_some_and(|response| response.status().is_success());
+    ///         let response = outcome.response();
+    ///         let paid = response.is_some_and(|response| response.status().is_success());
     ///         let id = outcome.id();
     ///         Box::pin(async move {
     ///             sqlx::query("UPDATE orders SET paid = $1 WHERE request = $2")
@@ -81,8 +83,8 @@ impl Durable {
         Ok(OutcomeSubscription { task })
     }
 
-    /// Stops keeping the outcomes of a channel for handlers. Outcomes that still wait are not handed
-    /// over.
+    /// Stops keeping the outcomes of a channel for handlers. Outcomes that still wait are not
+    /// handed over.
     ///
     /// # Errors
     ///

@@ -86,7 +86,8 @@ impl Durable {
         Ok(Prepared { row, job })
     }
 
-    /// Enqueues a request that no caller waits for. `client` is the one that the request came through.
+    /// Enqueues a request that no caller waits for. `client` is the one that the request came
+    /// through.
     pub(crate) fn submit(
         &self,
         prepared: Prepared,
@@ -96,8 +97,8 @@ impl Durable {
         self.engine().submit(row, job, client)
     }
 
-    /// Enqueues a request and waits for its response. While the caller waits, every attempt that this
-    /// process makes goes through `client`, if there is one.
+    /// Enqueues a request and waits for its response. While the caller waits, every attempt that
+    /// this process makes goes through `client`, if there is one.
     pub(crate) fn submit_awaited(
         &self,
         prepared: Prepared,

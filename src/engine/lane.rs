@@ -59,7 +59,9 @@ where
             biased;
             Some(written) = writes.join_next() => check(written),
             Some(written) = large_writes.join_next() => check(written),
-            count = incoming.recv_many(&mut arrived, MAX_BATCH), if open && batch.has_room() => open = count > 0,
+            count = incoming.recv_many(&mut arrived, MAX_BATCH), if open && batch.has_room() => {
+                open = count > 0;
+            }
             () = &mut patience, if batch.is_patient() => batch.hurry(),
             // No write is under way and no item will come.
             else => break,

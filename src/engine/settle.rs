@@ -206,7 +206,7 @@ impl Settler {
                 }
             } else {
                 if self.failing.begins() {
-                    tracing::warn!(%error, "results can't be settled; they are kept and tried again");
+                    tracing::warn!(%error, "results can't be settled and are tried again");
                 }
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY_MAX);

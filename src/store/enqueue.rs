@@ -100,7 +100,8 @@ macro_rules! insert_many {
                     $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[],
                     $8::uuid[], $9::smallint[]
                 ) WITH ORDINALITY AS i(
-                    id, channel_name, channel_args, delay_ms, deadline_ms, head, waiter, state, number
+                    id, channel_name, channel_args, delay_ms, deadline_ms, head, waiter, state,
+                    number
                 ) ",
             $only,
             "), payloads AS (
@@ -108,12 +109,14 @@ macro_rules! insert_many {
                 SELECT i.id, $10, i.head, ($7::bytea[])[i.number] FROM input i
             )
             INSERT INTO mq_msgs (
-                id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline
+                id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state,
+                deadline
             )
             SELECT
                 i.id, i.channel_name, i.channel_args,
                 clock_timestamp()
-                    + (i.delay_ms + CASE WHEN i.state > 0 THEN $11 ELSE 0 END) * interval '1 millisecond',
+                    + (i.delay_ms + CASE WHEN i.state > 0 THEN $11 ELSE 0 END)
+                    * interval '1 millisecond',
                 i.waiter, (i.state > 0)::int, (i.state > 0)::int, i.state,
                 clock_timestamp() + i.deadline_ms * interval '1 millisecond'
             FROM input i"
@@ -360,7 +363,8 @@ pub(super) async fn insert_one<'c>(
             $1, $2, $3, $4, $5,
             $6 OPERATOR(pg_catalog.*) interval '1 millisecond',
             $7 OPERATOR(pg_catalog.*) interval '1 millisecond',
-            $8, $9, $10, $11, $12, $13 OPERATOR(pg_catalog.*) interval '1 millisecond', $14, $15, $16,
+            $8, $9, $10, $11, $12,
+            $13 OPERATOR(pg_catalog.*) interval '1 millisecond', $14, $15, $16,
             $17 OPERATOR(pg_catalog.*) interval '1 millisecond', $18, $19, $20
         )",
         quoted(schema)

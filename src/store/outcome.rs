@@ -172,7 +172,9 @@ pub(super) async fn notify_waiters(
     // A payload has to be shorter than 8000 bytes: 200 ids are 7400.
     sqlx::query(
         "SELECT
-            pg_notify('requeuest_' || replace(i.instance::text, '-', ''), string_agg(i.id::text, ','))
+            pg_notify(
+                'requeuest_' || replace(i.instance::text, '-', ''), string_agg(i.id::text, ',')
+            )
          FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS i(instance, id, number)
          GROUP BY i.instance, i.number / 200",
     )
@@ -190,7 +192,8 @@ pub(super) async fn status(
     let name: Option<String> = sqlx::query_scalar(
         "SELECT coalesce(o.status, CASE
              WHEN m.id IS NULL THEN NULL
-             -- A held row's due time includes a lease. Once that runs out, any runner may claim the row.
+             -- A held row's due time includes a lease. Once the lease runs out, any runner may
+             -- claim the row.
              WHEN m.state = 2
                  AND m.attempt_at - current_setting('requeuest.lease')::interval > clock_timestamp()
                  THEN 'retryable'

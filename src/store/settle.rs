@@ -97,7 +97,9 @@ macro_rules! finish {
                 )
                 SELECT
                     CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN (SELECT outcome_slot(clock_timestamp(), $10 * interval '1 millisecond'))
+                        THEN (
+                            SELECT outcome_slot(clock_timestamp(), $10 * interval '1 millisecond')
+                        )
                         ELSE -1 END,
                     f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at,
                     clock_timestamp(),
@@ -359,8 +361,8 @@ const PUT_BACK: &str = "
             $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[]
         ) WITH ORDINALITY
             AS i(
-                id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms, http_status,
-                head, number
+                id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms,
+                http_status, head, number
             )
     ), locked AS MATERIALIZED (
         SELECT i.*, m.attempts

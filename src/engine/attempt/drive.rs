@@ -36,7 +36,7 @@ pub(crate) fn drive_by_engine(
 /// Makes attempts until the request has finished or is back in the queue.
 #[expect(
     clippy::manual_async_fn,
-    reason = "an `async fn` keeps room for its arguments twice, and one runs for each request in flight"
+    reason = "an `async fn` keeps room for its arguments twice, and each request in flight has one"
 )]
 pub(crate) fn drive(
     mut claim: Claim,

@@ -33,7 +33,10 @@ pub(crate) async fn run(driver: Arc<Driver>, channel: Arc<str>, handler: Arc<dyn
             }
             Err(error) => {
                 if failing.begins() {
-                    tracing::warn!(channel = &*channel, %error, "outcomes can't be handed over yet");
+                    tracing::warn!(
+                        channel = &*channel, %error,
+                        "outcomes can't be handed over yet"
+                    );
                 }
             }
         }

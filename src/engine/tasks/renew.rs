@@ -27,7 +27,10 @@ pub(crate) async fn run(store: Store, leases: Arc<Leases>) {
             }
             Err(error) => {
                 if failing.begins() {
-                    tracing::warn!(%error, "leases can't be renewed; other processes may take over");
+                    tracing::warn!(
+                        %error,
+                        "leases can't be renewed; other processes may take over"
+                    );
                 }
             }
         }
