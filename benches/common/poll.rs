@@ -10,7 +10,7 @@ use super::AnyError;
 
 /// Requests that a poll asks for.
 pub(crate) const BATCH: i32 = 256;
-/// The crate's session settings, with a lease that outlasts the bench.
+/// The crate's session settings that affect plans, and a lease that outlasts the bench.
 const SESSION: [(&str, &str); 7] = [
     ("search_path", "requeuest"),
     ("requeuest.lease", r"1\ hour"),

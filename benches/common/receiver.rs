@@ -79,9 +79,7 @@ impl Receiver {
     pub(crate) fn expect(&self, count: usize) -> Result<(), AnyError> {
         match self.received() {
             received if received == count => Ok(()),
-            received => {
-                Err(format!("{count} requests were made, but {received} were received").into())
-            }
+            received => Err(format!("{count} requests were made and {received} received").into()),
         }
     }
 }

@@ -27,8 +27,11 @@ pub(crate) async fn start(settings: &[Setting]) -> Result<Postgres, testkit::Err
 /// The server's version and the settings that matter here.
 pub(crate) async fn describe(pool: &PgPool) -> Result<String, AnyError> {
     let row = sqlx::query(
-        "SELECT current_setting('server_version') AS version, current_setting('fsync') AS fsync,
-            current_setting('synchronous_commit') AS commit, current_setting('shared_buffers') AS buffers",
+        "SELECT
+            current_setting('server_version') AS version,
+            current_setting('fsync') AS fsync,
+            current_setting('synchronous_commit') AS commit,
+            current_setting('shared_buffers') AS buffers",
     )
     .fetch_one(pool)
     .await?;

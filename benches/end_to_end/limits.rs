@@ -1,4 +1,4 @@
-//! What bounds a durable call: the exchange alone, and bare statements that write the rows that it writes.
+//! The limits of a durable call: the exchange alone, and bare statements that write the same rows.
 
 use std::time::Instant;
 
@@ -27,7 +27,7 @@ pub(crate) async fn exchange(
     .await
 }
 
-/// Tables like those that an insert writes to, with their indexes.
+/// Copies of the tables that an insert writes to, with their indexes.
 pub(crate) async fn tables(pool: &PgPool) -> Result<(), AnyError> {
     sqlx::raw_sql(
         "CREATE SCHEMA bare;
@@ -41,11 +41,13 @@ pub(crate) async fn tables(pool: &PgPool) -> Result<(), AnyError> {
 }
 
 const COMMIT: &str = "
-    WITH payload AS (INSERT INTO bare.mq_payloads (id, name, head, body) VALUES ($1, 'requeuest', $2, $3))
+    WITH payload AS (
+        INSERT INTO bare.mq_payloads (id, name, head, body) VALUES ($1, 'requeuest', $2, $3)
+    )
     INSERT INTO bare.mq_msgs (id, channel_name, channel_args, attempt_at)
     VALUES ($1, 'default', 'a840|d|http://127.0.0.1:12345', now())";
 
-/// One row in each of the tables that an insert writes to, by one statement each.
+/// Inserts a row into each table that a durable insert writes to, with one statement per call.
 pub(crate) async fn commits(
     pool: &PgPool,
     body: &Bytes,
@@ -68,7 +70,8 @@ pub(crate) async fn commits(
     .await
 }
 
-/// The same rows, many by one statement, on one connection; and their deletes.
+/// Inserts the same rows in batches of one statement each, on one connection, and deletes them
+/// likewise.
 pub(crate) async fn batches(
     pool: &PgPool,
     body: &Bytes,
@@ -80,13 +83,16 @@ pub(crate) async fn batches(
         .execute(&mut *connection)
         .await?;
     let (head, rounds) = ("x".repeat(400), count / size);
-    let mut all = Vec::new();
+    let mut inserted = Vec::new();
     let began = Instant::now();
     for _ in 0..rounds {
         let ids: Vec<_> = (0..size).map(|_| requeuest::Uuid::now_v7()).collect();
         sqlx::query(
             "WITH input AS MATERIALIZED (SELECT unnest($1::uuid[]) AS id),
-             payloads AS (INSERT INTO bare.mq_payloads (id, name, head, body) SELECT id, 'requeuest', $2, $3 FROM input)
+             payloads AS (
+                INSERT INTO bare.mq_payloads (id, name, head, body)
+                SELECT id, 'requeuest', $2, $3 FROM input
+             )
              INSERT INTO bare.mq_msgs (id, channel_name, channel_args, attempt_at)
              SELECT id, 'default', 'a840|d|http://127.0.0.1:12345', now() FROM input",
         )
@@ -95,11 +101,11 @@ pub(crate) async fn batches(
         .bind(&body[..])
         .execute(&mut *connection)
         .await?;
-        all.push(ids);
+        inserted.push(ids);
     }
-    let inserts = Measured::whole(rounds * size, began.elapsed());
+    let inserts = Measured::total(rounds * size, began.elapsed());
     let began = Instant::now();
-    for ids in all {
+    for ids in inserted {
         sqlx::query(
             "WITH gone AS (DELETE FROM bare.mq_payloads WHERE id = ANY ($1))
              DELETE FROM bare.mq_msgs WHERE id = ANY ($1)",
@@ -108,5 +114,5 @@ pub(crate) async fn batches(
         .execute(&mut *connection)
         .await?;
     }
-    Ok((inserts, Measured::whole(rounds * size, began.elapsed())))
+    Ok((inserts, Measured::total(rounds * size, began.elapsed())))
 }

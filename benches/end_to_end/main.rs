@@ -1,11 +1,18 @@
-//! How many requests a second go all the way: persisted, sent, answered, settled; and how long one takes.
+//! Requests per second from end to end (persisted, sent, answered and settled), and the latency of
+//! one request.
 //!
-//! `cargo bench --bench end_to_end -- --callers 64 --requests 20000 --drain 100000 --json figures.json`; with `--only`, some of
-//! `limits,await,fire,single,drain`, and with `--set synchronous_commit=off` another server.
+//! ```text
+//! cargo bench --bench end_to_end -- --callers 64 --requests 20000 --drain 100000 \
+//!     --json figures.json
+//! ```
 //!
-//! The receiver, Postgres (with `fsync` on) and the callers share the machine. Beside the durable calls it measures, in the same run,
-//! what bounds them: the exchange alone, and bare statements that write the same rows. Compare ratios within one run; absolute figures vary
-//! with the machine. Each count is checked: a request too many or too few fails the run.
+//! - `--only`: some of `limits,await,fire,single,drain`.
+//! - `--set synchronous_commit=off`: a setting of the Postgres server.
+//!
+//! The receiver, Postgres (with `fsync` on) and the callers share the machine. The same run also
+//! measures what bounds the durable calls: the exchange alone, and bare statements that write the
+//! same rows. Compare ratios within one run; absolute figures vary with the machine. Each count is
+//! checked: one request too many or too few fails the run.
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
@@ -26,7 +33,7 @@ use common::report::{Report, micros};
 use common::server::Setting;
 use common::{AnyError, memory, request, server};
 
-/// Rows in a bare batch: about what a busy lane writes at a time.
+/// Rows in a bare batch: about as many as a busy lane writes at once.
 const BATCH: usize = 64;
 
 #[tokio::main]
@@ -34,21 +41,21 @@ async fn main() -> Result<(), AnyError> {
     run(&Arguments::parse()?).await
 }
 
-/// What was asked for.
+/// Command-line arguments.
 struct Arguments {
     callers: usize,
     requests: usize,
-    /// Calls of a single caller, for their latency.
+    /// Calls made by a single caller, to measure their latency.
     single: usize,
     drain: usize,
-    /// Attempts at a time.
+    /// Concurrent attempts.
     concurrency: usize,
-    /// The bytes of each request's body.
+    /// The body of each request.
     body: Bytes,
     json: Option<PathBuf>,
-    /// Nothing: everything.
+    /// Empty: measure everything.
     only: Vec<String>,
-    /// Of the server.
+    /// Settings of the Postgres server.
     settings: Vec<Setting>,
 }
 
@@ -109,12 +116,12 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
         arguments.body.len(),
         arguments.callers
     );
-    bench.together(&mut report).await?;
+    bench.many_callers(&mut report).await?;
     if arguments.wants("single") {
-        bench.alone(&mut report).await?;
+        bench.single_caller(&mut report).await?;
     }
     if arguments.wants("drain") {
-        bench.backlog(&mut report).await?;
+        bench.drain(&mut report).await?;
     }
     if let Some(path) = &arguments.json {
         report.write(path)?;
@@ -129,8 +136,8 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Many callers: rates.
-    async fn together(&self, report: &mut Report) -> Result<(), AnyError> {
+    /// Measures rates with many callers.
+    async fn many_callers(&self, report: &mut Report) -> Result<(), AnyError> {
         let (callers, requests) = (self.arguments.callers, self.arguments.requests);
         let mut limit = None;
         if self.arguments.wants("limits") {
@@ -162,8 +169,8 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// One caller: latencies.
-    async fn alone(&self, report: &mut Report) -> Result<(), AnyError> {
+    /// Measures latencies with one caller.
+    async fn single_caller(&self, report: &mut Report) -> Result<(), AnyError> {
         let single = self.arguments.single;
         let exchange = limits::exchange(&self.receiver, &self.arguments.body, 1, single).await?;
         report.rate("1 caller: the exchange alone", &exchange, None);
@@ -178,7 +185,8 @@ impl Bench<'_> {
         let fire = p50(&fired) / p50(&commit);
         let both = p50(&awaited) / (2.0 * p50(&commit) + p50(&exchange));
         println!(
-            "  p50 of fire: {fire:.2} × a bare insert; of await_response: {both:.2} × two bare inserts and the exchange"
+            "  p50 of fire: {fire:.2} × a bare insert; \
+             of await_response: {both:.2} × two bare inserts and the exchange"
         );
         report.note("fire / bare insert, p50", fire);
         report.note("await_response / (2 bare inserts + exchange), p50", both);
@@ -186,8 +194,8 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Many that wait already when the runner starts.
-    async fn backlog(&self, report: &mut Report) -> Result<(), AnyError> {
+    /// Drains requests that already wait when the runner starts.
+    async fn drain(&self, report: &mut Report) -> Result<(), AnyError> {
         let count = self.arguments.drain;
         let enqueuer = Durable::builder(self.pool.clone()).runner(false).build()?;
         let before = self.receiver.received();
@@ -195,7 +203,7 @@ impl Bench<'_> {
         let requests = (0..count).map(|_| self.request(url));
         let began = Instant::now();
         enqueuer.fire_many(requests).await?;
-        let filled = Measured::whole(count, began.elapsed());
+        let filled = Measured::total(count, began.elapsed());
         report.rate("fire_many", &filled, None);
         let began = Instant::now();
         let durable = self.durable().await?;
@@ -203,16 +211,16 @@ impl Bench<'_> {
         let early = self.receiver.wait_for(before + tenth).await?;
         let late = self.receiver.wait_for(before + count - tenth).await?;
         let ended = self.receiver.wait_for(before + count).await?;
-        let drained = Measured::whole(count, ended - began);
+        let drained = Measured::total(count, ended - began);
         report.rate("draining", &drained, None);
         report.rate(
             "  its first tenth",
-            &Measured::whole(tenth, early - began),
+            &Measured::total(tenth, early - began),
             None,
         );
         report.rate(
             "  its last tenth",
-            &Measured::whole(tenth, ended - late),
+            &Measured::total(tenth, ended - late),
             None,
         );
         if let Some(peak) = memory::peak() {
@@ -225,7 +233,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// With its connections made, and its statements prepared.
+    /// A handle with open connections and prepared statements.
     async fn durable(&self) -> Result<Durable, AnyError> {
         let durable = Durable::builder(self.pool.clone())
             .concurrency(self.arguments.concurrency)
@@ -255,7 +263,7 @@ impl Bench<'_> {
         Ok(measured)
     }
 
-    /// Until the callers had their ids, and until the receiver had all.
+    /// Measures until the callers have their ids, and until the receiver has all requests.
     async fn fired(
         &self,
         durable: &Durable,
@@ -277,7 +285,7 @@ impl Bench<'_> {
         let ended = self.receiver.wait_for(before + count).await?;
         server::settled(self.pool).await?;
         self.receiver.expect(before + count)?;
-        Ok((persisted, Measured::whole(count, ended - began)))
+        Ok((persisted, Measured::total(count, ended - began)))
     }
 
     fn request(&self, url: &str) -> http::Request<Bytes> {

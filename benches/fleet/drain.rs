@@ -21,54 +21,55 @@ pub(crate) async fn measure(arguments: &Arguments, report: &mut Report) -> Resul
     report.note("settings", settings);
     let (processes, requests) = (arguments.processes, arguments.requests);
     println!(
-        "{requests} requests of {} bytes, drained by 1 process and by {processes}; {} of each, and the medians\n",
+        "{requests} requests of {} bytes, drained by 1 process and by {processes}; \
+         {} of each, and the medians\n",
         arguments.body.len(),
         arguments.rounds
     );
-    let mut sides = [Side::of(1), Side::of(processes)];
+    let mut both = [Rounds::of(1), Rounds::of(processes)];
     for _ in 0..arguments.rounds {
-        for side in &mut sides {
-            side.add(round(&postgres, arguments, side.processes).await?);
+        for rounds in &mut both {
+            rounds.add(round(&postgres, arguments, rounds.processes).await?);
         }
     }
-    let [one, all] = sides;
+    let [one, all] = both;
     let base = one.rate();
     println!();
-    for (side, name) in [(one, "one"), (all, "all")] {
-        let rate = side.rate();
+    for (rounds, name) in [(one, "one"), (all, "all")] {
+        let rate = rounds.rate();
         println!(
             "{:<14} {rate:>9.0}/s  {:>5.2} × 1 process, {} threads each\n  {}",
-            named(side.processes),
+            label(rounds.processes),
             rate / base,
-            arguments.threads(side.processes),
-            side.waits
+            arguments.threads(rounds.processes),
+            rounds.waits
         );
-        report.note(&format!("{name}: processes"), side.processes);
+        report.note(&format!("{name}: processes"), rounds.processes);
         report.note(
             &format!("{name}: threads each"),
-            arguments.threads(side.processes),
+            arguments.threads(rounds.processes),
         );
         report.note(&format!("{name}: rate"), rate);
         report.note(&format!("{name}: rate / 1 process"), rate / base);
-        report.note(&format!("{name}: samples"), side.waits.samples());
+        report.note(&format!("{name}: samples"), rounds.waits.samples());
         for (kind, what) in [("Lock", "lock"), ("LWLock", "LWLock")] {
             let figure = format!("{name}: {what} waits, % of samples");
-            report.note(&figure, side.waits.percent(kind));
+            report.note(&figure, rounds.waits.percent(kind));
         }
-        report.note(&format!("{name}: least and most of one"), side.shares());
+        report.note(&format!("{name}: least and most of one"), rounds.extremes());
     }
     Ok(())
 }
 
-fn named(processes: usize) -> String {
+fn label(processes: usize) -> String {
     match processes {
         1 => "1 process".to_owned(),
         _ => format!("{processes} processes"),
     }
 }
 
-/// All rounds of so many processes.
-struct Side {
+/// All rounds with the same number of processes.
+struct Rounds {
     processes: usize,
     rates: Vec<f64>,
     waits: Waits,
@@ -76,7 +77,7 @@ struct Side {
     delivered: Vec<usize>,
 }
 
-impl Side {
+impl Rounds {
     fn of(processes: usize) -> Self {
         Self {
             processes,
@@ -89,7 +90,7 @@ impl Side {
     fn add(&mut self, round: Round) {
         println!(
             "{:<14} {:>9.0}/s  delivered by each: {:?}",
-            named(self.processes),
+            label(self.processes),
             round.drained.rate(),
             round.delivered
         );
@@ -102,7 +103,8 @@ impl Side {
         median(self.rates.clone())
     }
 
-    fn shares(&self) -> Vec<usize> {
+    /// The least and the most that one process delivered in a round.
+    fn extremes(&self) -> Vec<usize> {
         let delivered = &self.delivered;
         let ends = [delivered.iter().min(), delivered.iter().max()];
         ends.into_iter().flatten().copied().collect()
@@ -112,7 +114,7 @@ impl Side {
 struct Round {
     drained: Measured,
     waits: Waits,
-    /// What each process delivered; those that delivered nothing included.
+    /// What each process delivered, including those that delivered nothing.
     delivered: Vec<usize>,
 }
 
@@ -149,10 +151,12 @@ async fn round(
     for worker in workers {
         worker.end().await?;
     }
-    // Each was answered, and there were no more than that.
+    // Exactly `count` requests arrived, and each of them completed.
     receiver.expect(count)?;
     let (outcomes, completed): (i64, i64) = sqlx::query_as(
-        "SELECT count(DISTINCT id), count(*) FILTER (WHERE status = 'completed' AND http_status = 200) FROM requeuest.outcomes",
+        "SELECT count(DISTINCT id),
+            count(*) FILTER (WHERE status = 'completed' AND http_status = 200)
+         FROM requeuest.outcomes",
     )
     .fetch_one(pool)
     .await?;
@@ -161,7 +165,7 @@ async fn round(
             format!("of {count} requests {outcomes} ended and {completed} completed").into(),
         );
     }
-    // Or its vacuum would have a part in the next round.
+    // Otherwise, a vacuum of this database could run during the next round.
     pool.close().await;
     sqlx::query(&format!(
         r#"DROP DATABASE "{}" WITH (FORCE)"#,
@@ -172,13 +176,13 @@ async fn round(
     let mut delivered = receiver.by_sender();
     delivered.resize(processes, 0);
     Ok(Round {
-        drained: Measured::whole(count, ended - began),
+        drained: Measured::total(count, ended - began),
         waits,
         delivered,
     })
 }
 
-/// Requests that are there before anybody delivers.
+/// Enqueues all requests before any process delivers.
 async fn fill(pool: &PgPool, receiver: &Receiver, arguments: &Arguments) -> Result<(), AnyError> {
     let enqueuer = Durable::builder(pool.clone()).runner(false).build()?;
     let requests = (0..arguments.requests).map(|_| request(&receiver.url, &arguments.body));

@@ -1,4 +1,4 @@
-//! What a runner costs that has nothing to do.
+//! What an idle runner costs.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -13,26 +13,26 @@ use crate::common::{AnyError, server};
 use crate::worker::Worker;
 
 const LIBRARY: &str = "pg_stat_statements";
-/// Clock ticks a second, in what Linux tells of processes.
+/// Clock ticks per second, in which Linux reports the CPU time of processes.
 const TICKS: f64 = 100.0;
 
-/// The runner has a session that listens, and one that has polled.
-const RUNS: &str = "
+/// True once the runner has a session that listens and a session that has polled.
+const IS_RUNNING: &str = "
     SELECT bool_or(query ILIKE 'listen%') AND bool_or(query LIKE '%mq_poll%' AND state = 'idle')
     FROM pg_stat_activity WHERE datname = $1";
 
 pub(crate) async fn measure(arguments: &Arguments, report: &mut Report) -> Result<(), AnyError> {
-    let (postgres, counter) = started(arguments).await?;
+    let (postgres, counter) = start_server(arguments).await?;
     let options: PgConnectOptions = postgres.url().parse()?;
-    // In another database, so that its statements don't count.
+    // Connected to another database, so that its statements don't count.
     let mut connection = options.connect().await?;
     let database = postgres.database().await?;
     requeuest::migrate(database.pool()).await?;
-    // Nor do those of its own sessions, which end here.
+    // The statements of the pool's sessions don't count either, because these sessions end here.
     database.pool().close().await;
     let mut worker = Worker::start("fleet", &database, arguments.concurrency, 1).await?;
     worker.begin().await?;
-    while !runs(&mut connection, &database).await? {
+    while !is_running(&mut connection, &database).await? {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let sessions = sessions(&mut connection, &database).await?;
@@ -75,22 +75,23 @@ pub(crate) async fn measure(arguments: &Arguments, report: &mut Report) -> Resul
                 println!("  CPU of {what}: {percent:.2} % of a core");
                 report.note(&format!("idle: CPU of {what}, % of a core"), percent);
             }
-            None => println!("  CPU of {what}: not known, as there is no /proc here"),
+            None => println!("  CPU of {what}: unknown, because there is no /proc here"),
         }
     }
     Ok(())
 }
 
-/// How statements are counted.
+/// What is counted.
 #[derive(Clone, Copy)]
 enum Counter {
     Statements,
-    /// Where the library is not installed. Statements outside of transactions are one each.
+    /// For a server without the library. Each statement outside a transaction counts as one.
     Transactions,
 }
 
-/// A server of its own: counting statements would slow down the others' a little.
-async fn started(arguments: &Arguments) -> Result<(Postgres, Counter), AnyError> {
+/// Starts a separate server, because counting statements would slow the other measurements down a
+/// little.
+async fn start_server(arguments: &Arguments) -> Result<(Postgres, Counter), AnyError> {
     let mut settings = arguments.settings.clone();
     settings.push(("shared_preload_libraries".to_owned(), LIBRARY.to_owned()));
     if let Ok(postgres) = server::start(&settings).await {
@@ -115,7 +116,7 @@ impl Counter {
         }
     }
 
-    /// How often each statement was executed in the database; its beginning is enough to know it by.
+    /// How often each statement was executed in the database. The start of its text identifies it.
     async fn read(
         self,
         connection: &mut PgConnection,
@@ -128,7 +129,8 @@ impl Counter {
                   WHERE d.datname = $1 GROUP BY 1"
             }
             Self::Transactions => {
-                "SELECT 'any transaction', xact_commit + xact_rollback FROM pg_stat_database WHERE datname = $1"
+                "SELECT 'any transaction', xact_commit + xact_rollback
+                 FROM pg_stat_database WHERE datname = $1"
             }
         };
         let counted: Vec<(String, i64)> = sqlx::query_as(counted)
@@ -139,15 +141,18 @@ impl Counter {
     }
 }
 
-async fn runs(connection: &mut PgConnection, database: &TestDatabase) -> Result<bool, AnyError> {
-    let runs: Option<bool> = sqlx::query_scalar(RUNS)
+async fn is_running(
+    connection: &mut PgConnection,
+    database: &TestDatabase,
+) -> Result<bool, AnyError> {
+    let running: Option<bool> = sqlx::query_scalar(IS_RUNNING)
         .bind(database.name())
         .fetch_one(connection)
         .await?;
-    Ok(runs == Some(true))
+    Ok(running == Some(true))
 }
 
-/// Their process ids.
+/// Process ids of the sessions.
 async fn sessions(
     connection: &mut PgConnection,
     database: &TestDatabase,
@@ -161,16 +166,16 @@ async fn sessions(
     Ok(ids.into_iter().map(|id| id as u32).collect())
 }
 
-/// The ticks that these processes have used so far, where the system tells.
+/// Clock ticks that these processes have used so far, where the system reports them.
 fn cpu(processes: &[u32]) -> Option<f64> {
     processes.iter().map(|&process| ticks(process)).sum()
 }
 
 fn ticks(process: u32) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The program's name may have blanks in it; what follows it has none.
+    // The program's name may contain spaces; the fields after it don't.
     let (_, fields) = stat.rsplit_once(')')?;
-    // In user mode, and in the kernel.
+    // Time in user mode and in the kernel.
     let times = fields.split_whitespace().skip(11).take(2);
     times.map(|time| time.parse::<f64>().ok()).sum()
 }

@@ -1,14 +1,22 @@
-//! Several processes on one queue: whether they drain a backlog sooner than one, whether they wait for each other in the database, and
-//! what a runner costs that has nothing to do.
+//! Several processes on one queue: whether they drain a backlog faster than one process, whether
+//! they wait for each other in the database, and what an idle runner costs.
 //!
-//! `cargo bench --bench fleet -- --processes 4 --requests 100000 --rounds 3 --idle 20 --json figures.json`; with `--only`, some of
-//! `drain,idle`, with `--concurrency`, other than the default number of attempts at a time in each process, with `--threads`, other than its
-//! share of the cores for each process's runtime, with `--body`, other than 256 bytes, and with `--set synchronous_commit=off` another
-//! server.
+//! ```text
+//! cargo bench --bench fleet -- --processes 4 --requests 100000 --rounds 3 --idle 20 \
+//!     --json figures.json
+//! ```
 //!
-//! The processes are copies of this program. They share the machine with Postgres (with `fsync` on) and the receiver, so the ratio says
-//! what they cost each other, not what more machines would gain. Each round has a database of its own, and one process and several
-//! take turns, as the machine is never the same for long. Each count is checked: a request that was not delivered exactly once fails the run.
+//! - `--only`: some of `drain,idle`.
+//! - `--concurrency`: concurrent attempts in each process, if not the default.
+//! - `--threads`: threads of each process's runtime, if not its share of the cores.
+//! - `--body`: bytes in each body, if not 256.
+//! - `--set synchronous_commit=off`: a setting of the Postgres server.
+//!
+//! The processes are copies of this program. They share the machine with Postgres (with `fsync` on)
+//! and the receiver, so the ratio shows what they cost each other, not what more machines would
+//! gain. Each round has its own database. One process and several take turns, because the speed of
+//! the machine varies over time. Each count is checked: a request that was not delivered exactly
+//! once fails the run.
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
@@ -30,29 +38,29 @@ use common::{AnyError, arguments};
 
 #[tokio::main]
 async fn main() -> Result<(), AnyError> {
-    if let Some(part) = worker::Part::of_this_process() {
-        return part?.play().await;
+    if let Some(process) = worker::Process::from_environment() {
+        return process?.run().await;
     }
     run(&Arguments::parse()?).await
 }
 
-/// What was asked for.
+/// Command-line arguments.
 struct Arguments {
     processes: usize,
     requests: usize,
     rounds: usize,
-    /// How long a runner is watched that has nothing to do.
+    /// How long the idle runner is watched.
     idle: Duration,
-    /// Attempts at a time, in each process.
+    /// Concurrent attempts in each process.
     concurrency: usize,
-    /// Of each process's runtime. `None`: its share of the cores.
+    /// Threads of each process's runtime. `None`: its share of the cores.
     threads: Option<usize>,
-    /// The bytes of each request's body.
+    /// The body of each request.
     body: Bytes,
     json: Option<PathBuf>,
-    /// Nothing: everything.
+    /// Empty: measure everything.
     only: Vec<String>,
-    /// Of the server.
+    /// Settings of the Postgres server.
     settings: Vec<Setting>,
 }
 
@@ -89,7 +97,7 @@ impl Arguments {
         Ok(parsed)
     }
 
-    /// Of the runtime of each of so many processes.
+    /// Threads for the runtime of each process, if there are `processes` of them.
     fn threads(&self, processes: usize) -> usize {
         let share = || {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);

@@ -1,4 +1,4 @@
-//! What the processes' sessions wait for while they work, seen from outside.
+//! What the sessions of the processes wait for while they work, sampled from outside.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -10,7 +10,8 @@ use tokio::time::MissedTickBehavior;
 
 use crate::common::AnyError;
 
-const EVERY: Duration = Duration::from_millis(20);
+/// Time between two samples.
+const INTERVAL: Duration = Duration::from_millis(20);
 
 const ACTIVE: &str = "
     SELECT coalesce(wait_event_type, ''), coalesce(wait_event, ''), count(*)
@@ -18,21 +19,22 @@ const ACTIVE: &str = "
     WHERE datname = $1 AND state = 'active' AND backend_type = 'client backend'
     GROUP BY 1, 2";
 
-/// How often sessions with a statement under way were seen to wait for what.
+/// How often active sessions were seen to wait for each event.
 #[derive(Default)]
 pub(crate) struct Waits {
-    /// By type and event; both are empty for those that worked.
+    /// By type and event; both are empty for sessions that worked.
     seen: BTreeMap<(String, String), i64>,
 }
 
 impl Waits {
-    /// Looks again and again at the sessions of a database. The connection belongs to another.
+    /// Samples the sessions of a database until it is dropped or fails. The connection must be to
+    /// another database.
     pub(crate) async fn watch(
         &mut self,
         connection: &mut PgConnection,
         database: &str,
     ) -> Result<Infallible, AnyError> {
-        let mut ticks = tokio::time::interval(EVERY);
+        let mut ticks = tokio::time::interval(INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
@@ -78,7 +80,7 @@ impl fmt::Display for Waits {
             ("Client", "the client"),
         ] {
             write!(f, ", {:.1} % waited for {name}", self.percent(kind))?;
-            // What it was most often.
+            // The most frequent event of this type.
             if let Some((event, _)) = self.of(kind).max_by_key(|(_, count)| *count) {
                 write!(f, " ({event})")?;
             }

@@ -1,4 +1,5 @@
-//! A process that delivers: a copy of this program, told what to do through its environment and its standard input.
+//! A process that delivers: a copy of this program, controlled through its environment and its
+//! standard input.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -15,17 +16,17 @@ use crate::common::receiver::SENDER;
 const NAME: &str = "REQUEUEST_FLEET_NAME";
 const DATABASE: &str = "REQUEUEST_FLEET_DATABASE";
 const CONCURRENCY: &str = "REQUEUEST_FLEET_CONCURRENCY";
-/// Of the runtime's threads, where it isn't told of others.
+/// Sets the number of threads of tokio's runtime.
 const THREADS: &str = "TOKIO_WORKER_THREADS";
 
-/// As its parent has it. It is killed when this is dropped.
+/// The parent's handle on a process. Dropping it kills the process.
 pub(crate) struct Worker {
     child: Child,
     input: ChildStdin,
 }
 
 impl Worker {
-    /// Starts one that is ready to begin, and has not begun.
+    /// Starts a process and waits until it is ready. It delivers once `begin` is called.
     pub(crate) async fn start(
         name: &str,
         database: &TestDatabase,
@@ -54,12 +55,12 @@ impl Worker {
         Ok(())
     }
 
-    /// `None` once it has ended.
+    /// `None` once the process has ended.
     pub(crate) fn id(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Has it shut down, and waits for that.
+    /// Shuts the process down and waits for its end.
     pub(crate) async fn end(self) -> Result<(), AnyError> {
         let Self { mut child, input } = self;
         drop(input);
@@ -71,29 +72,29 @@ impl Worker {
     }
 }
 
-/// As it has itself.
-pub(crate) struct Part {
+/// What the process itself knows of its task.
+pub(crate) struct Process {
     name: String,
     database: String,
     concurrency: usize,
 }
 
-impl Part {
+impl Process {
     /// `None` in the parent.
-    pub(crate) fn of_this_process() -> Option<Result<Self, AnyError>> {
+    pub(crate) fn from_environment() -> Option<Result<Self, AnyError>> {
         let name = std::env::var(NAME).ok()?;
-        let told = || {
+        let process = || {
             Ok(Self {
                 name,
                 database: std::env::var(DATABASE)?,
                 concurrency: std::env::var(CONCURRENCY)?.parse()?,
             })
         };
-        Some(told())
+        Some(process())
     }
 
-    /// Delivers from the first line of its input to the end of it.
-    pub(crate) async fn play(self) -> Result<(), AnyError> {
+    /// Delivers from the first line of standard input until the end of it.
+    pub(crate) async fn run(self) -> Result<(), AnyError> {
         let options: PgConnectOptions = self.database.parse()?;
         let pool = PgPoolOptions::new()
             .max_connections(2)

@@ -1,4 +1,4 @@
-//! A drawing: two panels over the same places, rates above and times below.
+//! A chart with two panels over the same x axis: rates above and times below.
 
 use std::path::Path;
 
@@ -11,9 +11,9 @@ use crate::common::AnyError;
 
 const SIZE: (u32, u32) = (900, 720);
 const FONT: &str = "sans-serif";
-/// From one place to the next, in the whole numbers of that axis.
+/// Distance between two positions, in the integer coordinates of the x axis.
 const STEP: i32 = 30;
-/// Told apart by those who see no difference of red and green, too.
+/// Distinguishable without telling red from green.
 const COLORS: [RGBColor; 3] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -22,16 +22,16 @@ const COLORS: [RGBColor; 3] = [
 
 pub(crate) struct Chart {
     pub(crate) title: String,
-    /// In small type: where it was measured.
+    /// Where the figures were measured, in small type.
     pub(crate) note: String,
-    /// What the places are, and what each of them is called.
-    pub(crate) places: (String, Vec<String>),
+    /// The title of the x axis, and the label of each position.
+    pub(crate) positions: (String, Vec<String>),
     pub(crate) rates: Vec<Line>,
     /// In milliseconds.
     pub(crate) times: Vec<Line>,
 }
 
-/// A value for each place.
+/// One value per position.
 pub(crate) struct Line {
     pub(crate) name: &'static str,
     pub(crate) values: Vec<f64>,
@@ -46,7 +46,7 @@ impl Chart {
         let area = area.titled(&self.title, (FONT, 21))?;
         let area = area.titled(&self.note, (FONT, 13))?;
         let (above, below) = area.split_vertically((area.dim_in_pixel().1 / 2) as i32);
-        let rates = 0.0..most(&self.rates) * 1.1;
+        let rates = 0.0..greatest(&self.rates) * 1.1;
         self.panel(
             &above,
             "requests a second",
@@ -54,8 +54,8 @@ impl Chart {
             rates,
             SeriesLabelPosition::LowerRight,
         )?;
-        let (from, to) = (least(&self.times), most(&self.times));
-        // With room above them for their names.
+        let (from, to) = (least(&self.times), greatest(&self.times));
+        // Leaves room for the legend above the lines.
         let (from, to) = (from / 1.5, to * (to / from).sqrt().max(3.0));
         let decades = from.log10().floor() as i32..=to.log10().floor() as i32;
         let marks =
@@ -78,27 +78,27 @@ impl Chart {
         unit: &str,
         lines: &[Line],
         values: Y,
-        names_at: SeriesLabelPosition,
+        legend_at: SeriesLabelPosition,
     ) -> Result<(), AnyError>
     where
         Y: AsRangedCoord<Value = f64>,
         Y::CoordDescType: ValueFormatter<f64>,
     {
-        let (what, names) = &self.places;
-        let places: Vec<i32> = (0..names.len() as i32).map(|place| place * STEP).collect();
-        let range = -STEP / 3..places.last().copied().unwrap_or_default() + STEP / 3;
+        let (title, labels) = &self.positions;
+        let positions: Vec<i32> = (0..labels.len() as i32).map(|index| index * STEP).collect();
+        let range = -STEP / 3..positions.last().copied().unwrap_or_default() + STEP / 3;
         let mut chart = ChartBuilder::on(area)
             .margin(12)
             .x_label_area_size(44)
             .y_label_area_size(72)
-            .build_cartesian_2d(range.with_key_points(places), values)?;
+            .build_cartesian_2d(range.with_key_points(positions), values)?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
             .bold_line_style(BLACK.mix(0.15))
-            .x_label_formatter(&|place| names[(place / STEP) as usize].clone())
+            .x_label_formatter(&|position| labels[(position / STEP) as usize].clone())
             .y_label_formatter(&|value| figure(*value))
-            .x_desc(what)
+            .x_desc(title)
             .y_desc(unit)
             .label_style((FONT, 13))
             .axis_desc_style((FONT, 14))
@@ -119,7 +119,7 @@ impl Chart {
         }
         chart
             .configure_series_labels()
-            .position(names_at)
+            .position(legend_at)
             .background_style(WHITE.mix(0.85))
             .border_style(BLACK.mix(0.2))
             .label_font((FONT, 13))
@@ -128,7 +128,7 @@ impl Chart {
     }
 }
 
-/// 12000 as 12,000, and 0.5 as it is.
+/// Formats 12000 as 12,000, and 0.5 as 0.5.
 fn figure(value: f64) -> String {
     if value < 1000.0 {
         return format!("{value}");
@@ -141,7 +141,7 @@ fn values(lines: &[Line]) -> impl Iterator<Item = f64> {
     lines.iter().flat_map(|line| line.values.iter().copied())
 }
 
-fn most(lines: &[Line]) -> f64 {
+fn greatest(lines: &[Line]) -> f64 {
     values(lines).fold(f64::MIN_POSITIVE, f64::max)
 }
 

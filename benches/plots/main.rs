@@ -1,11 +1,19 @@
-//! Drawings of what rate and latency depend on: the number of callers, and the number of requests that wait.
+//! Charts of how rate and latency depend on the number of callers and on the number of waiting
+//! requests.
 //!
-//! `cargo bench --bench plots -- --into docs --json figures.json` draws `callers.svg` and `backlog.svg`; with `--callers` (512) and
-//! `--backlog` (1000000), up to how many; with `--seconds` (4), how long each point is measured, and with `--rounds` (3), how often; with
-//! `--only`, one of `callers,backlog`; with `--set name=value`, another server. Without `--into` the figures are printed, and nothing is drawn.
+//! `cargo bench --bench plots -- --into docs --json figures.json` draws `callers.svg` and
+//! `backlog.svg`. Without `--into`, the figures are printed and nothing is drawn.
 //!
-//! Points are medians of the rounds. Before each measurement the tables are vacuumed and a checkpoint is made, so that no point pays for the one
-//! before. Each count is checked: a request too many or too few fails the run.
+//! - `--callers` (512) and `--backlog` (1000000): the largest number of callers and of waiting
+//!   requests.
+//! - `--seconds` (4): how long each point is measured.
+//! - `--rounds` (3): how often each point is measured.
+//! - `--only`: `callers` or `backlog`.
+//! - `--set name=value`: a setting of the Postgres server.
+//!
+//! Points are medians of the rounds. Before each measurement, the tables are vacuumed and a
+//! checkpoint is made, so that no point pays for the one before. Each count is checked: one request
+//! too many or too few fails the run.
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
@@ -30,7 +38,7 @@ use common::report::{Report, micros};
 use common::server::Setting;
 use common::{AnyError, arguments, request, server};
 
-/// Beside a backlog.
+/// Callers beside a backlog.
 const CALLERS: usize = 64;
 const POLLS: usize = 21;
 /// Longer than any run.
@@ -41,7 +49,7 @@ async fn main() -> Result<(), AnyError> {
     run(&Arguments::parse()?).await
 }
 
-/// What was asked for.
+/// Command-line arguments.
 struct Arguments {
     callers: usize,
     backlog: usize,
@@ -49,9 +57,9 @@ struct Arguments {
     rounds: usize,
     into: Option<PathBuf>,
     json: Option<PathBuf>,
-    /// Nothing: everything.
+    /// `None`: measure everything.
     only: Option<String>,
-    /// Of the server.
+    /// Settings of the Postgres server.
     settings: Vec<Setting>,
 }
 
@@ -104,7 +112,8 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
         body: vec![b'x'; 256].into(),
         arguments,
         note: format!(
-            "Postgres {version} with fsync; {cores} cores for callers, receiver and Postgres; POSTs of 256 bytes; medians of {} rounds",
+            "Postgres {version} with fsync; {cores} cores for callers, receiver and Postgres; \
+             POSTs of 256 bytes; medians of {} rounds",
             arguments.rounds
         ),
     };
@@ -120,11 +129,11 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
     Ok(())
 }
 
-/// What was measured in one place, round by round.
+/// Measurements at one position, one per round.
 #[derive(Default)]
 struct Point {
     rates: Vec<f64>,
-    /// In milliseconds, as all times here.
+    /// In milliseconds, like all times here.
     p50s: Vec<f64>,
     p99s: Vec<f64>,
 }
@@ -166,7 +175,7 @@ struct Bench<'a> {
     receiver: Receiver,
     body: Bytes,
     arguments: &'a Arguments,
-    /// Where it was measured.
+    /// Where the figures were measured.
     note: String,
 }
 
@@ -205,14 +214,16 @@ impl Bench<'_> {
                 fired.rate()
             );
             figures.push(json!({
-                "callers": callers, "await_response": awaited.json(), "fire": { "rate": fired.rate() },
+                "callers": callers,
+                "await_response": awaited.json(),
+                "fire": { "rate": fired.rate() },
             }));
         }
         report.note("callers", figures);
         let chart = Chart {
             title: "Rate and latency by the number of callers".to_owned(),
             note: self.note.clone(),
-            places: (
+            positions: (
                 "callers, each with one request at a time".to_owned(),
                 callers.iter().map(ToString::to_string).collect(),
             ),
@@ -257,7 +268,9 @@ impl Bench<'_> {
             for _ in 0..POLLS {
                 let (claimed, took) = poll(&mut connection, DEFAULT_CHANNEL).await?;
                 if claimed > 0 {
-                    return Err(format!("{claimed} were due that should have waited").into());
+                    return Err(
+                        format!("{claimed} requests were due that should have waited").into(),
+                    );
                 }
                 times.push(micros(took) / 1e3);
             }
@@ -278,16 +291,19 @@ impl Bench<'_> {
             .fetch_one(pool)
             .await?;
         if left != waiting as i64 {
-            return Err(format!("of {waiting} requests {left} wait still").into());
+            return Err(
+                format!("{left} of {waiting} delayed requests are left in the queue").into(),
+            );
         }
         durable.shutdown(Duration::from_secs(5)).await?;
         report.note("backlog", figures);
         let chart = Chart {
             title: format!(
-                "await_response from {CALLERS} callers beside requests of the same channel that are delayed"
+                "await_response from {CALLERS} callers \
+                 beside requests of the same channel that are delayed"
             ),
             note: self.note.clone(),
-            places: (
+            positions: (
                 "requests that wait, due in a day".to_owned(),
                 sizes.iter().map(|size| short(*size)).collect(),
             ),
@@ -326,7 +342,7 @@ impl Bench<'_> {
         Ok(measured)
     }
 
-    /// Until the receiver had all.
+    /// Measures until the receiver has all requests.
     async fn fired(
         &self,
         durable: &Durable,
@@ -351,7 +367,7 @@ impl Bench<'_> {
         let ended = self.receiver.wait_for(before + persisted.calls).await?;
         server::settled(pool).await?;
         self.receiver.expect(before + persisted.calls)?;
-        Ok(Measured::whole(persisted.calls, ended - began))
+        Ok(Measured::total(persisted.calls, ended - began))
     }
 
     fn delayed(&self) -> Result<Request, AnyError> {
@@ -368,7 +384,7 @@ impl Bench<'_> {
     }
 }
 
-/// With its connections made, and its statements prepared.
+/// A handle with open connections and prepared statements.
 async fn durable(pool: &PgPool) -> Result<Durable, AnyError> {
     let durable = Durable::builder(pool.clone()).build()?;
     durable.status(requeuest::Uuid::nil().into()).await?;
@@ -382,7 +398,7 @@ async fn tidy(pool: &PgPool) -> Result<(), AnyError> {
     Ok(())
 }
 
-/// 10000 as 10k.
+/// Formats 10000 as 10k.
 fn short(count: usize) -> String {
     match count {
         0 => "none".to_owned(),

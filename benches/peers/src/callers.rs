@@ -1,4 +1,4 @@
-//! Concurrent callers: what stands for the handlers of an application in which requests arise.
+//! Concurrent callers, which stand for the handlers of an application that make requests.
 
 use std::future::Future;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::peer::AnyError;
 
-/// Has so many callers, each a task of its own, take the numbers one by one. How long it took.
+/// Spawns `callers` tasks that take the numbers one by one. Returns how long that took.
 pub(crate) async fn each<F, T>(
     callers: usize,
     numbers: Range<u64>,

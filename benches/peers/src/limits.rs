@@ -1,7 +1,9 @@
-//! What bounds every peer on this machine: the exchange without a queue, and commits without an exchange.
+//! What bounds every peer on this machine: the exchange without a queue, and commits without an
+//! exchange.
 //!
-//! Measured in the same run, they tell a slow queue from a slow machine. The first bounds every queue; the second those that
-//! commit each request by itself, while one that shares commits among callers can pass it.
+//! Measured in the same run, these limits tell a slow queue from a slow machine. The exchange
+//! bounds every queue. Commits bound the queues that commit each request separately; a queue that
+//! shares commits among callers can exceed them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +14,7 @@ use crate::callers::each;
 use crate::peer::{AnyError, CONNECTIONS, Site, body};
 use crate::receiver::Receiver;
 
-/// Requests that are sent and answered, persisted nowhere.
+/// Requests that are sent and answered, but not persisted.
 pub(crate) async fn exchange(
     callers: usize,
     requests: u64,
@@ -28,7 +30,7 @@ pub(crate) async fn exchange(
     .await
 }
 
-/// Rows of the size of a request, each with a commit of its own.
+/// Rows the size of a request, each with its own commit.
 pub(crate) async fn commits(
     callers: usize,
     requests: u64,

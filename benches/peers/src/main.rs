@@ -1,9 +1,14 @@
-//! Measures requeuest and other queues for Rust on Postgres at the same work, in one run, on one Postgres.
+//! Measures requeuest and other Postgres queues for Rust at the same work, in one run, on one
+//! Postgres.
 //!
-//! `cargo run --release -- --requests 10000 --drain 20000 --callers 64 --concurrency 64 --only requeuest,sqlxmq --rounds 3 --json FILE`
+//! ```text
+//! cargo run --release -- --requests 10000 --drain 20000 --callers 64 --concurrency 64 \
+//!     --only requeuest,sqlxmq --rounds 3 --json FILE
+//! ```
 //!
-//! Callers, workers, the receiver and Postgres (with `fsync` on) share the machine, so absolute figures say little: compare
-//! within a run. Every request carries a number, and it is an error if one never reaches the receiver.
+//! Callers, workers, the receiver and Postgres (with `fsync` on) share the machine, so absolute
+//! figures say little: compare within a run. Every request carries a number, and the run fails if a
+//! request never reaches the receiver.
 
 mod callers;
 mod limits;
@@ -97,12 +102,12 @@ async fn run(arguments: &Arguments) -> Result<Report, AnyError> {
         drain: arguments.drain,
         rounds: arguments.rounds,
         limits,
-        // Only now, so that a request that came again in the time of a later measure is counted as well.
+        // Counted last, so that a duplicate that arrives during a later measurement counts as well.
         series: series(taken, &bench.receiver),
     })
 }
 
-/// A measure that was taken, and of whom.
+/// A measurement, and the peer that it belongs to.
 struct Taken {
     peer: &'static str,
     krate: &'static str,
@@ -162,7 +167,7 @@ impl Arguments {
             json: None,
         };
         while let Some(name) = given.next() {
-            let value = given.next().ok_or(format!("{name} wants a value"))?;
+            let value = given.next().ok_or(format!("{name} needs a value"))?;
             match name.as_str() {
                 "--requests" => arguments.requests = positive(&name, &value)?,
                 "--drain" => arguments.drain = positive(&name, &value)?,
@@ -173,7 +178,7 @@ impl Arguments {
                     arguments.only = value.split(',').map(known).collect::<Result<_, _>>()?
                 }
                 "--json" => arguments.json = Some(value),
-                _ => return Err(format!("{name} is not known").into()),
+                _ => return Err(format!("unknown argument {name}").into()),
             }
         }
         Ok(arguments)
@@ -183,11 +188,11 @@ impl Arguments {
 fn positive(name: &str, value: &str) -> Result<u64, AnyError> {
     match value.parse() {
         Ok(number) if number > 0 => Ok(number),
-        _ => Err(format!("{name} wants a number above zero, not {value}").into()),
+        _ => Err(format!("{name} must be a number above zero, not {value}").into()),
     }
 }
 
 fn known(name: &str) -> Result<&'static str, AnyError> {
     let found = PEERS.into_iter().find(|peer| *peer == name);
-    found.ok_or_else(|| format!("{name} is none of {}", PEERS.join(", ")).into())
+    found.ok_or_else(|| format!("unknown peer {name}; known: {}", PEERS.join(", ")).into())
 }

@@ -1,5 +1,5 @@
-//! The measures. Each has a database of its own, which is gone before the next begins: rows left behind would be vacuumed and
-//! written back in the time of another peer.
+//! The measurements. Each has its own database, which is dropped before the next begins. Otherwise,
+//! rows left behind would be vacuumed and written back while another peer is measured.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::peer::{self, AnyError, Peer, Site};
 use crate::peers::requeuest::Requeuest;
 use crate::receiver::Receiver;
 
-/// What all measures share.
+/// Shared by all measurements.
 pub(crate) struct Bench {
     pub(crate) postgres: Postgres,
     pub(crate) receiver: Receiver,
@@ -22,16 +22,16 @@ pub(crate) struct Bench {
     pub(crate) concurrency: usize,
 }
 
-/// What came of one measure.
+/// The result of one measurement.
 pub(crate) struct Measured {
     /// The numbers of its requests, by which the receiver knows what arrived.
     pub(crate) numbers: Range<u64>,
-    /// Requests a second; none if some never came.
+    /// Requests per second; `None` if some requests never arrived.
     pub(crate) rate: Option<f64>,
 }
 
 impl Bench {
-    /// Callers enqueue while workers deliver. It takes until the receiver has everything.
+    /// Callers enqueue while workers deliver. The time ends once the receiver has everything.
     pub(crate) async fn fire<P: Peer>(&self, requests: u64) -> Result<Measured, AnyError> {
         let database = self.postgres.database().await?;
         let site = self.site(&database)?;
@@ -44,7 +44,7 @@ impl Bench {
                 async move { peer.enqueue(&workers, number).await }
             })
         };
-        // Opens the connections, to the database and to the receiver.
+        // Opens the connections to the database and to the receiver.
         enqueue(self.receiver.expect(self.callers as u64)).await?;
         self.receiver.all().await;
 
@@ -57,7 +57,8 @@ impl Bench {
         Ok(measured)
     }
 
-    /// Workers find everything enqueued. It takes from their start until the receiver has everything.
+    /// Workers start when everything is enqueued. The time runs from their start until the receiver
+    /// has everything.
     pub(crate) async fn drain<P: Peer>(&self, requests: u64) -> Result<Measured, AnyError> {
         let database = self.postgres.database().await?;
         let site = self.site(&database)?;
@@ -75,7 +76,7 @@ impl Bench {
         Ok(measured)
     }
 
-    /// Callers wait for their responses, which only requeuest hands out.
+    /// Callers wait for their responses. Only requeuest returns responses to callers.
     pub(crate) async fn await_response(&self, requests: u64) -> Result<Measured, AnyError> {
         let database = self.postgres.database().await?;
         let site = self.site(&database)?;
@@ -139,7 +140,7 @@ impl Bench {
     }
 }
 
-/// Stops workers that callers, who have ended by now, shared.
+/// Stops workers that the callers shared. All callers have ended by now.
 async fn stop<P: Peer>(peer: &Arc<P>, workers: Arc<P::Workers>) -> Result<(), AnyError> {
     let workers = Arc::into_inner(workers).ok_or("a caller still holds the workers")?;
     peer.stop(workers).await

@@ -1,4 +1,5 @@
-//! The queues under measurement, one a file. Each file says which documentation its configuration is from.
+//! The queues under measurement, one per file. Each file names the documentation that its
+//! configuration comes from.
 
 pub(crate) mod apalis;
 pub(crate) mod graphile;

@@ -1,7 +1,7 @@
-//! The server that all requests go to, and the count by which a peer is believed.
+//! The server that all requests go to, and its count of what arrived.
 //!
-//! A queue that loses requests is quick, and so is one that thinks it has sent them. So every request
-//! carries a number, and the receiver keeps how often each number came.
+//! A queue that loses requests is fast, and so is a queue that wrongly takes them for sent. So
+//! every request carries a number, and the receiver records how often each number arrived.
 
 use std::convert::Infallible;
 use std::net::TcpListener;
@@ -20,7 +20,8 @@ use tokio::sync::Notify;
 
 use crate::peer::{AnyError, NUMBER};
 
-/// Requests are lost if none came for so long. Longer than any peer here leaves a failed one alone at first.
+/// Missing requests count as lost if none arrived for this long. It is longer than any peer here
+/// waits before it first retries a failed request.
 const STALL: Duration = Duration::from_secs(45);
 
 pub(crate) struct Receiver {
@@ -28,12 +29,12 @@ pub(crate) struct Receiver {
     log: Arc<Log>,
 }
 
-/// How the requests of one measure arrived.
+/// How the requests of one measurement arrived.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tally {
-    /// Never came.
+    /// Never arrived.
     pub(crate) lost: u64,
-    /// Came more than once.
+    /// Arrived more than once.
     pub(crate) doubled: u64,
 }
 
@@ -45,16 +46,17 @@ struct Log {
 
 #[derive(Default)]
 struct Seen {
-    /// How often each number came.
+    /// How often each number arrived.
     times: Vec<u8>,
-    /// How many of the numbers given out haven't come, written off ones aside.
+    /// How many of the numbers handed out haven't arrived, except those written off.
     missing: u64,
-    /// Numbers below are written off.
+    /// All numbers below this one are written off.
     written_off: usize,
 }
 
 impl Receiver {
-    /// Starts the server on a thread of its own, so that it competes with no peer for a worker of the runtime.
+    /// Starts the server on its own thread, so that it doesn't compete with a peer for the workers
+    /// of the runtime.
     pub(crate) fn start() -> Result<Self, AnyError> {
         let listener = TcpListener::bind(("127.0.0.1", 0))?;
         listener.set_nonblocking(true)?;
@@ -74,8 +76,8 @@ impl Receiver {
         &self.url
     }
 
-    /// Gives out numbers for so many requests. No number is given out twice, so a late request of one
-    /// measure is never taken for one of the next.
+    /// Hands out numbers for `count` requests. No number is handed out twice, so a late request of
+    /// one measurement is never taken for a request of the next.
     pub(crate) fn expect(&self, count: u64) -> Range<u64> {
         let mut seen = self.log.seen();
         let start = seen.times.len() as u64;
@@ -85,7 +87,7 @@ impl Receiver {
         start..end
     }
 
-    /// Waits for all numbers given out, and says whether they came.
+    /// Waits for all numbers handed out, and returns whether all of them arrived.
     pub(crate) async fn all(&self) -> bool {
         let mut before = u64::MAX;
         loop {
@@ -98,12 +100,14 @@ impl Receiver {
                 return false;
             }
             before = missing;
-            // Only the last request notifies; a wait that ends by time looks whether any came meanwhile.
+            // Only the last request notifies. After a timeout, the loop checks whether any requests
+            // arrived meanwhile.
             let _ = tokio::time::timeout(STALL, complete).await;
         }
     }
 
-    /// Writes off what hasn't come, so that the next measure doesn't wait for it.
+    /// Writes off the requests that haven't arrived, so that the next measurement doesn't wait for
+    /// them.
     pub(crate) fn write_off(&self) {
         let mut seen = self.log.seen();
         seen.missing = 0;
@@ -129,7 +133,7 @@ impl Log {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the body was one of ours.
+    /// Returns whether the body has a number that was handed out.
     fn record(&self, body: &[u8]) -> bool {
         let number = body
             .get(..NUMBER)
@@ -168,12 +172,12 @@ async fn serve(listener: TcpListener, log: Arc<Log>) {
                 continue;
             }
         };
-        // Small responses would wait for an acknowledgement otherwise.
+        // Otherwise, small responses would wait for an acknowledgement.
         let _ = stream.set_nodelay(true);
         let log = Arc::clone(&log);
         let service = service_fn(move |request| answer(request, Arc::clone(&log)));
         let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-        // A connection ends in an error whenever its client goes away.
+        // A connection ends with an error whenever its client goes away.
         tokio::spawn(async move { connection.await.ok() });
     }
 }

@@ -1,4 +1,4 @@
-//! What a run says in the end: a table to read, and the same as JSON to keep.
+//! The report of a run: a table to read, and the same figures as JSON.
 
 use std::fmt::Write as _;
 
@@ -8,16 +8,16 @@ use crate::peer::Peer;
 use crate::peers::requeuest::Requeuest;
 use crate::receiver::Tally;
 
-/// The version that was built, as the lock file has it.
+/// The lock file, for the versions that were built.
 const LOCK: &str = include_str!("../Cargo.lock");
 
-/// One measure of one peer, over all rounds.
+/// One kind of measurement of one peer, over all rounds.
 pub(crate) struct Series {
     pub(crate) peer: &'static str,
     /// The crate whose version is shown.
     pub(crate) krate: &'static str,
     pub(crate) measure: Measure,
-    /// Requests a second; a round that lost requests has none.
+    /// Requests per second; a round that lost requests has no rate.
     pub(crate) rates: Vec<f64>,
     pub(crate) tally: Tally,
 }

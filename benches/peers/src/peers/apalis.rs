@@ -1,5 +1,6 @@
-//! `apalis` on `apalis-postgres`, as the latter's `examples/basic.rs` has it: batches of 100, no lock statement for each task,
-//! wake-ups by `LISTEN`, and tasks spawned on the runtime; with apalis' limit on concurrent ones added.
+//! `apalis` on `apalis-postgres`, configured like `examples/basic.rs` of the latter: batches of
+//! 100, no lock statement per task, wake-ups by `LISTEN`, and tasks spawned on the runtime. The
+//! limit on concurrent tasks is added with `concurrency` of apalis.
 
 use std::io;
 use std::ops::Range;
@@ -63,7 +64,8 @@ impl Peer for Apalis {
             .build(post);
         let (stop, stopped) = oneshot::channel();
         let signal = async move {
-            // It ends also when the sender goes, which is when the measurement failed.
+            // The wait also ends once the sender is dropped, that is, when the measurement
+            // failed.
             let _ = stopped.await;
             Ok::<_, io::Error>(())
         };

@@ -1,5 +1,6 @@
-//! `graphile_worker`, as its guide has it in "Throughput-oriented worker" (`docs/src/configuration/worker-options.md` of the crate):
-//! a local queue that fetches 100 jobs at a time, and completions that are written in batches, 5 ms apart.
+//! `graphile_worker`, configured like "Throughput-oriented worker" in its guide
+//! (`docs/src/configuration/worker-options.md` of the crate): a local queue that fetches 100 jobs
+//! at a time, and completions that are written in batches, 5 ms apart.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ impl Peer for Graphile {
             )
             .define_job::<Call>()
             .add_extension(site.http.clone())
-            // Ctrl-C is to end the whole run, not the worker.
+            // Ctrl-C must end the whole run, not only the worker.
             .listen_os_shutdown_signals(false)
             .pg_pool(pool.clone())
             .init()

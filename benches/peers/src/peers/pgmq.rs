@@ -1,7 +1,8 @@
-//! `pgmq`, which is a queue without workers: these are written by hand, as one writes them who knows what batches are worth.
+//! `pgmq`, a queue without workers. The workers here are handwritten and do everything in batches.
 //!
-//! The SQL comes with the crate ("Install using the embedded scripts" in its README), so no extension is needed. The loop is
-//! the one of its README: read with a visibility timeout, act, delete; each for a batch.
+//! The SQL comes with the crate ("Install using the embedded scripts" in its README), so no
+//! extension is needed. The loop is the one in its README (read with a visibility timeout, act,
+//! delete), with a batch in each step.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,9 +20,9 @@ const QUEUE: &str = "post";
 const BATCH: i32 = 100;
 /// The crate's default (`VT_DEFAULT`), in seconds.
 const VISIBILITY: i32 = 30;
-/// More than one, so that one sends while another reads or deletes.
+/// More than one, so that one loop sends while another reads or deletes.
 const LOOPS: usize = 2;
-/// How long a loop waits that found nothing. The crate's own polling waits 250 ms.
+/// How long a loop waits after an empty read. The crate's own polling waits 250 ms.
 const IDLE: Duration = Duration::from_millis(5);
 
 pub(crate) struct Pgmq {
@@ -115,7 +116,7 @@ async fn deliver(
         while let Some(post) = posts.join_next().await {
             match post? {
                 Ok(id) => sent.push(id),
-                // It becomes visible again by itself.
+                // The message becomes visible again after its timeout.
                 Err(error) => eprintln!("pgmq: {error}"),
             }
         }

@@ -1,4 +1,5 @@
-//! This crate with its defaults, but for the number of attempts at a time (256 by default): that is the same for all here.
+//! This crate with its defaults, except for the number of concurrent attempts (256 by default),
+//! which is the same for all peers.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -27,7 +28,7 @@ impl Requeuest {
         http::Request::post(&self.site.receiver).body(body(number))
     }
 
-    /// One request whose response the caller gets.
+    /// Sends one request and waits for its response.
     pub(crate) async fn await_response(
         &self,
         durable: &Durable,

@@ -1,8 +1,9 @@
-//! `sqlxmq` by itself: a job is a POST, then `complete()`.
+//! `sqlxmq` by itself: a job sends a POST, then calls `complete()`.
 //!
-//! The configuration is that of its crate documentation: the job macro, a registry with the client as its context, and a
-//! minimum of half the maximum ("the difference between the min and max will dictate the maximum batch size which can be
-//! received: larger batch sizes are more efficient", `JobRunnerOptions::set_concurrency`).
+//! The configuration is that of its crate documentation: the job macro, a registry with the client
+//! as its context, and a minimum of half the maximum ("the difference between the min and max will
+//! dictate the maximum batch size which can be received: larger batch sizes are more efficient",
+//! `JobRunnerOptions::set_concurrency`).
 
 use std::ops::Range;
 use std::time::Duration;
@@ -13,7 +14,8 @@ use sqlxmq::{CurrentJob, JobRegistry, JobRunnerHandle};
 
 use crate::peer::{AnyError, CONNECTIONS, Call, Peer, Site, pieces};
 
-/// In the order of their versions. They need the extension `uuid-ossp`, which is part of Postgres' contributed modules.
+/// In the order of their versions. They need the extension `uuid-ossp`, which is one of the
+/// contributed modules of Postgres.
 const MIGRATIONS: [&str; 5] = [
     include_str!("../../migrations/sqlxmq/20210316025847_setup.up.sql"),
     include_str!("../../migrations/sqlxmq/20210921115907_clear.up.sql"),
@@ -22,9 +24,12 @@ const MIGRATIONS: [&str; 5] = [
     include_str!("../../migrations/sqlxmq/20220713122907_fix-clear_all-keep-nil-message.up.sql"),
 ];
 
-/// The crate has no function for many jobs; its SQL function takes an array. The values are those that `JobBuilder` sends.
+/// The crate has no function that spawns many jobs, but its SQL function takes an array. The values
+/// are those that `JobBuilder` sends.
 const INSERT_ALL: &str = "SELECT mq_insert(ARRAY(
-    SELECT (gen_random_uuid(), interval '0', 4, interval '1 second', $1, '', NULL, false, $2, call, NULL)::mq_new_t
+    SELECT (
+        gen_random_uuid(), interval '0', 4, interval '1 second', $1, '', NULL, false, $2, call, NULL
+    )::mq_new_t
     FROM unnest($3::text[]) AS call))";
 
 const CHANNEL: &str = "post";
