@@ -1,5 +1,7 @@
-//! A bad network: a TCP proxy whose connections delay, break off, vanish or reset, and that knows enough of Postgres'
-//! protocol to lose the answer to one statement, to refuse one in the server's place, or to lose what a pooler loses.
+//! A bad network: a TCP proxy whose connections are delayed, cut, reset, or go silent.
+//!
+//! The proxy knows enough of Postgres' protocol to lose the answer to a statement, to refuse a
+//! statement in the server's place, or to drop the startup options that a pooler drops.
 
 use std::collections::HashMap;
 use std::io;
@@ -19,15 +21,15 @@ use tokio::task::JoinHandle;
 pub enum Manner {
     #[default]
     Pass,
-    /// Each piece, in either direction, comes so much later.
+    /// Each piece, in either direction, is delayed by this long.
     Delay(Duration),
-    /// Closed after so many bytes from the client.
+    /// Closed after this many bytes from the client.
     CutRequest(usize),
-    /// Closed after so many bytes from the server.
+    /// Closed after this many bytes from the server.
     CutAnswer(usize),
-    /// Reset (RST) after so many bytes from the server.
+    /// Reset (RST) after this many bytes from the server.
     ResetAnswer(usize),
-    /// Connected, and nothing goes through.
+    /// The connection is accepted, and no byte goes through.
     BlackHole,
 }
 
@@ -37,7 +39,7 @@ enum Protocol {
     Postgres,
 }
 
-/// Passes connections on to another address.
+/// Forwards connections to another address.
 pub struct Proxy {
     pub addr: SocketAddr,
     shared: Arc<Shared>,
@@ -49,20 +51,21 @@ struct Shared {
     protocol: Protocol,
     manner: Mutex<Manner>,
     drop_options: bool,
-    /// The statement whose next answers are lost, and how many of them.
+    /// The text of the statement whose next answers are lost, and how many answers are still to be
+    /// lost.
     losing: Mutex<(String, usize)>,
     lost: AtomicUsize,
-    /// What statements contain that are refused, and the SQLSTATE.
+    /// The text of the statements that are refused, and the SQLSTATE.
     refusing: Mutex<Option<(String, String)>>,
     refused: AtomicUsize,
     broken: AtomicUsize,
     connections: Mutex<Vec<Connection>>,
 }
 
-/// One that is open, or was.
+/// A connection that is or was open.
 struct Connection {
     fate: watch::Sender<Option<Fate>>,
-    /// The statements that its client named, in their text.
+    /// The text of the client's statements, by statement name.
     said: Arc<Mutex<HashMap<String, String>>>,
 }
 
@@ -70,22 +73,22 @@ struct Connection {
 enum Fate {
     Closed,
     Reset,
-    /// Both sockets stay open, and nothing goes through.
+    /// Both sockets stay open, and no byte goes through.
     Held,
 }
 
 impl Proxy {
-    /// For any protocol.
+    /// A proxy for any protocol.
     pub async fn start(target: SocketAddr) -> Self {
         Self::with(target, Protocol::Any, false).await
     }
 
-    /// For Postgres without TLS.
+    /// A proxy for Postgres without TLS.
     pub async fn postgres(target: SocketAddr) -> Self {
         Self::with(target, Protocol::Postgres, false).await
     }
 
-    /// Loses the `options` that a client connects with, as poolers do.
+    /// A proxy for Postgres that drops the `options` of the startup message, as poolers do.
     pub async fn pooler(target: SocketAddr) -> Self {
         Self::with(target, Protocol::Postgres, true).await
     }
@@ -106,7 +109,7 @@ impl Proxy {
             connections: Mutex::default(),
         });
         let passed = Arc::clone(&shared);
-        // The set goes with the proxy, and with it all connections.
+        // Aborting the task drops the set, which closes all connections.
         let accepting = tokio::spawn(async move {
             let mut open = tokio::task::JoinSet::new();
             loop {
@@ -126,57 +129,60 @@ impl Proxy {
         format!("http://{}{path}", self.addr)
     }
 
-    /// How connections behave that are made from now on.
+    /// Sets how new connections behave.
     pub fn treat(&self, manner: Manner) {
         *self.shared.manner.lock().unwrap() = manner;
     }
 
-    /// Nothing goes through any more, on what is connected and what will be. [`treat`](Self::treat) ends it for new connections.
+    /// Lets no byte through on existing and new connections. [`treat`](Self::treat) ends this for
+    /// new connections.
     pub fn black_hole(&self) {
         self.treat(Manner::BlackHole);
         self.decide(Fate::Held, |_| true);
     }
 
-    /// As [`black_hole`](Self::black_hole), only for connections whose client once sent a statement with this text.
+    /// Like [`black_hole`](Self::black_hole), but only for connections whose client has sent a
+    /// statement that contains this text. Returns how many there are.
     pub fn black_hole_those_that_said(&self, text: &str) -> usize {
         self.decide(Fate::Held, |said| {
             said.values().any(|statement| statement.contains(text))
         })
     }
 
-    /// Resets all connections.
+    /// Resets all connections, and returns how many.
     pub fn reset(&self) -> usize {
         self.decide(Fate::Reset, |_| true)
     }
 
-    /// Closes a connection instead of passing on the answer to the next statements, `times` of them, with this text: they are
-    /// carried out and nobody hears of it.
+    /// Closes the connection instead of passing on the answer, for the next `times` statements that
+    /// contain this text. The server executes those statements.
     pub fn lose_answers_to(&self, text: &str, times: usize) {
         *self.shared.losing.lock().unwrap() = (text.to_owned(), times);
     }
 
-    /// Answers statements with this text in the server's place from now on: with an error of this SQLSTATE. They don't reach it.
+    /// From now on, answers statements that contain this text with an error of this SQLSTATE. They
+    /// don't reach the server.
     pub fn refuse(&self, text: &str, code: &str) {
         *self.shared.refusing.lock().unwrap() = Some((text.to_owned(), code.to_owned()));
     }
 
-    /// All statements go to the server again. Returns how many were refused since the last time.
+    /// Lets all statements through again. Returns how many were refused since the last call.
     pub fn refuse_nothing(&self) -> usize {
         *self.shared.refusing.lock().unwrap() = None;
         self.shared.refused.swap(0, Ordering::SeqCst)
     }
 
-    /// How many statements were refused.
+    /// How many statements have been refused.
     pub fn refused(&self) -> usize {
         self.shared.refused.load(Ordering::SeqCst)
     }
 
-    /// How many answers were lost.
+    /// How many answers have been lost.
     pub fn lost(&self) -> usize {
         self.shared.lost.load(Ordering::SeqCst)
     }
 
-    /// How many connections came to the end that their manner had for them.
+    /// How many connections have broken as their [`Manner`] says.
     pub fn broken(&self) -> usize {
         self.shared.broken.load(Ordering::SeqCst)
     }
@@ -233,7 +239,7 @@ async fn serve(shared: Arc<Shared>, manner: Manner, mut client: TcpStream) {
     }
 }
 
-/// Until one side closes, or the manner says so.
+/// Forwards bytes until one side closes or the manner's limit is reached.
 async fn pass(
     shared: &Shared,
     manner: Manner,
@@ -309,7 +315,8 @@ enum Pumped {
     Lost,
 }
 
-/// Passes on what `take` takes out of what came, `None` ends it, and what is `added` from elsewhere.
+/// Forwards what `take` returns of the bytes read, and what `added` yields. Ends once `take`
+/// returns `None`.
 async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
@@ -342,20 +349,20 @@ async fn pump(
     }
 }
 
-/// What a Postgres client sends.
+/// The messages that a Postgres client sends.
 struct Frontend<'a> {
     shared: &'a Shared,
     said: &'a Mutex<HashMap<String, String>>,
     started: bool,
     losing: watch::Sender<bool>,
-    /// The SQLSTATE with which a statement is refused, until the client waits for the answer.
+    /// The SQLSTATE of the statement being refused, until the client waits for the answer.
     refusing: Option<String>,
     own_answers: mpsc::UnboundedSender<BytesMut>,
 }
 
 impl Frontend<'_> {
-    /// Takes whole messages.
-    #[allow(clippy::unnecessary_wraps)] // as `pump` wants it
+    /// Takes the messages that have arrived completely.
+    #[allow(clippy::unnecessary_wraps)] // `pump` takes an `Option`
     fn take(&mut self, input: &mut BytesMut) -> Option<BytesMut> {
         let mut output = BytesMut::new();
         loop {
@@ -402,12 +409,12 @@ impl Frontend<'_> {
             .map(|text| String::from_utf8_lossy(text).into_owned());
         let mut next = || texts.next().unwrap_or_default();
         match kind {
-            // Parse: the statement's name, its text.
+            // Parse: the statement's name, then its text.
             b'P' => {
                 let name = next();
                 self.said.lock().unwrap().insert(name, next());
             }
-            // Bind: the portal's name, the statement's.
+            // Bind: the portal's name, then the statement's.
             b'B' => {
                 let name = { (next(), next()).1 };
                 let text = self.said.lock().unwrap().get(&name).cloned();
@@ -423,7 +430,7 @@ impl Frontend<'_> {
         }
     }
 
-    /// Answers as the server does: an error, and that it is ready.
+    /// Answers as the server would: ErrorResponse, then ReadyForQuery.
     fn refuse(&mut self) {
         let Some(code) = self.refusing.take() else {
             return;
@@ -464,7 +471,7 @@ impl Frontend<'_> {
     }
 }
 
-/// Waits for the whole answer, which comes after the commit, and ends the connection.
+/// Waits for the whole answer, which the server sends after the commit, then ends the connection.
 fn lose_answer(input: &mut BytesMut) -> Option<BytesMut> {
     while let Some(length) = message_length(input, 1) {
         let kind = input[0];
@@ -477,7 +484,7 @@ fn lose_answer(input: &mut BytesMut) -> Option<BytesMut> {
     Some(BytesMut::new())
 }
 
-/// The length that a message says it has, if it has come whole.
+/// The length field of a message that has arrived completely.
 fn message_length(input: &[u8], kind: usize) -> Option<usize> {
     let length = input.get(kind..kind + 4)?;
     let length = u32::from_be_bytes(length.try_into().ok()?) as usize;

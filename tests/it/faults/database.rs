@@ -1,4 +1,4 @@
-//! What Postgres refuses, delays or locks, and poolers in front of it.
+//! Statements that Postgres rejects, delays or locks out, and poolers in front of Postgres.
 
 use std::time::{Duration, Instant};
 
@@ -7,27 +7,29 @@ use requeuest::{Durable, Options, Status};
 use tokio::task::JoinSet;
 
 use super::network::{Through, address, pool_through, through_a_proxy};
-use super::{builder, echo_server, load, post_body, settle_accounts};
+use super::{echo_server, load, settle_accounts, short_lease_builder};
 use crate::proxy::Proxy;
-use crate::support::{LONG, Server, count, eventually, in_time, migrated, passing, reply};
+use crate::support::{
+    LONG, Server, closed_port, eventually, in_time, migrated, passing, post, reply, rows,
+};
 
-/// Not the shortest: that it holds is what is tested, on a busy machine too.
+/// Longer than the shortest lease: these tests need the lease to hold, even on a busy machine.
 const BUSY_LEASE: Duration = Duration::from_secs(2);
 /// Read-only, disk full, statement timeout, deadlock, serialization failure.
 const FAULTS: [&str; 5] = ["25006", "53100", "57014", "40P01", "40001"];
 
 #[tokio::test]
-async fn a_request_that_postgres_can_not_take_is_refused_with_an_error_and_never_sent() {
+async fn requests_postgres_rejects_fail_and_are_never_sent() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     for code in FAULTS {
         for (statement, options) in [
             ("INSERT INTO mq_msgs", Options::default()),
             (".enqueue(", Options::default().ordered("key")),
         ] {
             proxy.refuse(statement, code);
-            let request = post_body(&server.url("/"), code).with(options);
+            let request = post(server.url("/"), code).with(options);
             let error = in_time(durable.fire(request)).await.unwrap_err();
             assert!(
                 error.is_database() && !error.is_indeterminate(),
@@ -39,50 +41,56 @@ async fn a_request_that_postgres_can_not_take_is_refused_with_an_error_and_never
             );
             assert_eq!(proxy.refuse_nothing(), 1);
         }
-        let good = in_time(durable.await_response(post_body(&server.url("/"), "good"))).await;
+        let good = in_time(durable.await_response(post(server.url("/"), "good"))).await;
         assert_eq!(good.unwrap().text().unwrap(), "good");
     }
     assert!(server.seen().iter().all(|seen| seen.body == "good"));
 }
 
 #[tokio::test]
-async fn results_that_postgres_can_not_take_are_kept_until_it_can() {
+async fn results_postgres_rejects_are_kept_until_it_accepts_them() {
     let Through {
         database,
         proxy,
         pool,
     } = through_a_proxy().await;
     let (server, gate) = Server::held(200).await;
-    let durable = builder(&pool).lease(BUSY_LEASE).build().unwrap();
-    // Would take them over, if their leases ran out.
-    let _other = builder(database.pool()).lease(BUSY_LEASE).build().unwrap();
+    let durable = short_lease_builder(&pool)
+        .lease(BUSY_LEASE)
+        .build()
+        .unwrap();
+    // Takes the requests over if their leases run out.
+    let _other = short_lease_builder(database.pool())
+        .lease(BUSY_LEASE)
+        .build()
+        .unwrap();
     let url = server.url("/");
-    for (round, code) in FAULTS.iter().enumerate() {
+    for (round, code) in FAULTS.into_iter().enumerate() {
         let mut callers = JoinSet::new();
         for number in 0..10 {
-            let (durable, request) = (durable.clone(), post_body(&url, &number.to_string()));
+            let (durable, request) = (durable.clone(), post(&url, number.to_string()));
             callers.spawn(async move { durable.await_response(request).await });
         }
         server.wait_for(10 * (round + 1)).await;
         proxy.refuse("INSERT INTO outcomes", code);
         gate.add_permits(10);
-        // Renewed all the while.
+        // The leases are renewed throughout.
         passing(&database, BUSY_LEASE * 3 / 2).await;
         assert!(callers.try_join_next().is_none(), "{code}");
         assert!(proxy.refuse_nothing() > 0);
         for response in in_time(callers.join_all()).await {
             assert_eq!(response.unwrap().status(), 200);
         }
-        // No other runner took them in the meantime.
+        // No other runner took the requests over in the meantime.
         assert_eq!(server.count(), 10 * (round + 1), "{code}");
     }
     println!("duplicates under failing settles: 0 of 50 requests");
 }
 
 #[tokio::test]
-async fn while_results_can_not_be_stored_only_so_many_pile_up() {
+async fn results_that_cannot_be_stored_pile_up_to_a_limit() {
     const REQUESTS: usize = 2000;
-    // What the engine lets wait, and what the runner holds and is about to.
+    // The results that the engine lets wait, plus what the runner holds or is about to claim.
     const MOST: usize = 1024 + 3 * CONCURRENCY;
     const CONCURRENCY: usize = 16;
     let Through {
@@ -95,7 +103,7 @@ async fn while_results_can_not_be_stored_only_so_many_pile_up() {
     let durable = durable.build().unwrap();
     proxy.refuse("INSERT INTO outcomes", "53100");
     for number in 0..REQUESTS {
-        let request = post_body(&server.url("/"), &number.to_string());
+        let request = post(server.url("/"), number.to_string());
         in_time(durable.fire(request)).await.unwrap();
     }
     passing(&database, Duration::from_secs(1)).await;
@@ -105,14 +113,16 @@ async fn while_results_can_not_be_stored_only_so_many_pile_up() {
     assert!(proxy.refuse_nothing() > 0);
     server.wait_for(REQUESTS).await;
     durable.shutdown(LONG).await.unwrap();
-    let completed = "select count(*) from requeuest.outcomes where status = 'completed'";
-    // The clock's own is one of them.
-    assert_eq!(count(&database, completed).await, REQUESTS as i64 + 1);
+    // One of them is the request of `passing`.
+    assert_eq!(
+        rows(&database, "outcomes WHERE status = 'completed'").await,
+        REQUESTS as i64 + 1
+    );
     assert_eq!(server.count(), REQUESTS);
 }
 
 #[tokio::test]
-async fn failed_attempts_that_postgres_can_not_note_are_kept_until_it_can() {
+async fn failed_attempts_postgres_rejects_are_kept_until_accepted() {
     let Through {
         database,
         proxy,
@@ -123,11 +133,17 @@ async fn failed_attempts_that_postgres_can_not_note_are_kept_until_it_can() {
         reply(if number % 2 == 0 { 503 } else { 200 }, "")
     })
     .await;
-    let durable = builder(&pool).lease(BUSY_LEASE).build().unwrap();
-    let _other = builder(database.pool()).lease(BUSY_LEASE).build().unwrap();
-    for (round, code) in FAULTS.iter().enumerate() {
+    let durable = short_lease_builder(&pool)
+        .lease(BUSY_LEASE)
+        .build()
+        .unwrap();
+    let _other = short_lease_builder(database.pool())
+        .lease(BUSY_LEASE)
+        .build()
+        .unwrap();
+    for (round, code) in FAULTS.into_iter().enumerate() {
         proxy.refuse("INSERT INTO attempts", code);
-        let calling = in_time(durable.await_response(post_body(&server.url("/"), code)));
+        let calling = in_time(durable.await_response(post(server.url("/"), code)));
         let (response, ()) = tokio::join!(calling, async {
             eventually("it is refused", || async { proxy.refused() > 0 }).await;
             passing(&database, BUSY_LEASE * 3 / 2).await;
@@ -140,17 +156,17 @@ async fn failed_attempts_that_postgres_can_not_note_are_kept_until_it_can() {
 }
 
 #[tokio::test]
-async fn a_repetition_that_postgres_can_not_confirm_is_made_later() {
+async fn a_retry_postgres_cannot_confirm_is_made_later() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server =
         Server::start(
             |number, _| async move { reply(if number % 2 == 0 { 503 } else { 200 }, "") },
         )
         .await;
-    let durable = builder(&pool).build().unwrap();
-    for (round, code) in FAULTS.iter().enumerate() {
+    let durable = short_lease_builder(&pool).build().unwrap();
+    for (round, code) in FAULTS.into_iter().enumerate() {
         proxy.refuse("attempts = m.attempts + $4::int, state = $5", code);
-        let calling = in_time(durable.await_response(post_body(&server.url("/"), code)));
+        let calling = in_time(durable.await_response(post(server.url("/"), code)));
         let (response, ()) = tokio::join!(calling, async {
             eventually("it is refused", || async { proxy.refused() > 0 }).await;
             proxy.refuse_nothing();
@@ -161,7 +177,7 @@ async fn a_repetition_that_postgres_can_not_confirm_is_made_later() {
 }
 
 #[tokio::test]
-async fn renewals_that_postgres_can_not_make_are_made_again_in_time() {
+async fn rejected_lease_renewals_are_repeated_in_time() {
     let Through {
         database,
         proxy,
@@ -169,10 +185,13 @@ async fn renewals_that_postgres_can_not_make_are_made_again_in_time() {
     } = through_a_proxy().await;
     let lease = 3 * super::LEASE;
     let (server, gate) = Server::held(200).await;
-    let durable = builder(&pool).lease(lease).build().unwrap();
-    let _other = builder(database.pool()).lease(lease).build().unwrap();
+    let durable = short_lease_builder(&pool).lease(lease).build().unwrap();
+    let _other = short_lease_builder(database.pool())
+        .lease(lease)
+        .build()
+        .unwrap();
     let waiting = tokio::spawn({
-        let (durable, request) = (durable.clone(), post_body(&server.url("/"), "x"));
+        let (durable, request) = (durable.clone(), post(server.url("/"), "x"));
         async move { durable.await_response(request).await }
     });
     server.wait_for(1).await;
@@ -188,18 +207,22 @@ async fn renewals_that_postgres_can_not_make_are_made_again_in_time() {
 }
 
 #[tokio::test]
-async fn polls_that_postgres_refused_for_long_go_on_soon_when_it_does_no_more() {
+async fn polls_resume_soon_after_a_long_series_of_errors() {
     let Through {
         database,
         proxy,
         pool,
     } = through_a_proxy().await;
     let server = echo_server().await;
-    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let enqueue_only = short_lease_builder(database.pool())
+        .runner(false)
+        .build()
+        .unwrap();
     let mut refused = 0;
     proxy.refuse("mq_poll", FAULTS[0]);
-    let _durable = builder(&pool).build().unwrap();
-    // sqlxmq by itself waits for 50 ms after a refusal, and twice as long after each other one: for 3.2 s after the sixth.
+    let _durable = short_lease_builder(&pool).build().unwrap();
+    // sqlxmq by itself waits for 100 ms after the first error and doubles the wait with each
+    // further one: 3.2 s after the sixth.
     for code in FAULTS {
         proxy.refuse("mq_poll", code);
         refused += 2;
@@ -208,16 +231,13 @@ async fn polls_that_postgres_refused_for_long_go_on_soon_when_it_does_no_more() 
         })
         .await;
     }
-    let id = enqueue_only
-        .fire(post_body(&server.url("/"), "x"))
-        .await
-        .unwrap();
+    let id = enqueue_only.fire(post(server.url("/"), "x")).await.unwrap();
     proxy.refuse_nothing();
     let back = Instant::now();
-    let outcome = testkit::outcome(&enqueue_only, id, crate::support::LONG).await;
+    let outcome = testkit::outcome(&enqueue_only, id, LONG).await;
     assert_eq!(outcome.unwrap().status(), Status::Completed);
     println!(
-        "polls that were refused {refused} times went on after {:?}",
+        "polls that were refused {refused} times resumed after {:?}",
         back.elapsed()
     );
     assert!(
@@ -228,37 +248,36 @@ async fn polls_that_postgres_refused_for_long_go_on_soon_when_it_does_no_more() 
     assert_eq!(server.count(), 1);
 }
 
-/// How long a transaction of the application sits on its ordering key.
+/// How long an application's transaction holds its ordering key.
 fn long() -> Duration {
     Duration::from_secs(if super::is_long() { 60 } else { 5 })
 }
 
 #[tokio::test]
-async fn a_long_transaction_holds_up_its_keys_alone() {
+async fn a_long_transaction_delays_only_its_own_keys() {
     let database = migrated().await;
     let server = echo_server().await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).build().unwrap();
     let url = server.url("/");
-    let ordered = |body: &str, key: &str| {
-        post_body(&url, body).with(Options::default().ordered(key.to_owned()))
+    let ordered = |body: &'static str, key: &str| {
+        post(&url, body).with(Options::default().ordered(key.to_owned()))
     };
-    // Its predecessor ends while the transaction is open.
+    // The key's first request finishes while the transaction is open.
     let before = durable.fire(ordered("k before", "k")).await.unwrap();
     let mut transaction = database.pool().begin().await.unwrap();
     durable
         .fire_in(&mut *transaction, ordered("k held", "k"))
         .await
         .unwrap();
-    let keyed =
-        |key: String| post_body(&url, "keyed").with(Options::default().key(key).supersede("s"));
+    let keyed = |key: String| post(&url, "keyed").with(Options::default().key(key).supersede("s"));
     let other = Options::default().key("held");
     durable
-        .fire_in(&mut *transaction, post_body(&url, "keyed").with(other))
+        .fire_in(&mut *transaction, post(&url, "keyed").with(other))
         .await
         .unwrap();
     let outcome = testkit::outcome(&durable, before, long()).await.unwrap();
     assert_eq!(outcome.status(), Status::Completed);
-    // More than the pool has connections.
+    // More callers than the pool has connections.
     let mut behind = JoinSet::new();
     for _ in 0..20 {
         let (durable, request) = (durable.clone(), ordered("k after", "k"));
@@ -269,8 +288,8 @@ async fn a_long_transaction_holds_up_its_keys_alone() {
     let mut others = 0;
     while began.elapsed() < long() {
         let started = Instant::now();
-        // Its owner, too, waits for others meanwhile.
-        in_time(durable.await_response(post_body(&url, "unordered")))
+        // The transaction's owner awaits other requests in the meantime.
+        in_time(durable.await_response(post(&url, "unordered")))
             .await
             .unwrap();
         in_time(durable.await_response(ordered("other key", "other")))
@@ -295,7 +314,7 @@ async fn a_long_transaction_holds_up_its_keys_alone() {
         seen.filter(|body| body.starts_with(b"k "))
             .collect::<Vec<_>>()
     };
-    eventually("all of the key are delivered", || async {
+    eventually("all requests of the key are delivered", || async {
         of_key().len() == 22
     })
     .await;
@@ -307,11 +326,11 @@ async fn a_long_transaction_holds_up_its_keys_alone() {
 }
 
 #[tokio::test]
-async fn requests_that_are_too_large_for_one_batch_are_all_persisted() {
+async fn requests_too_large_for_one_batch_are_all_persisted() {
     const MIB: usize = 1024 * 1024;
     let database = migrated().await;
     let server = echo_server().await;
-    let durable = builder(database.pool())
+    let durable = short_lease_builder(database.pool())
         .max_request_body(16 * MIB)
         .max_response_body(16 * MIB)
         .build()
@@ -319,7 +338,7 @@ async fn requests_that_are_too_large_for_one_batch_are_all_persisted() {
     let mut callers = JoinSet::new();
     for size in [1, MIB, 2 * MIB, 3 * MIB, 3 * MIB, 12 * MIB] {
         let (durable, url) = (durable.clone(), server.url("/"));
-        let request = post_body(&url, &"x".repeat(size));
+        let request = post(&url, "x".repeat(size));
         callers.spawn(async move { (size, durable.await_response(request).await) });
     }
     for (size, response) in in_time(callers.join_all()).await {
@@ -329,29 +348,26 @@ async fn requests_that_are_too_large_for_one_batch_are_all_persisted() {
 }
 
 #[tokio::test]
-async fn the_largest_body_that_is_allowed_goes_both_ways() {
-    // Half of what Postgres takes in one value. In the short form, what is sent beside the claim.
+async fn the_largest_allowed_body_goes_both_ways() {
+    // Half of what Postgres takes in one value. Even the short form's body is too large to come
+    // with the claim.
     let mib = if super::is_long() { 512 } else { 32 };
     let size = mib * 1024 * 1024;
     let database = migrated().await;
-    let server = Server::start(|_, seen| async move { reply(200, seen.body) }).await;
-    let durable = builder(database.pool())
+    let server = echo_server().await;
+    let durable = short_lease_builder(database.pool())
         .attempt_timeout(Duration::from_secs(120))
         .max_request_body(size)
         .max_response_body(size)
         .build()
         .unwrap();
     let body = bytes::Bytes::from(vec![b'x'; size]);
-    let request = http::Request::post(server.url("/")).body(body.clone());
-    let large = durable.await_response(request.unwrap());
+    let large = durable.await_response(post(server.url("/"), body.clone()));
     let small = async {
-        // Others go on beside it.
+        // Small requests keep going meanwhile.
         let mut callers = JoinSet::new();
         for number in 0..20 {
-            let (durable, request) = (
-                durable.clone(),
-                post_body(&server.url("/"), &number.to_string()),
-            );
+            let (durable, request) = (durable.clone(), post(server.url("/"), number.to_string()));
             callers.spawn(async move { durable.await_response(request).await });
         }
         for response in in_time(callers.join_all()).await {
@@ -364,12 +380,14 @@ async fn the_largest_body_that_is_allowed_goes_both_ways() {
 }
 
 #[tokio::test]
-async fn a_pooler_that_swallows_the_search_path_is_told_from_a_missing_schema() {
+async fn a_pooler_that_drops_the_search_path_has_its_own_error() {
     let database = migrated().await;
     let server = echo_server().await;
     let proxy = Proxy::pooler(address(&database)).await;
-    let durable = builder(&pool_through(&proxy, &database)).build().unwrap();
-    let error = in_time(durable.fire(post_body(&server.url("/"), "x")))
+    let durable = short_lease_builder(&pool_through(&proxy, &database))
+        .build()
+        .unwrap();
+    let error = in_time(durable.fire(post(server.url("/"), "x")))
         .await
         .unwrap_err();
     assert!(error.is_not_migrated(), "{error:?}");
@@ -377,31 +395,26 @@ async fn a_pooler_that_swallows_the_search_path_is_told_from_a_missing_schema() 
     assert_eq!(server.count(), 0);
 }
 
-/// Everything that an application does, with its pool behind a pooler and the crate's beside it.
+/// Everything that an application does, with its own pool behind a pooler and the crate's direct.
 async fn works_behind_a_pooler(database: &TestDatabase, application: &sqlx::PgPool) {
     let server = echo_server().await;
-    let durable: Durable = builder(application)
+    let durable: Durable = short_lease_builder(application)
         .connect_options(database.options())
         .build()
         .unwrap();
     let mut transaction = application.begin().await.unwrap();
     let committed = durable
-        .fire_in(&mut *transaction, post_body(&server.url("/"), "committed"))
+        .fire_in(&mut *transaction, post(server.url("/"), "committed"))
         .await
         .unwrap();
     transaction.commit().await.unwrap();
     let mut transaction = application.begin().await.unwrap();
     let rolled_back = durable
-        .fire_in(
-            &mut *transaction,
-            post_body(&server.url("/"), "rolled back"),
-        )
+        .fire_in(&mut *transaction, post(server.url("/"), "rolled back"))
         .await
         .unwrap();
     transaction.rollback().await.unwrap();
-    let outcome = testkit::outcome(&durable, committed, crate::support::LONG)
-        .await
-        .unwrap();
+    let outcome = testkit::outcome(&durable, committed, LONG).await.unwrap();
     assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(durable.status(rolled_back).await.unwrap(), None);
     assert_eq!(server.count(), 1);
@@ -409,8 +422,7 @@ async fn works_behind_a_pooler(database: &TestDatabase, application: &sqlx::PgPo
     let ledger = load(&durable, &load_server.url("/"), 4, 10).await;
     let twice = settle_accounts("a pooler", &durable, &load_server, ledger).await;
     assert_eq!(twice, 0);
-    let left = "select count(*) from requeuest.mq_msgs";
-    assert_eq!(count(database, left).await, 0);
+    assert_eq!(rows(database, "mq_msgs").await, 0);
 }
 
 #[tokio::test]
@@ -424,12 +436,13 @@ async fn behind_a_pooler_everything_works_with_direct_options() {
 #[ignore = "needs pgbouncer; run by .ci/run"]
 async fn behind_pgbouncer_everything_works_with_direct_options() {
     let database = migrated().await;
-    let port = crate::support::closed_port().await.port();
+    let port = closed_port().await.port();
     let options = database.options();
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("pgbouncer.ini");
     let text = format!(
-        "[databases]\n* = host={} port={} user={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
+        "[databases]\n* = host={} port={} user={}\n[pgbouncer]\n\
+         listen_addr = 127.0.0.1\nlisten_port = {port}\n\
          auth_type = any\npool_mode = transaction\ndefault_pool_size = 2\nunix_socket_dir =\n\
          ignore_startup_parameters = extra_float_digits\n",
         options.get_host(),
@@ -438,7 +451,7 @@ async fn behind_pgbouncer_everything_works_with_direct_options() {
     );
     std::fs::write(&config, text).unwrap();
     let mut command = tokio::process::Command::new("pgbouncer");
-    // It refuses to run as root.
+    // pgbouncer refuses to run as root.
     #[cfg(unix)]
     {
         use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -457,7 +470,7 @@ async fn behind_pgbouncer_everything_works_with_direct_options() {
         .host("127.0.0.1")
         .port(port)
         .ssl_mode(sqlx::postgres::PgSslMode::Disable)
-        // As one does with sqlx behind a pooler in transaction mode.
+        // sqlx needs this behind a pooler in transaction mode.
         .statement_cache_capacity(0);
     let application = sqlx::PgPool::connect_lazy_with(options);
     eventually("pgbouncer listens", || async {

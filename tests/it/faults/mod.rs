@@ -1,4 +1,5 @@
-//! Crashes, broken connections and other processes. What happens under each fault is written down in `docs/faults.md`.
+//! Crashes, broken connections and other processes. `docs/faults.md` says what happens under each
+//! fault.
 
 mod database;
 mod network;
@@ -10,59 +11,46 @@ use std::time::{Duration, Instant};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, StopMode};
-use requeuest::{Durable, DurableBuilder, Options, Request, RequestId, Status};
+use requeuest::{Durable, DurableBuilder, Options, RequestId, Status};
 use sqlx::PgPool;
 use tokio::task::JoinSet;
 
-use crate::support::{LONG, Server, count, eventually, in_time, migrated, part, plays, reply};
+use crate::support::{
+    LONG, Server, count, eventually, in_time, migrated, part, plays, post, quick, reply, rows,
+};
 
-/// The shortest that there is, so that take-overs are quick.
+/// The shortest lease allowed, so that another process soon takes over.
 const LEASE: Duration = Duration::from_secs(1);
 
-/// Whether the faults are to last.
+/// Whether to run the long form of each fault.
 fn is_long() -> bool {
     std::env::var_os("REQUEUEST_LONG_FAULTS").is_some()
 }
 
-fn post(url: &str) -> Request {
-    http::Request::post(url)
-        .body("x")
-        .unwrap()
-        .try_into()
-        .unwrap()
+/// A builder with the shortest lease and quick retries.
+fn short_lease_builder(pool: &PgPool) -> DurableBuilder {
+    Durable::builder(pool.clone()).lease(LEASE).retry(quick())
 }
 
-fn builder(pool: &PgPool) -> DurableBuilder {
-    Durable::builder(pool.clone()).lease(LEASE).retry(
-        RetryPolicy::exponential()
-            .base(Duration::from_millis(1))
-            .cap(Duration::from_millis(50)),
-    )
-}
-
-fn post_body(url: &str, body: &str) -> Request {
-    let request = http::Request::post(url).body(body.to_owned()).unwrap();
-    request.try_into().unwrap()
-}
-
-/// A server that echoes.
+/// A server that answers each request with its body.
 async fn echo_server() -> Server {
     Server::start(|_, seen| async move { reply(200, seen.body) }).await
 }
 
-/// What a caller was told of its request.
+/// What a call returned.
 enum Told {
     Accepted(RequestId),
     Answered(RequestId),
-    /// It may have been accepted, or not.
+    /// The request may have been accepted or not.
     Unknown(RequestId),
     Refused,
 }
 
-/// What callers were told, by the request's body, which is its name.
+/// What each call returned, by the request's name, which is its body.
 type Ledger = HashMap<String, Told>;
 
-/// Callers side by side, each of whom awaits and fires requests in turn. What they are told is either true or an error of the database.
+/// Runs callers side by side, each of which awaits and fires requests in turn. Each call either
+/// succeeds or fails with a database error.
 async fn load(durable: &Durable, url: &str, callers: usize, each: usize) -> Ledger {
     let mut running = JoinSet::new();
     for caller in 0..callers {
@@ -85,7 +73,7 @@ async fn load(durable: &Durable, url: &str, callers: usize, each: usize) -> Ledg
 }
 
 async fn call(durable: &Durable, url: &str, name: &str, awaited: bool) -> Told {
-    let request = post_body(url, name);
+    let request = post(url, name.to_owned());
     let result = if awaited {
         durable.await_response(request).await.map(|response| {
             assert_eq!(response.text().unwrap(), name);
@@ -97,15 +85,20 @@ async fn call(durable: &Durable, url: &str, name: &str, awaited: bool) -> Told {
     result.unwrap_or_else(|error| {
         assert!(error.is_indeterminate() || error.is_database(), "{error:?}");
         if error.is_indeterminate() {
-            Told::Unknown(error.request_id().expect("an unknown one has an id"))
+            Told::Unknown(
+                error
+                    .request_id()
+                    .expect("an indeterminate error has an id"),
+            )
         } else {
             Told::Refused
         }
     })
 }
 
-/// Holds what callers were told against what the server and the database saw: everything accepted was delivered, everything awaited
-/// can be fetched again, nothing refused was sent. Returns how many were delivered more than once, for the fault to explain.
+/// Compares what the calls returned with what the server and the database saw: every accepted
+/// request was delivered, every awaited response can be fetched again, no refused request was sent.
+/// Returns how many requests were delivered more than once; the fault must explain them.
 async fn settle_accounts(fault: &str, durable: &Durable, server: &Server, ledger: Ledger) -> usize {
     let total = ledger.len();
     let mut refused = 0;
@@ -152,17 +145,16 @@ async fn a_killed_process_loses_nothing() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    // Both of its requests are being sent, one awaited and one fired.
+    // Both requests of the process are in flight, one awaited and one fired.
     server.wait_for(2).await;
     child.kill().unwrap();
     child.wait().unwrap();
     gate.add_permits(100);
 
     let began = Instant::now();
-    let durable = builder(database.pool()).build().unwrap();
-    let outcomes = "select count(*) from requeuest.outcomes where status = 'completed'";
-    eventually("both requests end", || async {
-        count(&database, outcomes).await == 2
+    let durable = short_lease_builder(database.pool()).build().unwrap();
+    eventually("both requests finish", || async {
+        rows(&database, "outcomes WHERE status = 'completed'").await == 2
     })
     .await;
     assert!(
@@ -184,21 +176,21 @@ async fn send_and_be_killed() {
         .await
         .unwrap();
     let url = std::env::var("REQUEUEST_TEST_SERVER").unwrap();
-    let durable = builder(&pool).build().unwrap();
-    durable.fire(post(&url)).await.unwrap();
-    let _ = in_time(durable.await_response(post(&url))).await;
+    let durable = short_lease_builder(&pool).build().unwrap();
+    durable.fire(post(&url, "x")).await.unwrap();
+    let _ = in_time(durable.await_response(post(&url, "x"))).await;
 }
 
 #[tokio::test]
 async fn an_attempt_may_last_longer_than_its_lease() {
     let database = migrated().await;
     let (server, gate) = Server::held(200).await;
-    let durable = builder(database.pool()).build().unwrap();
-    // Would take the request over, if the lease ran out.
-    let _other = builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).build().unwrap();
+    // Takes the request over if the lease runs out.
+    let _other = short_lease_builder(database.pool()).build().unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
-        async move { durable.await_response(post(&url)).await }
+        async move { durable.await_response(post(&url, "x")).await }
     });
     server.wait_for(1).await;
     let began = Instant::now();
@@ -216,35 +208,34 @@ async fn an_attempt_may_last_longer_than_its_lease() {
 async fn a_stale_result_changes_nothing() {
     let database = migrated().await;
     let (server, gate) = Server::held(200).await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).build().unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
-        async move { durable.await_response(post(&url)).await }
+        async move { durable.await_response(post(&url, "x")).await }
     });
     server.wait_for(1).await;
-    // As if another process had taken it over twice, and held it.
-    sqlx::query("update requeuest.mq_msgs set claim_no = claim_no + 2, attempt_at = now() + interval '1 day'")
-        .execute(database.pool())
-        .await
-        .unwrap();
+    // As if another process had taken the request over twice, and held it.
+    sqlx::query(
+        "UPDATE requeuest.mq_msgs
+         SET claim_no = claim_no + 2, attempt_at = now() + interval '1 day'",
+    )
+    .execute(database.pool())
+    .await
+    .unwrap();
     gate.add_permits(1);
-    // The result comes, is refused and counted as nothing.
-    let renewed = "select count(*) from requeuest.mq_msgs where claim_no = 3";
+    // The result arrives, is discarded and changes nothing.
     eventually("the stale attempt is over", || async {
-        gate.available_permits() == 0 && count(&database, renewed).await == 1
+        gate.available_permits() == 0 && rows(&database, "mq_msgs WHERE claim_no = 3").await == 1
     })
     .await;
-    assert_eq!(
-        count(&database, "select count(*) from requeuest.outcomes").await,
-        0
-    );
+    assert_eq!(rows(&database, "outcomes").await, 0);
     assert!(!waiting.is_finished());
     eventually("the stale result is counted", || async {
         testkit::stale_results(&durable) == 1
     })
     .await;
-    // The other process gives it back; it is delivered, and the waiter gets that response.
-    sqlx::query("update requeuest.mq_msgs set claim_no = claim_no + 1, attempt_at = now()")
+    // The other process releases the request. It is delivered, and the waiter gets that response.
+    sqlx::query("UPDATE requeuest.mq_msgs SET claim_no = claim_no + 1, attempt_at = now()")
         .execute(database.pool())
         .await
         .unwrap();
@@ -258,18 +249,17 @@ async fn a_stale_result_changes_nothing() {
 async fn a_caller_that_goes_away_cancels_nothing() {
     let database = migrated().await;
     let (server, gate) = Server::held(200).await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).build().unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
-        async move { durable.await_response(post(&url)).await }
+        async move { durable.await_response(post(&url, "x")).await }
     });
     server.wait_for(1).await;
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
     gate.add_permits(100);
-    let outcomes = "select count(*) from requeuest.outcomes where status = 'completed'";
-    eventually("it ends", || async {
-        count(&database, outcomes).await == 1
+    eventually("the request finishes", || async {
+        rows(&database, "outcomes WHERE status = 'completed'").await == 1
     })
     .await;
     assert_eq!(server.count(), 1);
@@ -279,14 +269,17 @@ async fn a_caller_that_goes_away_cancels_nothing() {
 async fn processes_on_one_queue_deliver_each_request_once() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let enqueue_only = short_lease_builder(database.pool())
+        .runner(false)
+        .build()
+        .unwrap();
     let mut ids = Vec::new();
     for _ in 0..300 {
-        ids.push(enqueue_only.fire(post(&server.url("/"))).await.unwrap());
+        ids.push(enqueue_only.fire(post(server.url("/"), "x")).await.unwrap());
     }
     let runners: Vec<Durable> = (0..3)
         .map(|_| {
-            builder(database.pool())
+            short_lease_builder(database.pool())
                 .concurrency(8)
                 .max_connections(2)
                 .build()
@@ -305,10 +298,10 @@ async fn processes_on_one_queue_deliver_each_request_once() {
 async fn broken_connections_lose_nothing() {
     let database = migrated().await;
     let server = echo_server().await;
-    let durable = builder(database.pool()).build().unwrap();
-    let kill = "select count(pg_terminate_backend(pid)) from pg_stat_activity
-                where datname = current_database() and pid <> pg_backend_pid()
-                    and query ~ 'input|mq_poll|SELECT 1' and random() < 0.3";
+    let durable = short_lease_builder(database.pool()).build().unwrap();
+    let kill = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                WHERE datname = current_database() AND pid <> pg_backend_pid()
+                    AND query ~ 'input|mq_poll|SELECT 1' AND random() < 0.3";
     let url = server.url("/");
     let calling = load(&durable, &url, 8, 50);
     tokio::pin!(calling);
@@ -316,12 +309,17 @@ async fn broken_connections_lose_nothing() {
     let ledger = loop {
         tokio::select! {
             ledger = &mut calling => break ledger,
-            () = tokio::time::sleep(Duration::from_millis(20)) => killed += count(&database, kill).await,
+            () = tokio::time::sleep(Duration::from_millis(20)) => {
+                killed += count(&database, kill).await;
+            }
         }
     };
     assert!(killed > 0);
-    // Asked through connections that nobody has ended.
-    let other = builder(database.pool()).runner(false).build().unwrap();
+    // Checks through connections that were not terminated.
+    let other = short_lease_builder(database.pool())
+        .runner(false)
+        .build()
+        .unwrap();
     settle_accounts("terminated sessions", &other, &server, ledger).await;
 }
 
@@ -331,18 +329,18 @@ async fn a_restart_of_postgres_under_load_loses_nothing() {
     let database = postgres.database().await.unwrap();
     requeuest::migrate(database.pool()).await.unwrap();
     let server = Server::always(200).await;
-    let durable = builder(database.pool()).build().unwrap();
-    // Something waits in the queue, and callers go on while the server is down.
+    let durable = short_lease_builder(database.pool()).build().unwrap();
+    // Requests wait in the queue, and callers keep calling while the server is down.
     let mut fired = Vec::new();
     for _ in 0..50 {
-        fired.push(durable.fire(post(&server.url("/"))).await.unwrap());
+        fired.push(durable.fire(post(server.url("/"), "x")).await.unwrap());
     }
     let callers = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
         async move {
             let mut refused = 0;
             for _ in 0..200 {
-                if durable.await_response(post(&url)).await.is_err() {
+                if durable.await_response(post(&url, "x")).await.is_err() {
                     refused += 1;
                 }
             }
@@ -353,9 +351,13 @@ async fn a_restart_of_postgres_under_load_loses_nothing() {
     postgres.stop(StopMode::Immediate).await.unwrap();
     postgres.resume().await.unwrap();
     let back = Instant::now();
-    let delayed = post(&server.url("/after"));
-    // The runner is back soon, not after a delay that grew: this goes through it alone.
-    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
+    let delayed = post(server.url("/after"), "x");
+    // The runner recovers soon, without a backoff that has grown: only the runner can send this
+    // request.
+    let enqueue_only = short_lease_builder(database.pool())
+        .runner(false)
+        .build()
+        .unwrap();
     let id = loop {
         match enqueue_only.fire(&delayed).await {
             Ok(id) => break id,
@@ -376,15 +378,15 @@ async fn a_restart_of_postgres_under_load_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_shutdown_sends_nothing_twice_at_once() {
+async fn attempts_cut_off_by_shutdown_count_as_failed() {
     let database = migrated().await;
     let (server, gate) = Server::held(200).await;
-    let durable = builder(database.pool()).build().unwrap();
-    let once = post(&server.url("/once")).with(Options::default().retry(RetryPolicy::none()));
+    let durable = short_lease_builder(database.pool()).build().unwrap();
+    let once = post(server.url("/once"), "x").with(Options::default().retry(RetryPolicy::none()));
     let once = durable.fire(once).await.unwrap();
     let later = Options::default().retry(RetryPolicy::constant(Duration::from_secs(3600)));
     let later = durable
-        .fire(post(&server.url("/later")).with(later))
+        .fire(post(server.url("/later"), "x").with(later))
         .await
         .unwrap();
     server.wait_for(2).await;
@@ -392,8 +394,8 @@ async fn a_shutdown_sends_nothing_twice_at_once() {
         .await
         .unwrap();
 
-    // What was being sent counts as a failed attempt: its policy says what follows.
-    let other = builder(database.pool()).build().unwrap();
+    // The attempts in flight count as failed: the retry policy decides what follows.
+    let other = short_lease_builder(database.pool()).build().unwrap();
     assert_eq!(other.status(once).await.unwrap(), Some(Status::Discarded));
     assert_eq!(other.status(later).await.unwrap(), Some(Status::Retryable));
     assert_eq!(server.count(), 2);
@@ -401,24 +403,25 @@ async fn a_shutdown_sends_nothing_twice_at_once() {
 }
 
 #[tokio::test]
-async fn what_the_database_refuses_of_a_result_fails_alone() {
+async fn a_result_the_database_refuses_fails_alone() {
     let database = migrated().await;
     sqlx::query(
-        "alter table requeuest.outcomes add constraint no_poison check (position('poison'::bytea in body) = 0)",
+        "ALTER TABLE requeuest.outcomes
+         ADD CONSTRAINT no_poison CHECK (position(\'poison\'::bytea IN body) = 0)",
     )
     .execute(database.pool())
     .await
     .unwrap();
     let (server, gate) = Server::held(200).await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).build().unwrap();
     let mut callers = JoinSet::new();
     for number in 0..256 {
         let durable = durable.clone();
         let body = if number == 7 { "poison" } else { "good" };
-        let request = http::Request::post(server.url("/")).body(body).unwrap();
+        let request = post(server.url("/"), body);
         callers.spawn(async move { (body, durable.await_response(request).await) });
     }
-    // All together, so that they are settled in few batches.
+    // All at the same time, so that they are settled in few batches.
     server.wait_for(256).await;
     gate.add_permits(256);
     for (body, response) in in_time(callers.join_all()).await {
@@ -435,21 +438,22 @@ async fn what_the_database_refuses_of_a_result_fails_alone() {
 }
 
 #[tokio::test]
-async fn what_the_database_refuses_of_a_request_fails_alone() {
+async fn a_request_the_database_refuses_fails_alone() {
     let database = migrated().await;
     sqlx::query(
-        "alter table requeuest.mq_payloads add constraint no_poison check (position('poison'::bytea in body) = 0)",
+        "ALTER TABLE requeuest.mq_payloads
+         ADD CONSTRAINT no_poison CHECK (position(\'poison\'::bytea IN body) = 0)",
     )
     .execute(database.pool())
     .await
     .unwrap();
     let server = Server::always(200).await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).build().unwrap();
     let mut callers = JoinSet::new();
     for number in 0..256 {
         let durable = durable.clone();
         let body = if number == 7 { "poison" } else { "good" };
-        let request = http::Request::post(server.url("/")).body(body).unwrap();
+        let request = post(server.url("/"), body);
         callers.spawn(async move { (body, durable.fire(request).await) });
     }
     for (body, fired) in in_time(callers.join_all()).await {
@@ -462,9 +466,8 @@ async fn what_the_database_refuses_of_a_request_fails_alone() {
         }
     }
     server.wait_for(255).await;
-    let completed = "select count(*) from requeuest.outcomes where status = 'completed'";
-    eventually("the good ones end", || async {
-        count(&database, completed).await == 255
+    eventually("the good requests finish", || async {
+        rows(&database, "outcomes WHERE status = 'completed'").await == 255
     })
     .await;
     assert_eq!(server.count(), 255);

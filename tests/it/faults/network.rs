@@ -8,14 +8,14 @@ use requeuest::{Durable, Options, Status};
 use sqlx::PgPool;
 use sqlx::postgres::{PgPoolOptions, PgSslMode};
 
-use super::{LEASE, builder, call, echo_server, load, post, post_body, settle_accounts};
+use super::{LEASE, call, echo_server, load, settle_accounts, short_lease_builder};
 use crate::proxy::{Manner, Proxy};
-use crate::support::{LONG, Server, count, eventually, in_time, migrated, passing, reply};
+use crate::support::{LONG, Server, eventually, in_time, migrated, passing, post, reply, rows};
 
-/// After how long a statement without an answer is given up, and some seconds for a busy machine.
+/// The time after which a statement without an answer fails, plus some seconds for a busy machine.
 const RECOVERY: Duration = Duration::from_secs(10 + 8);
 
-/// Where the database's server listens.
+/// The address of the database's server.
 pub(super) fn address(database: &TestDatabase) -> SocketAddr {
     let options = database.options();
     let address = format!("{}:{}", options.get_host(), options.get_port());
@@ -62,7 +62,7 @@ async fn a_bad_network_to_postgres_loses_nothing() {
         pool,
     } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     let manners = [
         Manner::Delay(Duration::from_millis(3)),
         Manner::CutRequest(3000),
@@ -84,16 +84,19 @@ async fn a_bad_network_to_postgres_loses_nothing() {
     };
     proxy.treat(Manner::Pass);
     assert!(resets > 0);
-    // Asked on a good network: there are still connections that will be cut.
-    let direct = builder(database.pool()).runner(false).build().unwrap();
+    // Checks over a good network: some proxied connections will still be cut.
+    let direct = short_lease_builder(database.pool())
+        .runner(false)
+        .build()
+        .unwrap();
     settle_accounts("resets and cuts to Postgres", &direct, &server, ledger).await;
 }
 
 #[tokio::test]
-async fn connections_that_vanish_hold_callers_up_no_longer_than_a_statement_may_take() {
+async fn vanished_connections_delay_callers_by_a_timeout_at_most() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     let url = server.url("/");
     let mut calling = Box::pin(load(&durable, &url, 8, 30));
     let mut hole = None;
@@ -108,44 +111,47 @@ async fn connections_that_vanish_hold_callers_up_no_longer_than_a_statement_may_
         }
     };
     let took = hole.expect("the load was too small").elapsed();
-    println!("all callers went on within {took:?} of a black hole");
+    println!("all callers finished within {took:?} of a black hole");
     assert!(took < RECOVERY, "took {took:?}");
-    // What is left to a runner is left to one whose connections have not vanished.
+    // A runner whose connections have not vanished delivers the rest.
     drop(calling);
     drop(durable);
-    let other = builder(&pool).build().unwrap();
+    let other = short_lease_builder(&pool).build().unwrap();
     settle_accounts("vanished connections", &other, &server, told).await;
 }
 
 #[tokio::test]
-async fn a_runner_whose_connections_vanished_in_the_middle_of_a_poll_is_replaced() {
+async fn a_runner_that_loses_its_connections_mid_poll_is_replaced() {
     let Through {
         database,
         proxy,
         pool,
     } = through_a_proxy().await;
     let server = echo_server().await;
-    let _durable = builder(&pool).build().unwrap();
-    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
-    let request = post_body(&server.url("/"), "before");
+    let _durable = short_lease_builder(&pool).build().unwrap();
+    let enqueue_only = short_lease_builder(database.pool())
+        .runner(false)
+        .build()
+        .unwrap();
+    let request = post(server.url("/"), "before");
     let id = enqueue_only.fire(request).await.unwrap();
     testkit::outcome(&enqueue_only, id, LONG).await.unwrap();
     proxy.black_hole();
     proxy.treat(Manner::Pass);
-    let request = post_body(&server.url("/"), "after");
+    let request = post(server.url("/"), "after");
     let id = enqueue_only.fire(request).await.unwrap();
     let outcome = testkit::outcome(&enqueue_only, id, LONG).await.unwrap();
     assert_eq!(outcome.status(), Status::Completed);
 }
 
 #[tokio::test]
-async fn an_insert_whose_commit_is_not_acknowledged_is_sent_once() {
+async fn an_unacknowledged_insert_is_sent_once() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     let mut ledger = super::Ledger::new();
     for number in 0..10 {
-        // The second time it is the second try as well that goes unheard.
+        // Every other time the answer to the repeated insert is lost, too.
         proxy.lose_answers_to("INSERT INTO mq_msgs", 1 + number % 2);
         let name = number.to_string();
         let told = in_time(call(&durable, &server.url("/"), &name, number % 4 < 2)).await;
@@ -167,16 +173,16 @@ async fn an_insert_whose_commit_is_not_acknowledged_is_sent_once() {
 }
 
 #[tokio::test]
-async fn an_ordered_insert_whose_commit_is_not_acknowledged_is_sent_once() {
+async fn an_unacknowledged_ordered_insert_is_sent_once() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     durable
         .status("00000000-0000-7000-8000-000000000000".parse().unwrap())
         .await
         .unwrap();
     proxy.lose_answers_to(".enqueue(", 1);
-    let request = post_body(&server.url("/"), "one").with(Options::default().ordered("key"));
+    let request = post(server.url("/"), "one").with(Options::default().ordered("key"));
     let id = in_time(durable.fire(request)).await.unwrap();
     assert_eq!(proxy.lost(), 1);
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
@@ -185,10 +191,10 @@ async fn an_ordered_insert_whose_commit_is_not_acknowledged_is_sent_once() {
 }
 
 #[tokio::test]
-async fn a_settle_whose_commit_is_not_acknowledged_wakes_its_waiters_and_sends_nothing_again() {
+async fn unacknowledged_settle_wakes_waiters_and_resends_nothing() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     let mut ledger = super::Ledger::new();
     for number in 0..10 {
         proxy.lose_answers_to("INSERT INTO outcomes", 1);
@@ -208,13 +214,13 @@ async fn a_settle_whose_commit_is_not_acknowledged_wakes_its_waiters_and_sends_n
 }
 
 #[tokio::test]
-async fn a_failed_attempt_whose_settle_is_not_acknowledged_is_followed_by_one_other() {
+async fn an_unacknowledged_failed_attempt_is_retried_once() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let server = Server::in_turn(&[503, 200]).await;
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     proxy.lose_answers_to("INSERT INTO attempts", 1);
-    // It was held for this process, which doesn't know: the lease has to run out.
-    let response = in_time(durable.await_response(post(&server.url("/"))))
+    // The request is held for this process, which doesn't know that: the lease has to run out.
+    let response = in_time(durable.await_response(post(server.url("/"), "x")))
         .await
         .unwrap();
     assert_eq!(response.status(), 200);
@@ -223,20 +229,24 @@ async fn a_failed_attempt_whose_settle_is_not_acknowledged_is_followed_by_one_ot
 }
 
 #[tokio::test]
-async fn a_renewal_that_is_not_acknowledged_has_nothing_sent_twice() {
+async fn an_unacknowledged_renewal_sends_nothing_twice() {
     let Through {
         database,
         proxy,
         pool,
     } = through_a_proxy().await;
-    // Not the shortest lease: a lost renewal costs a third of it, and a busy machine some more.
+    // Longer than the shortest lease: a lost renewal costs a third of the lease, and a busy machine
+    // costs more.
     let lease = 3 * LEASE;
     let (server, gate) = Server::held(200).await;
-    let durable = builder(&pool).lease(lease).build().unwrap();
-    let _other = builder(database.pool()).lease(lease).build().unwrap();
+    let durable = short_lease_builder(&pool).lease(lease).build().unwrap();
+    let _other = short_lease_builder(database.pool())
+        .lease(lease)
+        .build()
+        .unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
-        async move { durable.await_response(post(&url)).await }
+        async move { durable.await_response(post(&url, "x")).await }
     });
     server.wait_for(1).await;
     proxy.lose_answers_to("FOR UPDATE OF m SKIP LOCKED", 3);
@@ -246,22 +256,24 @@ async fn a_renewal_that_is_not_acknowledged_has_nothing_sent_twice() {
     let response = in_time(waiting).await.unwrap().unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(server.count(), 1);
-    let left = "select count(*) from requeuest.mq_msgs";
-    assert_eq!(count(&database, left).await, 0);
+    assert_eq!(rows(&database, "mq_msgs").await, 0);
 }
 
 #[tokio::test]
-async fn a_claim_that_is_not_acknowledged_is_made_again_when_its_lease_has_run_out() {
+async fn an_unacknowledged_claim_is_repeated_after_its_lease() {
     let Through {
         database,
         proxy,
         pool,
     } = through_a_proxy().await;
     let server = echo_server().await;
-    let enqueue_only = builder(database.pool()).runner(false).build().unwrap();
-    let id = enqueue_only.fire(post(&server.url("/"))).await.unwrap();
+    let enqueue_only = short_lease_builder(database.pool())
+        .runner(false)
+        .build()
+        .unwrap();
+    let id = enqueue_only.fire(post(server.url("/"), "x")).await.unwrap();
     proxy.lose_answers_to("mq_poll", 1);
-    let durable = builder(&pool).build().unwrap();
+    let durable = short_lease_builder(&pool).build().unwrap();
     let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
     assert_eq!(outcome.status(), Status::Completed);
     assert_eq!(proxy.lost(), 1);
@@ -269,16 +281,16 @@ async fn a_claim_that_is_not_acknowledged_is_made_again_when_its_lease_has_run_o
 }
 
 #[tokio::test]
-async fn waiters_whose_word_is_lost_in_silence_wake_by_themselves() {
+async fn waiters_wake_when_the_listening_connection_goes_silent() {
     let Through {
         database,
         proxy,
         pool,
     } = through_a_proxy().await;
     let (server, gate) = Server::held(200).await;
-    let runner = builder(database.pool()).build().unwrap();
-    let elsewhere = builder(&pool).runner(false).build().unwrap();
-    let id = runner.fire(post(&server.url("/"))).await.unwrap();
+    let runner = short_lease_builder(database.pool()).build().unwrap();
+    let elsewhere = short_lease_builder(&pool).runner(false).build().unwrap();
+    let id = runner.fire(post(server.url("/"), "x")).await.unwrap();
     let waiting = tokio::spawn({
         let elsewhere = elsewhere.clone();
         async move { elsewhere.response(id).await }
@@ -293,7 +305,7 @@ async fn waiters_whose_word_is_lost_in_silence_wake_by_themselves() {
     let released = Instant::now();
     gate.add_permits(1);
     in_time(waiting).await.unwrap().unwrap();
-    // The poll interval is one second.
+    // Without notifications the waiter asks every second.
     assert!(
         released.elapsed() < Duration::from_secs(5),
         "took {:?}",
@@ -301,7 +313,8 @@ async fn waiters_whose_word_is_lost_in_silence_wake_by_themselves() {
     );
 }
 
-/// Requests that meet a manner of the network to the receiver, and then a network without fault.
+/// Sends requests over a network to the receiver that at first has this fault and then has none.
+/// Returns how many requests were delivered more than once.
 async fn under(fault: &str, manner: Manner) -> (usize, Server) {
     let database = migrated().await;
     let server = Server::start(|_, seen| async move {
@@ -315,7 +328,7 @@ async fn under(fault: &str, manner: Manner) -> (usize, Server) {
     .await;
     let proxy = Proxy::start(server.addr).await;
     proxy.treat(manner);
-    let durable: Durable = builder(database.pool())
+    let durable: Durable = short_lease_builder(database.pool())
         .attempt_timeout(Duration::from_secs(1))
         .build()
         .unwrap();
@@ -334,27 +347,27 @@ async fn under(fault: &str, manner: Manner) -> (usize, Server) {
 }
 
 #[tokio::test]
-async fn a_slow_network_to_the_receiver_has_nothing_sent_twice() {
+async fn a_slow_network_to_the_receiver_sends_nothing_twice() {
     let delay = Manner::Delay(Duration::from_millis(10));
     let (twice, server) = under("a slow network to the receiver", delay).await;
     assert_eq!((twice, server.count()), (0, 20));
 }
 
 #[tokio::test]
-async fn requests_cut_on_their_way_arrive_with_a_later_attempt() {
+async fn requests_cut_in_transit_arrive_with_a_later_attempt() {
     let (twice, server) = under("requests cut on their way", Manner::CutRequest(60)).await;
     assert_eq!((twice, server.count()), (0, 20));
 }
 
 #[tokio::test]
-async fn answers_cut_on_their_way_are_asked_for_again() {
-    // The receiver has got these, and gets them again.
+async fn requests_whose_responses_are_cut_are_retried() {
+    // The receiver got these requests, and gets them again.
     let (twice, _) = under("answers cut on their way", Manner::CutAnswer(300)).await;
     assert!(twice >= 1);
 }
 
 #[tokio::test]
-async fn answers_lost_to_a_reset_are_asked_for_again() {
+async fn requests_whose_responses_are_reset_are_retried() {
     let (twice, _) = under("answers lost to a reset", Manner::ResetAnswer(300)).await;
     assert!(twice >= 1);
 }

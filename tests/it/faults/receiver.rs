@@ -1,4 +1,4 @@
-//! Receivers that answer slowly, wrongly, or not to the end.
+//! Receivers whose responses are slow, invalid or incomplete.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,8 +15,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
-use super::{builder, load, post, settle_accounts};
-use crate::support::{Server, count, in_time, migrated};
+use super::{load, settle_accounts, short_lease_builder};
+use crate::support::{Server, in_time, migrated, post, rows};
 
 const GOOD: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ngood";
 
@@ -28,7 +28,7 @@ enum Fault {
     Garbage,
     EndlessBody,
     EarlyHints,
-    /// A good answer, and the connection is closed without a word.
+    /// A good response, after which the connection is closed without `connection: close`.
     ClosedWhenIdle,
 }
 
@@ -58,7 +58,7 @@ async fn misbehave(fault: Fault, stream: &mut TcpStream) -> std::io::Result<()> 
             let half = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf";
             stream.write_all(half).await
         }
-        // With a NUL, which no text in Postgres holds.
+        // With a NUL, which Postgres refuses in text.
         Fault::Garbage => stream.write_all(b"\0\xff\xfe garbage\r\n\r\n").await,
         Fault::EndlessBody => {
             stream
@@ -78,7 +78,8 @@ async fn misbehave(fault: Fault, stream: &mut TcpStream) -> std::io::Result<()> 
     }
 }
 
-/// Misbehaves on the first connection, then closes it, and answers well on all others. Counts the requests.
+/// Misbehaves on the first connection, then closes it. Answers well on all others. Counts the
+/// requests.
 async fn faulty(fault: Fault) -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let addr = listener.local_addr().unwrap();
@@ -94,7 +95,7 @@ async fn faulty(fault: Fault) -> (SocketAddr, Arc<AtomicUsize>) {
                 while read_request(&mut stream).await {
                     counted.fetch_add(1, Ordering::SeqCst);
                     if misbehaves {
-                        // The client may go away before.
+                        // The client may close the connection first.
                         let _ = misbehave(fault, &mut stream).await;
                         return;
                     }
@@ -108,21 +109,21 @@ async fn faulty(fault: Fault) -> (SocketAddr, Arc<AtomicUsize>) {
     (addr, requests)
 }
 
-/// What the caller gets, after how many requests, and the class of the failed attempt.
+/// The caller's result, the number of requests that arrived, and the failed attempt's class.
 async fn under(fault: Fault) -> (Result<Response, requeuest::Error>, usize, Option<String>) {
     let database = migrated().await;
     let (addr, requests) = faulty(fault).await;
-    let durable = builder(database.pool())
+    let durable = short_lease_builder(database.pool())
         .attempt_timeout(Duration::from_secs(1))
         .max_response_body(64 * 1024)
         .build()
         .unwrap();
-    let result = in_time(durable.await_response(post(&format!("http://{addr}/")))).await;
+    let result = in_time(durable.await_response(post(format!("http://{addr}/"), "x"))).await;
     if let Ok(response) = &result {
         let again = in_time(durable.response(response.id())).await.unwrap();
         assert_eq!(again.text().unwrap(), "good");
     }
-    let class = "select error_class from requeuest.attempts order by number limit 1";
+    let class = "SELECT error_class FROM requeuest.attempts ORDER BY number LIMIT 1";
     let class = sqlx::query_scalar(class)
         .fetch_optional(database.pool())
         .await
@@ -131,7 +132,7 @@ async fn under(fault: Fault) -> (Result<Response, requeuest::Error>, usize, Opti
 }
 
 #[tokio::test]
-async fn what_is_no_whole_answer_is_asked_for_again() {
+async fn an_incomplete_or_invalid_response_is_retried() {
     for (fault, class) in [
         (Fault::NoHeaders, "timeout"),
         (Fault::SlowBody, "timeout"),
@@ -145,7 +146,7 @@ async fn what_is_no_whole_answer_is_asked_for_again() {
 }
 
 #[tokio::test]
-async fn an_endless_body_counts_as_delivered_and_is_read_no_further_than_the_limit() {
+async fn an_endless_body_is_read_to_the_limit_and_is_delivered() {
     let (response, requests, _) = under(Fault::EndlessBody).await;
     let error = response.unwrap_err();
     assert!(error.is_response_too_large(), "{error:?}");
@@ -154,25 +155,25 @@ async fn an_endless_body_counts_as_delivered_and_is_read_no_further_than_the_lim
 }
 
 #[tokio::test]
-async fn early_hints_are_no_answer() {
+async fn early_hints_are_not_taken_for_the_response() {
     let (response, requests, failed) = under(Fault::EarlyHints).await;
     assert_eq!(response.unwrap().status(), 200);
     assert_eq!((requests, failed), (1, None));
 }
 
 #[tokio::test]
-async fn a_connection_that_is_closed_between_requests_costs_an_attempt_at_most() {
+async fn a_connection_closed_between_requests_is_replaced() {
     let database = migrated().await;
     let (addr, requests) = faulty(Fault::ClosedWhenIdle).await;
-    let durable = builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).build().unwrap();
     for _ in 0..5 {
-        let response = in_time(durable.await_response(post(&format!("http://{addr}/")))).await;
+        let response = in_time(durable.await_response(post(format!("http://{addr}/"), "x"))).await;
         assert_eq!(response.unwrap().text().unwrap(), "good");
     }
     assert_eq!(requests.load(Ordering::SeqCst), 5);
 }
 
-/// HTTP/2 without TLS, whose connections say GOAWAY after some requests each.
+/// An HTTP/2 server without TLS whose connections each send GOAWAY after some requests.
 async fn leaving_server(after: usize) -> (Server, SocketAddr, Arc<AtomicUsize>) {
     let behind = super::echo_server().await;
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
@@ -209,7 +210,7 @@ async fn leaving_server(after: usize) -> (Server, SocketAddr, Arc<AtomicUsize>) 
                 }
                 counted.fetch_add(1, Ordering::SeqCst);
                 connection.as_mut().graceful_shutdown();
-                // The client may have gone before.
+                // The client may have closed the connection first.
                 let _ = connection.await;
             });
         }
@@ -218,14 +219,14 @@ async fn leaving_server(after: usize) -> (Server, SocketAddr, Arc<AtomicUsize>) 
 }
 
 #[tokio::test]
-async fn a_server_that_says_goaway_gets_each_request_once() {
+async fn a_server_sending_goaway_gets_each_request_once() {
     let database = migrated().await;
     let (server, addr, left) = leaving_server(5).await;
     let client = reqwest::Client::builder()
         .http2_prior_knowledge()
         .build()
         .unwrap();
-    let durable = builder(database.pool())
+    let durable = short_lease_builder(database.pool())
         .transport(ReqwestTransport::new(client))
         .build()
         .unwrap();
@@ -233,6 +234,8 @@ async fn a_server_that_says_goaway_gets_each_request_once() {
     let twice = settle_accounts("GOAWAY", &durable, &server, ledger).await;
     assert_eq!(twice, 0);
     assert!(left.load(Ordering::SeqCst) > 1);
-    let outcomes = "select count(*) from requeuest.outcomes where status = 'completed'";
-    assert_eq!(count(&database, outcomes).await, 80);
+    assert_eq!(
+        rows(&database, "outcomes WHERE status = 'completed'").await,
+        80
+    );
 }
