@@ -1,7 +1,9 @@
-//! Whole processes that die, stop or crowd: copies of this test binary with the crate in each. The receiver lives in the test.
+//! Whole processes that die, stop or compete: copies of this test binary that use the crate. The
+//! receiver runs in the test itself.
 //!
-//! The quick form runs with the suite. `REQUEUEST_LONG_FAULTS=1` asks for the long one: 400 processes are killed and not 100, the outage
-//! lasts a minute and not 5 s, eight processes share 20,000 requests and not 3,000, the model is driven through 100 cases and not 5.
+//! The quick form runs with the suite. `REQUEUEST_LONG_FAULTS=1` runs the long form: 400 killed
+//! processes instead of 100, an outage of a minute instead of 5 s, 20,000 requests shared by eight
+//! processes instead of 3,000, and 100 cases of the model instead of 5.
 
 mod clock;
 mod model;
@@ -15,7 +17,6 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{Durable, DurableBuilder, Options, Request, ReqwestTransport};
 use sqlx::PgPool;
@@ -23,15 +24,16 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Child;
 use tokio::sync::watch;
 
-use crate::support::{LONG, Seen, Server, in_time, part};
+use crate::support::{LONG, Seen, Server, in_time, part, post, quick, reply};
 
-/// The shortest that there is, so that take-overs are quick.
+/// The shortest lease allowed, so that another process soon takes over.
 const LEASE: Duration = Duration::from_secs(1);
-/// What a process that holds nothing but its lease is taken over within, after the lease.
+/// How soon after the end of its lease a dead process's request is taken over.
 const TAKE_OVER: Duration = Duration::from_secs(2);
-/// On a machine that is busy with other things.
+/// Added on a busy machine.
 const SLACK: Duration = Duration::from_secs(8);
-/// The header that tells who sent an attempt; the client adds it, so it is not part of the request.
+/// The header that names the process that sent an attempt. The client adds it, so it isn't part of
+/// the request.
 const SENDER: &str = "sender";
 
 const DATABASE: &str = "REQUEUEST_TEST_DATABASE";
@@ -42,7 +44,7 @@ fn long() -> bool {
     std::env::var("REQUEUEST_LONG_FAULTS").is_ok_and(|value| value == "1")
 }
 
-/// A handle whose attempts tell its name.
+/// A builder whose attempts carry the process's name.
 fn named(pool: &PgPool, name: &str) -> DurableBuilder {
     let mut headers = http::HeaderMap::new();
     headers.insert(SENDER, name.parse().unwrap());
@@ -53,24 +55,12 @@ fn named(pool: &PgPool, name: &str) -> DurableBuilder {
         .unwrap();
     Durable::builder(pool.clone())
         .transport(ReqwestTransport::new(client))
-        .retry(
-            RetryPolicy::exponential()
-                .base(Duration::from_millis(1))
-                .cap(Duration::from_millis(50)),
-        )
+        .retry(quick())
 }
 
-/// A request with a number of its own, which the receiver sends back.
-fn post(url: &str, number: &str) -> Request {
-    http::Request::post(url)
-        .body(number.to_owned())
-        .unwrap()
-        .try_into()
-        .unwrap()
-}
-
+/// A request whose body is its number, with an ordering key.
 fn ordered(url: &str, number: &str, key: &str) -> Request {
-    post(url, number).with(Options::default().ordered(key))
+    post(url, number.to_owned()).with(Options::default().ordered(key))
 }
 
 /// An attempt as the receiver saw it.
@@ -81,7 +71,7 @@ struct Arrival {
     at: Instant,
 }
 
-/// All attempts, in the order in which they came.
+/// All attempts, in the order of their arrival.
 #[derive(Clone, Debug, Default)]
 struct Arrivals(Arc<Mutex<Vec<Arrival>>>);
 
@@ -113,14 +103,14 @@ impl Arrivals {
     }
 }
 
-/// A copy of this binary at work. It is killed when this is dropped.
+/// A running copy of this binary. Dropping it kills the process.
 struct Member {
     child: Child,
     lines: watch::Receiver<Vec<String>>,
 }
 
 impl Member {
-    /// Starts one that plays the part, by this name.
+    /// Starts a process of this name that plays the part.
     fn start(
         module: &str,
         part_name: &str,
@@ -153,7 +143,7 @@ impl Member {
         tokio::spawn(async move {
             let mut read = BufReader::new(stdout).lines();
             while let Ok(Some(line)) = read.next_line().await {
-                // The rest is the test harness's.
+                // The remaining lines are the test harness's.
                 if let Some(line) = line.strip_prefix('@') {
                     said.send_modify(|lines| lines.push(line.to_owned()));
                 }
@@ -162,7 +152,7 @@ impl Member {
         Self { child, lines }
     }
 
-    /// Waits until it has said this.
+    /// Waits until the process has printed this line.
     async fn says(&mut self, wanted: &str) {
         let said = self
             .lines
@@ -175,7 +165,7 @@ impl Member {
         self.lines.borrow().iter().any(|line| line == wanted)
     }
 
-    /// Everything that it has said, once it is gone.
+    /// All lines that the process printed, once it has ended.
     async fn last_words(&mut self) -> Vec<String> {
         in_time(async { while self.lines.changed().await.is_ok() {} }).await;
         self.lines.borrow().clone()
@@ -195,7 +185,7 @@ impl Member {
     }
 }
 
-/// What a member knows of itself.
+/// The settings of the process that plays a part.
 struct Me {
     name: String,
     url: String,
@@ -220,7 +210,7 @@ impl Me {
     }
 }
 
-/// Tells the test. A line of its own, whatever the harness has printed before it.
+/// Tells the test. Begins a new line, because the harness may have printed half a line.
 fn say(what: &str) {
     println!("\n@{what}");
 }
@@ -231,10 +221,11 @@ fn median_and_max(mut times: Vec<Duration>) -> (Duration, Duration) {
     (median, times.last().copied().unwrap_or_default())
 }
 
-/// The responses that were kept, by id, with what the receiver sent back: the number.
+/// The completed requests: their ids, and the numbers that the receiver sent back.
 async fn completed(database: &TestDatabase) -> HashMap<String, String> {
     let rows: Vec<(String, String)> = sqlx::query_as(
-        "select id::text, convert_from(body, 'UTF8') from requeuest.outcomes where status = 'completed'",
+        "SELECT id::text, convert_from(body, 'UTF8') FROM requeuest.outcomes
+         WHERE status = 'completed'",
     )
     .fetch_all(database.pool())
     .await
@@ -242,7 +233,7 @@ async fn completed(database: &TestDatabase) -> HashMap<String, String> {
     rows.into_iter().collect()
 }
 
-/// A receiver that sends each number back, after a moment.
+/// A receiver that sends each number back after a random delay.
 async fn echo(arrivals: &Arrivals, within: Duration) -> Server {
     let arrivals = arrivals.clone();
     Server::start(move |_, seen| {
@@ -250,7 +241,7 @@ async fn echo(arrivals: &Arrivals, within: Duration) -> Server {
         let takes = within.mul_f64(fastrand::f64());
         async move {
             tokio::time::sleep(takes).await;
-            crate::support::reply(200, seen.body)
+            reply(200, seen.body)
         }
     })
     .await

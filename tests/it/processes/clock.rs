@@ -7,17 +7,17 @@ use std::time::{Duration, SystemTime};
 use requeuest::{Durable, Options, RequestId};
 use tokio::sync::Semaphore;
 
-use super::{Arrivals, LEASE, Me, Member, SLACK, named, ordered, post, say};
-use crate::support::{Server, count, in_time, migrated, plays, reply};
+use super::{Arrivals, LEASE, Me, Member, SLACK, named, ordered, say};
+use crate::support::{Server, in_time, migrated, plays, post, reply, rows};
 
 const DELAY: Duration = Duration::from_secs(2);
 const DAY: i64 = 24 * 60 * 60;
 
-/// Compiles what moves the clock of a process that it is preloaded into.
+/// Compiles the library that moves the clock of the process that preloads it.
 fn compile(directory: &std::path::Path) -> String {
     let (source, library) = (directory.join("skew.c"), directory.join("skew.so"));
     std::fs::write(&source, include_str!("skew.c")).unwrap();
-    // The linker that Rust uses is one of its names.
+    // Rust links with `cc`, too.
     let compiled = std::process::Command::new("cc")
         .args(["-shared", "-fPIC", "-o"])
         .args([&library, &source])
@@ -27,7 +27,7 @@ fn compile(directory: &std::path::Path) -> String {
 }
 
 #[tokio::test]
-async fn a_wrong_clock_of_the_application_changes_nothing() {
+async fn a_wrong_application_clock_changes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let library = compile(directory.path());
     for skew in [DAY, -DAY] {
@@ -47,7 +47,7 @@ async fn under(skew: i64, library: &str) {
             async move {
                 match &*arrival.number {
                     "long" => gate.acquire().await.unwrap().forget(),
-                    // Retried soon, and not a day early or late.
+                    // Retried soon, not a day early or late.
                     "again" if number < 3 => return reply(503, ""),
                     _ => {}
                 }
@@ -61,23 +61,19 @@ async fn under(skew: i64, library: &str) {
     let (module, url) = (module_path!(), server.url("/"));
     let mut member = Member::start_with(
         module,
-        "live_on_another_day",
+        "live_with_a_wrong_clock",
         "skewed",
         &database,
         &url,
         &environment,
     );
     member.says("ready").await;
-    // By the right clock, and by a runner with the right clock too: whoever claims, the database says when.
+    // A runner with the right clock competes: the database's clock decides for both.
     let right: Durable = named(database.pool(), "right")
         .lease(LEASE)
         .build()
         .unwrap();
-    let clock: i64 = {
-        let words = member.lines.borrow();
-        let clock = words.iter().find_map(|line| line.strip_prefix("clock "));
-        clock.unwrap().parse().unwrap()
-    };
+    let clock: i64 = told(&member, "clock").parse().unwrap();
     let wrong = clock - seconds();
     assert!(
         (wrong - skew).abs() < 60,
@@ -85,12 +81,12 @@ async fn under(skew: i64, library: &str) {
     );
 
     member.says("answered").await;
-    let id: RequestId = member_id(&member, "delayed").parse().unwrap();
+    let id: RequestId = told(&member, "delayed").parse().unwrap();
     in_time(right.response(id)).await.unwrap();
-    // Neither early nor late by the database's clock, which the outcome's times are from.
+    // Neither early nor late by the database's clock, which sets the outcome's times.
     let waited: f64 = sqlx::query_scalar(
-        "select extract(epoch from finished_at - created_at)::float8 from requeuest.outcomes o
-         where o.id = $1",
+        "SELECT extract(epoch FROM finished_at - created_at)::float8 FROM requeuest.outcomes o
+         WHERE o.id = $1",
     )
     .bind(uuid::Uuid::from(id))
     .fetch_one(database.pool())
@@ -104,14 +100,20 @@ async fn under(skew: i64, library: &str) {
         waited < (DELAY + SLACK).as_secs_f64(),
         "delivered {waited} s after its insert"
     );
-    // Its attempt has lasted for more than two leases: renewed, although its clock is wrong.
+    // The attempt has lasted for more than two leases: they were renewed despite the wrong clock.
     assert_eq!(arrivals.by_number()["long"].len(), 1);
     gate.add_permits(1);
     member.says("long").await;
-    let off = "select count(*) from requeuest.outcomes
-               where created_at not between now() - interval '1 hour' and now()
-                   or finished_at not between created_at and now()";
-    assert_eq!(count(&database, off).await, 0);
+    assert_eq!(
+        rows(
+            &database,
+            "outcomes
+               WHERE created_at NOT BETWEEN now() - interval '1 hour' AND now()
+                   OR finished_at NOT BETWEEN created_at AND now()"
+        )
+        .await,
+        0
+    );
     let first: Vec<String> = arrivals
         .all()
         .into_iter()
@@ -124,12 +126,13 @@ async fn under(skew: i64, library: &str) {
     assert_eq!(keyed, ["key/0", "key/1", "key/2"]);
 }
 
-fn member_id(member: &Member, what: &str) -> String {
-    let words = member.lines.borrow();
-    let id = words
+/// The value that the process printed after this word.
+fn told(member: &Member, word: &str) -> String {
+    let lines = member.lines.borrow();
+    let value = lines
         .iter()
-        .find_map(|line| line.strip_prefix(&format!("{what} ")));
-    id.unwrap().to_owned()
+        .find_map(|line| line.strip_prefix(&format!("{word} ")));
+    value.unwrap().to_owned()
 }
 
 fn seconds() -> i64 {
@@ -139,8 +142,8 @@ fn seconds() -> i64 {
 
 #[tokio::test]
 #[ignore = "a part played by a copy of this binary"]
-async fn live_on_another_day() {
-    if !plays("live_on_another_day") {
+async fn live_with_a_wrong_clock() {
+    if !plays("live_with_a_wrong_clock") {
         return;
     }
     let me = Me::new();

@@ -1,8 +1,9 @@
-//! Random interleavings of everything that moves a request, against a model of what may become of it.
+//! Random interleavings of all operations on requests, checked against the invariants of a request.
 //!
-//! The receiver holds each attempt until a step answers it. A foreign runner claims through `mq_poll` and never settles, so that
-//! what it holds must not change. After each step one statement reads the whole state, and all invariants are checked on it. A new
-//! operation is a variant of [`Step`], its weight in [`steps`], and its arm in [`Case::take`].
+//! The receiver holds each attempt until a step answers it. A foreign runner claims through
+//! `mq_poll` and never settles, so the requests it holds must not change. After each step one
+//! statement reads the whole state, and all invariants are checked on it. A new operation needs a
+//! variant of [`Step`], its weight in [`steps`], and its arm in [`Case::take`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -12,37 +13,40 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
-use requeuest::{Channels, Client, Durable, Options, Request, RequestId};
+use requeuest::{Channels, Client, Durable, DurableBuilder, Options, Request, RequestId};
 use sqlx::Row as _;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
-use super::{long, post};
-use crate::support::{Server, in_time, migrated, reply};
+use super::long;
+use crate::support::{LONG, Seen, Server, builder, in_time, migrated, post, quick, reply};
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// By the live handle if there is one, which may claim it at once, else by one that only enqueues.
+    /// Through the live handle if there is one, which may claim the request at once. Else through a
+    /// handle that only enqueues.
     Enqueue(Kind),
-    /// A handle with a runner begins to live, on a runtime of its own.
+    /// Builds the live handle, with a runner, on its own runtime.
     Start,
-    /// Its runtime is dropped, without ceremony.
+    /// Drops the live handle's runtime without a shutdown.
     Crash,
     Shutdown,
-    /// A foreign runner claims up to so many, for an hour.
+    /// The foreign runner claims up to this many requests, for an hour.
     Claim(i32),
-    /// The leases of what the live handle attempts end, and the foreign runner is there before its next poll.
+    /// The leases of the live handle's attempts end, and the foreign runner claims up to this many
+    /// requests before the live handle's next poll.
     TakeOver(i32),
-    /// The leases of what is being attempted end, those of the foreign runner included, and all that waits falls due.
+    /// All leases end, including the foreign runner's, and all waiting requests fall due.
     EndLeases,
-    /// The receiver answers the oldest attempts that it holds. If they were taken over meanwhile, the result is stale.
+    /// The receiver answers this many of the oldest attempts that it holds. The results of requests
+    /// that were taken over in the meantime are stale.
     Answer(usize, u16),
     Clear,
-    /// One of the requests, wherever it stands.
+    /// Any request, in any state.
     Cancel(prop::sample::Index),
-    /// One of the requests, which may have been given up or not.
+    /// Any request, whether it was discarded or not.
     Replay(prop::sample::Index),
-    /// Time goes by.
+    /// Waits a moment.
     Pause,
 }
 
@@ -51,7 +55,7 @@ enum Kind {
     Plain,
     Ordered(u8),
     Delayed,
-    /// Given up after two attempts.
+    /// Discarded after two attempts.
     Limited,
 }
 
@@ -108,11 +112,14 @@ fn no_interleaving_breaks_an_invariant() {
     if let Err(error) = outcome {
         panic!("{error}");
     }
-    println!("the model's requests ended so: {:?}", seen.borrow());
+    println!(
+        "final statuses of the model's requests: {:?}",
+        seen.borrow()
+    );
     assert!(seen.borrow().contains_key("completed"));
 }
 
-/// A request as one statement found it.
+/// The state of a request, read by one statement.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Row {
     queued: bool,
@@ -120,10 +127,10 @@ struct Row {
     attempts: i32,
     group: String,
     seq: Option<i64>,
-    /// The whole row of its outcome.
+    /// The whole row of the outcome, as text.
     outcome: Option<String>,
     status: Option<String>,
-    /// How many outcomes it has.
+    /// How many outcomes the request has.
     outcomes: i64,
     payload: bool,
 }
@@ -137,17 +144,17 @@ struct Case<'t> {
     channel: String,
     server: Server,
     held: Held,
-    /// What the receiver got, by number, in the order in which it came.
+    /// The numbers that the receiver got, in the order of their arrival.
     delivered: Delivered,
-    /// Answers everything at once from now on.
+    /// Whether the receiver answers every attempt at once.
     open: Arc<Mutex<bool>>,
     source: Durable,
     client: Client,
     live: Option<(Runtime, Durable)>,
-    /// What was enqueued: ids and their numbers.
+    /// The ids and numbers of the enqueued requests.
     enqueued: Vec<(RequestId, String)>,
     last: HashMap<RequestId, Row>,
-    /// What the foreign runner holds, with the claim's number.
+    /// The requests that the foreign runner holds, with their `claim_no`.
     foreign: HashMap<RequestId, i32>,
     replayed: HashSet<RequestId>,
 }
@@ -158,7 +165,7 @@ impl<'t> Case<'t> {
         let open = Arc::new(Mutex::new(false));
         let handler = {
             let (held, delivered, open) = (held.clone(), delivered.clone(), open.clone());
-            move |_, seen: crate::support::Seen| {
+            move |_, seen: Seen| {
                 let number = String::from_utf8(seen.body.to_vec()).unwrap();
                 delivered.lock().unwrap().push(number);
                 let (answer, answered) = oneshot::channel();
@@ -178,7 +185,10 @@ impl<'t> Case<'t> {
             held,
             delivered,
             open,
-            source: builder(database, &channel).runner(false).build().unwrap(),
+            source: channel_builder(database, &channel)
+                .runner(false)
+                .build()
+                .unwrap(),
             client: runtime
                 .block_on(Client::new(
                     database.pool().clone(),
@@ -211,8 +221,8 @@ impl<'t> Case<'t> {
             }
             Step::Start if self.live.is_none() => {
                 let runtime = own_runtime();
-                let live =
-                    runtime.block_on(async { builder(self.database, &self.channel).build() });
+                let live = runtime
+                    .block_on(async { channel_builder(self.database, &self.channel).build() });
                 self.live = Some((runtime, live.unwrap()));
             }
             Step::Crash => {
@@ -230,12 +240,13 @@ impl<'t> Case<'t> {
             Step::Claim(most) => self.claim(*most, false)?,
             Step::TakeOver(most) => self.claim(*most, true)?,
             Step::EndLeases => {
-                // The foreign runner's too: from here on they are anybody's. In the order in which the crate locks rows, or this and a
-                // settle could wait for each other.
+                // From here on any runner may claim the foreign runner's requests. Rows are locked
+                // in the crate's order: else this statement and a settle could deadlock.
                 self.foreign.clear();
                 self.execute(
-                    "update requeuest.mq_msgs set attempt_at = now() where id in (
-                         select id from requeuest.mq_msgs where channel_name = $1 order by id for update
+                    "UPDATE requeuest.mq_msgs SET attempt_at = now() WHERE id IN (
+                         SELECT id FROM requeuest.mq_msgs WHERE channel_name = $1
+                         ORDER BY id FOR UPDATE
                      )",
                 );
             }
@@ -243,7 +254,7 @@ impl<'t> Case<'t> {
                 let mut held = self.held.lock().unwrap();
                 let number = (*number).min(held.len());
                 for answer in held.drain(..number) {
-                    // Its sender may be gone.
+                    // The attempt's sender may be gone.
                     let _ = answer.send(*status);
                 }
             }
@@ -276,7 +287,7 @@ impl<'t> Case<'t> {
         if before.status.is_some() {
             prop_assert!(!cancelled && before == after, "{id}: {before:?}, {after:?}");
         }
-        // In between it may have ended by itself, unless it was in other hands.
+        // The request may have finished in the meantime, unless the foreign runner held it.
         prop_assert!(cancelled || !held, "{id}: {after:?}");
         prop_assert_eq!(
             cancelled,
@@ -295,7 +306,7 @@ impl<'t> Case<'t> {
         match self.runtime.block_on(in_time(self.source.replay(id))) {
             Ok(new) => {
                 self.replayed.insert(id);
-                // Its outcome says so, once.
+                // The outcome now says that the request was replayed.
                 let after = self.state().remove(&id).unwrap();
                 prop_assert_eq!(after.status.as_deref(), Some("discarded"));
                 self.last.insert(id, after);
@@ -308,22 +319,23 @@ impl<'t> Case<'t> {
         Ok(())
     }
 
-    /// Claims as any runner of the channel would.
+    /// Claims as a runner of the channel would.
     fn claim(&mut self, most: i32, end_leases: bool) -> Result<(), TestCaseError> {
         let held: Vec<uuid::Uuid> = self.foreign.keys().map(|id| (*id).into()).collect();
         let claims = self.runtime.block_on(async {
             let mut transaction = self.database.pool().begin().await.unwrap();
-            sqlx::query("set local requeuest.lease = '1 hour'")
+            sqlx::query("SET LOCAL requeuest.lease = '1 hour'")
                 .execute(&mut *transaction)
                 .await
                 .unwrap();
             if end_leases {
-                // In order, as above.
+                // Locked in the crate's order, as above.
                 sqlx::query(
-                    "update requeuest.mq_msgs set attempt_at = now() - interval '1 hour'
-                     where id in (
-                         select id from requeuest.mq_msgs where channel_name = $1 and state = 1 and id <> all ($2)
-                         order by id for update
+                    "UPDATE requeuest.mq_msgs SET attempt_at = now() - interval '1 hour'
+                     WHERE id IN (
+                         SELECT id FROM requeuest.mq_msgs
+                         WHERE channel_name = $1 AND state = 1 AND id <> ALL ($2)
+                         ORDER BY id FOR UPDATE
                      )",
                 )
                 .bind(&self.channel)
@@ -332,12 +344,15 @@ impl<'t> Case<'t> {
                 .await
                 .unwrap();
             }
-            let claims = sqlx::query("select id, payload_json from requeuest.mq_poll(array[$1], $2) where id is not null")
-                .bind(&self.channel)
-                .bind(most)
-                .fetch_all(&mut *transaction)
-                .await
-                .unwrap();
+            let claims = sqlx::query(
+                "SELECT id, payload_json FROM requeuest.mq_poll(ARRAY[$1], $2)
+                 WHERE id IS NOT NULL",
+            )
+            .bind(&self.channel)
+            .bind(most)
+            .fetch_all(&mut *transaction)
+            .await
+            .unwrap();
             transaction.commit().await.unwrap();
             claims
         });
@@ -357,17 +372,18 @@ impl<'t> Case<'t> {
         Ok(())
     }
 
-    /// Everything there is to know of what was enqueued, at one moment.
+    /// The state of all enqueued requests at one moment.
     fn state(&self) -> HashMap<RequestId, Row> {
         let ids: Vec<uuid::Uuid> = self.enqueued.iter().map(|(id, _)| (*id).into()).collect();
         let rows = sqlx::query(
-            "select i.id, m.id is not null as queued, coalesce(m.claim_no, 0) as claim_no,
-                 coalesce(m.attempts, 0) as attempts, coalesce(m.channel_args, '') as channel_args, m.seq,
-                 (select min(o::text) from requeuest.outcomes o where o.id = i.id) as outcome,
-                 (select min(o.status) from requeuest.outcomes o where o.id = i.id) as status,
-                 (select count(*) from requeuest.outcomes o where o.id = i.id) as outcomes,
-                 exists (select from requeuest.mq_payloads p where p.id = i.id) as payload
-             from unnest($1::uuid[]) as i(id) left join requeuest.mq_msgs m on m.id = i.id",
+            "SELECT i.id, m.id IS NOT NULL AS queued, coalesce(m.claim_no, 0) AS claim_no,
+                 coalesce(m.attempts, 0) AS attempts,
+                 coalesce(m.channel_args, '') AS channel_args, m.seq,
+                 (SELECT min(o::text) FROM requeuest.outcomes o WHERE o.id = i.id) AS outcome,
+                 (SELECT min(o.status) FROM requeuest.outcomes o WHERE o.id = i.id) AS status,
+                 (SELECT count(*) FROM requeuest.outcomes o WHERE o.id = i.id) AS outcomes,
+                 EXISTS (SELECT FROM requeuest.mq_payloads p WHERE p.id = i.id) AS payload
+             FROM unnest($1::uuid[]) AS i(id) LEFT JOIN requeuest.mq_msgs m ON m.id = i.id",
         )
         .bind(ids);
         let rows = self
@@ -404,8 +420,8 @@ impl<'t> Case<'t> {
                 id,
                 row
             );
-            let given_up = row.status.as_deref() == Some("discarded");
-            let kept = row.queued || given_up && !self.replayed.contains(id);
+            let discarded = row.status.as_deref() == Some("discarded");
+            let kept = row.queued || discarded && !self.replayed.contains(id);
             prop_assert_eq!(
                 row.payload,
                 kept,
@@ -431,7 +447,7 @@ impl<'t> Case<'t> {
                 );
             }
             if let Some(claim_no) = self.foreign.get(id) {
-                // Not even a result that came late may touch it.
+                // Not even a late result may change the request.
                 prop_assert!(
                     row.queued && row.claim_no == *claim_no,
                     "{id} is held elsewhere: {row:?}"
@@ -445,7 +461,7 @@ impl<'t> Case<'t> {
         Ok(())
     }
 
-    /// Survivors end all that is left. Returns how everything ended.
+    /// Lets a new handle finish all requests. Returns their statuses.
     fn finish(&mut self) -> Result<Vec<String>, TestCaseError> {
         *self.open.lock().unwrap() = true;
         self.take(&Step::Crash)?;
@@ -454,7 +470,7 @@ impl<'t> Case<'t> {
         self.take(&Step::Start)?;
         let ids: Vec<RequestId> = self.enqueued.iter().map(|(id, _)| *id).collect();
         for id in ids {
-            let ended = requeuest::testkit::outcome(&self.source, id, crate::support::LONG);
+            let ended = requeuest::testkit::outcome(&self.source, id, LONG);
             let ended = self.runtime.block_on(ended);
             prop_assert!(ended.is_ok(), "{:?}", ended.err());
         }
@@ -468,7 +484,7 @@ impl<'t> Case<'t> {
             .collect())
     }
 
-    /// Of an ordering key, first deliveries come in the order of the inserts.
+    /// Checks that the first deliveries of an ordering key arrive in the order of the inserts.
     fn in_order(&self) -> Result<(), TestCaseError> {
         let delivered = self.delivered.lock().unwrap();
         for key in 0..2 {
@@ -496,14 +512,14 @@ impl<'t> Case<'t> {
 
 impl Drop for Case<'_> {
     fn drop(&mut self) {
-        // A runtime's own drop waits for what it runs, and this may be one that failed.
+        // Dropping a runtime waits for its blocking tasks, and this case may have failed.
         if let Some((runtime, _)) = self.live.take() {
             runtime.shutdown_background();
         }
     }
 }
 
-/// The least place of each ordering key.
+/// The lowest `seq` of each ordering key.
 fn heads(state: &HashMap<RequestId, Row>) -> HashMap<&str, i64> {
     let mut heads = HashMap::new();
     for row in state.values().filter(|row| row.queued) {
@@ -516,27 +532,25 @@ fn heads(state: &HashMap<RequestId, Row>) -> HashMap<&str, i64> {
 }
 
 fn request(url: &str, number: &str, kind: Kind) -> Request {
+    let request = post(url, number.to_owned());
     match kind {
-        Kind::Plain => post(url, number),
-        Kind::Ordered(key) => {
-            post(url, number).with(Options::default().ordered(format!("key-{key}")))
-        }
-        Kind::Delayed => post(url, number).with(Options::default().delay(Duration::from_secs(60))),
+        Kind::Plain => request,
+        Kind::Ordered(key) => request.with(Options::default().ordered(format!("key-{key}"))),
+        Kind::Delayed => request.with(Options::default().delay(Duration::from_secs(60))),
         Kind::Limited => {
             let twice = RetryPolicy::exponential()
                 .base(Duration::from_millis(1))
                 .max_attempts(2);
-            post(url, number).with(Options::default().retry(twice))
+            request.with(Options::default().retry(twice))
         }
     }
 }
 
-fn builder(database: &TestDatabase, channel: &str) -> requeuest::DurableBuilder {
-    let quick = crate::support::quick();
-    Durable::builder(database.pool().clone())
+fn channel_builder(database: &TestDatabase, channel: &str) -> DurableBuilder {
+    builder(database)
         .channel(channel)
         .max_connections(3)
-        .retry(quick)
+        .retry(quick())
 }
 
 fn own_runtime() -> Runtime {

@@ -7,12 +7,12 @@ use std::time::Duration;
 use sqlx::PgPool;
 
 use super::{Arrivals, Me, Member, completed, echo, named, ordered};
-use crate::support::{count, eventually, in_time, migrated, plays};
+use crate::support::{count, eventually, in_time, migrated, plays, rows};
 
 const KEYS: [&str; 3] = ["a", "b", "c"];
 
 #[tokio::test]
-async fn concurrent_ordered_inserts_abort_nobody_and_arrive_in_commit_order() {
+async fn concurrent_ordered_inserts_all_arrive_in_commit_order() {
     let database = migrated().await;
     let arrivals = Arrivals::default();
     let server = echo(&arrivals, Duration::ZERO).await;
@@ -28,13 +28,13 @@ async fn concurrent_ordered_inserts_abort_nobody_and_arrive_in_commit_order() {
     }
     assert_eq!(server.count(), 0);
     let inserted: Vec<(String, String)> = sqlx::query_as(
-        "select m.channel_args, convert_from(p.body, 'UTF8') from requeuest.mq_msgs m
-         join requeuest.mq_payloads p using (id) order by m.channel_args, m.seq",
+        "SELECT m.channel_args, convert_from(p.body, 'UTF8') FROM requeuest.mq_msgs m
+         JOIN requeuest.mq_payloads p USING (id) ORDER BY m.channel_args, m.seq",
     )
     .fetch_all(database.pool())
     .await
     .unwrap();
-    // Four processes, three keys, 20 alone and 20 in transactions that commit.
+    // Four processes, three keys, and for each 20 requests alone and 20 in committed transactions.
     assert_eq!(inserted.len(), 4 * 3 * 40);
     assert!(
         !inserted
@@ -58,7 +58,7 @@ async fn concurrent_ordered_inserts_abort_nobody_and_arrive_in_commit_order() {
         let (line, place) = arrival.number.rsplit_once('/').unwrap();
         let key = line.split('/').next().unwrap().to_owned();
         arrived.entry(key).or_default().push(arrival.number.clone());
-        // What one caller wrote one after another arrives one after another.
+        // One caller's requests arrive in the order in which it made them.
         let place: usize = place.parse().unwrap();
         let before = last.insert(line.to_owned(), place);
         assert!(before.is_none_or(|before| before < place), "{arrival:?}");
@@ -84,7 +84,7 @@ async fn insert_in_order() {
     };
     let together = async {
         for n in 0..25 {
-            // Every fifth is rolled back.
+            // Every fifth transaction is rolled back.
             let rolled_back = n % 5 == 4;
             let how = if rolled_back {
                 "rolled back"
@@ -109,7 +109,7 @@ async fn insert_in_order() {
 }
 
 #[tokio::test]
-async fn opposite_key_orders_end_one_transaction_and_leave_nothing_of_it() {
+async fn opposite_key_orders_abort_one_transaction_completely() {
     let database = migrated().await;
     let arrivals = Arrivals::default();
     let server = echo(&arrivals, Duration::ZERO).await;
@@ -156,12 +156,12 @@ async fn opposite_key_orders_end_one_transaction_and_leave_nothing_of_it() {
         .and_then(|source| source.downcast_ref::<sqlx::Error>());
     let code = source.and_then(|error| error.as_database_error()?.code());
     assert_eq!(code.as_deref(), Some("40P01"), "{error:?}");
-    eventually("the other's are delivered", || async {
+    eventually("the committed requests are delivered", || async {
         completed(&database).await.len() == 2
     })
     .await;
-    let rows = "select (select count(*) from requeuest.mq_msgs) + (select count(*) from requeuest.mq_payloads)";
-    assert_eq!(count(&database, rows).await, 0);
+    assert_eq!(rows(&database, "mq_msgs").await, 0);
+    assert_eq!(rows(&database, "mq_payloads").await, 0);
     assert!(
         arrivals
             .all()
@@ -184,14 +184,14 @@ async fn ordered_inserts_keep_commit_order_at_every_isolation_level() {
         let url = server.url("/");
         let request = |number: &str| ordered(&url, &format!("{level}: {number}"), level);
         let begin = format!("BEGIN ISOLATION LEVEL {level}");
-        // Its snapshot is older than all that follows.
+        // This snapshot is older than all of the following inserts.
         let mut late = database.pool().begin_with(begin.clone()).await.unwrap();
-        sqlx::query("select pg_current_snapshot()")
+        sqlx::query("SELECT pg_current_snapshot()")
             .execute(&mut *late)
             .await
             .unwrap();
         let mut early = database.pool().begin_with(begin).await.unwrap();
-        sqlx::query("select pg_current_snapshot()")
+        sqlx::query("SELECT pg_current_snapshot()")
             .execute(&mut *early)
             .await
             .unwrap();
@@ -203,8 +203,9 @@ async fn ordered_inserts_keep_commit_order_at_every_isolation_level() {
                 late.commit().await.unwrap();
             }
         });
-        let blocked = "select count(*) from pg_stat_activity
-                       where datname = current_database() and wait_event_type = 'Lock' and wait_event = 'advisory'";
+        let blocked = "SELECT count(*) FROM pg_stat_activity
+                       WHERE datname = current_database()
+                           AND wait_event_type = 'Lock' AND wait_event = 'advisory'";
         eventually("it waits for the key", || async {
             count(&database, blocked).await == 1
         })

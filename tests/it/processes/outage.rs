@@ -1,4 +1,4 @@
-//! Postgres goes away, and comes back.
+//! An outage of Postgres, and the recovery from it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,15 +7,17 @@ use requeuest::testkit::{Postgres, StopMode};
 use requeuest::{Options, Status};
 use tokio::sync::Semaphore;
 
-use super::{Arrivals, LEASE, long, named, post};
-use crate::support::{Server, eventually, in_time, reply};
+use super::{Arrivals, LEASE, long, named};
+use crate::support::{Server, eventually, in_time, post, reply};
 
-/// The promise, and what a busy machine may add: sqlxmq's own delay alone would be longer than that after a minute.
+/// The promised recovery time. sqlxmq's own backoff alone would exceed it after an outage of a
+/// minute.
 const RECOVERY: Duration = Duration::from_secs(5);
+/// Added on a busy machine.
 const SLACK: Duration = Duration::from_secs(3);
 
 #[tokio::test]
-async fn work_goes_on_soon_after_an_outage_of_postgres() {
+async fn work_resumes_soon_after_a_postgres_outage() {
     let outage = Duration::from_secs(if long() { 60 } else { 5 });
     let postgres = Postgres::builder().private().start().await.unwrap();
     let database = postgres.database().await.unwrap();
@@ -44,7 +46,8 @@ async fn work_goes_on_soon_after_an_outage_of_postgres() {
         .build()
         .unwrap();
 
-    // Two attempts are under way when the server stops, and answered while it is away; one request falls due in between.
+    // Two attempts are in flight when Postgres stops, and are answered during the outage. A request
+    // falls due during the outage.
     let fired = durable.fire(post(&url, "fired")).await.unwrap();
     let awaited = tokio::spawn({
         let (durable, request) = (durable.clone(), post(&url, "awaited"));
@@ -66,7 +69,7 @@ async fn work_goes_on_soon_after_an_outage_of_postgres() {
     let back = Instant::now();
     let settled = async { in_time(awaited).await.unwrap().unwrap() };
     let delivered = async {
-        eventually("what fell due is delivered", || async {
+        eventually("the due request is delivered", || async {
             source
                 .status(delayed)
                 .await
@@ -76,7 +79,7 @@ async fn work_goes_on_soon_after_an_outage_of_postgres() {
         back.elapsed()
     };
     let claimed = async {
-        // Through the runner alone.
+        // Only the runner can send this request.
         let id = loop {
             match source.fire(post(&url, "new")).await {
                 Ok(id) => break id,
@@ -96,13 +99,14 @@ async fn work_goes_on_soon_after_an_outage_of_postgres() {
     let by_number = arrivals.by_number();
     let duplicates: usize = by_number.values().map(|sent| sent.len() - 1).sum();
     println!(
-        "recovery from {outage:?} without Postgres: a kept result settled after {answered:?}, what fell due delivered after \
-         {delivered:?}, a new request after {claimed:?}; duplicates: {duplicates} of {} requests",
+        "recovery from {outage:?} without Postgres: a kept result settled after {answered:?}, \
+         a due request delivered after {delivered:?}, a new request after {claimed:?}; \
+         duplicates: {duplicates} of {} requests",
         by_number.len()
     );
     for took in [answered, delivered, claimed] {
         assert!(took < RECOVERY + SLACK, "took {took:?}");
     }
-    // Refused means refused; or it was not known, and then it is delivered once.
+    // The failed call's request was not sent, or the error was indeterminate and it was sent once.
     assert!(by_number.get("refused").is_none_or(|sent| sent.len() == 1));
 }

@@ -1,4 +1,4 @@
-//! Processes that are killed, stopped, or leave without a word.
+//! Processes that are killed, stopped, or exit without a shutdown.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -13,18 +13,18 @@ use tokio::task::JoinSet;
 
 use super::{
     Arrivals, LEASE, Me, Member, SLACK, TAKE_OVER, completed, echo, long, median_and_max, named,
-    ordered, post, say,
+    ordered, say,
 };
-use crate::support::{Server, count, eventually, in_time, migrated, passing, plays, reply};
+use crate::support::{Server, eventually, in_time, migrated, passing, plays, post, reply, rows};
 
-/// As many as two cores can drive.
+/// As many processes as two cores can drive.
 const AT_ONCE: usize = 8;
 
-/// What a killed process left behind.
+/// A killed process, and what it had been told.
 struct Remains {
     name: String,
     killed: Instant,
-    /// Ids and numbers of what it was told is persisted.
+    /// The ids and numbers of the requests that it was told are persisted.
     accepted: Vec<(String, String)>,
     answered: Vec<(String, String)>,
 }
@@ -35,7 +35,7 @@ async fn senders_killed_at_random_moments_lose_nothing() {
     let database = Arc::new(migrated().await);
     let arrivals = Arrivals::default();
     let server = echo(&arrivals, Duration::from_millis(20)).await;
-    // A lease of the default length: if one of theirs ran out, it would be no fault of the killed.
+    // The survivors have the default lease: a lease of theirs must not run out during the test.
     let survivors: Vec<_> = ["survivor-a", "survivor-b"]
         .map(|name| named(database.pool(), name).deliver_all().build().unwrap())
         .into();
@@ -71,13 +71,12 @@ async fn senders_killed_at_random_moments_lose_nothing() {
     let remains = tokio::time::timeout(Duration::from_secs(300), rounds.join_all());
     let remains = remains.await.expect("the rounds took too long");
     eventually("nothing is left in the queue", || async {
-        count(&database, "select count(*) from requeuest.mq_msgs").await == 0
+        rows(&database, "mq_msgs").await == 0
     })
     .await;
 
     let outcomes = completed(&database).await;
-    let all = "select count(*) from requeuest.outcomes";
-    assert_eq!(count(&database, all).await, outcomes.len() as i64);
+    assert_eq!(rows(&database, "outcomes").await, outcomes.len() as i64);
     let by_number = arrivals.by_number();
     let numbers: HashSet<&String> = outcomes.values().collect();
     assert_eq!(
@@ -92,7 +91,7 @@ async fn senders_killed_at_random_moments_lose_nothing() {
     {
         assert_eq!(outcomes.get(id), Some(number));
     }
-    // Whoever waited, and has died, or would come back for it: it is there.
+    // The responses that the killed callers awaited can be fetched.
     let awaited = outcomes
         .iter()
         .filter(|(_, number)| number.contains("/wait/"));
@@ -105,14 +104,14 @@ async fn senders_killed_at_random_moments_lose_nothing() {
     }));
     let awaited = in_time(answers).await.len();
 
-    no_gap_and_no_swap(&arrivals);
+    assert_no_gap_and_no_swap(&arrivals);
     let killed: HashMap<&str, Instant> = remains.iter().map(|r| (&*r.name, r.killed)).collect();
     let mut took = Vec::new();
     let mut duplicates = 0;
     for sent in by_number.values() {
         duplicates += sent.len() - 1;
         for (before, after) in sent.iter().zip(&sent[1..]) {
-            // Only a process that was killed leaves anything to be sent again.
+            // Only a killed process leaves requests to be sent again.
             let killed = killed
                 .get(&*before.sender)
                 .unwrap_or_else(|| panic!("{sent:?}"));
@@ -121,17 +120,17 @@ async fn senders_killed_at_random_moments_lose_nothing() {
     }
     let (median, max) = median_and_max(took);
     println!(
-        "duplicates under SIGKILL: {duplicates} of {} requests in {rounds_to_go} rounds, {awaited} of them awaited; \
-         taken over after {median:?} (median), {max:?} (max)",
+        "duplicates under SIGKILL: {duplicates} of {} requests in {rounds_to_go} rounds, \
+         {awaited} of them awaited; taken over after {median:?} (median), {max:?} (max)",
         outcomes.len()
     );
-    assert!(duplicates > 0, "nobody was killed while sending");
+    assert!(duplicates > 0, "no process was killed while sending");
     assert!(median <= LEASE + TAKE_OVER, "took {median:?}");
     assert!(max <= LEASE + TAKE_OVER + SLACK, "took {max:?}");
 }
 
-/// Of each ordering key, an attempt is the one before it again, or the next.
-fn no_gap_and_no_swap(arrivals: &Arrivals) {
+/// Checks that each attempt of an ordering key repeats the request before it or sends the next one.
+fn assert_no_gap_and_no_swap(arrivals: &Arrivals) {
     let mut last: HashMap<String, usize> = HashMap::new();
     for arrival in arrivals.all() {
         let Some((key, place)) = arrival.number.split_once("/key/") else {
@@ -156,9 +155,10 @@ async fn send_until_killed() {
         return;
     }
     let me = Me::new();
-    // A channel of its own: what it leaves is taken over by those who live on, and not by one who is about to die as well.
+    // Its own channel: the survivors take its requests over, not another process that is about to
+    // be killed.
     let durable = me.handle().channel(&*me.name).lease(LEASE).build().unwrap();
-    // Connected, so that the moments of its life count.
+    // Connects first, so that the process is killed at work and not while it starts.
     let nobody = RequestId::from(uuid::Uuid::now_v7());
     assert_eq!(durable.status(nobody).await.unwrap(), None);
     say("ready");
@@ -166,7 +166,7 @@ async fn send_until_killed() {
     let fires = async {
         for n in 0.. {
             let number = format!("{}/fire/{n}", me.name);
-            let id = durable.fire(post(&me.url, &number)).await.unwrap();
+            let id = durable.fire(post(&me.url, number.clone())).await.unwrap();
             say(&format!("accepted {id} {number}"));
             tokio::time::sleep(pause).await;
         }
@@ -175,7 +175,7 @@ async fn send_until_killed() {
         for n in 0.. {
             let number = format!("{}/wait/{n}", me.name);
             let response = durable
-                .await_response(post(&me.url, &number))
+                .await_response(post(&me.url, number.clone()))
                 .await
                 .unwrap();
             say(&format!("answered {} {number}", response.id()));
@@ -196,7 +196,7 @@ async fn send_until_killed() {
 }
 
 #[tokio::test]
-async fn a_process_that_was_stopped_for_longer_than_its_lease_changes_nothing() {
+async fn a_process_stopped_beyond_its_lease_changes_nothing() {
     let database = migrated().await;
     let arrivals = Arrivals::default();
     let (stale, fresh) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
@@ -229,13 +229,13 @@ async fn a_process_that_was_stopped_for_longer_than_its_lease_changes_nothing() 
         "a stopped process's requests were taken over after {:?}",
         stopped.elapsed()
     );
-    let ended = "select count(*) from requeuest.outcomes where channel_name = 'default'";
-    eventually("one of them ends", || async {
-        count(&database, ended).await == 1
+    let finished = "outcomes WHERE channel_name = 'default'";
+    eventually("one of them finishes", || async {
+        rows(&database, finished).await == 1
     })
     .await;
     let outcome = || async {
-        let row = "select o::text from requeuest.outcomes o where channel_name = 'default'";
+        let row = "SELECT o::text FROM requeuest.outcomes o WHERE channel_name = 'default'";
         let row: String = sqlx::query_scalar(row)
             .fetch_one(database.pool())
             .await
@@ -244,12 +244,13 @@ async fn a_process_that_was_stopped_for_longer_than_its_lease_changes_nothing() 
     };
     let before = outcome().await;
 
-    // One request has ended elsewhere meanwhile, the other is still being sent elsewhere. Both answers were on their way.
+    // In the meantime the survivor has finished one request and is still sending the second one.
+    // The stopped process now gets the responses to both of its own attempts, which are stale.
     stale.add_permits(2);
     member.signal("CONT").await;
     member.says("early: fresh").await;
     passing(&database, LEASE + Duration::from_millis(500)).await;
-    assert_eq!(count(&database, ended).await, 1);
+    assert_eq!(rows(&database, finished).await, 1);
     assert_eq!(outcome().await, before);
     assert!(
         !member
@@ -305,24 +306,20 @@ async fn a_crash_during_the_last_allowed_attempt_ends_the_request() {
     .await;
     let part = "make_the_last_attempts";
     let mut member = Member::start(module_path!(), part, "killed", &database, &server.url("/"));
-    // One attempt of two requests, two of the two others.
+    // Two requests have one attempt each, two others have two each.
     server.wait_for(6).await;
     let killed = member.kill().await;
     let survivor = named(database.pool(), "survivor").build().unwrap();
-    let ended = "select count(*) from requeuest.outcomes where status = 'discarded'";
-    eventually("all are given up", || async {
-        count(&database, ended).await == 4
+    eventually("all are discarded", || async {
+        rows(&database, "outcomes WHERE status = 'discarded'").await == 4
     })
     .await;
     assert!(killed.elapsed() <= LEASE + TAKE_OVER + SLACK);
-    assert_eq!(
-        count(&database, "select count(*) from requeuest.mq_msgs").await,
-        0
-    );
+    assert_eq!(rows(&database, "mq_msgs").await, 0);
     assert_eq!(server.count(), 6, "{:?}", arrivals.all());
 
-    // Given-up requests keep their payloads, which tell which is which.
-    let payloads = "select id::text, convert_from(body, 'UTF8') from requeuest.mq_payloads";
+    // Dead letters keep their payloads, which tell the requests apart.
+    let payloads = "SELECT id::text, convert_from(body, 'UTF8') FROM requeuest.mq_payloads";
     let payloads: Vec<(String, String)> = sqlx::query_as(payloads)
         .fetch_all(database.pool())
         .await
@@ -348,7 +345,7 @@ async fn make_the_last_attempts() {
     }
     let me = Me::new();
     let durable = me.handle().lease(LEASE).build().unwrap();
-    let request = |number: &str, attempts| {
+    let request = |number: &'static str, attempts| {
         let policy = RetryPolicy::exponential().base(Duration::from_millis(1));
         post(&me.url, number).with(Options::default().retry(policy.max_attempts(attempts)))
     };
@@ -369,12 +366,12 @@ async fn a_process_that_exits_without_a_shutdown_loses_nothing() {
     let mut member = Member::start(module_path!(), part, "gone", &database, &server.url("/"));
     let status = in_time(member.child.wait()).await.unwrap();
     assert_eq!(status.code(), Some(7));
-    let left = count(&database, "select count(*) from requeuest.mq_msgs").await;
+    let left = rows(&database, "mq_msgs").await;
     assert!(left > 0, "there was nothing to lose");
 
     let _survivor = named(database.pool(), "survivor").build().unwrap();
     eventually("nothing is left in the queue", || async {
-        count(&database, "select count(*) from requeuest.mq_msgs").await == 0
+        rows(&database, "mq_msgs").await == 0
     })
     .await;
     let outcomes = completed(&database).await;
@@ -399,12 +396,12 @@ async fn exit_midway() {
         let (durable, url) = (durable.clone(), me.url.clone());
         tokio::spawn(async move {
             let _ = durable
-                .await_response(post(&url, &format!("wait/{n}")))
+                .await_response(post(&url, format!("wait/{n}")))
                 .await;
         });
     }
     for n in 0..20 {
-        let fired = post(&me.url, &format!("fire/{n}"));
+        let fired = post(&me.url, format!("fire/{n}"));
         let next = ordered(&me.url, &format!("key/{n}"), "key");
         let (fired, next) = tokio::join!(durable.fire(fired), durable.fire(next));
         fired.unwrap();
@@ -416,7 +413,8 @@ async fn exit_midway() {
 }
 
 async fn all_persisted(pool: &PgPool) {
-    let all = "select (select count(*) from requeuest.mq_msgs) + (select count(*) from requeuest.outcomes)";
+    let all = "SELECT (SELECT count(*) FROM requeuest.mq_msgs)
+                   + (SELECT count(*) FROM requeuest.outcomes)";
     loop {
         let persisted: i64 = sqlx::query_scalar(all).fetch_one(pool).await.unwrap();
         if persisted == 60 {

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures_util::future::try_join_all;
 
-use super::{Arrivals, Me, Member, echo, long, named, post, say};
-use crate::support::{count, in_time, migrated, plays};
+use super::{Arrivals, Me, Member, echo, long, named, say};
+use crate::support::{in_time, migrated, plays, post, rows};
 
 const PROCESSES: usize = 8;
 
@@ -36,17 +36,16 @@ async fn eight_processes_deliver_each_request_once_and_none_starves() {
         .build()
         .unwrap();
     for batch in 0..requests / 500 {
-        let fires = (0..500).map(|n| source.fire(post(&server.url("/"), &format!("{batch}/{n}"))));
+        let fires = (0..500).map(|n| source.fire(post(server.url("/"), format!("{batch}/{n}"))));
         in_time(try_join_all(fires)).await.unwrap();
     }
-    // As long as it goes on, it may take as long as it needs.
-    let completed = "select count(*) from requeuest.outcomes where status = 'completed'";
+    // The whole may take as long as it needs, but each step of progress has a deadline.
     let mut done = 0;
     while done < requests {
         let before = done;
         let progress = async {
             while done == before {
-                done = count(&database, completed).await;
+                done = rows(&database, "outcomes WHERE status = 'completed'").await;
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
@@ -72,7 +71,7 @@ async fn eight_processes_deliver_each_request_once_and_none_starves() {
         shares.values().collect::<Vec<_>>()
     );
     assert_eq!(shares.len(), PROCESSES);
-    // An even share would be an eighth.
+    // An even share would be an eighth; each process must have at least a fiftieth.
     assert!(
         shares.values().all(|share| share * 50 >= requests as usize),
         "{shares:?}"
@@ -87,8 +86,9 @@ async fn deliver_until_killed() {
     }
     let me = Me::new();
     let durable = me.handle().concurrency(16).build().unwrap();
-    // Its runner has a connection to listen on, then.
-    let listening = "select count(*) from pg_stat_activity where datname = current_database() and query ilike 'listen%'";
+    // Ready once a runner has a connection to listen on.
+    let listening = "SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND query ILIKE 'listen%'";
     in_time(async {
         while sqlx::query_scalar::<_, i64>(listening)
             .fetch_one(&me.pool)

@@ -1,4 +1,5 @@
-// Moves the wall clock of a process by REQUEUEST_TEST_SKEW seconds: preloaded, so that the test binary needn't know of it.
+// Moves the wall clock of a process by REQUEUEST_TEST_SKEW seconds. It is preloaded, so the test
+// binary itself doesn't change.
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <sys/syscall.h>
