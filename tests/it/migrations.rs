@@ -1,64 +1,54 @@
-//! The schema: how it comes, what it leaves alone, who may use it, and how its statements are planned.
+//! The schema: how it is installed and removed, what it leaves alone, and who may use it.
 
 use std::path::Path;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use requeuest::migrate::Migrator;
-use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{Postgres, TestDatabase};
-use requeuest::{Durable, Options, Request, Status};
+use requeuest::{Durable, Options, RequestId, Status, Uuid};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, Executor, PgPool};
 
-use crate::support::{LONG, Server, count, eventually, in_time, migrated};
+use crate::support::{LONG, Server, builder, count, in_time, migrated, post, quick};
 
-fn post(server: &Server) -> Request {
-    let request = http::Request::post(server.url("/")).body("x").unwrap();
-    request.try_into().unwrap()
-}
-
-/// Retries without noticeable delays.
-fn quick() -> RetryPolicy {
-    RetryPolicy::exponential()
-        .base(Duration::from_millis(1))
-        .cap(Duration::from_millis(20))
-}
-
+/// A database without the schema.
 async fn empty() -> TestDatabase {
     let _ = env_logger::builder().is_test(true).try_init();
     Postgres::shared().await.unwrap().database().await.unwrap()
 }
 
+/// Checks that an awaited request is delivered.
 async fn delivers(durable: &Durable) {
     let server = Server::always(200).await;
-    let response = in_time(durable.await_response(post(&server)))
+    let response = in_time(durable.await_response(post(server.url("/"), "x")))
         .await
         .unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(server.count(), 1);
 }
 
-/// Every table, function, type and sequence outside Postgres' own schemas, with its schema.
+/// The qualified name of each table, function, type and sequence outside Postgres' own schemas.
 async fn objects(database: &TestDatabase) -> Vec<String> {
     sqlx::query_scalar(
-        "select n.nspname || '.' || o.name
-         from (
-            select relnamespace as schema, relname::text as name from pg_class
-            union all select pronamespace, proname::text from pg_proc
-            union all select typnamespace, typname::text from pg_type
+        "SELECT n.nspname || '.' || o.name
+         FROM (
+            SELECT relnamespace AS schema, relname::text AS name FROM pg_class
+            UNION ALL SELECT pronamespace, proname::text FROM pg_proc
+            UNION ALL SELECT typnamespace, typname::text FROM pg_type
          ) o
-         join pg_namespace n on n.oid = o.schema
-         where n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
-         order by 1",
+         JOIN pg_namespace n ON n.oid = o.schema
+         WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+         ORDER BY 1",
     )
     .fetch_all(database.pool())
     .await
     .unwrap()
 }
 
+/// The versions of the migrations that were applied to a schema.
 async fn ledger(database: &TestDatabase, schema: &str) -> Vec<i64> {
-    let query = format!("select version from {schema}._sqlx_migrations order by version");
+    let query = format!("SELECT version FROM {schema}._sqlx_migrations ORDER BY version");
     sqlx::query_scalar(&query)
         .fetch_all(database.pool())
         .await
@@ -66,7 +56,7 @@ async fn ledger(database: &TestDatabase, schema: &str) -> Vec<i64> {
 }
 
 #[tokio::test]
-async fn running_it_twice_changes_nothing() {
+async fn migrating_twice_changes_nothing() {
     let database = migrated().await;
     let before = objects(&database).await;
     requeuest::migrate(database.pool()).await.unwrap();
@@ -75,7 +65,7 @@ async fn running_it_twice_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ten_at_once_are_harmless() {
+async fn ten_concurrent_migrations_are_harmless() {
     let database = empty().await;
     let others = (0..10).map(|_| {
         let pool = PgPoolOptions::new().connect_lazy_with(database.options());
@@ -90,12 +80,12 @@ async fn ten_at_once_are_harmless() {
     delivers(&Durable::new(database.pool().clone())).await;
 }
 
-/// A host application's own migrations, some of them with the names that this crate uses.
+/// Writes a host application's own migrations, some with names that this crate uses, too.
 fn write_host_migrations(dir: &Path, upto: i64) {
     let statements = [
-        "create table orders (id bigint primary key)",
-        "create table outcomes (of bigint references orders)",
-        "create function enqueue() returns int language sql as 'select 1'",
+        "CREATE TABLE orders (id bigint PRIMARY KEY)",
+        "CREATE TABLE outcomes (of bigint REFERENCES orders)",
+        "CREATE FUNCTION enqueue() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     ];
     for (version, statement) in (1..=upto).zip(statements) {
         std::fs::write(dir.join(format!("{version}_step.sql")), statement).unwrap();
@@ -108,7 +98,7 @@ async fn run_host_migrations(pool: &PgPool, dir: &Path) {
 }
 
 #[tokio::test]
-async fn a_hosts_own_migrations_work_before_and_after() {
+async fn host_migrations_run_before_and_after_ours() {
     let database = empty().await;
     let dir = tempfile::tempdir().unwrap();
     write_host_migrations(dir.path(), 1);
@@ -127,7 +117,7 @@ async fn a_hosts_own_migrations_work_before_and_after() {
 }
 
 #[tokio::test]
-async fn a_hosts_own_migrations_run_at_the_same_time() {
+async fn host_migrations_run_concurrently_with_ours() {
     let database = empty().await;
     let dir = tempfile::tempdir().unwrap();
     write_host_migrations(dir.path(), 3);
@@ -152,21 +142,18 @@ async fn the_schema_can_have_another_name() {
         everywhere.iter().all(|name| name.starts_with("calls_1.")),
         "{everywhere:?}"
     );
-    let durable = Durable::builder(database.pool().clone())
-        .schema("calls_1")
-        .build()
-        .unwrap();
+    let durable = builder(&database).schema("calls_1").build().unwrap();
     delivers(&durable).await;
 
     let error = Durable::new(database.pool().clone())
-        .fire(http::Request::get("http://127.0.0.1:1/").body("").unwrap())
+        .fire(post("http://127.0.0.1:1/", "x"))
         .await
         .unwrap_err();
     assert!(error.is_not_migrated(), "{error}");
 }
 
 #[tokio::test]
-async fn a_schema_name_that_is_none_is_refused_before_anything_is_done() {
+async fn an_invalid_schema_name_is_refused_before_any_change() {
     let database = empty().await;
     for name in ["", "Calls", "a b", "x;drop schema public", "é"] {
         let migrator = Migrator::new().schema(name);
@@ -177,31 +164,26 @@ async fn a_schema_name_that_is_none_is_refused_before_anything_is_done() {
 }
 
 #[tokio::test]
-async fn two_schemas_side_by_side_deliver_their_own() {
+async fn two_schemas_deliver_only_their_own_requests() {
     let database = empty().await;
     let mut handles = Vec::new();
     for schema in ["first", "second"] {
         let migrator = Migrator::new().schema(schema);
         migrator.run(database.pool()).await.unwrap();
-        handles.push(
-            Durable::builder(database.pool().clone())
-                .schema(schema)
-                .build()
-                .unwrap(),
-        );
+        handles.push(builder(&database).schema(schema).build().unwrap());
     }
     let (first, second) = (&handles[0], &handles[1]);
     let server = Server::always(200).await;
     for durable in [first, second, first] {
-        let response = in_time(durable.await_response(post(&server)))
+        let response = in_time(durable.await_response(post(server.url("/"), "x")))
             .await
             .unwrap();
         assert_eq!(response.status(), 200);
     }
-    // Through the queue as well, not only by the process that enqueues.
+    // A delayed request is delivered through the queue, not directly by the enqueuing process.
     let later = Options::default().delay(Duration::from_millis(1));
     let id = first
-        .fire_in(database.pool(), post(&server).with(later))
+        .fire_in(database.pool(), post(server.url("/"), "x").with(later))
         .await
         .unwrap();
     in_time(first.response(id)).await.unwrap();
@@ -210,11 +192,11 @@ async fn two_schemas_side_by_side_deliver_their_own() {
     assert!(error.is_unknown_id(), "{error}");
     assert_eq!(server.count(), 4);
     assert_eq!(
-        count(&database, "select count(*) from first.outcomes").await,
+        count(&database, "SELECT count(*) FROM first.outcomes").await,
         3
     );
     assert_eq!(
-        count(&database, "select count(*) from second.outcomes").await,
+        count(&database, "SELECT count(*) FROM second.outcomes").await,
         1
     );
 
@@ -227,7 +209,7 @@ async fn two_schemas_side_by_side_deliver_their_own() {
 }
 
 #[tokio::test]
-async fn undoing_removes_everything_and_it_can_be_installed_again() {
+async fn undo_removes_everything_and_migrating_again_works() {
     let database = empty().await;
     let before = objects(&database).await;
     requeuest::migrate(database.pool()).await.unwrap();
@@ -238,7 +220,7 @@ async fn undoing_removes_everything_and_it_can_be_installed_again() {
     let migrator = Migrator::new();
     migrator.undo(database.pool()).await.unwrap();
     assert_eq!(objects(&database).await, before);
-    let schemas = "select count(*) from pg_namespace where nspname = 'requeuest'";
+    let schemas = "SELECT count(*) FROM pg_namespace WHERE nspname = 'requeuest'";
     assert_eq!(count(&database, schemas).await, 0);
     migrator.undo(database.pool()).await.unwrap();
 
@@ -248,23 +230,25 @@ async fn undoing_removes_everything_and_it_can_be_installed_again() {
 }
 
 #[tokio::test]
-async fn a_handle_survives_an_undo_and_a_new_installation() {
+async fn a_handle_survives_an_undo_and_a_new_migration() {
     let database = migrated().await;
     let durable = Durable::new(database.pool().clone());
     delivers(&durable).await;
     let server = Server::always(200).await;
     let mut transaction = database.pool().begin().await.unwrap();
     durable
-        .fire_in(&mut *transaction, post(&server))
+        .fire_in(&mut *transaction, post(server.url("/"), "x"))
         .await
         .unwrap();
     transaction.rollback().await.unwrap();
 
     Migrator::new().undo(database.pool()).await.unwrap();
-    let error = in_time(durable.fire(post(&server))).await.unwrap_err();
+    let error = in_time(durable.fire(post(server.url("/"), "x")))
+        .await
+        .unwrap_err();
     assert!(error.is_not_migrated(), "{error}");
     let error = durable
-        .fire_in(database.pool(), post(&server))
+        .fire_in(database.pool(), post(server.url("/"), "x"))
         .await
         .unwrap_err();
     assert!(error.is_not_migrated(), "{error}");
@@ -272,7 +256,7 @@ async fn a_handle_survives_an_undo_and_a_new_installation() {
     requeuest::migrate(database.pool()).await.unwrap();
     delivers(&durable).await;
     let id = durable
-        .fire_in(database.pool(), post(&server))
+        .fire_in(database.pool(), post(server.url("/"), "x"))
         .await
         .unwrap();
     in_time(durable.response(id)).await.unwrap();
@@ -281,30 +265,31 @@ async fn a_handle_survives_an_undo_and_a_new_installation() {
 #[tokio::test]
 async fn a_stock_sqlxmq_in_public_is_never_touched() {
     let database = empty().await;
-    // What it looks like from outside: the same names, and bodies that give away who calls them.
+    // The same names as stock sqlxmq. The functions fail if they are called.
     database
         .pool()
         .execute(
-            "create table mq_msgs (id uuid primary key, attempt_at timestamptz);
-             create table mq_payloads (id uuid primary key, name text, payload_json jsonb);
-             insert into mq_msgs values (gen_random_uuid(), now());
-             insert into mq_payloads values (gen_random_uuid(), 'job', '{}');
-             create type mq_new_t as (id uuid);
-             create function mq_poll(channel_names text[], batch_size int default 1)
-                returns table (id uuid) language plpgsql as
-                $$ begin raise exception 'somebody else''s function was called'; end $$;
-             create function mq_insert(new_messages mq_new_t[]) returns void language plpgsql as
-                $$ begin raise exception 'somebody else''s function was called'; end $$;
-             create function mq_delete(msg_ids uuid[]) returns void language plpgsql as
-                $$ begin raise exception 'somebody else''s function was called'; end $$;",
+            "CREATE TABLE mq_msgs (id uuid PRIMARY KEY, attempt_at timestamptz);
+             CREATE TABLE mq_payloads (id uuid PRIMARY KEY, name text, payload_json jsonb);
+             INSERT INTO mq_msgs VALUES (gen_random_uuid(), now());
+             INSERT INTO mq_payloads VALUES (gen_random_uuid(), 'job', '{}');
+             CREATE TYPE mq_new_t AS (id uuid);
+             CREATE FUNCTION mq_poll(channel_names text[], batch_size int DEFAULT 1)
+                RETURNS TABLE (id uuid) LANGUAGE plpgsql AS
+                $$ BEGIN RAISE EXCEPTION 'a function in public was called'; END $$;
+             CREATE FUNCTION mq_insert(new_messages mq_new_t[]) RETURNS void LANGUAGE plpgsql AS
+                $$ BEGIN RAISE EXCEPTION 'a function in public was called'; END $$;
+             CREATE FUNCTION mq_delete(msg_ids uuid[]) RETURNS void LANGUAGE plpgsql AS
+                $$ BEGIN RAISE EXCEPTION 'a function in public was called'; END $$;",
         )
         .await
         .unwrap();
-    let theirs = "select md5(string_agg(t::text, '|' order by t::text)) from (
-        select m::text as t from public.mq_msgs m
-        union all select p::text from public.mq_payloads p
-        union all select pg_get_functiondef(f.oid) from pg_proc f where pronamespace = 'public'::regnamespace
-    ) as t(t)";
+    let theirs = "SELECT md5(string_agg(t::text, '|' ORDER BY t::text)) FROM (
+        SELECT m::text AS t FROM public.mq_msgs m
+        UNION ALL SELECT p::text FROM public.mq_payloads p
+        UNION ALL SELECT pg_get_functiondef(f.oid) FROM pg_proc f
+        WHERE pronamespace = 'public'::regnamespace
+    ) AS t(t)";
     let fingerprint = || async {
         sqlx::query_scalar::<_, String>(theirs)
             .fetch_one(database.pool())
@@ -319,7 +304,7 @@ async fn a_stock_sqlxmq_in_public_is_never_touched() {
     delivers(&durable).await;
     let server = Server::always(200).await;
     let id = durable
-        .fire_in(database.pool(), post(&server))
+        .fire_in(database.pool(), post(server.url("/"), "x"))
         .await
         .unwrap();
     in_time(durable.response(id)).await.unwrap();
@@ -332,18 +317,20 @@ async fn a_stock_sqlxmq_in_public_is_never_touched() {
 }
 
 #[tokio::test]
-async fn calls_before_the_migration_say_what_to_do_and_the_handle_works_after_it() {
+async fn calls_fail_before_the_migration_and_work_after_it() {
     let database = empty().await;
     let server = Server::always(200).await;
     let durable = Durable::new(database.pool().clone());
-    let id = requeuest::RequestId::from(requeuest::Uuid::nil());
+    let id = RequestId::from(Uuid::nil());
     let errors = [
-        in_time(durable.fire(post(&server))).await.unwrap_err(),
-        in_time(durable.await_response(post(&server)))
+        in_time(durable.fire(post(server.url("/"), "x")))
+            .await
+            .unwrap_err(),
+        in_time(durable.await_response(post(server.url("/"), "x")))
             .await
             .unwrap_err(),
         durable
-            .fire_in(database.pool(), post(&server))
+            .fire_in(database.pool(), post(server.url("/"), "x"))
             .await
             .unwrap_err(),
         in_time(durable.response(id)).await.unwrap_err(),
@@ -356,9 +343,9 @@ async fn calls_before_the_migration_say_what_to_do_and_the_handle_works_after_it
 
     requeuest::migrate(database.pool()).await.unwrap();
     delivers(&durable).await;
-    // The runner, which could not start, has found the schema by itself.
+    // The runner could not start before, and has found the schema by itself.
     let id = durable
-        .fire_in(database.pool(), post(&server))
+        .fire_in(database.pool(), post(server.url("/"), "x"))
         .await
         .unwrap();
     in_time(durable.response(id)).await.unwrap();
@@ -371,14 +358,14 @@ async fn no_extension_is_needed() {
     assert_eq!(
         count(
             &database,
-            "select count(*) from pg_extension where extname <> 'plpgsql'"
+            "SELECT count(*) FROM pg_extension WHERE extname <> 'plpgsql'"
         )
         .await,
         0
     );
 }
 
-/// A role that may log in, dropped with what it may do when the test is over.
+/// A role that may log in. [`dropped`](Self::dropped) removes it and its rights.
 struct Role<'a> {
     database: &'a TestDatabase,
     name: String,
@@ -387,7 +374,7 @@ struct Role<'a> {
 impl<'a> Role<'a> {
     async fn create(database: &'a TestDatabase) -> Self {
         let name = format!("{}_role", database.name());
-        let statements = format!("create role {name} login password 'test'");
+        let statements = format!("CREATE ROLE {name} LOGIN PASSWORD 'test'");
         database.pool().execute(&*statements).await.unwrap();
         Self { database, name }
     }
@@ -408,25 +395,25 @@ impl<'a> Role<'a> {
 
     async fn dropped(self) {
         let name = &self.name;
-        let statements = format!("drop owned by {name} cascade; drop role {name}");
+        let statements = format!("DROP OWNED BY {name} CASCADE; DROP ROLE {name}");
         self.database.pool().execute(&*statements).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_role_without_rights_to_change_the_schema_can_run_a_handle() {
+async fn a_role_that_cannot_change_the_schema_can_run_a_handle() {
     let database = migrated().await;
     let role = Role::create(&database).await;
     role.granted(
-        "grant usage on schema requeuest to ROLE;
-         grant select, insert, update, delete, truncate on all tables in schema requeuest to ROLE;
-         grant usage on all sequences in schema requeuest to ROLE;
-         grant execute on all functions in schema requeuest to ROLE;
-         revoke insert, update, delete, truncate on requeuest._sqlx_migrations from ROLE",
+        "GRANT USAGE ON SCHEMA requeuest TO ROLE;
+         GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA requeuest TO ROLE;
+         GRANT USAGE ON ALL SEQUENCES IN SCHEMA requeuest TO ROLE;
+         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA requeuest TO ROLE;
+         REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON requeuest._sqlx_migrations FROM ROLE",
     )
     .await;
     let mut connection = role.options().connect().await.unwrap();
-    let denied = connection.execute("create table requeuest.more ()").await;
+    let denied = connection.execute("CREATE TABLE requeuest.more ()").await;
     denied.unwrap_err();
 
     let server = Server::in_turn(&[503, 200]).await;
@@ -434,29 +421,29 @@ async fn a_role_without_rights_to_change_the_schema_can_run_a_handle() {
         .retry(quick())
         .build()
         .unwrap();
-    let response = in_time(durable.await_response(post(&server)))
+    let response = in_time(durable.await_response(post(server.url("/"), "x")))
         .await
         .unwrap();
     assert_eq!(response.status(), 200);
-    let ordered = post(&server).with(Options::default().ordered("key"));
+    let ordered = post(server.url("/"), "x").with(Options::default().ordered("key"));
     let id = in_time(durable.fire(ordered)).await.unwrap();
     in_time(durable.response(id)).await.unwrap();
     let id = durable
-        .fire_in(&mut connection, post(&server))
+        .fire_in(&mut connection, post(server.url("/"), "x"))
         .await
         .unwrap();
     in_time(durable.response(id)).await.unwrap();
     assert_eq!(durable.status(id).await.unwrap(), Some(Status::Completed));
 
-    // What the sweep does, with something to empty.
+    // Prunes as the sweep does, with outcomes that have expired.
     database
         .pool()
-        .execute("update requeuest.outcomes set expires_at = now() - interval '1 second'")
+        .execute("UPDATE requeuest.outcomes SET expires_at = now() - interval '1 second'")
         .await
         .unwrap();
     let emptied: i32 = sqlx::query_scalar(
-        "select sum(requeuest.prune_outcomes(r * interval '1 second'))::int
-         from generate_series(60, 600) as r",
+        "SELECT sum(requeuest.prune_outcomes(r * interval '1 second'))::int
+         FROM generate_series(60, 600) AS r",
     )
     .fetch_one(&mut connection)
     .await
@@ -468,7 +455,7 @@ async fn a_role_without_rights_to_change_the_schema_can_run_a_handle() {
 }
 
 #[tokio::test]
-async fn an_owner_of_an_empty_schema_needs_no_right_to_create_one() {
+async fn the_owner_of_an_empty_schema_can_migrate() {
     let database = empty().await;
     let role = Role::create(&database).await;
     let pool = role.pool();
@@ -477,7 +464,7 @@ async fn an_owner_of_an_empty_schema_needs_no_right_to_create_one() {
         denied.to_string().contains("permission denied"),
         "{denied:?}"
     );
-    role.granted("create schema requeuest authorization ROLE")
+    role.granted("CREATE SCHEMA requeuest AUTHORIZATION ROLE")
         .await;
     requeuest::migrate(&pool).await.unwrap();
     let durable = Durable::new(pool.clone());
@@ -488,27 +475,29 @@ async fn an_owner_of_an_empty_schema_needs_no_right_to_create_one() {
 }
 
 #[tokio::test]
-async fn the_callers_search_path_is_of_no_consequence() {
+async fn the_callers_search_path_does_not_matter() {
     let database = migrated().await;
     database
         .pool()
         .execute(
-            "create schema evil;
-             create function evil.fail() returns int language plpgsql as
-                $$ begin raise exception 'the wrong schema was used'; end $$;
-             create function evil.times(int8, interval) returns interval language sql as
-                $$ select evil.fail() * interval '1 second' $$;
-             create operator evil.* (leftarg = int8, rightarg = interval, function = evil.times);
-             create table evil.mq_msgs (id int default evil.fail());
-             create table evil.mq_payloads (id int default evil.fail());
-             create sequence evil.mq_seq;
-             create function evil.now() returns int language sql as 'select evil.fail()';
-             create function evil.clock_timestamp() returns int language sql as 'select evil.fail()';
-             create function evil.pg_notify(text, text) returns int language sql as 'select evil.fail()'",
+            "CREATE SCHEMA evil;
+             CREATE FUNCTION evil.fail() RETURNS int LANGUAGE plpgsql AS
+                $$ BEGIN RAISE EXCEPTION 'the wrong schema was used'; END $$;
+             CREATE FUNCTION evil.times(int8, interval) RETURNS interval LANGUAGE sql AS
+                $$ SELECT evil.fail() * interval '1 second' $$;
+             CREATE OPERATOR evil.* (LEFTARG = int8, RIGHTARG = interval, FUNCTION = evil.times);
+             CREATE TABLE evil.mq_msgs (id int DEFAULT evil.fail());
+             CREATE TABLE evil.mq_payloads (id int DEFAULT evil.fail());
+             CREATE SEQUENCE evil.mq_seq;
+             CREATE FUNCTION evil.now() RETURNS int LANGUAGE sql AS 'SELECT evil.fail()';
+             CREATE FUNCTION evil.clock_timestamp() RETURNS int LANGUAGE sql
+                AS 'SELECT evil.fail()';
+             CREATE FUNCTION evil.pg_notify(text, text) RETURNS int LANGUAGE sql
+                AS 'SELECT evil.fail()'",
         )
         .await
         .unwrap();
-    // The path of the pool that the handle is made from: its own connections have another one.
+    // The search path of the application's pool. The handle's own connections have another one.
     let hostile = database
         .options()
         .options([("search_path", "evil,pg_catalog")]);
@@ -519,154 +508,32 @@ async fn the_callers_search_path_is_of_no_consequence() {
 
     let server = Server::always(200).await;
     let mut connection = hostile.connect().await.unwrap();
-    // Temporary tables come before everything, unless a path says otherwise.
+    // Temporary tables come first, unless the search path says otherwise.
     connection
         .execute(
-            "create temporary table mq_msgs (id int default evil.fail());
-             create temporary table mq_payloads (id int default evil.fail());
-             create temporary sequence mq_seq",
+            "CREATE TEMPORARY TABLE mq_msgs (id int DEFAULT evil.fail());
+             CREATE TEMPORARY TABLE mq_payloads (id int DEFAULT evil.fail());
+             CREATE TEMPORARY SEQUENCE mq_seq",
         )
         .await
         .unwrap();
     let ordered = Options::default().ordered("key");
-    for request in [post(&server), post(&server).with(ordered)] {
+    for request in [
+        post(server.url("/"), "x"),
+        post(server.url("/"), "x").with(ordered),
+    ] {
         let id = durable.fire_in(&mut connection, request).await.unwrap();
         let response = in_time(durable.response(id)).await.unwrap();
         assert_eq!(response.status(), 200);
     }
     for path in ["", "pg_temp", "pg_temp, evil, pg_catalog, requeuest"] {
-        sqlx::query("select pg_catalog.set_config('search_path', $1, false)")
+        sqlx::query("SELECT pg_catalog.set_config('search_path', $1, false)")
             .bind(path)
             .execute(&mut connection)
             .await
             .unwrap();
-        let request = post(&server);
+        let request = post(server.url("/"), "x");
         let id = durable.fire_in(&mut connection, request).await.unwrap();
         in_time(durable.response(id)).await.unwrap();
     }
-}
-
-/// Rows that are due in the given time, made from one that waits, spread over groups.
-async fn backlog(pool: &PgPool, like: requeuest::RequestId, channel: &str, due: &str) {
-    let insert = format!(
-        "with p as (
-            insert into requeuest.mq_payloads (id, name, head, body)
-            select gen_random_uuid(), l.name, l.head, l.body
-            from requeuest.mq_payloads l, generate_series(1, {BACKLOG}) where l.id = $1
-            returning id
-        )
-        insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
-        select id, $2, to_char((random() * 2000)::int, 'FM0000') || '|d|http://some.where', now() + {due}
-        from p"
-    );
-    sqlx::query(&insert)
-        .bind(requeuest::Uuid::from(like))
-        .bind(channel)
-        .execute(pool)
-        .await
-        .unwrap();
-}
-
-const BACKLOG: i64 = 20_000;
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_statement_reads_a_whole_table_though_it_was_planned_while_that_was_empty() {
-    let database = empty().await;
-    // A session's counters are sure to be in once it has ended.
-    let ended = async |name: &str| {
-        let sessions = format!(
-            "select count(*) from pg_stat_activity
-             where datname = current_database() and application_name = '{name}'"
-        );
-        let none = || async { count(&database, &sessions).await == 0 };
-        eventually(&format!("{name}'s sessions have ended"), none).await;
-    };
-    let options = database.options();
-    let callers = options
-        .clone()
-        .application_name("caller")
-        .options([("enable_seqscan", "off")]);
-    let pool = PgPoolOptions::new().connect_lazy_with(callers);
-    requeuest::migrate(&pool).await.unwrap();
-    // Of a table that was never looked at, Postgres guesses that it isn't tiny.
-    database.pool().execute("vacuum analyze").await.unwrap();
-    ended("caller").await;
-    let reset = "select pg_stat_reset()";
-    database.pool().execute(reset).await.unwrap();
-
-    let server = Server::in_turn(&[200, 503, 200]).await;
-    // Few connections, so that the later calls come to those that have planned everything already.
-    let durable = Durable::builder(pool.clone())
-        .max_connections(2)
-        .connect_options(options.application_name("handle"))
-        .retry(quick())
-        .build()
-        .unwrap();
-    let round = || async {
-        let awaited = (0..20).map(|_| durable.await_response(post(&server)));
-        for response in in_time(join_all(awaited)).await {
-            assert_eq!(response.unwrap().status(), 200);
-        }
-        let options = [
-            Options::default().ordered("key"),
-            Options::default().delay(Duration::from_millis(5)),
-            Options::default(),
-        ];
-        for options in options {
-            let request = post(&server).with(options);
-            let id = in_time(durable.fire(request)).await.unwrap();
-            let response = in_time(durable.response(id)).await.unwrap();
-            assert_eq!(response.status(), 200);
-            let status = durable.status(id).await.unwrap();
-            assert_eq!(status, Some(Status::Completed));
-        }
-        let mut transaction = pool.begin().await.unwrap();
-        let id = durable
-            .fire_in(&mut *transaction, post(&server))
-            .await
-            .unwrap();
-        transaction.commit().await.unwrap();
-        in_time(durable.response(id)).await.unwrap();
-        24
-    };
-    let mut enqueued = round().await;
-
-    let hour = Options::default().delay(Duration::from_secs(3600));
-    let like = durable.fire(post(&server).with(hour)).await.unwrap();
-    backlog(&pool, like, "default", "interval '1 hour'").await;
-    backlog(&pool, like, "elsewhere", "interval '-1 hour'").await;
-    enqueued += 1 + 2 * BACKLOG + round().await;
-    // More that is due than one look takes in: groups are skipped through until it is delivered.
-    let sent = server.count();
-    pool.execute(
-        "update requeuest.mq_msgs set attempt_at = now() where id in (
-            select id from requeuest.mq_msgs where channel_name = 'default' and state = 0 order by attempt_at limit 1500
-         )",
-    )
-    .await
-    .unwrap();
-    server.wait_for(sent + 1500).await;
-    durable.shutdown(LONG).await.unwrap();
-    ended("handle").await;
-    let left = "select count(*) from requeuest.mq_msgs";
-    let (left,): (i64,) = sqlx::query_as(left).fetch_one(&pool).await.unwrap();
-    drop((durable, pool));
-    ended("caller").await;
-
-    // Before Postgres 15 the counters still take a moment.
-    let rows = "select n_tup_ins = $1 and n_tup_ins - n_tup_del = $2 from pg_stat_user_tables
-                where schemaname = 'requeuest' and relname = 'mq_msgs'";
-    eventually("the counters are in", || async {
-        let rows = sqlx::query_scalar(rows).bind(enqueued).bind(left);
-        rows.fetch_one(database.pool()).await.unwrap()
-    })
-    .await;
-    let read: Vec<(String, i64)> = sqlx::query_as(
-        "select relname::text, seq_scan from pg_stat_user_tables
-         where schemaname = 'requeuest' and relname ~ '^(mq_msgs|mq_payloads|attempts|outcomes)' and seq_scan > 0",
-    )
-    .fetch_all(database.pool())
-    .await
-    .unwrap();
-    assert_eq!(read, []);
 }

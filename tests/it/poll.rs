@@ -1,21 +1,22 @@
-//! What the runner's poll claims, and how long it then waits: the SQL by itself.
+//! What `mq_poll` claims, and how long a runner then waits: the SQL without the runner.
 
 use std::time::{Duration, Instant};
 
-use requeuest::testkit::TestDatabase;
+use requeuest::testkit::{self, TestDatabase};
+use requeuest::{Durable, Status};
 use sqlx::{Executor, Row};
 use uuid::Uuid;
 
-use crate::support::{count, migrated};
+use crate::support::{LONG, count, migrated, rows};
 
-/// Rows as the crate would insert them.
+/// Inserts rows as the crate does.
 async fn enqueue(database: &TestDatabase, group: &str, ordered: bool, delay: &str, rows: i32) {
     sqlx::query(
-        "select requeuest.enqueue(
-             gen_random_uuid(), 'c', $1, $2, false, $3::interval, null, 'n', '{}', null, null, 0::smallint, null, null, null,
-             null, null, false, true, false
+        "SELECT requeuest.enqueue(
+             gen_random_uuid(), 'c', $1, $2, false, $3::interval, NULL, 'n', '{}', NULL, NULL,
+             0::smallint, NULL, NULL, NULL, NULL, NULL, false, true, false
          )
-         from generate_series(1, $4)",
+         FROM generate_series(1, $4)",
     )
     .bind(group)
     .bind(ordered)
@@ -33,8 +34,8 @@ struct Polled {
 
 async fn poll(database: &TestDatabase, channels: Option<&[&str]>, batch: i32) -> Polled {
     let rows = sqlx::query(
-        "select p.id, m.channel_args, extract(epoch from p.wait_time)::float8 * 1000 as wait_ms
-         from requeuest.mq_poll($1, $2) p left join requeuest.mq_msgs m on m.id = p.id",
+        "SELECT p.id, m.channel_args, extract(epoch FROM p.wait_time)::float8 * 1000 AS wait_ms
+         FROM requeuest.mq_poll($1, $2) p LEFT JOIN requeuest.mq_msgs m ON m.id = p.id",
     )
     .bind(channels)
     .bind(batch)
@@ -52,7 +53,7 @@ async fn poll(database: &TestDatabase, channels: Option<&[&str]>, batch: i32) ->
 }
 
 #[tokio::test]
-async fn an_empty_queue_is_looked_at_every_second() {
+async fn an_empty_queue_is_polled_every_second() {
     let database = migrated().await;
     for channels in [None, Some(&["c"][..])] {
         let polled = poll(&database, channels, 10).await;
@@ -62,13 +63,13 @@ async fn an_empty_queue_is_looked_at_every_second() {
 }
 
 #[tokio::test]
-async fn the_wait_is_until_the_next_due_time_within_its_bounds() {
+async fn the_wait_lasts_until_the_next_due_time_within_bounds() {
     let database = migrated().await;
     enqueue(&database, "0000|d|x", false, "400 milliseconds", 1).await;
     let wait = poll(&database, None, 10).await.wait_ms;
     assert!((50.0..=400.0).contains(&wait), "{wait}");
     enqueue(&database, "0000|d|x", false, "1 millisecond", 1).await;
-    // Not due yet or just due: never less than the least, and never negative.
+    // Not due yet or just due: the wait is never shorter than the minimum, and never negative.
     let polled = poll(&database, None, 10).await;
     assert!(polled.wait_ms >= 50.0, "{}", polled.wait_ms);
 }
@@ -81,13 +82,18 @@ async fn a_claimed_row_is_left_alone_for_its_lease() {
     let polled = poll(&database, None, 10).await;
     assert!(polled.groups.is_empty());
     assert!((50.0..=1000.0).contains(&polled.wait_ms));
-    let fenced =
-        "select count(*) from requeuest.mq_msgs where claim_no = 1 and attempts = 1 and state = 1";
-    assert_eq!(count(&database, fenced).await, 3);
+    assert_eq!(
+        rows(
+            &database,
+            "mq_msgs WHERE claim_no = 1 AND attempts = 1 AND state = 1"
+        )
+        .await,
+        3
+    );
 }
 
 #[tokio::test]
-async fn only_the_asked_for_channels_are_claimed() {
+async fn only_requested_channels_are_claimed() {
     let database = migrated().await;
     enqueue(&database, "0000|d|x", false, "0", 2).await;
     assert!(
@@ -106,11 +112,11 @@ async fn only_the_asked_for_channels_are_claimed() {
 }
 
 #[tokio::test]
-async fn of_an_ordering_key_only_the_first_is_claimed() {
+async fn only_the_first_of_an_ordering_key_is_claimed() {
     let database = migrated().await;
     enqueue(&database, "0000|o|a", true, "0", 5).await;
     enqueue(&database, "0001|o|b", true, "0", 5).await;
-    // Few rows and a backlog are claimed in different ways.
+    // A poll claims few rows and a backlog in different ways.
     for batch in [100, 2] {
         let mut groups = poll(&database, None, batch).await.groups;
         groups.sort();
@@ -119,13 +125,12 @@ async fn of_an_ordering_key_only_the_first_is_claimed() {
             poll(&database, None, batch).await.groups.is_empty(),
             "leased heads block their keys"
         );
-        sqlx::query("delete from requeuest.mq_msgs where state = 1")
+        sqlx::query("DELETE FROM requeuest.mq_msgs WHERE state = 1")
             .execute(database.pool())
             .await
             .unwrap();
     }
-    let order = "select count(*) from requeuest.mq_msgs where seq is not null";
-    assert_eq!(count(&database, order).await, 6);
+    assert_eq!(rows(&database, "mq_msgs WHERE seq IS NOT NULL").await, 6);
 }
 
 #[tokio::test]
@@ -142,7 +147,7 @@ async fn a_backlog_of_one_destination_does_not_hide_another() {
 }
 
 #[tokio::test]
-async fn a_backlog_goes_by_age_for_the_most_part() {
+async fn most_of_a_backlog_is_claimed_by_age() {
     let database = migrated().await;
     enqueue(&database, "8000|d|oldest", false, "0", 100).await;
     for group in 0..50 {
@@ -152,13 +157,13 @@ async fn a_backlog_goes_by_age_for_the_most_part() {
         let groups = poll(&database, None, 16).await.groups;
         assert_eq!(groups.len(), 16);
         let oldest = groups.iter().filter(|group| *group == "8000|d|oldest");
-        // Of a batch of 16 four go to groups that have none by age.
+        // Of a batch of 16, four rows are from groups that have none by age.
         assert_eq!(oldest.count(), 12, "{groups:?}");
     }
 }
 
 #[tokio::test]
-async fn polls_of_a_backlog_at_once_are_filled_with_different_rows() {
+async fn concurrent_polls_of_a_backlog_fill_with_different_rows() {
     const POLLS: i32 = 8;
     const BATCH: i32 = 64;
     let database = migrated().await;
@@ -169,21 +174,23 @@ async fn polls_of_a_backlog_at_once_are_filled_with_different_rows() {
     for polled in futures_util::future::join_all(polls).await {
         assert_eq!(polled.groups.len(), BATCH as usize);
     }
-    let claimed = "select count(*) from requeuest.mq_msgs where claim_no = 1 and state = 1";
-    assert_eq!(count(&database, claimed).await, i64::from(POLLS * BATCH));
-    let twice = "select count(*) from requeuest.mq_msgs where claim_no > 1";
-    assert_eq!(count(&database, twice).await, 0);
+    assert_eq!(
+        rows(&database, "mq_msgs WHERE claim_no = 1 AND state = 1").await,
+        i64::from(POLLS * BATCH)
+    );
+    assert_eq!(rows(&database, "mq_msgs WHERE claim_no > 1").await, 0);
 }
 
 #[tokio::test]
 async fn a_single_due_row_is_found_among_many_delayed_groups() {
     let database = migrated().await;
     sqlx::query(
-        "select requeuest.enqueue(
-             gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', false, false, '1 hour', null, 'n', '{}', null, null,
-             0::smallint, null, null, null, null, null, false, true, false
+        "SELECT requeuest.enqueue(
+             gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', false, false, '1 hour',
+             NULL, 'n', '{}', NULL, NULL, 0::smallint, NULL, NULL, NULL, NULL, NULL, false, true,
+             false
          )
-         from generate_series(1, 3000) i",
+         FROM generate_series(1, 3000) i",
     )
     .execute(database.pool())
     .await
@@ -193,16 +200,14 @@ async fn a_single_due_row_is_found_among_many_delayed_groups() {
 }
 
 #[tokio::test]
-async fn two_polls_at_once_claim_different_rows() {
+async fn two_concurrent_polls_claim_different_rows() {
     let database = migrated().await;
     enqueue(&database, "0000|d|x", false, "0", 40).await;
     let (one, other) = tokio::join!(poll(&database, None, 20), poll(&database, None, 20));
     assert!(one.groups.len() + other.groups.len() <= 40);
-    let twice = "select count(*) from requeuest.mq_msgs where claim_no > 1";
-    assert_eq!(count(&database, twice).await, 0);
-    let claimed = "select count(*) from requeuest.mq_msgs where claim_no = 1";
+    assert_eq!(rows(&database, "mq_msgs WHERE claim_no > 1").await, 0);
     assert_eq!(
-        count(&database, claimed).await as usize,
+        rows(&database, "mq_msgs WHERE claim_no = 1").await as usize,
         one.groups.len() + other.groups.len()
     );
 }
@@ -212,21 +217,20 @@ async fn a_row_without_a_payload_reaches_a_terminal_status() {
     let database = migrated().await;
     let id = Uuid::now_v7();
     sqlx::query(
-        "insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at) values ($1, 'default', '0000|d|x', clock_timestamp())",
+        "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+         VALUES ($1, 'default', '0000|d|x', clock_timestamp())",
     )
     .bind(id)
     .execute(database.pool())
     .await
     .unwrap();
-    let durable = requeuest::Durable::new(database.pool().clone());
-    let outcome = requeuest::testkit::outcome(&durable, id.into(), crate::support::LONG)
-        .await
-        .unwrap();
-    assert_eq!(outcome.status(), requeuest::Status::Discarded);
+    let durable = Durable::new(database.pool().clone());
+    let outcome = testkit::outcome(&durable, id.into(), LONG).await.unwrap();
+    assert_eq!(outcome.status(), Status::Discarded);
 }
 
 #[tokio::test]
-async fn outcomes_and_attempts_go_when_they_have_outlived_their_retention() {
+async fn outcomes_are_pruned_once_their_retention_is_over() {
     let database = migrated().await;
     let next_slot = "(requeuest.outcome_slot(clock_timestamp(), '1 day') + 1) % 16";
     for (slot, expires) in [
@@ -235,55 +239,58 @@ async fn outcomes_and_attempts_go_when_they_have_outlived_their_retention() {
         ("-1", "- interval '1 hour'"),
     ] {
         sqlx::query(&format!(
-            "insert into requeuest.outcomes
-                 (slot, id, channel_name, channel_args, status, attempts, created_at, finished_at, expires_at)
-             values ({slot}, gen_random_uuid(), 'c', 'g', 'completed', 1, now(), now(), now() {expires})"
+            "INSERT INTO requeuest.outcomes
+                 (slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+                  expires_at)
+             VALUES ({slot}, gen_random_uuid(), 'c', 'g', 'completed', 1, now(), now(),
+                     now() {expires})"
         ))
         .execute(database.pool())
         .await
         .unwrap();
     }
-    let outcomes = "select count(*) from requeuest.outcomes";
-    let prune = "select requeuest.prune_outcomes('1 day')::bigint";
+    let prune = "SELECT requeuest.prune_outcomes('1 day')::bigint";
     assert_eq!(
         count(&database, prune).await,
         0,
-        "one of the slot's rows is still wanted"
+        "one of the slot's rows has not expired"
     );
-    assert_eq!(count(&database, outcomes).await, 3);
+    assert_eq!(rows(&database, "outcomes").await, 3);
     sqlx::query(
-        "update requeuest.outcomes set expires_at = now() - interval '1 second' where slot >= 0",
+        "UPDATE requeuest.outcomes SET expires_at = now() - interval '1 second' WHERE slot >= 0",
     )
     .execute(database.pool())
     .await
     .unwrap();
     assert_eq!(count(&database, prune).await, 1);
-    assert_eq!(count(&database, outcomes).await, 1, "what is kept is kept");
+    assert_eq!(rows(&database, "outcomes").await, 1, "dead letters stay");
 }
 
 #[tokio::test]
-async fn in_a_backlog_a_session_looks_for_lapsed_leases_once_a_second() {
+async fn under_backlog_lapsed_leases_are_checked_once_a_second() {
     let database = migrated().await;
     enqueue(&database, "0000|d|x", false, "0", 500).await;
     let mut session = database.pool().acquire().await.unwrap();
     let mut lapsed_of = async |lapse: bool| -> i64 {
         if lapse {
             sqlx::query(
-                "update requeuest.mq_msgs set state = 1, claim_no = 1, attempt_at = now() - interval '1 hour'
-                 where id in (select id from requeuest.mq_msgs where state = 0 limit 3)",
+                "UPDATE requeuest.mq_msgs
+                 SET state = 1, claim_no = 1, attempt_at = now() - interval '1 hour'
+                 WHERE id IN (SELECT id FROM requeuest.mq_msgs WHERE state = 0 LIMIT 3)",
             )
             .execute(&mut *session)
             .await
             .unwrap();
         }
-        let claimed = "select count(*) from requeuest.mq_poll(array['c'], 10) where payload_json ~ '\"claim_no\":2,'";
+        let claimed = "SELECT count(*) FROM requeuest.mq_poll(ARRAY['c'], 10)
+                       WHERE payload_json ~ '\"claim_no\":2,'";
         sqlx::query_scalar(claimed)
             .fetch_one(&mut *session)
             .await
             .unwrap()
     };
     assert_eq!(lapsed_of(true).await, 3);
-    // Not again so soon, but in time.
+    // The session doesn't look again at once, but after a second.
     let looked = Instant::now();
     let mut found = lapsed_of(true).await;
     while found == 0 {
@@ -295,53 +302,56 @@ async fn in_a_backlog_a_session_looks_for_lapsed_leases_once_a_second() {
     assert!(looked.elapsed() > Duration::from_millis(900));
 }
 
-/// How many rows a poll of 64 reads, of 20,000 in a thousand groups, that was planned for what `before` left.
+/// How many rows a poll of 64 reads, of 20,000 rows in a thousand groups, if its plan was made for
+/// what the statements `before` left in the table.
 async fn read_when_planned_after(before: &[&str]) -> i64 {
     let database = migrated().await;
     let mut session = database.pool().acquire().await.unwrap();
-    let poll = "select count(*) from requeuest.mq_poll(array['c'], 64)";
+    let poll = "SELECT count(*) FROM requeuest.mq_poll(ARRAY['c'], 64)";
     let mut statements = vec![
-        // As the crate's own sessions have it.
-        "set plan_cache_mode = force_generic_plan",
-        "set enable_seqscan = off",
-        "set enable_hashjoin = off",
-        "set enable_mergejoin = off",
-        "alter table requeuest.mq_msgs set (autovacuum_enabled = false)",
+        // The crate's own sessions have these settings.
+        "SET plan_cache_mode = force_generic_plan",
+        "SET enable_seqscan = off",
+        "SET enable_hashjoin = off",
+        "SET enable_mergejoin = off",
+        "ALTER TABLE requeuest.mq_msgs SET (autovacuum_enabled = false)",
     ];
     statements.extend(before);
     statements.extend([
         poll,
-        "insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
-         select gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', now()
-         from generate_series(1, 20) again, generate_series(1, 1000) i",
-        // What can only be planned when there are so many is.
+        "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+         SELECT gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', now()
+         FROM generate_series(1, 20) again, generate_series(1, 1000) i",
+        // Plans the statements that are only reached with this many rows.
         poll,
-        "begin",
+        "BEGIN",
         poll,
     ]);
     for statement in statements {
         session.execute(statement).await.unwrap();
     }
     let read = sqlx::query_scalar(
-        "select idx_tup_fetch from pg_stat_xact_user_tables where schemaname = 'requeuest' and relname = 'mq_msgs'",
+        "SELECT idx_tup_fetch FROM pg_stat_xact_user_tables
+         WHERE schemaname = 'requeuest' AND relname = 'mq_msgs'",
     )
     .fetch_one(&mut *session)
     .await
     .unwrap();
-    session.execute("rollback").await.unwrap();
+    session.execute("ROLLBACK").await.unwrap();
     read
 }
 
 #[tokio::test]
-async fn a_poll_skips_through_many_groups_whatever_it_was_planned_for() {
-    let one_group = "insert into requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
-                     select gen_random_uuid(), 'c', '0000|d|x', clock_timestamp() from generate_series(1, 50000)";
-    let read = read_when_planned_after(&[one_group, "vacuum analyze requeuest.mq_msgs"]).await;
+async fn a_poll_skips_through_many_groups_whatever_its_plan() {
+    let one_group = "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+                     SELECT gen_random_uuid(), 'c', '0000|d|x', clock_timestamp()
+                     FROM generate_series(1, 50000)";
+    let read = read_when_planned_after(&[one_group, "VACUUM ANALYZE requeuest.mq_msgs"]).await;
     assert!(read < 3000, "one group: {read} rows were read to claim 64");
     let read = read_when_planned_after(&[
         one_group,
-        "delete from requeuest.mq_msgs",
-        "analyze requeuest.mq_msgs",
+        "DELETE FROM requeuest.mq_msgs",
+        "ANALYZE requeuest.mq_msgs",
     ])
     .await;
     assert!(read < 3000, "nothing: {read} rows were read to claim 64");
