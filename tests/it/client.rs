@@ -1,19 +1,21 @@
-//! The API of the older crate.
+//! The API of the older crate: spawning, channels, and the listener.
 
+mod clear;
+
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, StatusCode};
 use requeuest::client::JobConfig;
 use requeuest::testkit::TestDatabase;
-use requeuest::{
-    AcceptedResponse, Channels, Client, Durable, Request, RequestId, Status, Url, Uuid, testkit,
-};
-use tokio::sync::Notify;
+use requeuest::{AcceptedResponse, Channels, Client, Durable, Request, Status, Url, Uuid, testkit};
 
-use crate::support::{LONG, Seen, Server, count, eventually, in_time, migrated, passing, reply};
+use crate::support::{
+    LONG, Seen, Server, builder, count, eventually, in_time, migrated, passing, post, reply, rows,
+};
 
 async fn client(database: &TestDatabase, channels: Channels<'_>) -> Client {
     Client::new(database.pool().clone(), channels)
@@ -21,25 +23,18 @@ async fn client(database: &TestDatabase, channels: Channels<'_>) -> Client {
         .unwrap()
 }
 
-/// A client that delivers everything.
+/// A client that delivers all channels.
 async fn serving_all(database: &TestDatabase) -> Client {
     client(database, Channels::All).await
 }
 
-/// Enqueues, and leaves the delivery to others.
-fn enqueuing(database: &TestDatabase) -> Durable {
-    Durable::builder(database.pool().clone())
-        .runner(false)
-        .build()
-        .unwrap()
+/// A handle without a runner.
+fn enqueue_only(database: &TestDatabase) -> Durable {
+    builder(database).runner(false).build().unwrap()
 }
 
 fn url(server: &Server, path: &str) -> Url {
     Url::parse(&server.url(path)).unwrap()
-}
-
-fn post(server: &Server, body: &str) -> Request {
-    Request::post(url(server, "/"), body.into(), HeaderMap::new())
 }
 
 async fn outcome(client: &Client, id: Uuid) -> requeuest::Outcome {
@@ -49,7 +44,7 @@ async fn outcome(client: &Client, id: Uuid) -> requeuest::Outcome {
 }
 
 /// Retries without noticeable delays.
-fn quick(job: &mut JobConfig) -> &mut JobConfig {
+fn quick_job(job: &mut JobConfig) -> &mut JobConfig {
     job.set_retry_backoff(Duration::from_millis(1))
 }
 
@@ -62,7 +57,7 @@ async fn a_spawned_request_is_delivered() {
     let database = migrated().await;
     let server = Server::always(204).await;
     let client = client(&database, Channels::List(&["my_service"])).await;
-    let id = in_time(client.spawn("my_service", &post(&server, "hello")))
+    let id = in_time(client.spawn("my_service", &post(server.url("/"), "hello")))
         .await
         .unwrap();
     let outcome = outcome(&client, id).await;
@@ -163,7 +158,7 @@ async fn every_constructor_sends_what_it_was_given() {
 }
 
 #[tokio::test]
-async fn what_can_not_be_sent_is_refused_by_name() {
+async fn invalid_requests_and_settings_are_refused_by_field() {
     let stream = futures_util::stream::iter([Ok::<_, std::io::Error>("part")]);
     let streamed = reqwest::Client::new()
         .post("http://localhost/")
@@ -187,10 +182,13 @@ async fn what_can_not_be_sent_is_refused_by_name() {
     let database = migrated().await;
     let server = Server::always(200).await;
     let client = serving_all(&database).await;
-    let error = client.spawn("", &post(&server, "x")).await.unwrap_err();
+    let error = client
+        .spawn("", &post(server.url("/"), "x"))
+        .await
+        .unwrap_err();
     assert_eq!(error.field(), Some("channel"));
     let error = client
-        .spawn_cfg("c", &post(&server, "x"), |job| {
+        .spawn_cfg("c", &post(server.url("/"), "x"), |job| {
             job.set_retry_backoff(Duration::ZERO)
         })
         .await
@@ -212,14 +210,14 @@ async fn a_commit_sends_and_a_rollback_never_does() {
 
     let mut tx = client.pool().begin().await.unwrap();
     let undone = client
-        .spawn_with(&mut *tx, "c", &post(&server, "undone"))
+        .spawn_with(&mut *tx, "c", &post(server.url("/"), "undone"))
         .await
         .unwrap();
     tx.rollback().await.unwrap();
 
     let mut tx = client.pool().begin().await.unwrap();
     let done = client
-        .spawn_with(&mut *tx, "c", &post(&server, "done"))
+        .spawn_with(&mut *tx, "c", &post(server.url("/"), "done"))
         .await
         .unwrap();
     let unseen = client.durable().response(done.into()).await.unwrap_err();
@@ -228,15 +226,12 @@ async fn a_commit_sends_and_a_rollback_never_does() {
 
     assert_eq!(outcome(&client, done).await.status(), Status::Completed);
     assert_eq!(client.durable().status(undone.into()).await.unwrap(), None);
-    assert_eq!(
-        count(&database, "select count(*) from requeuest.mq_payloads").await,
-        0
-    );
+    assert_eq!(rows(&database, "mq_payloads").await, 0);
     assert_eq!(bodies(&server), ["done"]);
 }
 
 #[tokio::test]
-async fn a_request_in_a_transaction_takes_a_configuration_too() {
+async fn a_request_in_a_transaction_takes_a_configuration() {
     let database = migrated().await;
     let server = Server::always(200).await;
     let client = serving_all(&database).await;
@@ -247,7 +242,7 @@ async fn a_request_in_a_transaction_takes_a_configuration_too() {
             &mut *tx,
             "c",
             |job| job.set_delay(hour),
-            &post(&server, "x"),
+            &post(server.url("/"), "x"),
         )
         .await
         .unwrap();
@@ -257,7 +252,7 @@ async fn a_request_in_a_transaction_takes_a_configuration_too() {
 }
 
 #[tokio::test]
-async fn a_returning_request_keeps_its_headers_and_waits_for_a_success() {
+async fn a_returning_request_keeps_headers_and_waits_for_success() {
     let database = migrated().await;
     let server = Server::start(|number, seen| async move {
         match number {
@@ -292,29 +287,29 @@ async fn a_returning_request_keeps_its_headers_and_waits_for_a_success() {
 }
 
 #[tokio::test]
-async fn accepted_responses_replace_the_success_that_is_waited_for() {
+async fn accepted_responses_replace_the_awaited_success() {
     let database = migrated().await;
     let server = Server::in_turn(&[200, 503, 404]).await;
     let client = serving_all(&database).await;
-    let request = post(&server, "x").accept_responses([StatusCode::NOT_FOUND]);
-    let response = in_time(client.spawn_returning_cfg("c", &request, quick))
+    let request = post(server.url("/"), "x").accept_responses([StatusCode::NOT_FOUND]);
+    let response = in_time(client.spawn_returning_cfg("c", &request, quick_job))
         .await
         .unwrap();
     assert_eq!(response.status(), 404);
     assert_eq!(server.count(), 3);
 
     let server = Server::in_turn(&[500, 302, 204]).await;
-    let request = post(&server, "x").accept_responses([
+    let request = post(server.url("/"), "x").accept_responses([
         AcceptedResponse::Status(204),
         AcceptedResponse::Range(400, 499),
     ]);
-    let id = client.spawn_cfg("c", &request, quick).await.unwrap();
+    let id = client.spawn_cfg("c", &request, quick_job).await.unwrap();
     let outcome = outcome(&client, id).await;
     assert_eq!(outcome.into_result().unwrap().status(), 204);
     assert_eq!(server.count(), 3);
 
     let server = Server::always(503).await;
-    let request = post(&server, "x").accept_responses([AcceptedResponse::Any]);
+    let request = post(server.url("/"), "x").accept_responses([AcceptedResponse::Any]);
     let response = in_time(client.spawn_returning("c", &request))
         .await
         .unwrap();
@@ -328,7 +323,7 @@ async fn a_returning_request_may_be_delivered_by_another_client() {
     let server = Server::always(200).await;
     let here = client(&database, Channels::List(&["here"])).await;
     let _there = client(&database, Channels::List(&["there"])).await;
-    let response = in_time(here.spawn_returning("there", &post(&server, "x")))
+    let response = in_time(here.spawn_returning("there", &post(server.url("/"), "x")))
         .await
         .unwrap();
     assert_eq!(response.status(), 200);
@@ -340,7 +335,9 @@ async fn retries_are_counted_after_the_first_attempt() {
     let server = Server::always(500).await;
     let client = serving_all(&database).await;
     let id = client
-        .spawn_cfg("c", &post(&server, "x"), |job| quick(job).set_retries(2))
+        .spawn_cfg("c", &post(server.url("/"), "x"), |job| {
+            quick_job(job).set_retries(2)
+        })
         .await
         .unwrap();
     let ended = outcome(&client, id).await;
@@ -348,8 +345,8 @@ async fn retries_are_counted_after_the_first_attempt() {
     assert_eq!(ended.into_result().unwrap().status(), 500);
     assert_eq!(server.count(), 3);
 
-    let request = post(&server, "x");
-    let returned = client.spawn_returning_cfg("c", &request, |job| quick(job).set_retries(0));
+    let request = post(server.url("/"), "x");
+    let returned = client.spawn_returning_cfg("c", &request, |job| quick_job(job).set_retries(0));
     assert_eq!(in_time(returned).await.unwrap().status(), 500);
     assert_eq!(server.count(), 4);
 }
@@ -363,21 +360,27 @@ async fn the_retry_backoff_bounds_the_first_delay() {
     let day = Duration::from_secs(24 * 3600);
     for _ in 0..REQUESTS {
         client
-            .spawn_cfg("c", &post(&server, "x"), |job| job.set_retry_backoff(day))
+            .spawn_cfg("c", &post(server.url("/"), "x"), |job| {
+                job.set_retry_backoff(day)
+            })
             .await
             .unwrap();
     }
-    let waiting = "select count(*) from requeuest.mq_msgs where state = 0 and attempts = 1";
     eventually("all wait for their retry", || async {
-        count(&database, waiting).await == REQUESTS
+        rows(&database, "mq_msgs WHERE state = 0 AND attempts = 1").await == REQUESTS
     })
     .await;
-    let later =
-        "select count(*) from requeuest.mq_msgs where attempt_at > now() + interval '1 day'";
-    assert_eq!(count(&database, later).await, 0);
-    // Jitter may leave a delay next to nothing of its bound, but not every one of them.
+    assert_eq!(
+        rows(
+            &database,
+            "mq_msgs WHERE attempt_at > now() + interval '1 day'"
+        )
+        .await,
+        0
+    );
+    // Jitter may make a single delay short, but not all of them.
     let longest =
-        "select extract(epoch from max(attempt_at) - now())::bigint from requeuest.mq_msgs";
+        "SELECT extract(epoch FROM max(attempt_at) - now())::bigint FROM requeuest.mq_msgs";
     let longest = count(&database, longest).await;
     assert!(longest > 3600, "{longest} s is the longest delay");
 }
@@ -388,9 +391,9 @@ async fn a_delayed_request_waits_for_its_time() {
     let server = Server::always(200).await;
     let client = serving_all(&database).await;
     let delay = Duration::from_millis(500);
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     let id = client
-        .spawn_cfg("c", &post(&server, "x"), |job| job.set_delay(delay))
+        .spawn_cfg("c", &post(server.url("/"), "x"), |job| job.set_delay(delay))
         .await
         .unwrap();
     outcome(&client, id).await;
@@ -398,11 +401,11 @@ async fn a_delayed_request_waits_for_its_time() {
 }
 
 #[tokio::test]
-async fn the_order_is_kept_for_each_of_the_arguments() {
+async fn order_is_kept_per_channel_args() {
     const EACH: usize = 6;
     let database = migrated().await;
-    // Every other request fails at first, so that those after it could overtake it.
-    let failed = Arc::new(Mutex::new(std::collections::HashSet::new()));
+    // Every other request fails at first, so that later requests could overtake it.
+    let failed = Arc::new(Mutex::new(HashSet::new()));
     let server = Server::start(move |number, seen| {
         let fails = number % 2 == 0 && failed.lock().unwrap().insert(seen.body);
         async move { reply(if fails { 503 } else { 200 }, "") }
@@ -412,10 +415,10 @@ async fn the_order_is_kept_for_each_of_the_arguments() {
     let mut last = Vec::new();
     for number in 0..EACH {
         for args in ["a", "b"] {
-            let request = post(&server, &format!("{args}{number}"));
+            let request = post(server.url("/"), format!("{args}{number}"));
             let id = client
                 .spawn_cfg("c", &request, |job| {
-                    quick(job).set_ordered(true).set_channel_args(args)
+                    quick_job(job).set_ordered(true).set_channel_args(args)
                 })
                 .await
                 .unwrap();
@@ -436,14 +439,23 @@ async fn the_order_is_kept_for_each_of_the_arguments() {
 }
 
 #[tokio::test]
-async fn a_list_of_channels_is_all_that_is_served() {
+async fn only_listed_channels_are_delivered() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let nobody = client(&database, Channels::List(&[])).await;
+    let unlistening = client(&database, Channels::List(&[])).await;
     let some = client(&database, Channels::List(&["a", "b"])).await;
-    let other = some.spawn("other", &post(&server, "other")).await.unwrap();
-    let first = nobody.spawn("a", &post(&server, "a")).await.unwrap();
-    let second = nobody.spawn("b", &post(&server, "b")).await.unwrap();
+    let other = some
+        .spawn("other", &post(server.url("/"), "other"))
+        .await
+        .unwrap();
+    let first = unlistening
+        .spawn("a", &post(server.url("/"), "a"))
+        .await
+        .unwrap();
+    let second = unlistening
+        .spawn("b", &post(server.url("/"), "b"))
+        .await
+        .unwrap();
     for id in [first, second] {
         assert_eq!(outcome(&some, id).await.status(), Status::Completed);
     }
@@ -461,36 +473,45 @@ async fn dropping_the_client_stops_its_delivery() {
     let database = migrated().await;
     let server = Server::always(200).await;
     let client = serving_all(&database).await;
-    let id = client.spawn("c", &post(&server, "before")).await.unwrap();
+    let id = client
+        .spawn("c", &post(server.url("/"), "before"))
+        .await
+        .unwrap();
     outcome(&client, id).await;
-    // Other handles on it don't keep the runner.
+    // Other handles don't keep the runner alive.
     let durable = client.durable().clone();
     drop(client);
 
-    let id = durable.fire(post(&server, "after")).await.unwrap();
+    let id = durable.fire(post(server.url("/"), "after")).await.unwrap();
     passing(&database, Duration::from_millis(1500)).await;
     assert_eq!(durable.status(id).await.unwrap(), Some(Status::Available));
     assert_eq!(bodies(&server), ["before"]);
 }
 
 #[tokio::test]
-async fn the_listener_goes_on_without_the_client() {
+async fn the_listener_keeps_delivering_without_the_client() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = enqueuing(&database);
+    let durable = enqueue_only(&database);
     let mut client = serving_all(&database).await;
     assert!(!client.is_detached());
     let listener = client.take_listener().unwrap();
     assert!(client.is_detached());
     assert!(client.take_listener().is_none());
-    let id = client.spawn("c", &post(&server, "with")).await.unwrap();
+    let id = client
+        .spawn("c", &post(server.url("/"), "with"))
+        .await
+        .unwrap();
     outcome(&client, id).await;
 
     drop(client);
-    let id = durable.fire(post(&server, "without")).await.unwrap();
+    let id = durable
+        .fire(post(server.url("/"), "without"))
+        .await
+        .unwrap();
     testkit::outcome(&durable, id, LONG).await.unwrap();
     drop(listener);
-    let id = durable.fire(post(&server, "never")).await.unwrap();
+    let id = durable.fire(post(server.url("/"), "never")).await.unwrap();
     passing(&database, Duration::from_millis(1500)).await;
     assert_eq!(durable.status(id).await.unwrap(), Some(Status::Available));
     assert_eq!(bodies(&server), ["with", "without"]);
@@ -502,11 +523,11 @@ async fn a_client_without_its_listener_still_spawns_and_waits() {
     let server = Server::always(200).await;
     let mut client = serving_all(&database).await;
     drop(client.take_listener());
-    let request = post(&server, "x");
+    let request = post(server.url("/"), "x");
     let waiting = client.spawn_returning("c", &request);
     let serving = async {
         eventually("it is persisted", || async {
-            count(&database, "select count(*) from requeuest.mq_msgs").await == 1
+            rows(&database, "mq_msgs").await == 1
         })
         .await;
         serving_all(&database).await
@@ -516,153 +537,15 @@ async fn a_client_without_its_listener_still_spawns_and_waits() {
 }
 
 #[tokio::test]
-async fn the_pool_is_the_callers() {
+async fn the_client_uses_the_callers_pool() {
     let database = migrated().await;
     let client = serving_all(&database).await;
     let server = Server::always(200).await;
     database.pool().close().await;
     assert!(client.pool().is_closed());
-    let error = client.spawn("c", &post(&server, "x")).await.unwrap_err();
+    let error = client
+        .spawn("c", &post(server.url("/"), "x"))
+        .await
+        .unwrap_err();
     assert!(error.is_closed(), "{error}");
-}
-
-/// Waits until a request of this channel is there, and returns its id.
-async fn id_in(database: &TestDatabase, channel: &str) -> RequestId {
-    let ids = || {
-        sqlx::query_scalar::<_, Uuid>("select id from requeuest.mq_msgs where channel_name = $1")
-            .bind(channel)
-            .fetch_optional(database.pool())
-    };
-    eventually("it is persisted", || async {
-        ids().await.unwrap().is_some()
-    })
-    .await;
-    ids().await.unwrap().unwrap().into()
-}
-
-#[tokio::test]
-async fn clearing_cancels_what_waits_and_tells_who_waits_for_it() {
-    let database = migrated().await;
-    let server = Server::always(200).await;
-    let client = Arc::new(serving_all(&database).await);
-    let waiting = |channel: &'static str| {
-        let (client, request) = (Arc::clone(&client), post(&server, channel));
-        tokio::spawn(async move {
-            let hour = Duration::from_secs(3600);
-            let delayed = client.spawn_returning_cfg(channel, &request, |job| job.set_delay(hour));
-            delayed.await
-        })
-    };
-    let (a, b) = (waiting("a"), waiting("b"));
-    let (a_id, b_id) = (id_in(&database, "a").await, id_in(&database, "b").await);
-
-    client.clear(Channels::List(&[])).await.unwrap();
-    client.clear(Channels::List(&["a", "none"])).await.unwrap();
-    let error = in_time(a).await.unwrap().unwrap_err();
-    assert!(error.is_cancelled(), "{error}");
-    assert_eq!(error.request_id(), Some(a_id));
-    let status = |id| client.durable().status(id);
-    assert_eq!(status(a_id).await.unwrap(), Some(Status::Cancelled));
-    assert_eq!(status(b_id).await.unwrap(), Some(Status::Scheduled));
-    assert!(!b.is_finished());
-
-    client.clear(Channels::All).await.unwrap();
-    assert!(in_time(b).await.unwrap().unwrap_err().is_cancelled());
-    assert_eq!(
-        count(&database, "select count(*) from requeuest.mq_payloads").await,
-        0
-    );
-    assert_eq!(server.count(), 0);
-}
-
-#[tokio::test]
-async fn clearing_tells_who_waits_between_two_attempts() {
-    let database = migrated().await;
-    let server = Server::always(503).await;
-    let client = Arc::new(serving_all(&database).await);
-    let caller = tokio::spawn({
-        let (client, request) = (Arc::clone(&client), post(&server, "x"));
-        async move {
-            let minute = Duration::from_secs(60);
-            let slow =
-                client.spawn_returning_cfg("c", &request, |job| job.set_retry_backoff(minute));
-            slow.await
-        }
-    });
-    let id = id_in(&database, "c").await;
-    eventually("it waits for its retry", || async {
-        client.durable().status(id).await.unwrap() == Some(Status::Retryable)
-    })
-    .await;
-    let began = std::time::Instant::now();
-    client.clear(Channels::All).await.unwrap();
-    assert!(in_time(caller).await.unwrap().unwrap_err().is_cancelled());
-    assert!(
-        began.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        began.elapsed()
-    );
-}
-
-#[tokio::test]
-async fn a_request_that_was_cleared_between_two_attempts_is_not_sent_again() {
-    let database = migrated().await;
-    let server = Server::always(503).await;
-    let client = Arc::new(serving_all(&database).await);
-    let bound = Duration::from_secs(2);
-    let caller = tokio::spawn({
-        let (client, request) = (Arc::clone(&client), post(&server, "x"));
-        async move {
-            let slow =
-                client.spawn_returning_cfg("c", &request, |job| job.set_retry_backoff(bound));
-            slow.await
-        }
-    });
-    let id = id_in(&database, "c").await;
-    eventually("it waits for its retry", || async {
-        client.durable().status(id).await.unwrap() == Some(Status::Retryable)
-    })
-    .await;
-    client.clear(Channels::All).await.unwrap();
-    assert!(in_time(caller).await.unwrap().unwrap_err().is_cancelled());
-    // One that had just begun has arrived by then.
-    passing(&database, Duration::from_millis(200)).await;
-    let arrived = server.count();
-    passing(&database, bound).await;
-    assert_eq!(server.count(), arrived);
-}
-
-#[tokio::test]
-async fn clearing_ends_a_request_in_flight_whatever_its_answer() {
-    let database = migrated().await;
-    let answer = Arc::new(Notify::new());
-    let held = Arc::clone(&answer);
-    let server = Server::start(move |_, _| {
-        let held = Arc::clone(&held);
-        async move {
-            held.notified().await;
-            reply(200, "too late")
-        }
-    })
-    .await;
-    let client = Arc::new(serving_all(&database).await);
-    let caller = tokio::spawn({
-        let (client, request) = (Arc::clone(&client), post(&server, "x"));
-        async move { client.spawn_returning("c", &request).await }
-    });
-    server.wait_for(1).await;
-    let id = id_in(&database, "c").await;
-    let began = std::time::Instant::now();
-    client.clear(Channels::All).await.unwrap();
-    assert!(in_time(caller).await.unwrap().unwrap_err().is_cancelled());
-    assert!(
-        began.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        began.elapsed()
-    );
-    answer.notify_one();
-    // Once that attempt is over, the handle has nothing left to do.
-    in_time(client.durable().shutdown(LONG)).await.unwrap();
-    let status = enqueuing(&database).status(id).await.unwrap();
-    assert_eq!(status, Some(Status::Cancelled));
 }

@@ -1,4 +1,4 @@
-//! The door for reqwest-middleware: `Durable` in a `ClientWithMiddleware`.
+//! `Durable` as reqwest middleware, in a `ClientWithMiddleware`.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use tower::{Service, service_fn};
 
 use crate::support::{
-    LONG, Server, closed_port, count, eventually, in_time, migrated, quick, reply,
+    LONG, Server, builder, closed_port, count, eventually, in_time, migrated, quick, reply, rows,
 };
 
 fn wrapped(durable: Durable) -> ClientWithMiddleware {
@@ -29,10 +29,10 @@ fn wrapped(durable: Durable) -> ClientWithMiddleware {
 }
 
 fn quick_builder(database: &TestDatabase) -> DurableBuilder {
-    Durable::builder(database.pool().clone()).retry(quick())
+    builder(database).retry(quick())
 }
 
-/// Counts what comes by.
+/// Counts the requests that pass through.
 #[derive(Clone, Default)]
 struct Counting(Arc<AtomicUsize>);
 
@@ -82,9 +82,9 @@ fn id_of(response: &reqwest::Response) -> RequestId {
     id.to_str().unwrap().parse().unwrap()
 }
 
-/// The id of the one request there is, be it finished or not.
+/// The id of the only request, finished or not.
 async fn only_id(database: &TestDatabase) -> RequestId {
-    let ids = "select id from requeuest.mq_msgs union select id from requeuest.outcomes";
+    let ids = "SELECT id FROM requeuest.mq_msgs UNION SELECT id FROM requeuest.outcomes";
     let id: uuid::Uuid = sqlx::query_scalar(ids)
         .fetch_one(database.pool())
         .await
@@ -104,8 +104,7 @@ async fn a_wrapped_client_gets_the_response_and_it_is_stored() {
     assert_eq!(response.status(), 201);
     assert_eq!(response.url().as_str(), url);
     assert_eq!(response.text().await.unwrap(), "hello");
-    let stored = "select count(*) from requeuest.outcomes where http_status = 201";
-    assert_eq!(count(&database, stored).await, 1);
+    assert_eq!(rows(&database, "outcomes WHERE http_status = 201").await, 1);
 }
 
 #[tokio::test]
@@ -142,12 +141,11 @@ async fn every_live_attempt_goes_through_the_rest_of_the_stack() {
     assert_eq!(outer.count(), 1);
     assert_eq!(inner.count(), 3);
     assert_eq!(background_calls.load(Ordering::SeqCst), 0);
-    // The failed ones are on record like any other.
-    let failed = "select count(*) from requeuest.attempts where http_status = 503";
-    assert_eq!(count(&database, failed).await, 2);
+    // The failed attempts are recorded like any others.
+    assert_eq!(rows(&database, "attempts WHERE http_status = 503").await, 2);
 }
 
-/// A server that holds its first answer back for good.
+/// A server that never answers its first request.
 async fn holding_the_first() -> Server {
     let never = Arc::new(Notify::new());
     Server::start(move |number, seen| {
@@ -162,7 +160,7 @@ async fn holding_the_first() -> Server {
     .await
 }
 
-/// A caller that is dropped while its request is being sent.
+/// Drops a caller while its request is being sent.
 async fn abandon(client: &ClientWithMiddleware, server: &Server) {
     let caller = tokio::spawn(client.post(server.url("/")).body("x").send());
     server.wait_for(1).await;
@@ -171,7 +169,7 @@ async fn abandon(client: &ClientWithMiddleware, server: &Server) {
 }
 
 #[tokio::test]
-async fn an_orphaned_request_is_finished_through_the_given_transport() {
+async fn an_orphaned_request_finishes_through_the_transport() {
     let database = migrated().await;
     let server = holding_the_first().await;
     let (transport, background_calls) = background();
@@ -193,20 +191,25 @@ async fn an_orphaned_request_is_finished_through_the_given_transport() {
     assert_eq!(inner.count(), 1);
     assert_eq!(background_calls.load(Ordering::SeqCst), 1);
     assert!(!server.seen()[1].headers.contains_key("x-counted"));
-    let attempts = "select attempts::bigint from requeuest.outcomes";
+    let attempts = "SELECT attempts::bigint FROM requeuest.outcomes";
     assert_eq!(count(&database, attempts).await, 2);
-    let failed =
-        "select count(*) from requeuest.attempts where number = 1 and error_class = 'abandoned'";
-    assert_eq!(count(&database, failed).await, 1);
+    assert_eq!(
+        rows(
+            &database,
+            "attempts WHERE number = 1 AND error_class = 'abandoned'"
+        )
+        .await,
+        1
+    );
 }
 
 #[tokio::test]
-async fn an_orphaned_attempt_counts_as_failed_and_is_not_repeated_at_once() {
+async fn an_orphaned_attempt_counts_as_failed_and_backs_off() {
     let database = migrated().await;
     let server = holding_the_first().await;
     let (transport, background_calls) = background();
     let day = Duration::from_secs(24 * 60 * 60);
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(RetryPolicy::constant(day))
         .transport(transport)
         .build()
@@ -218,12 +221,14 @@ async fn an_orphaned_attempt_counts_as_failed_and_is_not_repeated_at_once() {
         durable.status(id).await.unwrap() == Some(Status::Retryable)
     })
     .await;
-    let failed = "select count(*) from requeuest.attempts where error_class = 'abandoned'";
-    assert_eq!(count(&database, failed).await, 1);
+    assert_eq!(
+        rows(&database, "attempts WHERE error_class = 'abandoned'").await,
+        1
+    );
     assert_eq!(server.count(), 1);
 
-    // Its time comes.
-    sqlx::query("update requeuest.mq_msgs set attempt_at = now()")
+    // Makes the retry due.
+    sqlx::query("UPDATE requeuest.mq_msgs SET attempt_at = now()")
         .execute(database.pool())
         .await
         .unwrap();
@@ -236,7 +241,7 @@ async fn an_orphaned_attempt_counts_as_failed_and_is_not_repeated_at_once() {
 async fn an_orphaned_last_attempt_ends_the_request() {
     let database = migrated().await;
     let server = holding_the_first().await;
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(RetryPolicy::none())
         .build()
         .unwrap();
@@ -249,7 +254,7 @@ async fn an_orphaned_last_attempt_ends_the_request() {
 }
 
 #[tokio::test]
-async fn a_fired_request_is_accepted_at_once_and_delivered_in_the_background() {
+async fn a_fired_request_is_accepted_now_and_delivered_later() {
     let database = migrated().await;
     let server = Server::in_turn(&[503, 200]).await;
     let (transport, background_calls) = background();
@@ -281,7 +286,7 @@ async fn a_fired_request_is_accepted_at_once_and_delivered_in_the_background() {
 }
 
 #[tokio::test]
-async fn the_options_of_a_request_are_taken_from_its_extensions() {
+async fn options_are_taken_from_a_requests_extensions() {
     let database = migrated().await;
     let server = Server::in_turn(&[404, 200, 503]).await;
     let durable = quick_builder(&database)
@@ -301,10 +306,12 @@ async fn the_options_of_a_request_are_taken_from_its_extensions() {
         .channel("billing");
     assert_eq!(send(accept).await.status(), 200);
     assert_eq!(server.count(), 2);
-    let channel = "select count(*) from requeuest.outcomes where channel_name = 'billing'";
-    assert_eq!(count(&database, channel).await, 1);
+    assert_eq!(
+        rows(&database, "outcomes WHERE channel_name = 'billing'").await,
+        1
+    );
 
-    // A delayed request is sent by the runner, and its caller waits all the same.
+    // The runner sends a delayed request, and its caller still waits for the response.
     let delay = Duration::from_millis(300);
     let began = std::time::Instant::now();
     let later = Options::default().delay(delay).retry(RetryPolicy::none());
@@ -314,7 +321,7 @@ async fn the_options_of_a_request_are_taken_from_its_extensions() {
 }
 
 #[tokio::test]
-async fn requests_that_pass_through_are_neither_persisted_nor_repeated() {
+async fn pass_through_requests_are_not_persisted_or_retried() {
     let database = migrated().await;
     let server = Server::always(503).await;
     let inner = Counting::default();
@@ -330,22 +337,21 @@ async fn requests_that_pass_through_are_neither_persisted_nor_repeated() {
     assert_eq!(response.status(), 503);
     assert_eq!(inner.count(), 1);
     for table in ["mq_msgs", "mq_payloads", "outcomes", "attempts"] {
-        let rows = format!("select count(*) from requeuest.{table}");
-        assert_eq!(count(&database, &rows).await, 0, "{table}");
+        assert_eq!(rows(&database, table).await, 0, "{table}");
     }
 
-    // What reqwest itself says of a failure is not covered up.
+    // reqwest's own error is passed on.
     let url = format!("http://{}/", closed_port().await);
     let error = in_time(client.get(url).send()).await.unwrap_err();
     assert!(error.is_connect(), "{error:?}");
 }
 
 #[tokio::test]
-async fn outer_middleware_sees_what_inner_ones_noted_in_the_last_attempt() {
+async fn outer_middleware_sees_extensions_of_the_last_attempt() {
     #[derive(Clone, Debug, PartialEq)]
     struct Note(&'static str, u16);
 
-    /// Notes the status that came, and that it saw no earlier note.
+    /// Notes the response's status, and checks that earlier attempts left no note.
     struct Noting;
 
     #[async_trait::async_trait]
@@ -363,7 +369,7 @@ async fn outer_middleware_sees_what_inner_ones_noted_in_the_last_attempt() {
         }
     }
 
-    /// Notes something before, and keeps what it finds afterwards.
+    /// Leaves a note before the call, and keeps the note that it finds afterwards.
     struct Outer(Arc<Mutex<Option<Note>>>);
 
     #[async_trait::async_trait]
@@ -397,7 +403,7 @@ async fn outer_middleware_sees_what_inner_ones_noted_in_the_last_attempt() {
 }
 
 #[tokio::test]
-async fn a_streamed_body_is_buffered_and_sent_whole_with_each_attempt() {
+async fn a_streamed_body_is_sent_whole_with_each_attempt() {
     let database = migrated().await;
     let server = Server::in_turn(&[503, 200]).await;
     let client = wrapped(quick_builder(&database).build().unwrap());
@@ -411,7 +417,7 @@ async fn a_streamed_body_is_buffered_and_sent_whole_with_each_attempt() {
 }
 
 #[tokio::test]
-async fn a_streamed_body_over_the_limit_is_refused_with_nothing_sent() {
+async fn a_streamed_body_over_the_limit_is_refused_unsent() {
     let database = migrated().await;
     let server = Server::always(200).await;
     let client = wrapped(
@@ -427,14 +433,11 @@ async fn a_streamed_body_over_the_limit_is_refused_with_nothing_sent() {
         .unwrap_err();
     assert!(Error::from_middleware(&error).unwrap().is_body_too_large());
     assert_eq!(server.count(), 0);
-    assert_eq!(
-        count(&database, "select count(*) from requeuest.mq_payloads").await,
-        0
-    );
+    assert_eq!(rows(&database, "mq_payloads").await, 0);
 }
 
 #[tokio::test]
-async fn a_request_without_a_body_is_repeated_too() {
+async fn a_request_without_a_body_is_retried_too() {
     let database = migrated().await;
     let server = Server::in_turn(&[503, 200]).await;
     let client = wrapped(quick_builder(&database).build().unwrap());
@@ -446,9 +449,9 @@ async fn a_request_without_a_body_is_repeated_too() {
 }
 
 #[tokio::test]
-async fn the_error_is_found_in_the_middlewares_when_no_response_ever_came() {
+async fn the_middleware_error_contains_ours_if_no_response_came() {
     let database = migrated().await;
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(quick().max_attempts(3))
         .build()
         .unwrap();
@@ -477,7 +480,7 @@ async fn the_error_is_found_in_the_middlewares_when_no_response_ever_came() {
 async fn the_last_response_is_returned_when_retries_are_used_up() {
     let database = migrated().await;
     let server = Server::in_turn(&[500, 502, 503]).await;
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(quick().max_attempts(3))
         .build()
         .unwrap();
@@ -486,13 +489,15 @@ async fn the_last_response_is_returned_when_retries_are_used_up() {
         .unwrap();
     assert_eq!(response.status(), 503);
     assert_eq!(server.count(), 3);
-    let discarded = "select count(*) from requeuest.outcomes where status = 'discarded'";
-    assert_eq!(count(&database, discarded).await, 1);
+    assert_eq!(
+        rows(&database, "outcomes WHERE status = 'discarded'").await,
+        1
+    );
 }
 
 #[tokio::test]
-async fn errors_of_inner_middleware_are_repeated_like_any_other() {
-    /// Refuses the first attempt.
+async fn errors_of_inner_middleware_are_retried_like_any_other() {
+    /// Fails the first attempt.
     struct Moody(AtomicUsize);
 
     #[async_trait::async_trait]
@@ -522,7 +527,7 @@ async fn errors_of_inner_middleware_are_repeated_like_any_other() {
         .unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(server.count(), 1);
-    let error: String = sqlx::query_scalar("select error from requeuest.attempts")
+    let error: String = sqlx::query_scalar("SELECT error FROM requeuest.attempts")
         .fetch_one(database.pool())
         .await
         .unwrap();
@@ -544,7 +549,7 @@ async fn a_shut_down_handle_refuses_through_the_middleware() {
 }
 
 #[tokio::test]
-async fn what_the_runner_claims_goes_through_the_callers_own_stack_too() {
+async fn requests_the_runner_claims_use_the_callers_stack_too() {
     let database = migrated().await;
     let server = Server::in_turn(&[503, 200, 200]).await;
     let (transport, background_calls) = background();

@@ -1,4 +1,5 @@
-//! What is retried, when, and what is told of each failure. The servers are real sockets on loopback.
+//! Which failures are retried, when, and how each is classified. The servers are real sockets on
+//! loopback.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -20,22 +21,15 @@ use tower::Layer;
 use tower::limit::ConcurrencyLimitLayer;
 
 use crate::support::{
-    LONG, Server, closed_port, count, eventually, in_time, migrated, quick, reply,
+    LONG, Server, builder, closed_port, eventually, in_time, migrated, post, quick, reply, rows,
 };
 
-fn post(url: &str) -> Request {
-    http::Request::post(url)
-        .body("x")
-        .unwrap()
-        .try_into()
-        .unwrap()
-}
-
+/// A request that is tried once.
 fn once(url: &str) -> Request {
-    post(url).with(Options::default().retry(RetryPolicy::none()))
+    post(url, "x").with(Options::default().retry(RetryPolicy::none()))
 }
 
-/// A server of bytes: what it does with its connections is up to the test.
+/// A TCP server that handles its connections with `serve`.
 async fn raw<F>(serve: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
 where
     F: Future<Output = ()> + Send + 'static,
@@ -61,17 +55,17 @@ async fn answering(bytes: &'static str) -> SocketAddr {
         }
         let _ = stream.write_all(bytes.as_bytes()).await;
         let _ = stream.shutdown().await;
-        // Its end, so that it closes without a reset.
+        // Reads to the end, so that the connection closes without a reset.
         let _ = stream.read_to_end(&mut head).await;
     })
     .await
 }
 
-/// The class of the failure of a request that is tried once.
+/// The failure class of a request that is tried once.
 async fn class_of(database: &TestDatabase, durable: &Durable, request: Request) -> String {
     let error = in_time(durable.await_response(request)).await.unwrap_err();
     assert!(error.is_discarded(), "{error:?}");
-    sqlx::query_scalar("select error_class from requeuest.outcomes where id = $1")
+    sqlx::query_scalar("SELECT error_class FROM requeuest.outcomes WHERE id = $1")
         .bind(uuid(&error))
         .fetch_one(database.pool())
         .await
@@ -83,7 +77,7 @@ fn uuid(error: &requeuest::Error) -> requeuest::Uuid {
 }
 
 #[tokio::test]
-async fn failures_before_the_request_has_left_are_told_apart() {
+async fn failures_before_sending_are_told_apart() {
     let database = migrated().await;
     let plain = raw(|mut stream| async move {
         let _ = stream.write_all(b"220 not TLS at all\r\n").await;
@@ -97,24 +91,24 @@ async fn failures_before_the_request_has_left_are_told_apart() {
     })
     .await;
     let cut_off = raw(|mut stream| async move {
-        // What is left unread makes the close a reset.
+        // Unread bytes turn the close into a reset.
         let mut hello = [0; 16];
         let _ = stream.read(&mut hello).await;
     })
     .await;
-    // Taken by the kernel and never read: the handshake has no end.
+    // The kernel accepts connections that are never read: the handshake never ends.
     let silent = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let client = reqwest::Client::builder()
         .connect_timeout(Duration::from_millis(300))
         .build()
         .unwrap();
-    let impatient = Durable::builder(database.pool().clone())
+    let impatient = builder(&database)
         .channel("impatient")
         .transport(ReqwestTransport::new(client))
         .build()
         .unwrap();
-    // With no limit that a slow resolver could reach before it says no.
-    let patient = Durable::builder(database.pool().clone())
+    // Without a connect timeout, which a slow resolver could exceed before it fails.
+    let patient = builder(&database)
         .channel("patient")
         .transport(ReqwestTransport::new(reqwest::Client::new()))
         .build()
@@ -147,9 +141,9 @@ async fn failures_before_the_request_has_left_are_told_apart() {
 }
 
 #[tokio::test]
-async fn failures_after_the_request_may_have_left_are_told_apart() {
+async fn failures_after_possible_sending_are_told_apart() {
     let database = migrated().await;
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .attempt_timeout(Duration::from_secs(1))
         .build()
         .unwrap();
@@ -187,12 +181,12 @@ async fn failures_after_the_request_may_have_left_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_connection_that_is_reset_is_told_from_one_that_could_not_be_made() {
+async fn a_reset_connection_is_told_from_a_failed_connect() {
     let database = migrated().await;
     let resetting = raw(|mut stream| async move {
         let mut some = [0; 8];
         let _ = stream.read(&mut some).await;
-        // What is left unread makes the close a reset.
+        // Unread bytes turn the close into a reset.
     })
     .await;
     let durable = Durable::new(database.pool().clone());
@@ -226,10 +220,10 @@ impl tower::Service<http::Request<Body>> for Unready {
 }
 
 #[tokio::test]
-async fn a_service_that_never_was_ready_has_sent_nothing() {
+async fn a_service_that_is_never_ready_sends_nothing() {
     let database = migrated().await;
     for fails in [true, false] {
-        let durable = Durable::builder(database.pool().clone())
+        let durable = builder(&database)
             .attempt_timeout(Duration::from_millis(200))
             .transport(Unready { fails })
             .build()
@@ -241,36 +235,35 @@ async fn a_service_that_never_was_ready_has_sent_nothing() {
 }
 
 #[tokio::test]
-async fn an_attempt_that_gave_up_waiting_for_its_service_keeps_no_place_in_it() {
+async fn an_attempt_that_stops_waiting_leaves_its_services_queue() {
     let database = migrated().await;
     let (server, answer) = Server::held(200).await;
     let client = ReqwestTransport::new(reqwest::Client::new());
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .transport(ConcurrencyLimitLayer::new(1).layer(client))
         .build()
         .unwrap();
-    durable.fire(post(&server.url("/"))).await.unwrap();
+    durable.fire(post(server.url("/"), "x")).await.unwrap();
     server.wait_for(1).await;
     let impatient = Options::default()
         .attempt_timeout(Duration::from_millis(100))
         .retry(RetryPolicy::constant(Duration::from_secs(60)));
     let caller = tokio::spawn({
-        let (durable, request) = (durable.clone(), post(&server.url("/")));
+        let (durable, request) = (durable.clone(), post(server.url("/"), "x"));
         async move { durable.await_response(request.with(impatient)).await }
     });
     eventually("it waits for its next attempt", || async {
-        let failed = "select count(*) from requeuest.attempts where error_class = 'not_ready'";
-        count(&database, failed).await == 1
+        rows(&database, "attempts WHERE error_class = 'not_ready'").await == 1
     })
     .await;
     answer.add_permits(2);
-    let response = in_time(durable.await_response(post(&server.url("/")))).await;
+    let response = in_time(durable.await_response(post(server.url("/"), "x"))).await;
     assert_eq!(response.unwrap().status(), 200);
     assert_eq!(server.count(), 2);
     caller.abort();
 }
 
-/// Answers 503 with this `Retry-After` and `Date` once, then 200, and notes when.
+/// Answers 503 with this `Retry-After` and `Date` once, then 200. Records when requests arrive.
 async fn asking(retry_after: String, date: Option<String>) -> (Server, Arc<Mutex<Vec<Instant>>>) {
     let times = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&times);
@@ -295,13 +288,10 @@ fn between(times: &Mutex<Vec<Instant>>) -> Duration {
 }
 
 #[tokio::test]
-async fn a_response_can_say_when_to_come_back() {
+async fn retry_after_delays_the_next_attempt() {
     let database = migrated().await;
-    let durable = Durable::builder(database.pool().clone())
-        .retry(quick())
-        .build()
-        .unwrap();
-    // A server whose clock is days off: only its own date matters.
+    let durable = builder(&database).retry(quick()).build().unwrap();
+    // The second server's clock is days off: only its own `Date` matters.
     let wrong = SystemTime::now() - Duration::from_secs(3 * 24 * 60 * 60);
     let date = httpdate::fmt_http_date;
     for (retry_after, sent) in [
@@ -309,34 +299,34 @@ async fn a_response_can_say_when_to_come_back() {
         (date(wrong + Duration::from_secs(1)), Some(date(wrong))),
     ] {
         let (server, times) = asking(retry_after, sent).await;
-        let response = in_time(durable.await_response(post(&server.url("/")))).await;
+        let response = in_time(durable.await_response(post(server.url("/"), "x"))).await;
         assert_eq!(response.unwrap().status(), 200);
         assert!(between(&times) >= Duration::from_millis(990));
     }
 }
 
 #[tokio::test]
-async fn what_a_response_asks_for_is_bounded() {
+async fn retry_after_is_bounded() {
     let database = migrated().await;
     let durable = Durable::new(database.pool().clone());
     for bound in [Duration::ZERO, Duration::from_millis(20)] {
         let (server, _) = asking("86400".to_owned(), None).await;
         let policy = quick().max_retry_after(bound);
-        let request = post(&server.url("/")).with(Options::default().retry(policy));
+        let request = post(server.url("/"), "x").with(Options::default().retry(policy));
         let response = in_time(durable.await_response(request)).await.unwrap();
         assert_eq!(response.status(), 200);
     }
 }
 
 #[tokio::test]
-async fn a_request_is_given_up_at_once_if_its_time_ends_before_it_may_come_back() {
+async fn a_request_is_discarded_if_retry_after_exceeds_max_age() {
     let database = migrated().await;
     let (server, _) = asking("600".to_owned(), None).await;
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(quick().max_age(Duration::from_secs(300)))
         .build()
         .unwrap();
-    let response = in_time(durable.await_response(post(&server.url("/"))))
+    let response = in_time(durable.await_response(post(server.url("/"), "x")))
         .await
         .unwrap();
     assert_eq!(response.status(), 503);
@@ -352,7 +342,7 @@ async fn a_schedule_is_followed_to_its_end() {
     let server = Server::always(503).await;
     let durable = Durable::new(database.pool().clone());
     let schedule = RetryPolicy::schedule([10, 20, 30].map(Duration::from_millis));
-    let request = post(&server.url("/")).with(Options::default().retry(schedule));
+    let request = post(server.url("/"), "x").with(Options::default().retry(schedule));
     let response = in_time(durable.await_response(request)).await.unwrap();
     assert_eq!(response.status(), 503);
     assert_eq!(server.count(), 4);
@@ -364,16 +354,17 @@ async fn delays_can_be_computed_by_a_function() {
     let server = Server::always(503).await;
     let asked = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&asked);
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(RetryPolicy::from_fn(move |Retry { attempts, .. }| {
             noted.lock().unwrap().push(attempts);
             (attempts < 3).then_some(Duration::from_millis(10))
         }))
         .build()
         .unwrap();
-    // The second waits in the queue, from where it comes without its function.
-    let delayed = post(&server.url("/")).with(Options::default().delay(Duration::from_millis(50)));
-    for request in [post(&server.url("/")), delayed] {
+    // The delayed request waits in the queue, which doesn't store the function.
+    let delayed =
+        post(server.url("/"), "x").with(Options::default().delay(Duration::from_millis(50)));
+    for request in [post(server.url("/"), "x"), delayed] {
         let id = durable.fire(request).await.unwrap();
         let outcome = testkit::outcome(&durable, id, LONG).await.unwrap();
         assert_eq!(outcome.status(), Status::Discarded);
@@ -383,27 +374,26 @@ async fn delays_can_be_computed_by_a_function() {
 }
 
 #[tokio::test]
-async fn a_function_can_not_be_given_to_a_request() {
+async fn a_policy_function_is_refused_in_request_options() {
     let database = migrated().await;
     let durable = Durable::new(database.pool().clone());
     let options = Options::default().retry(RetryPolicy::from_fn(|_| None));
     let error = durable
-        .fire(post("http://127.0.0.1/").with(options))
+        .fire(post("http://127.0.0.1/", "x").with(options))
         .await
         .unwrap_err();
     assert!(error.is_request(), "{error:?}");
     assert_eq!(error.field(), Some("retry"));
-    let stored = "select count(*) from requeuest.mq_msgs";
-    assert_eq!(count(&database, stored).await, 0);
+    assert_eq!(rows(&database, "mq_msgs").await, 0);
 }
 
 #[tokio::test]
-async fn a_handle_can_judge_responses_for_itself() {
+async fn a_handle_can_classify_responses_itself() {
     let database = migrated().await;
     let server = Server::in_turn(&[404, 404, 410]).await;
     let number = Arc::new(AtomicU32::new(0));
     let last = Arc::clone(&number);
-    let durable = Durable::builder(database.pool().clone())
+    let durable = builder(&database)
         .retry(quick())
         .classify(classify_fn(move |attempt| {
             last.store(attempt.number(), Ordering::SeqCst);
@@ -416,25 +406,25 @@ async fn a_handle_can_judge_responses_for_itself() {
         }))
         .build()
         .unwrap();
-    let response = in_time(durable.await_response(post(&server.url("/"))))
+    let response = in_time(durable.await_response(post(server.url("/"), "x")))
         .await
         .unwrap();
-    // Given up, with the response that says why.
+    // Discarded, with the last response.
     assert_eq!(response.status(), 410);
     let status = durable.status(response.id()).await.unwrap();
     assert_eq!(status, Some(Status::Discarded));
     assert_eq!(number.load(Ordering::SeqCst), 3);
 
-    // A failure, at the first attempt.
+    // A failure that is discarded at the first attempt.
     let url = format!("http://{}/", closed_port().await);
-    let error = in_time(durable.await_response(post(&url)))
+    let error = in_time(durable.await_response(post(&url, "x")))
         .await
         .unwrap_err();
     assert_eq!(error.attempts(), Some(1), "{error:?}");
 
-    // What a request accepts goes before it.
+    // The request's accepted responses take precedence.
     let options = Options::default().accept([AcceptedResponse::Status(410)]);
-    let request = post(&server.url("/")).with(options);
+    let request = post(server.url("/"), "x").with(options);
     let response = in_time(durable.await_response(request)).await.unwrap();
     let status = durable.status(response.id()).await.unwrap();
     assert_eq!(status, Some(Status::Completed));

@@ -1,4 +1,4 @@
-//! The same calls from every runtime, and from none: what the crate does needs tokio, its callers don't.
+//! The same calls on every runtime, and without one: the crate needs tokio, its callers don't.
 
 use std::future::Future;
 use std::pin::pin;
@@ -12,9 +12,9 @@ use requeuest::testkit::{Postgres, TestDatabase};
 use requeuest::{Durable, RequestId, Status};
 use sqlx::postgres::PgPoolOptions;
 
-use crate::support::{LONG, Server, count, eventually, in_time, migrated, reply};
+use crate::support::{LONG, Server, count, eventually, in_time, migrated, post, reply, rows};
 
-/// A database and a server that live on a tokio runtime of their own, out of the reach of the callers under test.
+/// A database and a server on their own tokio runtime, which the callers under test don't use.
 struct Elsewhere {
     database: TestDatabase,
     server: Server,
@@ -23,7 +23,7 @@ struct Elsewhere {
 
 impl Drop for Elsewhere {
     fn drop(&mut self) {
-        // Wherever this is dropped: inside a runtime, another one can't be waited for.
+        // This may be dropped inside a runtime, where waiting for another one would panic.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -31,7 +31,7 @@ impl Drop for Elsewhere {
 }
 
 fn elsewhere() -> Elsewhere {
-    // On a thread of its own, because the caller may be inside a runtime.
+    // On its own thread, because the caller may be inside a runtime.
     thread::spawn(|| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -53,7 +53,7 @@ fn elsewhere() -> Elsewhere {
     .unwrap()
 }
 
-/// Waits for a future with nothing but the standard library.
+/// Waits for a future with the standard library only.
 fn block_on<F: Future>(future: F) -> F::Output {
     struct Unpark(Thread);
     impl Wake for Unpark {
@@ -75,8 +75,8 @@ fn block_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Runs a test that no thread may answer with a panic about a missing runtime; those of background threads would
-/// fail nothing by themselves.
+/// Runs a test, and fails it if any thread panics about a missing runtime. A background thread's
+/// panic would not fail the test by itself.
 fn without_complaints(test: impl FnOnce(Elsewhere)) {
     static INSTALLED: Once = Once::new();
     static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -99,7 +99,7 @@ fn without_complaints(test: impl FnOnce(Elsewhere)) {
     assert_eq!(COMPLAINTS.lock().unwrap().as_slice(), [""; 0]);
 }
 
-/// Every call that a handle has, on whatever runtime this is polled, with a pool that belongs to it.
+/// Makes every call that a handle has, on the runtime that polls this, with a pool on that runtime.
 async fn every_call(elsewhere: &Elsewhere) {
     let pool = PgPoolOptions::new()
         .max_connections(2)
@@ -109,11 +109,7 @@ async fn every_call(elsewhere: &Elsewhere) {
     requeuest::migrate(&pool).await.unwrap();
     requeuest::migrate(&pool).await.unwrap();
     let durable = Durable::new(pool.clone());
-    let post = |body: &'static str| {
-        http::Request::post(elsewhere.server.url("/"))
-            .body(body)
-            .unwrap()
-    };
+    let post = |body: &'static str| post(elsewhere.server.url("/"), body);
 
     let awaited = durable.await_response(post("awaited")).await.unwrap();
     assert_eq!(awaited.text().unwrap(), "awaited");
@@ -152,7 +148,7 @@ async fn every_call(elsewhere: &Elsewhere) {
     assert!(closed.is_closed(), "{closed}");
     drop((durable, clone));
 
-    // One that is dropped as it is, with its runner on and a request on its way.
+    // A handle that is dropped without a shutdown, with its runner on and a request in flight.
     let second = Durable::new(pool.clone());
     let id: RequestId = second.fire(post("as it is")).await.unwrap();
     drop(second);
@@ -214,33 +210,33 @@ fn every_call_works_on_a_thread_without_a_runtime() {
 }
 
 #[test]
-fn an_answer_that_comes_after_the_last_handle_is_dropped_is_stored() {
+fn a_response_after_the_last_handle_is_dropped_is_stored() {
     without_complaints(|elsewhere| {
         let runtime = elsewhere.runtime.as_ref().unwrap();
         let (server, answer) = runtime.block_on(Server::held(200));
         answer.add_permits(1);
-        // With a runtime of its own, which ends with it.
+        // The handle has its own runtime, which ends with it.
         block_on(async {
             let pool = PgPoolOptions::new().connect_lazy_with(elsewhere.database.options());
             requeuest::migrate(&pool).await.unwrap();
             let durable = Durable::new(pool);
-            let post = || http::Request::post(server.url("/")).body("x").unwrap();
-            // From then on it sends at once.
+            let post = || post(server.url("/"), "x");
+            // After this request, the handle sends at once.
             durable.await_response(post()).await.unwrap();
             durable.fire(post()).await.unwrap();
         });
         runtime.block_on(async {
             server.wait_for(2).await;
             eventually("the runner has ended", || async {
-                let polls = "select count(*) from pg_stat_activity
-                             where query like '%mq_poll%' and datname = current_database() and pid <> pg_backend_pid()";
+                let polls = "SELECT count(*) FROM pg_stat_activity
+                             WHERE query LIKE '%mq_poll%' AND datname = current_database()
+                                 AND pid <> pg_backend_pid()";
                 count(&elsewhere.database, polls).await == 0
             })
             .await;
             answer.add_permits(1);
             eventually("its outcome is stored", || async {
-                let stored = "select count(*) from requeuest.outcomes where status = 'completed'";
-                count(&elsewhere.database, stored).await == 2
+                rows(&elsewhere.database, "outcomes WHERE status = 'completed'").await == 2
             })
             .await;
         });
@@ -249,7 +245,7 @@ fn an_answer_that_comes_after_the_last_handle_is_dropped_is_stored() {
 }
 
 #[test]
-fn a_handle_made_on_one_runtime_is_used_from_others_and_outlives_it() {
+fn a_handle_works_on_other_runtimes_and_outlives_its_own() {
     without_complaints(|elsewhere| {
         let home = tokio::runtime::Runtime::new().unwrap();
         let durable = home.block_on(async {
@@ -276,13 +272,13 @@ fn a_handle_made_on_one_runtime_is_used_from_others_and_outlives_it() {
 }
 
 #[test]
-fn a_runtime_that_ends_during_an_insert_leaves_it_open_whether_it_was_committed() {
+fn a_runtime_ending_during_an_insert_leaves_it_indeterminate() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let home = tokio::runtime::Runtime::new().unwrap();
     let (database, durable, lock) = runtime.block_on(async {
         let database = migrated().await;
         let mut lock = database.pool().begin().await.unwrap();
-        sqlx::query("lock table requeuest.mq_msgs")
+        sqlx::query("LOCK TABLE requeuest.mq_msgs")
             .execute(&mut *lock)
             .await
             .unwrap();
@@ -293,13 +289,13 @@ fn a_runtime_that_ends_during_an_insert_leaves_it_open_whether_it_was_committed(
         });
         (database, durable.await.unwrap(), lock)
     });
-    let firing = runtime.spawn(async move {
-        let request = http::Request::post("http://127.0.0.1:9/").body("x");
-        durable.fire(request.unwrap()).await
-    });
+    let firing = runtime.spawn(async move { durable.fire(post("http://127.0.0.1:9/", "x")).await });
     runtime.block_on(async {
-        let waits = "select count(*) from pg_locks where not granted and relation = 'requeuest.mq_msgs'::regclass
-                     and database = (select oid from pg_database where datname = current_database())";
+        let waits = "SELECT count(*) FROM pg_locks
+                     WHERE NOT granted AND relation = 'requeuest.mq_msgs'::regclass
+                         AND database = (
+                             SELECT oid FROM pg_database WHERE datname = current_database()
+                         )";
         eventually("the insert waits", || async {
             count(&database, waits).await > 0
         })

@@ -1,4 +1,4 @@
-//! The test kit, tested on itself: mostly, that nothing stays behind.
+//! The test kit: mostly that no server, process or directory stays behind.
 
 #[cfg(unix)]
 use std::io::{BufRead, BufReader};
@@ -26,15 +26,15 @@ async fn text(url: &str, query: &str) -> String {
 #[tokio::test]
 async fn a_started_server_answers() {
     let postgres = Postgres::start().await.unwrap();
-    assert_eq!(number(&postgres.url(), "select 1").await, 1);
+    assert_eq!(number(&postgres.url(), "SELECT 1").await, 1);
 
     let database = postgres.database().await.unwrap();
-    let name: String = sqlx::query_scalar("select current_database()::text")
+    let name: String = sqlx::query_scalar("SELECT current_database()::text")
         .fetch_one(database.pool())
         .await
         .unwrap();
     assert_eq!(name, database.name());
-    assert_eq!(number(database.url(), "select 2").await, 2);
+    assert_eq!(number(database.url(), "SELECT 2").await, 2);
 }
 
 #[tokio::test]
@@ -44,9 +44,9 @@ async fn databases_do_not_see_each_others_tables() {
     let other = postgres.database().await.unwrap();
     assert_ne!(one.name(), other.name());
 
-    let create = "create table only_here (x int)";
+    let create = "CREATE TABLE only_here (x int)";
     sqlx::query(create).execute(one.pool()).await.unwrap();
-    let seen: Option<String> = sqlx::query_scalar("select to_regclass('only_here')::text")
+    let seen: Option<String> = sqlx::query_scalar("SELECT to_regclass('only_here')::text")
         .fetch_one(other.pool())
         .await
         .unwrap();
@@ -64,12 +64,12 @@ fn two_runtimes_share_one_server() {
             runtime.block_on(async {
                 let postgres = Postgres::shared().await.unwrap();
                 let database = postgres.database().await.unwrap();
-                assert_eq!(number(database.url(), "select 1").await, 1);
+                assert_eq!(number(database.url(), "SELECT 1").await, 1);
                 postgres.url()
             })
         })
     };
-    // Side by side, then one whose predecessors' runtimes are gone.
+    // Two runtimes at the same time, then one after their end.
     let (one, other) = (ask(), ask());
     let urls = [one.join().unwrap(), other.join().unwrap()];
     assert_eq!(urls[0], urls[1]);
@@ -80,14 +80,14 @@ fn two_runtimes_share_one_server() {
 async fn a_restart_keeps_the_data_and_the_url() {
     let postgres = Postgres::builder().private().start().await.unwrap();
     let database = postgres.database().await.unwrap();
-    let create = "create table t (x int)";
+    let create = "CREATE TABLE t (x int)";
     sqlx::query(create).execute(database.pool()).await.unwrap();
 
     for (x, mode) in [(1, StopMode::Fast), (2, StopMode::Immediate)] {
-        let insert = sqlx::query("insert into t values ($1)").bind(x);
+        let insert = sqlx::query("INSERT INTO t VALUES ($1)").bind(x);
         insert.execute(database.pool()).await.unwrap();
         postgres.restart(mode).await.unwrap();
-        let count = number(database.url(), "select count(*)::int from t").await;
+        let count = number(database.url(), "SELECT count(*)::int FROM t").await;
         assert_eq!(count, x);
     }
 }
@@ -101,7 +101,7 @@ async fn a_stopped_server_refuses_connections_until_it_is_resumed() {
 
     postgres.resume().await.unwrap();
     postgres.resume().await.unwrap();
-    assert_eq!(number(&postgres.url(), "select 1").await, 1);
+    assert_eq!(number(&postgres.url(), "SELECT 1").await, 1);
 }
 
 #[cfg(unix)]
@@ -111,7 +111,7 @@ async fn a_crashed_server_can_be_resumed() {
     let trace = Trace::of(&postgres.url()).await;
     trace.signal("KILL");
     postgres.resume().await.unwrap();
-    assert_eq!(number(&postgres.url(), "select 1").await, 1);
+    assert_eq!(number(&postgres.url(), "SELECT 1").await, 1);
 }
 
 #[tokio::test]
@@ -122,21 +122,21 @@ async fn settings_reach_the_server() {
         .start()
         .await
         .unwrap();
-    assert_eq!(text(&postgres.url(), "show fsync").await, "off");
-    assert_eq!(text(&postgres.url(), "show max_connections").await, "7");
-    let name = text(&postgres.url(), "show application_name").await;
+    assert_eq!(text(&postgres.url(), "SHOW fsync").await, "off");
+    assert_eq!(text(&postgres.url(), "SHOW max_connections").await, "7");
+    let name = text(&postgres.url(), "SHOW application_name").await;
     assert_eq!(name, "it's = a test");
 }
 
 #[tokio::test]
-async fn a_refused_setting_is_an_error_that_quotes_the_log() {
+async fn a_refused_setting_fails_with_the_servers_log() {
     let builder = Postgres::builder().config("no_such_setting", "1");
     let error = builder.start().await.unwrap_err();
     assert!(error.to_string().contains("no_such_setting"), "{error}");
 }
 
 #[tokio::test]
-async fn a_directory_without_a_postgres_is_an_error_that_names_it() {
+async fn a_directory_without_postgres_is_named_in_the_error() {
     let builder = Postgres::builder().bin_dir("/nonexistent/bin");
     let error = builder.start().await.unwrap_err();
     assert!(error.to_string().contains("/nonexistent/bin"), "{error}");
@@ -168,7 +168,7 @@ async fn the_server_of_database_url_is_used_and_left_tidy() {
     assert!(said.contains(&format!("127.0.0.1:{port}")), "{said}");
     assert!(!said.contains("secret"), "{said}");
 
-    let left = "select count(*)::int from pg_database where datname like 'requeuest%'";
+    let left = "SELECT count(*)::int FROM pg_database WHERE datname LIKE 'requeuest%'";
     assert_eq!(number(&postgres.url(), left).await, 0);
 }
 
@@ -181,7 +181,7 @@ async fn be_given_a_server() {
     let postgres = Postgres::start().await.unwrap();
     assert_eq!(postgres.url(), std::env::var("DATABASE_URL").unwrap());
     let database = postgres.database().await.unwrap();
-    sqlx::query("select 1")
+    sqlx::query("SELECT 1")
         .execute(database.pool())
         .await
         .unwrap();
@@ -189,12 +189,12 @@ async fn be_given_a_server() {
 
     let error = postgres.restart(StopMode::Fast).await.unwrap_err();
     assert!(error.to_string().contains("DATABASE_URL"), "{error}");
-    // With a connection still open, and on a thread that polls futures.
+    // Drops the database with a connection still open, on a thread that polls futures.
     drop(database);
 }
 
 #[tokio::test]
-async fn a_database_url_that_is_unusable_is_an_error_that_keeps_its_password() {
+async fn an_unusable_database_url_fails_without_its_password() {
     for url in ["mysql://u:secret@h/d", "postgres://u:secret@127.0.0.1:1/d"] {
         let output = part("be_given_nonsense")
             .env("DATABASE_URL", url)
@@ -220,7 +220,7 @@ async fn be_given_nonsense() {
 async fn a_dropped_server_is_gone_at_once() {
     let postgres = Postgres::builder().private().start().await.unwrap();
     let database = postgres.database().await.unwrap();
-    sqlx::query("select 1")
+    sqlx::query("SELECT 1")
         .execute(database.pool())
         .await
         .unwrap();
@@ -234,7 +234,7 @@ async fn a_dropped_server_is_gone_at_once() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn a_stopped_server_leaves_nothing_either() {
+async fn a_stopped_server_leaves_nothing() {
     let postgres = Postgres::builder().private().start().await.unwrap();
     let trace = Trace::of(&postgres.url()).await;
     postgres.stop(StopMode::Fast).await.unwrap();
@@ -244,7 +244,7 @@ async fn a_stopped_server_leaves_nothing_either() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn giving_up_a_start_leaves_nothing() {
+async fn a_cancelled_start_leaves_nothing() {
     let scratch = tempfile::tempdir().unwrap();
     let output = part("be_given_up")
         .env("TMPDIR", open_to_all(scratch.path()))
@@ -279,7 +279,7 @@ async fn a_killed_process_leaves_nothing() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn a_paused_server_goes_with_its_process_too() {
+async fn a_paused_server_ends_with_its_process() {
     let mut child = part("be_killed").stdout(Stdio::piped()).spawn().unwrap();
     let trace = Trace::told_by(&mut child);
     trace.signal("STOP");
@@ -305,7 +305,7 @@ async fn a_killed_process_group_leaves_nothing() {
             .args(["-s", signal, "--", &group])
             .status();
         assert!(kill.unwrap().success());
-        // Whoever started the tests may have had some of the signals ignored.
+        // The test's parent process may have set some of the signals to be ignored.
         let _ = child.kill();
         child.wait().unwrap();
         trace.gone().await;
@@ -319,7 +319,7 @@ async fn be_killed() {
     if plays("be_killed") {
         let postgres = Postgres::builder().private().start().await.unwrap();
         Trace::of(&postgres.url()).await.tell();
-        // Long enough for whoever kills this; not for ever, should nobody.
+        // Long enough to be killed, but the process ends if it isn't.
         tokio::time::sleep(Duration::from_secs(60)).await;
     }
 }
@@ -346,7 +346,7 @@ async fn be_in_panic() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn the_shared_server_goes_with_its_process() {
+async fn the_shared_server_ends_with_its_process() {
     let mut child = part("be_the_shared_one")
         .stdout(Stdio::piped())
         .spawn()
@@ -372,7 +372,7 @@ fn part(name: &str) -> Command {
     command
 }
 
-/// What a cluster has on the machine.
+/// The directory and the process of a cluster.
 #[cfg(unix)]
 #[derive(Debug)]
 struct Trace {
@@ -385,10 +385,10 @@ impl Trace {
     const MARK: &str = "trace of a cluster:";
 
     async fn of(url: &str) -> Self {
-        let dir = text(url, "show data_directory").await;
+        let dir = text(url, "SHOW data_directory").await;
         let pid = text(
             url,
-            "select split_part(pg_read_file('postmaster.pid'), E'\\n', 1)",
+            "SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)",
         )
         .await;
         Self { dir, pid }
