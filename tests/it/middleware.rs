@@ -193,14 +193,8 @@ async fn an_orphaned_request_finishes_through_the_transport() {
     assert!(!server.seen()[1].headers.contains_key("x-counted"));
     let attempts = "SELECT attempts::bigint FROM requeuest.outcomes";
     assert_eq!(count(&database, attempts).await, 2);
-    assert_eq!(
-        rows(
-            &database,
-            "attempts WHERE number = 1 AND error_class = 'abandoned'"
-        )
-        .await,
-        1
-    );
+    let abandoned = "attempts WHERE number = 1 AND error_class = 'abandoned'";
+    assert_eq!(rows(&database, abandoned).await, 1);
 }
 
 #[tokio::test]
@@ -221,10 +215,8 @@ async fn an_orphaned_attempt_counts_as_failed_and_backs_off() {
         durable.status(id).await.unwrap() == Some(Status::Retryable)
     })
     .await;
-    assert_eq!(
-        rows(&database, "attempts WHERE error_class = 'abandoned'").await,
-        1
-    );
+    let abandoned = "attempts WHERE error_class = 'abandoned'";
+    assert_eq!(rows(&database, abandoned).await, 1);
     assert_eq!(server.count(), 1);
 
     // Makes the retry due.
@@ -306,10 +298,8 @@ async fn options_are_taken_from_a_requests_extensions() {
         .channel("billing");
     assert_eq!(send(accept).await.status(), 200);
     assert_eq!(server.count(), 2);
-    assert_eq!(
-        rows(&database, "outcomes WHERE channel_name = 'billing'").await,
-        1
-    );
+    let billed = "outcomes WHERE channel_name = 'billing'";
+    assert_eq!(rows(&database, billed).await, 1);
 
     // The runner sends a delayed request, and its caller still waits for the response.
     let delay = Duration::from_millis(300);
@@ -489,10 +479,8 @@ async fn the_last_response_is_returned_when_retries_are_used_up() {
         .unwrap();
     assert_eq!(response.status(), 503);
     assert_eq!(server.count(), 3);
-    assert_eq!(
-        rows(&database, "outcomes WHERE status = 'discarded'").await,
-        1
-    );
+    let discarded = "outcomes WHERE status = 'discarded'";
+    assert_eq!(rows(&database, discarded).await, 1);
 }
 
 #[tokio::test]

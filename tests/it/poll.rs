@@ -82,14 +82,8 @@ async fn a_claimed_row_is_left_alone_for_its_lease() {
     let polled = poll(&database, None, 10).await;
     assert!(polled.groups.is_empty());
     assert!((50.0..=1000.0).contains(&polled.wait_ms));
-    assert_eq!(
-        rows(
-            &database,
-            "mq_msgs WHERE claim_no = 1 AND attempts = 1 AND state = 1"
-        )
-        .await,
-        3
-    );
+    let claimed = "mq_msgs WHERE claim_no = 1 AND attempts = 1 AND state = 1";
+    assert_eq!(rows(&database, claimed).await, 3);
 }
 
 #[tokio::test]
@@ -174,10 +168,8 @@ async fn concurrent_polls_of_a_backlog_fill_with_different_rows() {
     for polled in futures_util::future::join_all(polls).await {
         assert_eq!(polled.groups.len(), BATCH as usize);
     }
-    assert_eq!(
-        rows(&database, "mq_msgs WHERE claim_no = 1 AND state = 1").await,
-        i64::from(POLLS * BATCH)
-    );
+    let claimed = "mq_msgs WHERE claim_no = 1 AND state = 1";
+    assert_eq!(rows(&database, claimed).await, i64::from(POLLS * BATCH));
     assert_eq!(rows(&database, "mq_msgs WHERE claim_no > 1").await, 0);
 }
 
@@ -206,8 +198,9 @@ async fn two_concurrent_polls_claim_different_rows() {
     let (one, other) = tokio::join!(poll(&database, None, 20), poll(&database, None, 20));
     assert!(one.groups.len() + other.groups.len() <= 40);
     assert_eq!(rows(&database, "mq_msgs WHERE claim_no > 1").await, 0);
+    let claimed = "mq_msgs WHERE claim_no = 1";
     assert_eq!(
-        rows(&database, "mq_msgs WHERE claim_no = 1").await as usize,
+        rows(&database, claimed).await as usize,
         one.groups.len() + other.groups.len()
     );
 }

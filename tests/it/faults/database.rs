@@ -114,10 +114,8 @@ async fn results_that_cannot_be_stored_pile_up_to_a_limit() {
     server.wait_for(REQUESTS).await;
     durable.shutdown(LONG).await.unwrap();
     // One of them is the request of `passing`.
-    assert_eq!(
-        rows(&database, "outcomes WHERE status = 'completed'").await,
-        REQUESTS as i64 + 1
-    );
+    let completed = "outcomes WHERE status = 'completed'";
+    assert_eq!(rows(&database, completed).await, REQUESTS as i64 + 1);
     assert_eq!(server.count(), REQUESTS);
 }
 

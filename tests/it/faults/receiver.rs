@@ -234,8 +234,6 @@ async fn a_server_sending_goaway_gets_each_request_once() {
     let twice = settle_accounts("GOAWAY", &durable, &server, ledger).await;
     assert_eq!(twice, 0);
     assert!(left.load(Ordering::SeqCst) > 1);
-    assert_eq!(
-        rows(&database, "outcomes WHERE status = 'completed'").await,
-        80
-    );
+    let completed = "outcomes WHERE status = 'completed'";
+    assert_eq!(rows(&database, completed).await, 80);
 }
