@@ -366,7 +366,7 @@ async fn the_retry_backoff_bounds_the_first_delay() {
             .await
             .unwrap();
     }
-    eventually("all wait for their retry", || async {
+    eventually("all requests wait for their retry", || async {
         rows(&database, "mq_msgs WHERE state = 0 AND attempts = 1").await == REQUESTS
     })
     .await;
@@ -436,20 +436,14 @@ async fn order_is_kept_per_channel_args() {
 async fn only_listed_channels_are_delivered() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let unlistening = client(&database, Channels::List(&[])).await;
+    let idle = client(&database, Channels::List(&[])).await;
     let some = client(&database, Channels::List(&["a", "b"])).await;
     let other = some
         .spawn("other", &post(server.url("/"), "other"))
         .await
         .unwrap();
-    let first = unlistening
-        .spawn("a", &post(server.url("/"), "a"))
-        .await
-        .unwrap();
-    let second = unlistening
-        .spawn("b", &post(server.url("/"), "b"))
-        .await
-        .unwrap();
+    let first = idle.spawn("a", &post(server.url("/"), "a")).await.unwrap();
+    let second = idle.spawn("b", &post(server.url("/"), "b")).await.unwrap();
     for id in [first, second] {
         assert_eq!(outcome(&some, id).await.status(), Status::Completed);
     }
@@ -520,7 +514,7 @@ async fn a_client_without_its_listener_still_spawns_and_waits() {
     let request = post(server.url("/"), "x");
     let waiting = client.spawn_returning("c", &request);
     let serving = async {
-        eventually("it is persisted", || async {
+        eventually("the request is persisted", || async {
             rows(&database, "mq_msgs").await == 1
         })
         .await;

@@ -211,7 +211,7 @@ async fn an_orphaned_attempt_counts_as_failed_and_backs_off() {
     let client = wrapped(durable.clone());
     abandon(&client, &server).await;
     let id = only_id(&database).await;
-    eventually("it is put back", || async {
+    eventually("the request is put back", || async {
         durable.status(id).await.unwrap() == Some(Status::Retryable)
     })
     .await;

@@ -1,6 +1,6 @@
 //! What statements read if they were planned for an empty queue.
 //!
-//! A queue is empty most of the time, and so its statistics say. No statement may read through a
+//! A queue is empty most of the time, and its statistics say so. No statement may read through a
 //! backlog that builds up afterwards.
 
 use std::time::Duration;

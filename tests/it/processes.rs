@@ -40,12 +40,12 @@ const DATABASE: &str = "REQUEUEST_TEST_DATABASE";
 const SERVER: &str = "REQUEUEST_TEST_SERVER";
 const NAME: &str = "REQUEUEST_TEST_NAME";
 
-fn long() -> bool {
+fn is_long() -> bool {
     std::env::var("REQUEUEST_LONG_FAULTS").is_ok_and(|value| value == "1")
 }
 
 /// A builder whose attempts carry the process's name.
-fn named(pool: &PgPool, name: &str) -> DurableBuilder {
+fn named_builder(pool: &PgPool, name: &str) -> DurableBuilder {
     let mut headers = http::HeaderMap::new();
     headers.insert(SENDER, name.parse().unwrap());
     let client = reqwest::Client::builder()
@@ -166,7 +166,7 @@ impl Member {
     }
 
     /// All lines that the process printed, once it has ended.
-    async fn last_words(&mut self) -> Vec<String> {
+    async fn all_lines(&mut self) -> Vec<String> {
         in_time(async { while self.lines.changed().await.is_ok() {} }).await;
         self.lines.borrow().clone()
     }
@@ -206,7 +206,7 @@ impl Me {
     }
 
     fn handle(&self) -> DurableBuilder {
-        named(&self.pool, &self.name).max_connections(2)
+        named_builder(&self.pool, &self.name).max_connections(2)
     }
 }
 
@@ -234,7 +234,7 @@ async fn completed(database: &TestDatabase) -> HashMap<String, String> {
 }
 
 /// A receiver that sends each number back after a random delay.
-async fn echo(arrivals: &Arrivals, within: Duration) -> Server {
+async fn echo_server(arrivals: &Arrivals, within: Duration) -> Server {
     let arrivals = arrivals.clone();
     Server::start(move |_, seen| {
         arrivals.note(&seen);

@@ -252,7 +252,7 @@ async fn an_attempt_that_stops_waiting_leaves_its_services_queue() {
         let (durable, request) = (durable.clone(), post(server.url("/"), "x"));
         async move { durable.await_response(request.with(impatient)).await }
     });
-    eventually("it waits for its next attempt", || async {
+    eventually("the request waits for its next attempt", || async {
         rows(&database, "attempts WHERE error_class = 'not_ready'").await == 1
     })
     .await;

@@ -16,7 +16,7 @@ async fn id_in(database: &TestDatabase, channel: &str) -> RequestId {
             .bind(channel)
             .fetch_optional(database.pool())
     };
-    eventually("it is persisted", || async {
+    eventually("the request is persisted", || async {
         ids().await.unwrap().is_some()
     })
     .await;
@@ -70,7 +70,7 @@ async fn clearing_tells_callers_between_two_attempts() {
         }
     });
     let id = id_in(&database, "c").await;
-    eventually("it waits for its retry", || async {
+    eventually("the request waits for its retry", || async {
         client.durable().status(id).await.unwrap() == Some(Status::Retryable)
     })
     .await;
@@ -99,7 +99,7 @@ async fn a_request_cleared_between_attempts_is_not_sent_again() {
         }
     });
     let id = id_in(&database, "c").await;
-    eventually("it waits for its retry", || async {
+    eventually("the request waits for its retry", || async {
         client.durable().status(id).await.unwrap() == Some(Status::Retryable)
     })
     .await;

@@ -7,7 +7,7 @@ use requeuest::{Durable, Options, Status};
 use tokio::task::JoinSet;
 
 use super::network::{Through, address, pool_through, through_a_proxy};
-use super::{echo_server, load, settle_accounts, short_lease_builder};
+use super::{check_ledger, echo_server, load, short_lease_builder};
 use crate::proxy::Proxy;
 use crate::support::{
     LONG, Server, closed_port, eventually, in_time, migrated, passing, post, reply, rows,
@@ -143,7 +143,7 @@ async fn failed_attempts_postgres_rejects_are_kept_until_accepted() {
         proxy.refuse("INSERT INTO attempts", code);
         let calling = in_time(durable.await_response(post(server.url("/"), code)));
         let (response, ()) = tokio::join!(calling, async {
-            eventually("it is refused", || async { proxy.refused() > 0 }).await;
+            eventually("the statement is refused", || async { proxy.refused() > 0 }).await;
             passing(&database, BUSY_LEASE * 3 / 2).await;
             assert_eq!(server.count(), 2 * round + 1, "{code}");
             proxy.refuse_nothing();
@@ -166,7 +166,7 @@ async fn a_retry_postgres_cannot_confirm_is_made_later() {
         proxy.refuse("attempts = m.attempts + $4::int, state = $5", code);
         let calling = in_time(durable.await_response(post(server.url("/"), code)));
         let (response, ()) = tokio::join!(calling, async {
-            eventually("it is refused", || async { proxy.refused() > 0 }).await;
+            eventually("the statement is refused", || async { proxy.refused() > 0 }).await;
             proxy.refuse_nothing();
         });
         assert_eq!(response.unwrap().status(), 200, "{code}");
@@ -247,7 +247,7 @@ async fn polls_resume_soon_after_a_long_series_of_errors() {
 }
 
 /// How long an application's transaction holds its ordering key.
-fn long() -> Duration {
+fn hold_time() -> Duration {
     Duration::from_secs(if super::is_long() { 60 } else { 5 })
 }
 
@@ -273,7 +273,9 @@ async fn a_long_transaction_delays_only_its_own_keys() {
         .fire_in(&mut *transaction, post(&url, "keyed").with(other))
         .await
         .unwrap();
-    let outcome = testkit::outcome(&durable, before, long()).await.unwrap();
+    let outcome = testkit::outcome(&durable, before, hold_time())
+        .await
+        .unwrap();
     assert_eq!(outcome.status(), Status::Completed);
     // More callers than the pool has connections.
     let mut behind = JoinSet::new();
@@ -284,7 +286,7 @@ async fn a_long_transaction_delays_only_its_own_keys() {
     let began = Instant::now();
     let mut slowest = Duration::ZERO;
     let mut others = 0;
-    while began.elapsed() < long() {
+    while began.elapsed() < hold_time() {
         let started = Instant::now();
         // The transaction's owner awaits other requests in the meantime.
         in_time(durable.await_response(post(&url, "unordered")))
@@ -418,7 +420,7 @@ async fn works_behind_a_pooler(database: &TestDatabase, application: &sqlx::PgPo
     assert_eq!(server.count(), 1);
     let load_server = echo_server().await;
     let ledger = load(&durable, &load_server.url("/"), 4, 10).await;
-    let twice = settle_accounts("a pooler", &durable, &load_server, ledger).await;
+    let twice = check_ledger("a pooler", &durable, &load_server, ledger).await;
     assert_eq!(twice, 0);
     assert_eq!(rows(database, "mq_msgs").await, 0);
 }

@@ -99,7 +99,7 @@ async fn call(durable: &Durable, url: &str, name: &str, awaited: bool) -> Told {
 /// Compares what the calls returned with what the server and the database saw: every accepted
 /// request was delivered, every awaited response can be fetched again, no refused request was sent.
 /// Returns how many requests were delivered more than once; the fault must explain them.
-async fn settle_accounts(fault: &str, durable: &Durable, server: &Server, ledger: Ledger) -> usize {
+async fn check_ledger(fault: &str, durable: &Durable, server: &Server, ledger: Ledger) -> usize {
     let total = ledger.len();
     let mut refused = 0;
     let mut expected = Vec::new();
@@ -320,7 +320,7 @@ async fn broken_connections_lose_nothing() {
         .runner(false)
         .build()
         .unwrap();
-    settle_accounts("terminated sessions", &other, &server, ledger).await;
+    check_ledger("terminated sessions", &other, &server, ledger).await;
 }
 
 #[tokio::test]

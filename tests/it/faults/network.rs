@@ -8,7 +8,7 @@ use requeuest::{Durable, Options, Status};
 use sqlx::PgPool;
 use sqlx::postgres::{PgPoolOptions, PgSslMode};
 
-use super::{LEASE, call, echo_server, load, settle_accounts, short_lease_builder};
+use super::{LEASE, call, check_ledger, echo_server, load, short_lease_builder};
 use crate::proxy::{Manner, Proxy};
 use crate::support::{LONG, Server, eventually, in_time, migrated, passing, post, reply, rows};
 
@@ -89,7 +89,7 @@ async fn a_bad_network_to_postgres_loses_nothing() {
         .runner(false)
         .build()
         .unwrap();
-    settle_accounts("resets and cuts to Postgres", &direct, &server, ledger).await;
+    check_ledger("resets and cuts to Postgres", &direct, &server, ledger).await;
 }
 
 #[tokio::test]
@@ -117,7 +117,7 @@ async fn vanished_connections_delay_callers_by_a_timeout_at_most() {
     drop(calling);
     drop(durable);
     let other = short_lease_builder(&pool).build().unwrap();
-    settle_accounts("vanished connections", &other, &server, told).await;
+    check_ledger("vanished connections", &other, &server, told).await;
 }
 
 #[tokio::test]
@@ -162,7 +162,7 @@ async fn an_unacknowledged_insert_is_sent_once() {
         ledger.insert(name, told);
     }
     assert_eq!(proxy.lost(), 15);
-    let twice = settle_accounts(
+    let twice = check_ledger(
         "lost acknowledgements of inserts",
         &durable,
         &server,
@@ -200,10 +200,13 @@ async fn unacknowledged_settle_wakes_waiters_and_resends_nothing() {
         proxy.lose_answers_to("INSERT INTO outcomes", 1);
         let name = number.to_string();
         let told = in_time(call(&durable, &server.url("/"), &name, number < 8)).await;
-        eventually("the answer is lost", || async { proxy.lost() > number }).await;
+        eventually("the answer to the settle is lost", || async {
+            proxy.lost() > number
+        })
+        .await;
         ledger.insert(name, told);
     }
-    let twice = settle_accounts(
+    let twice = check_ledger(
         "lost acknowledgements of settles",
         &durable,
         &server,
@@ -297,7 +300,7 @@ async fn waiters_wake_when_the_listening_connection_goes_silent() {
     });
     server.wait_for(1).await;
     let mut silenced = 0;
-    eventually("it listens", || {
+    eventually("a connection listens", || {
         silenced += proxy.black_hole_those_that_said("LISTEN");
         std::future::ready(silenced > 0)
     })
@@ -315,7 +318,7 @@ async fn waiters_wake_when_the_listening_connection_goes_silent() {
 
 /// Sends requests over a network to the receiver that at first has this fault and then has none.
 /// Returns how many requests were delivered more than once.
-async fn under(fault: &str, manner: Manner) -> (usize, Server) {
+async fn with_fault(fault: &str, manner: Manner) -> (usize, Server) {
     let database = migrated().await;
     let server = Server::start(|_, seen| async move {
         // Long enough to be cut in the middle.
@@ -337,43 +340,43 @@ async fn under(fault: &str, manner: Manner) -> (usize, Server) {
     tokio::pin!(calling);
     let ledger = tokio::select! {
         ledger = &mut calling => ledger,
-        () = eventually("it breaks", || async { proxy.broken() >= 4 }) => {
+        () = eventually("four connections break", || async { proxy.broken() >= 4 }) => {
             proxy.treat(Manner::Pass);
             calling.await
         }
     };
-    let twice = settle_accounts(fault, &durable, &server, ledger).await;
+    let twice = check_ledger(fault, &durable, &server, ledger).await;
     (twice, server)
 }
 
 #[tokio::test]
 async fn a_slow_network_to_the_receiver_sends_nothing_twice() {
     let delay = Manner::Delay(Duration::from_millis(10));
-    let (twice, server) = under("a slow network to the receiver", delay).await;
+    let (twice, server) = with_fault("a slow network to the receiver", delay).await;
     assert_eq!((twice, server.count()), (0, 20));
 }
 
 #[tokio::test]
 async fn requests_cut_in_transit_arrive_with_a_later_attempt() {
-    let (twice, server) = under("requests cut on their way", Manner::CutRequest(60)).await;
+    let (twice, server) = with_fault("requests cut on their way", Manner::CutRequest(60)).await;
     assert_eq!((twice, server.count()), (0, 20));
 }
 
 #[tokio::test]
 async fn requests_whose_responses_are_cut_are_retried() {
     // The receiver got these requests, and gets them again.
-    let (twice, _) = under("answers cut on their way", Manner::CutAnswer(300)).await;
+    let (twice, _) = with_fault("answers cut on their way", Manner::CutAnswer(300)).await;
     assert!(twice >= 1);
 }
 
 #[tokio::test]
 async fn requests_whose_responses_are_reset_are_retried() {
-    let (twice, _) = under("answers lost to a reset", Manner::ResetAnswer(300)).await;
+    let (twice, _) = with_fault("answers lost to a reset", Manner::ResetAnswer(300)).await;
     assert!(twice >= 1);
 }
 
 #[tokio::test]
 async fn requests_that_vanish_arrive_with_a_later_attempt() {
-    let (twice, server) = under("requests that vanish", Manner::BlackHole).await;
+    let (twice, server) = with_fault("requests that vanish", Manner::BlackHole).await;
     assert_eq!((twice, server.count()), (0, 20));
 }

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
-use super::{load, settle_accounts, short_lease_builder};
+use super::{check_ledger, load, short_lease_builder};
 use crate::support::{Server, in_time, migrated, post, rows};
 
 const GOOD: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ngood";
@@ -110,7 +110,7 @@ async fn faulty(fault: Fault) -> (SocketAddr, Arc<AtomicUsize>) {
 }
 
 /// The caller's result, the number of requests that arrived, and the failed attempt's class.
-async fn under(fault: Fault) -> (Result<Response, requeuest::Error>, usize, Option<String>) {
+async fn with_fault(fault: Fault) -> (Result<Response, requeuest::Error>, usize, Option<String>) {
     let database = migrated().await;
     let (addr, requests) = faulty(fault).await;
     let durable = short_lease_builder(database.pool())
@@ -139,7 +139,7 @@ async fn an_incomplete_or_invalid_response_is_retried() {
         (Fault::HalfABody, "reset"),
         (Fault::Garbage, "protocol"),
     ] {
-        let (response, requests, failed) = under(fault).await;
+        let (response, requests, failed) = with_fault(fault).await;
         assert_eq!(response.unwrap().text().unwrap(), "good", "{fault:?}");
         assert_eq!((requests, failed.as_deref()), (2, Some(class)), "{fault:?}");
     }
@@ -147,7 +147,7 @@ async fn an_incomplete_or_invalid_response_is_retried() {
 
 #[tokio::test]
 async fn an_endless_body_is_read_to_the_limit_and_is_delivered() {
-    let (response, requests, _) = under(Fault::EndlessBody).await;
+    let (response, requests, _) = with_fault(Fault::EndlessBody).await;
     let error = response.unwrap_err();
     assert!(error.is_response_too_large(), "{error:?}");
     assert_eq!(error.response_head().unwrap().0, 200);
@@ -156,7 +156,7 @@ async fn an_endless_body_is_read_to_the_limit_and_is_delivered() {
 
 #[tokio::test]
 async fn early_hints_are_not_taken_for_the_response() {
-    let (response, requests, failed) = under(Fault::EarlyHints).await;
+    let (response, requests, failed) = with_fault(Fault::EarlyHints).await;
     assert_eq!(response.unwrap().status(), 200);
     assert_eq!((requests, failed), (1, None));
 }
@@ -231,7 +231,7 @@ async fn a_server_sending_goaway_gets_each_request_once() {
         .build()
         .unwrap();
     let ledger = load(&durable, &format!("http://{addr}/"), 8, 10).await;
-    let twice = settle_accounts("GOAWAY", &durable, &server, ledger).await;
+    let twice = check_ledger("GOAWAY", &durable, &server, ledger).await;
     assert_eq!(twice, 0);
     assert!(left.load(Ordering::SeqCst) > 1);
     let completed = "outcomes WHERE status = 'completed'";

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use requeuest::{Durable, Options, RequestId};
 use tokio::sync::Semaphore;
 
-use super::{Arrivals, LEASE, Me, Member, SLACK, named, ordered, say};
+use super::{Arrivals, LEASE, Me, Member, SLACK, named_builder, ordered, say};
 use crate::support::{Server, in_time, migrated, plays, post, reply, rows};
 
 const DELAY: Duration = Duration::from_secs(2);
@@ -31,11 +31,11 @@ async fn a_wrong_application_clock_changes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let library = compile(directory.path());
     for skew in [DAY, -DAY] {
-        under(skew, &library).await;
+        with_skew(skew, &library).await;
     }
 }
 
-async fn under(skew: i64, library: &str) {
+async fn with_skew(skew: i64, library: &str) {
     let database = migrated().await;
     let arrivals = Arrivals::default();
     let gate = Arc::new(Semaphore::new(0));
@@ -69,7 +69,7 @@ async fn under(skew: i64, library: &str) {
     );
     member.says("ready").await;
     // A runner with the right clock competes: the database's clock decides for both.
-    let right: Durable = named(database.pool(), "right")
+    let right: Durable = named_builder(database.pool(), "right")
         .lease(LEASE)
         .build()
         .unwrap();

@@ -18,7 +18,7 @@ use sqlx::Row as _;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
-use super::long;
+use super::is_long;
 use crate::support::{LONG, Seen, Server, builder, in_time, migrated, post, quick, reply};
 
 #[derive(Clone, Debug)]
@@ -89,7 +89,7 @@ fn no_interleaving_breaks_an_invariant() {
     let runtime = Runtime::new().unwrap();
     let database = runtime.block_on(migrated());
     let config = Config {
-        cases: if long() { 100 } else { 5 },
+        cases: if is_long() { 100 } else { 5 },
         max_shrink_iters: 40,
         failure_persistence: None,
         ..Config::default()

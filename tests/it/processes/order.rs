@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::PgPool;
 
-use super::{Arrivals, Me, Member, completed, echo, named, ordered};
+use super::{Arrivals, Me, Member, completed, echo_server, named_builder, ordered};
 use crate::support::{count, eventually, in_time, migrated, plays, rows};
 
 const KEYS: [&str; 3] = ["a", "b", "c"];
@@ -15,7 +15,7 @@ const KEYS: [&str; 3] = ["a", "b", "c"];
 async fn concurrent_ordered_inserts_all_arrive_in_commit_order() {
     let database = migrated().await;
     let arrivals = Arrivals::default();
-    let server = echo(&arrivals, Duration::ZERO).await;
+    let server = echo_server(&arrivals, Duration::ZERO).await;
     let mut members: Vec<Member> = (0..4)
         .map(|n| {
             let (name, url) = (format!("{n}"), server.url("/"));
@@ -42,8 +42,8 @@ async fn concurrent_ordered_inserts_all_arrive_in_commit_order() {
             .any(|(_, number)| number.contains("rolled back"))
     );
 
-    let _runner = named(database.pool(), "runner").build().unwrap();
-    eventually("all are delivered", || async {
+    let _runner = named_builder(database.pool(), "runner").build().unwrap();
+    eventually("all requests are delivered", || async {
         completed(&database).await.len() == inserted.len()
     })
     .await;
@@ -112,8 +112,8 @@ async fn insert_in_order() {
 async fn opposite_key_orders_abort_one_transaction_completely() {
     let database = migrated().await;
     let arrivals = Arrivals::default();
-    let server = echo(&arrivals, Duration::ZERO).await;
-    let durable = named(database.pool(), "runner").build().unwrap();
+    let server = echo_server(&arrivals, Duration::ZERO).await;
+    let durable = named_builder(database.pool(), "runner").build().unwrap();
     let meet = tokio::sync::Barrier::new(2);
     let transaction = |name: &'static str, keys: [&'static str; 2]| {
         let (durable, url, meet) = (durable.clone(), server.url("/"), &meet);
@@ -175,8 +175,8 @@ async fn opposite_key_orders_abort_one_transaction_completely() {
 async fn ordered_inserts_keep_commit_order_at_every_isolation_level() {
     let database = migrated().await;
     let arrivals = Arrivals::default();
-    let server = echo(&arrivals, Duration::ZERO).await;
-    let durable = named(database.pool(), "source")
+    let server = echo_server(&arrivals, Duration::ZERO).await;
+    let durable = named_builder(database.pool(), "source")
         .runner(false)
         .build()
         .unwrap();
@@ -206,7 +206,7 @@ async fn ordered_inserts_keep_commit_order_at_every_isolation_level() {
         let blocked = "SELECT count(*) FROM pg_stat_activity
                        WHERE datname = current_database()
                            AND wait_event_type = 'Lock' AND wait_event = 'advisory'";
-        eventually("it waits for the key", || async {
+        eventually("the insert waits for the key", || async {
             count(&database, blocked).await == 1
         })
         .await;
@@ -214,8 +214,8 @@ async fn ordered_inserts_keep_commit_order_at_every_isolation_level() {
         in_time(waiting).await.unwrap();
         durable.fire(request("2")).await.unwrap();
     }
-    let _runner = named(database.pool(), "runner").build().unwrap();
-    eventually("all are delivered", || async {
+    let _runner = named_builder(database.pool(), "runner").build().unwrap();
+    eventually("all requests are delivered", || async {
         completed(&database).await.len() == 9
     })
     .await;

@@ -7,7 +7,7 @@ use requeuest::testkit::{Postgres, StopMode};
 use requeuest::{Options, Status};
 use tokio::sync::Semaphore;
 
-use super::{Arrivals, LEASE, long, named};
+use super::{Arrivals, LEASE, is_long, named_builder};
 use crate::support::{Server, eventually, in_time, post, reply};
 
 /// The promised recovery time. sqlxmq's own backoff alone would exceed it after an outage of a
@@ -18,7 +18,7 @@ const SLACK: Duration = Duration::from_secs(3);
 
 #[tokio::test]
 async fn work_resumes_soon_after_a_postgres_outage() {
-    let outage = Duration::from_secs(if long() { 60 } else { 5 });
+    let outage = Duration::from_secs(if is_long() { 60 } else { 5 });
     let postgres = Postgres::builder().private().start().await.unwrap();
     let database = postgres.database().await.unwrap();
     requeuest::migrate(database.pool()).await.unwrap();
@@ -37,11 +37,11 @@ async fn work_resumes_soon_after_a_postgres_outage() {
     })
     .await;
     let url = server.url("/");
-    let durable = named(database.pool(), "runner")
+    let durable = named_builder(database.pool(), "runner")
         .lease(LEASE)
         .build()
         .unwrap();
-    let source = named(database.pool(), "source")
+    let source = named_builder(database.pool(), "source")
         .runner(false)
         .build()
         .unwrap();

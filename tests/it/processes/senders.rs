@@ -12,8 +12,8 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::{
-    Arrivals, LEASE, Me, Member, SLACK, TAKE_OVER, completed, echo, long, median_and_max, named,
-    ordered, say,
+    Arrivals, LEASE, Me, Member, SLACK, TAKE_OVER, completed, echo_server, is_long, median_and_max,
+    named_builder, ordered, say,
 };
 use crate::support::{Server, eventually, in_time, migrated, passing, plays, post, reply, rows};
 
@@ -31,13 +31,18 @@ struct Remains {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn senders_killed_at_random_moments_lose_nothing() {
-    let rounds_to_go = if long() { 400 } else { 100 };
+    let rounds_to_go = if is_long() { 400 } else { 100 };
     let database = Arc::new(migrated().await);
     let arrivals = Arrivals::default();
-    let server = echo(&arrivals, Duration::from_millis(20)).await;
+    let server = echo_server(&arrivals, Duration::from_millis(20)).await;
     // The survivors have the default lease: a lease of theirs must not run out during the test.
     let survivors: Vec<_> = ["survivor-a", "survivor-b"]
-        .map(|name| named(database.pool(), name).deliver_all().build().unwrap())
+        .map(|name| {
+            named_builder(database.pool(), name)
+                .deliver_all()
+                .build()
+                .unwrap()
+        })
         .into();
 
     let slots = Arc::new(Semaphore::new(AT_ONCE));
@@ -53,7 +58,7 @@ async fn senders_killed_at_random_moments_lose_nothing() {
             member.says("ready").await;
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..400))).await;
             let killed = member.kill().await;
-            let words = member.last_words().await;
+            let words = member.all_lines().await;
             let told = |what: &str| {
                 let told = words.iter().filter_map(|line| line.strip_prefix(what));
                 let told = told.filter_map(|told| told.split_once(' '));
@@ -223,14 +228,14 @@ async fn a_process_stopped_beyond_its_lease_changes_nothing() {
     server.wait_for(2).await;
     member.signal("STOP").await;
     let stopped = Instant::now();
-    let survivor = named(database.pool(), "survivor").build().unwrap();
+    let survivor = named_builder(database.pool(), "survivor").build().unwrap();
     server.wait_for(4).await;
     println!(
         "a stopped process's requests were taken over after {:?}",
         stopped.elapsed()
     );
     let finished = "outcomes WHERE channel_name = 'default'";
-    eventually("one of them finishes", || async {
+    eventually("one of the requests finishes", || async {
         rows(&database, finished).await == 1
     })
     .await;
@@ -309,8 +314,8 @@ async fn a_crash_during_the_last_allowed_attempt_ends_the_request() {
     // Two requests have one attempt each, two others have two each.
     server.wait_for(6).await;
     let killed = member.kill().await;
-    let survivor = named(database.pool(), "survivor").build().unwrap();
-    eventually("all are discarded", || async {
+    let survivor = named_builder(database.pool(), "survivor").build().unwrap();
+    eventually("all requests are discarded", || async {
         rows(&database, "outcomes WHERE status = 'discarded'").await == 4
     })
     .await;
@@ -361,7 +366,7 @@ async fn make_the_last_attempts() {
 async fn a_process_that_exits_without_a_shutdown_loses_nothing() {
     let database = migrated().await;
     let arrivals = Arrivals::default();
-    let server = echo(&arrivals, Duration::from_millis(300)).await;
+    let server = echo_server(&arrivals, Duration::from_millis(300)).await;
     let part = "exit_midway";
     let mut member = Member::start(module_path!(), part, "gone", &database, &server.url("/"));
     let status = in_time(member.child.wait()).await.unwrap();
@@ -369,7 +374,7 @@ async fn a_process_that_exits_without_a_shutdown_loses_nothing() {
     let left = rows(&database, "mq_msgs").await;
     assert!(left > 0, "there was nothing to lose");
 
-    let _survivor = named(database.pool(), "survivor").build().unwrap();
+    let _survivor = named_builder(database.pool(), "survivor").build().unwrap();
     eventually("nothing is left in the queue", || async {
         rows(&database, "mq_msgs").await == 0
     })

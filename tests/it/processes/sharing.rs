@@ -5,17 +5,17 @@ use std::time::Duration;
 
 use futures_util::future::try_join_all;
 
-use super::{Arrivals, Me, Member, echo, long, named, say};
+use super::{Arrivals, Me, Member, echo_server, is_long, named_builder, say};
 use crate::support::{in_time, migrated, plays, post, rows};
 
 const PROCESSES: usize = 8;
 
 #[tokio::test]
 async fn eight_processes_deliver_each_request_once_and_none_starves() {
-    let requests = if long() { 20_000 } else { 3_000 };
+    let requests = if is_long() { 20_000 } else { 3_000 };
     let database = migrated().await;
     let arrivals = Arrivals::default();
-    let server = echo(&arrivals, Duration::from_millis(10)).await;
+    let server = echo_server(&arrivals, Duration::from_millis(10)).await;
     let mut members: Vec<Member> = (0..PROCESSES)
         .map(|n| {
             let (name, url) = (format!("{n}"), server.url("/"));
@@ -31,7 +31,7 @@ async fn eight_processes_deliver_each_request_once_and_none_starves() {
     for member in &mut members {
         member.says("ready").await;
     }
-    let source = named(database.pool(), "source")
+    let source = named_builder(database.pool(), "source")
         .runner(false)
         .build()
         .unwrap();
