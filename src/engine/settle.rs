@@ -422,15 +422,15 @@ fn log_dead_letter(outcome: &Outcome, row: &SettledRow, destination: Option<&str
         Status::Ambiguous => "a request may have been sent and is not sent again",
         _ => return,
     };
-    let status = outcome.response.as_ref().map(|response| response.status);
+    let response = outcome.response.as_ref();
+    let answered = response.map(|response| format!("answered with {}", response.status));
     tracing::warn!(
         id = %outcome.id,
         channel = row.channel,
         destination,
         attempts = row.attempts,
-        http_status = status.map(|status| status.as_u16()),
         class = outcome.fault.as_ref().map(|fault| &*fault.class),
-        reason = outcome.error(),
+        reason = outcome.error().or(answered.as_deref()),
         "{sentence}"
     );
 }

@@ -54,7 +54,7 @@ pub(super) struct Db {
 #[derive(Debug)]
 pub(crate) struct StoreError {
     operation: &'static str,
-    error: sqlx::Error,
+    pub(super) error: sqlx::Error,
     /// The statement was sent and no answer came: it may have been committed.
     unknown: bool,
 }

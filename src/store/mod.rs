@@ -144,7 +144,7 @@ impl Store {
     ) -> Result<T, StoreError> {
         let result = self.db().run(operation, bytes, statements).await;
         if let Err(error) = &result {
-            tracing::debug!(operation, %error, "a store operation failed");
+            tracing::debug!(operation, error = %error.error, "a store operation failed");
         }
         result
     }

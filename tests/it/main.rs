@@ -14,6 +14,7 @@ mod guarantee;
 mod input;
 mod keys;
 mod layer;
+mod logs;
 mod middleware;
 mod migrations;
 mod outcomes;

@@ -1,0 +1,153 @@
+//! What the crate logs, as an application sees it that only uses the `log` crate.
+
+use std::time::Duration;
+
+use http::HeaderValue;
+use requeuest::retry::RetryPolicy;
+use requeuest::{Durable, Options};
+use sqlx::PgPool;
+use sqlx::postgres::PgConnectOptions;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+
+use crate::support::{LONG, Server, in_time, migrated, part, plays, post};
+
+/// What a copy of this binary prints and logs while it plays a part.
+struct Output {
+    printed: String,
+    logged: Vec<String>,
+}
+
+impl Output {
+    fn of(name: &str, variables: &[(&str, String)]) -> Self {
+        let mut command = part(module_path!(), name);
+        command
+            .env("RUST_LOG", "requeuest=debug")
+            .envs(variables.iter().map(|(name, value)| (name, value)));
+        let output = command.output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let (printed, logged) = (text(output.stdout), text(output.stderr));
+        assert!(output.status.success(), "{printed}{logged}");
+        let logged = logged.lines().map(str::to_owned).collect();
+        Self { printed, logged }
+    }
+
+    fn at(&self, level: &str) -> Vec<&str> {
+        let level = format!("[{level}");
+        let lines = self.logged.iter().map(|line| &**line);
+        lines.filter(|line| line.starts_with(&level)).collect()
+    }
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap()
+}
+
+#[tokio::test]
+async fn a_request_that_is_given_up_is_one_warning() {
+    let database = migrated().await;
+    let server = Server::always(503).await;
+    let variables = [
+        ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
+        (
+            "REQUEUEST_TEST_SERVER",
+            server.url("/orders/hunter2?token=hunter2"),
+        ),
+    ];
+    let run = move || Output::of("give_up_a_request", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    let [warning] = &*warnings else {
+        panic!("{warnings:#?}");
+    };
+    let (_, id) = output.printed.split_once("id: ").unwrap();
+    let id = id.lines().next().unwrap();
+    for part in [
+        "a request was given up".to_owned(),
+        format!("id={id}"),
+        r#"channel="billing""#.to_owned(),
+        format!(r#"destination="{}""#, server.url("")),
+        "attempts=2".to_owned(),
+        r#"reason="answered with 503"#.to_owned(),
+    ] {
+        assert!(warning.contains(&part), "no {part} in {warning}");
+    }
+    let failed = output.at("DEBUG");
+    let failed = failed
+        .iter()
+        .filter(|line| line.contains("an attempt failed"));
+    assert_eq!(failed.count(), 1, "{:#?}", output.logged);
+    assert_eq!(output.at("ERROR"), [""; 0]);
+    for line in &output.logged {
+        assert!(!line.contains("hunter2"), "{line}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn give_up_a_request() {
+    if !plays("give_up_a_request") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let policy = RetryPolicy::exponential()
+        .base(Duration::from_millis(1))
+        .max_attempts(2);
+    let durable = Durable::builder(pool)
+        .channel("billing")
+        .retry(policy)
+        .build()
+        .unwrap();
+    let mut request = post(variable("REQUEUEST_TEST_SERVER"), "hunter2");
+    let mut secret = HeaderValue::from_static("hunter2");
+    secret.set_sensitive(true);
+    request.headers_mut().insert("authorization", secret);
+    let request = request.with(Options::default());
+    let id = durable.fire(request).await.unwrap();
+    in_time(durable.outcome(id)).await.unwrap();
+    println!("\nid: {id}");
+    durable.shutdown(LONG).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unreachable_database_is_one_warning() {
+    let run = || Output::of("look_for_a_database", &[]);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    assert_eq!(warnings.len(), 1, "{warnings:#?}");
+    // The other tries left traces that only a closer look shows.
+    assert!(output.at("DEBUG").len() > 3, "{:#?}", output.logged);
+    assert!(
+        warnings[0].contains("the runner can't start yet"),
+        "{}",
+        warnings[0]
+    );
+    assert_eq!(output.at("ERROR"), [""; 0]);
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn look_for_a_database() {
+    if !plays("look_for_a_database") {
+        return;
+    }
+    env_logger::init();
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let connect = PgConnectOptions::new()
+        .host("127.0.0.1")
+        .port(listener.local_addr().unwrap().port())
+        .username("nobody");
+    let durable = Durable::new(PgPool::connect_lazy_with(connect));
+    // Each try to start the runner fails, and is followed by another.
+    let tries = async {
+        for _ in 0..5 {
+            let (mut connection, _) = listener.accept().await.unwrap();
+            let _ = connection.shutdown().await;
+        }
+    };
+    in_time(tries).await;
+    drop(durable);
+}
