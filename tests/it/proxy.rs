@@ -430,7 +430,7 @@ impl Frontend<'_> {
         }
     }
 
-    /// Answers as the server would: ErrorResponse, then ReadyForQuery.
+    /// Answers as the server would: `ErrorResponse`, then `ReadyForQuery`.
     fn refuse(&mut self) {
         let Some(code) = self.refusing.take() else {
             return;

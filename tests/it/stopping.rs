@@ -15,7 +15,7 @@ use crate::support::{
 const LEASE: Duration = Duration::from_secs(300);
 
 fn serving(database: &TestDatabase) -> Durable {
-    builder(&database).lease(LEASE).build().unwrap()
+    builder(database).lease(LEASE).build().unwrap()
 }
 
 /// A poll that waits for a lock in the database, and the request that the poll will claim.

@@ -1,5 +1,6 @@
 //! Handing outcomes to the application, in a transaction of its own database.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,24 +16,28 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time between two tries to hand an outcome over.
 const MAX_BACKOFF: Duration = Duration::from_secs(5 * 60);
 
+/// How many failing outcomes are remembered, so that only the first failure of each is a warning.
+const MAX_FAILING: usize = 1000;
+
 /// Hands over the outcomes of a channel, one after another, until a shutdown.
 pub(crate) async fn run(driver: Arc<Driver>, channel: Arc<str>, handler: Arc<dyn OutcomeHandler>) {
-    let failing = Condition::default();
+    let unreachable = Condition::default();
+    let mut failing = HashSet::new();
     loop {
         // Subscribed before looking, or an outcome could be settled in between.
         let finished = driver.settler.finished().notified();
         if driver.lifecycle.is_closing() {
             return;
         }
-        let found = hand_over(&driver, &channel, &handler).await;
+        let found = hand_over(&driver, &channel, &handler, &mut failing).await;
         match &found {
             Ok(_) => {
-                if failing.ends() {
+                if unreachable.ends() {
                     tracing::info!(channel = &*channel, "outcomes are handed over again");
                 }
             }
             Err(error) => {
-                if failing.begins() {
+                if unreachable.begins() {
                     tracing::warn!(
                         channel = &*channel, %error,
                         "outcomes can't be handed over yet"
@@ -55,6 +60,7 @@ async fn hand_over(
     driver: &Driver,
     channel: &str,
     handler: &Arc<dyn OutcomeHandler>,
+    failing: &mut HashSet<RequestId>,
 ) -> Result<bool, StoreError> {
     let hand_over = match driver.store.take_unhandled(channel).await? {
         Taken::Nothing => return Ok(false),
@@ -67,16 +73,27 @@ async fn hand_over(
         hand_over.run(&*handler).await?;
         Ok::<(), BoxError>(())
     });
-    match handled.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => put_off(driver, id, chain(&*error)).await,
-        Err(_panic) => put_off(driver, id, "the handler panicked".to_owned()).await,
+    let error = match handled.await {
+        Ok(Ok(())) => {
+            failing.remove(&id);
+            return Ok(true);
+        }
+        Ok(Err(error)) => chain(&*error),
+        Err(_panic) => "the handler panicked".to_owned(),
+    };
+    if failing.len() >= MAX_FAILING {
+        failing.clear();
     }
+    if failing.insert(id) {
+        tracing::warn!(%id, error, "a handler failed and gets the outcome again later");
+    } else {
+        tracing::debug!(%id, error, "a handler failed again");
+    }
+    put_off(driver, id, &error).await;
     Ok(true)
 }
 
-async fn put_off(driver: &Driver, id: RequestId, error: String) {
-    tracing::warn!(%id, error, "a handler failed; its outcome comes again later");
+async fn put_off(driver: &Driver, id: RequestId, error: &str) {
     // Postgres stores no NUL in text.
     let error = error.replace('\0', "\u{fffd}");
     let put_off = driver

@@ -95,7 +95,11 @@ async fn ask_about(driver: Arc<Driver>, hook: Arc<dyn Reconcile>, mut question: 
         Ok(resolution) => resolution,
         Err(error) => {
             let error = redact_urls(&chain(&*error));
-            tracing::warn!(%id, error, "a reconcile hook failed; it is asked again later");
+            if question.times == 1 {
+                tracing::warn!(%id, error, "a reconcile hook failed and is called again later");
+            } else {
+                tracing::debug!(%id, error, "a reconcile hook failed again");
+            }
             None
         }
     };

@@ -111,7 +111,7 @@ async fn a_password_in_a_url_is_used_and_never_shown() {
         .unwrap();
     let with_password = |addr| format!("http://user:hunter2@{addr}/path?token=hunter3");
 
-    let request = Request::try_from(get(&with_password(server.addr))).unwrap();
+    let request = Request::try_from(get(with_password(server.addr))).unwrap();
     assert!(request.url().contains("hunter2"));
     assert!(!format!("{request:?}").contains("hunter"), "{request:?}");
     in_time(durable.await_response(request)).await.unwrap();

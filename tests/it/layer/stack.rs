@@ -225,7 +225,7 @@ async fn only_instances_polled_ready_are_called() {
     });
     let callers = (0..REQUESTS).map(|number| {
         let mut client = client.clone();
-        let request = http_post(&format!("http://localhost/{number}"), "x");
+        let request = http_post(format!("http://localhost/{number}"), "x");
         tokio::spawn(async move {
             let ready = ServiceExt::<Request<Full<Bytes>>>::ready(&mut client);
             ready.await.unwrap().call(request).await

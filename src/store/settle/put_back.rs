@@ -1,0 +1,148 @@
+//! Putting requests back: due again after a delay, or held by this process for its next attempt.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{Failure, Fence, SettledRow, settled_row, status_of};
+use crate::codec;
+use crate::store::{Store, StoreError, millis};
+
+/// A request that is due again after `delay`.
+#[derive(Debug)]
+pub(crate) struct PutBack {
+    pub(crate) fence: Fence,
+    pub(crate) delay: Duration,
+    /// This process holds the request and makes the next attempt. Other processes may claim it if
+    /// this one hasn't by one lease after the due time.
+    pub(crate) hold: bool,
+    /// The claim made no attempt, so none is counted.
+    pub(crate) uncounted: bool,
+    pub(crate) failure: Option<Failure>,
+}
+
+impl Store {
+    /// Puts requests back into the queue, or holds them for this process's next attempt. `bytes` is
+    /// the size of their responses.
+    pub(crate) async fn put_back(
+        &self,
+        put_backs: &[PutBack],
+        bytes: usize,
+    ) -> Result<Vec<SettledRow>, StoreError> {
+        let lease = self.config().lease;
+        self.run_large("settle.put_back", bytes, async |connection| {
+            put_back(connection, put_backs, lease).await
+        })
+        .await
+    }
+}
+
+const PUT_BACK: &str = "
+    WITH input AS MATERIALIZED (
+        SELECT i.* FROM unnest(
+            $1::uuid[], $2::int[], $3::bigint[], $4::bool[], $5::bool[],
+            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[]
+        ) WITH ORDINALITY
+            AS i(
+                id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms,
+                http_status, head, number
+            )
+    ), locked AS MATERIALIZED (
+        SELECT i.*, m.attempts
+        FROM mq_msgs m JOIN input i ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
+        ORDER BY i.id FOR UPDATE OF m
+    ), payloads AS (
+        UPDATE mq_payloads p
+        SET response_status = l.http_status, response_head = l.head,
+            response_body = ($11::bytea[])[l.number]
+        FROM locked l WHERE p.id = ANY (ARRAY[l.id]) AND l.http_status IS NOT NULL
+    ), failed AS (
+        INSERT INTO attempts (id, number, duration_ms, http_status, error_class, error)
+        SELECT l.id, l.attempts, l.duration_ms, l.http_status, l.error_class, l.error
+        FROM locked l WHERE l.error_class IS NOT NULL
+        ON CONFLICT DO NOTHING
+    )
+    UPDATE mq_msgs m
+    SET attempt_at = clock_timestamp()
+            + (l.delay_ms + CASE WHEN l.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
+        claim_no = m.claim_no + 1,
+        attempts = m.attempts - l.uncounted::int,
+        state = CASE WHEN l.hold THEN 2 ELSE 0 END
+    FROM locked l WHERE m.id = ANY (ARRAY[l.id])
+    RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";
+
+pub(super) async fn put_back(
+    connection: &mut PgConnection,
+    put_backs: &[PutBack],
+    lease: Duration,
+) -> Result<Vec<SettledRow>, sqlx::Error> {
+    let column = put_backs.iter();
+    let failures = column.clone().map(|put_back| put_back.failure.as_ref());
+    let responses = failures
+        .clone()
+        .map(|failure| failure.and_then(|f| f.response.as_ref()));
+    let rows = sqlx::query(PUT_BACK)
+        .bind(
+            column
+                .clone()
+                .map(|put_back| put_back.fence.id.into())
+                .collect::<Vec<Uuid>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|put_back| put_back.fence.claim_no)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|put_back| millis(put_back.delay))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .clone()
+                .map(|put_back| put_back.hold)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            column
+                .map(|put_back| put_back.uncounted)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            failures
+                .clone()
+                .map(|f| f.map(|f| f.class.as_str()))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            failures
+                .clone()
+                .map(|f| f.map(|f| &*f.text))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            failures
+                .map(|f| f.map(|f| i32::try_from(f.duration.as_millis()).unwrap_or(i32::MAX)))
+                .collect::<Vec<_>>(),
+        )
+        .bind(responses.clone().map(status_of).collect::<Vec<_>>())
+        .bind(
+            responses
+                .clone()
+                .map(|r| r.map(codec::encode_response))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            responses
+                .map(|r| r.map(|response| &*response.body))
+                .collect::<Vec<_>>(),
+        )
+        .bind(millis(lease))
+        .fetch_all(connection)
+        .await?;
+    rows.iter().map(settled_row).collect()
+}
