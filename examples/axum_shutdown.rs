@@ -1,4 +1,5 @@
-//! An axum server that stops the right way round: first it takes no more orders, then it ends the calls that they made.
+//! An axum server that stops in the right order: it stops taking orders first, and then stops
+//! requeuest, so that the handlers' calls can finish.
 //!
 //! `cargo run --example axum_shutdown`
 
@@ -22,10 +23,10 @@ struct Shop {
     provider: String,
 }
 
-/// Charges for the order, which the customer waits for, and has a reminder sent tomorrow.
+/// Charges for the order while the customer waits, and fires a reminder for tomorrow.
 async fn order(State(shop): State<Shop>, item: String) -> std::result::Result<String, StatusCode> {
     shop.take(&item).await.map_err(|error| {
-        say(format!("no order: {error}"));
+        say(format!("the order failed: {error}"));
         StatusCode::SERVICE_UNAVAILABLE
     })
 }
@@ -34,7 +35,7 @@ impl Shop {
     async fn take(&self, item: &str) -> Result<String> {
         let charge = http::Request::post(&self.provider).body(format!("charge for {item}"))?;
         let paid = self.durable.await_response(charge).await?;
-        let reminder = http::Request::post(&self.provider).body(format!("a word about {item}"))?;
+        let reminder = http::Request::post(&self.provider).body(format!("reminder: {item}"))?;
         let tomorrow = Options::default().delay(Duration::from_secs(24 * 3600));
         let reminder = Request::try_from(reminder)?.with(tomorrow);
         let reminder = self.durable.fire(reminder).await?;
@@ -60,24 +61,25 @@ async fn main() -> Result<()> {
     let customer = tokio::spawn(buy(orders.clone(), "a book"));
     tokio::spawn(stop_soon(Arc::clone(&provider)));
 
-    // Returns when the orders that it had taken are answered.
+    // Returns once all orders that the server has taken are answered.
     axum::serve(listener, router)
         .with_graceful_shutdown(asked_to_stop())
         .await?;
-    say("no more orders are taken");
-    // Only then: until now the handlers could still make calls. Within a deployment's time to stop, with some to spare.
+    say("the server takes no more orders");
+    // Only now, because until here the handlers could still make calls. Keep `grace` shorter than
+    // the time that your deployment gives a process to stop.
     durable.shutdown(Duration::from_secs(10)).await?;
-    say("no more calls are made");
+    say("requeuest makes no more calls");
 
     let reminder: RequestId = customer.await??.parse()?;
     assert!(buy(orders, "a pen").await.is_err());
     assert_eq!(provider.received(), ["charge for a book"]);
-    // It waits for the next process.
+    // The reminder waits for the next process.
     let elsewhere = Durable::builder(database.pool().clone())
         .runner(false)
         .build()?;
     assert_eq!(elsewhere.status(reminder).await?, Some(Status::Scheduled));
-    say("tomorrow's call is in the queue");
+    say("tomorrow's reminder is in the queue");
     Ok(())
 }
 
@@ -92,7 +94,7 @@ async fn slowly(_number: usize, _body: String) -> u16 {
     200
 }
 
-/// Waits for the signal with which a deployment, or a person at the keyboard, ends a process.
+/// Waits for SIGTERM from a deployment, or Ctrl-C from a terminal.
 async fn asked_to_stop() {
     #[cfg(unix)]
     {
@@ -108,7 +110,7 @@ async fn asked_to_stop() {
     let _ = tokio::signal::ctrl_c().await;
 }
 
-/// What the deployment would do, while the order is being paid for.
+/// Stops this process as a deployment would, while the charge for the order is in flight.
 async fn stop_soon(provider: Arc<Server>) -> Result<()> {
     while provider.received().is_empty() {
         tokio::time::sleep(Duration::from_millis(100)).await;

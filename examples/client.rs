@@ -1,4 +1,5 @@
-//! The older API: a `Client` that spawns requests on named channels and retries them until they are accepted.
+//! The older API: a `Client` spawns requests on named channels and retries them until a response is
+//! accepted. It is for code written against the older crate; new code uses `Durable`.
 //!
 //! `cargo run --example client`
 
@@ -18,19 +19,19 @@ async fn main() -> Result<()> {
     let url = Url::parse(&server.url())?;
     let client = Client::new(database.pool().clone(), Channels::List(&["shop"])).await?;
 
-    say("any 2xx is accepted, all else is tried again: here a 404, too");
+    say("any 2xx is accepted, every other response is retried, here a 404");
     let order = Request::post(url.clone(), b"order".to_vec(), HeaderMap::new());
     let response = client.spawn_returning("shop", &order).await?;
     assert_eq!(response.status(), 200);
     say(format!("got {:?}", response.text().await?));
 
-    say("a request says which answers it accepts");
+    say("a request can say which responses it accepts");
     let conflict = Request::post(url.clone(), b"conflict".to_vec(), HeaderMap::new())
         .accept_responses([StatusCode::OK, StatusCode::CONFLICT]);
     let response = client.spawn_returning("shop", &conflict).await?;
     assert_eq!(response.status(), 409);
 
-    say("fire and forget, half a second from now, with five retries");
+    say("fire and forget, delayed by half a second, with up to five retries");
     let hook = Request::post(url, b"hook".to_vec(), HeaderMap::new());
     let id = client
         .spawn_cfg("shop", &hook, |job| {
@@ -40,7 +41,7 @@ async fn main() -> Result<()> {
     say(format!("spawned {id}"));
     let response = client.durable().response(id.into()).await?;
     assert_eq!(response.status(), StatusCode::OK);
-    say(format!("its answer: {:?}", response.text()?));
+    say(format!("its response: {:?}", response.text()?));
     assert_eq!(server.received(), ["order", "order", "conflict", "hook"]);
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! What requeuest does, in a few seconds and with nothing to set up: a call outlives a failing server, and others outlive the
-//! process that made them.
+//! What requeuest does, in a few seconds and without any setup: a call survives a failing server,
+//! and other calls survive the process that made them.
 //!
 //! `cargo run --example quickstart`
 
@@ -22,7 +22,7 @@ use tokio::time::timeout;
 mod support;
 use support::{Result, Server, say};
 
-/// How long a dead process's requests are left alone; 15 seconds unless set.
+/// The time until another process takes over a dead process's requests. Defaults to 15 seconds.
 const LEASE: Duration = Duration::from_secs(2);
 const WORKER_ORDERS: usize = 6;
 
@@ -37,7 +37,7 @@ async fn main() -> Result<()> {
 }
 
 async fn story() -> Result<()> {
-    say("looking for a Postgres, or starting one");
+    say("finding or starting a Postgres");
     let database = Postgres::start().await?.database().await?;
     migrate(database.pool()).await?;
     let version: String = sqlx::query_scalar("SHOW server_version")
@@ -62,7 +62,7 @@ async fn story() -> Result<()> {
     let mut calls = Vec::new();
     for _ in 0..WORKER_ORDERS {
         let line = lines.next_line().await?.ok_or("the worker ended early")?;
-        let (order, id) = line.split_once(' ').ok_or("not what a worker prints")?;
+        let (order, id) = line.split_once(' ').ok_or("unexpected worker output")?;
         calls.push((order.to_owned(), id.parse::<RequestId>()?));
     }
     let (answered, stuck): (Vec<_>, Vec<_>) =
@@ -81,12 +81,12 @@ async fn story() -> Result<()> {
     assert!(!worker.wait().await?.success());
     let killed = Instant::now();
     say(format!(
-        "process {pid} is killed: {} calls are answered, {} had been sent, to no answer",
+        "process {pid} is killed: {} calls were answered, {} were sent without a response",
         answered.len(),
         stuck.len()
     ));
     say(format!(
-        "this process takes them over when their lease of {LEASE:?} has run out"
+        "this process takes over the rest once their lease of {LEASE:?} expires"
     ));
     for (order, id) in &stuck {
         assert_eq!(durable.response(*id).await?.status(), StatusCode::OK);
@@ -94,29 +94,27 @@ async fn story() -> Result<()> {
         assert!(times >= 2, "{order} arrived {times} times");
     }
     say(format!(
-        "all are answered, {:.1} s after the kill",
+        "all calls are answered, {:.1} s after the kill",
         killed.elapsed().as_secs_f64()
     ));
 
     say("");
-    say(
-        "Every call has arrived, some of them twice. That is `at least once`: the server recognises",
-    );
-    say("a repetition by something that the caller put in, here the order's name.");
+    say("Every call has arrived, some of them twice. That is `at least once`: the server");
+    say("recognises a repetition by an identifier in the call, here the order's name.");
     durable.shutdown(Duration::from_secs(5)).await?;
     Ok(())
 }
 
-/// The caller's code: it knows nothing of retries.
+/// The caller's code, which doesn't know about retries.
 async fn await_an_answer(client: &ClientWithMiddleware, server: &Server) -> Result<()> {
     say("");
-    say("1. Await an answer from a server that fails at first");
+    say("1. Await a response from a server that fails at first");
     let began = Instant::now();
     let response = client.post(server.url()).body("order-1").send().await?;
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(arrivals(server, "order-1"), 3);
     say(format!(
-        "the caller has waited for {:.1} s and got one answer: {:?}",
+        "the caller waited for {:.1} s and got one response: {:?}",
         began.elapsed().as_secs_f64(),
         response.text().await?
     ));
@@ -139,13 +137,13 @@ async fn fire_and_forget(
     let response = durable.response(id).await?;
     assert_eq!(response.status(), StatusCode::OK);
     say(format!(
-        "its answer can be read later: {:?}",
+        "its response can be read later: {:?}",
         response.text()?
     ));
     Ok(())
 }
 
-/// The wrapped client: the one that an application has, and one more middleware.
+/// The application's existing client with one more middleware.
 fn client(pool: PgPool) -> Result<(ClientWithMiddleware, Durable)> {
     let durable = Durable::builder(pool)
         .lease(LEASE)
@@ -177,7 +175,7 @@ async fn worker(database: &str, url: &str) -> Result<()> {
         let id = fire(&client, url, &order).await?;
         println!("{order} {id}");
     }
-    // Until it is killed, or its parent is.
+    // Returns only if the parent process ends. The parent kills this process before that.
     tokio::io::stdin().read_to_end(&mut Vec::new()).await?;
     Ok(())
 }
@@ -194,7 +192,7 @@ fn start_worker(database: &str, server: &Server) -> Result<(Child, Lines<BufRead
     Ok((worker, BufReader::new(stdout).lines()))
 }
 
-/// Refuses its first two calls, and leaves heavy ones without an answer while it is overloaded.
+/// Refuses its first two calls. While overloaded, it doesn't answer heavy calls.
 async fn server(overloaded: Arc<AtomicBool>, held: mpsc::UnboundedSender<()>) -> Result<Server> {
     Server::start(move |number, order| {
         let (overloaded, held) = (Arc::clone(&overloaded), held.clone());
@@ -203,8 +201,8 @@ async fn server(overloaded: Arc<AtomicBool>, held: mpsc::UnboundedSender<()>) ->
                 return 503;
             }
             if is_heavy(&order) && overloaded.load(Ordering::Relaxed) {
-                say(format!("    server: {order:?} -> (no answer)"));
-                // Nobody listens any more once the story is over.
+                say(format!("    server: {order:?} -> (no response)"));
+                // Fails once `story` has returned, which is fine.
                 let _ = held.send(());
                 pending::<()>().await;
             }

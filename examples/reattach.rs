@@ -1,4 +1,5 @@
-//! Re-attaching: one process fires a request and forgets it, another one delivers it and gets the answer by its id.
+//! Re-attaching: one process fires a request and drops its handle. Another process delivers the
+//! request and gets the response by its id.
 //!
 //! `cargo run --example reattach`
 
@@ -27,7 +28,7 @@ async fn fire() -> Result<()> {
     migrate(database.pool()).await?;
     let server = Server::start(fail_once).await?;
 
-    // This handle only persists; it never sends.
+    // This handle only persists requests; it never sends.
     let durable = Durable::builder(database.pool().clone())
         .runner(false)
         .build()?;
@@ -36,7 +37,7 @@ async fn fire() -> Result<()> {
     drop(durable);
     say(format!("fired {id}, and dropped the handle"));
 
-    // The id is all that the other process needs: keep it wherever you keep what the request was about.
+    // The other process only needs the id. Store it with the data that the request is about.
     let status = Command::new(env::current_exe()?)
         .arg(id.to_string())
         .env("DATABASE_URL", database.url())
@@ -47,7 +48,10 @@ async fn fire() -> Result<()> {
     let durable = Durable::new(database.pool().clone());
     let response = durable.response(id).await?;
     assert_eq!(response.status(), 200);
-    say(format!("read again, here: {:?}", response.text()?));
+    say(format!(
+        "this process reads it, too: {:?}",
+        response.text()?
+    ));
     assert_eq!(server.received(), ["order 1", "order 1"]);
     Ok(())
 }

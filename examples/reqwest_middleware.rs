@@ -1,4 +1,4 @@
-//! The reqwest-middleware door: the client that you have, with one more middleware.
+//! The entry point for reqwest-middleware: your existing client with one more middleware.
 //!
 //! `cargo run --example reqwest_middleware`
 
@@ -19,14 +19,14 @@ async fn main() -> Result<()> {
         .user_agent("example/1.0")
         .build()?;
     let durable = Durable::builder(database.pool().clone())
-        // Who sends what no live caller sends: without this a plain client, without the user agent.
+        // Makes background attempts. The default is a plain client, without this user agent.
         .transport(ReqwestTransport::new(http.clone()))
-        // Reads needn't survive a crash.
+        // Reads don't have to survive a crash.
         .pass_through(|request| request.method().is_safe())
         .build()?;
     let client = ClientBuilder::new(http).with(durable.clone()).build();
 
-    say("waiting for the answer of a server that fails at first");
+    say("awaiting a response from a server that fails at first");
     let response = client.post(server.url()).body("awaited").send().await?;
     assert_eq!(response.status(), 200);
     say(format!("got {:?}", response.text().await?));
@@ -42,7 +42,7 @@ async fn main() -> Result<()> {
     let id: RequestId = response.headers()[REQUEST_ID_HEADER].to_str()?.parse()?;
     say(format!("202 Accepted: {id}"));
     let response = durable.response(id).await?;
-    say(format!("its answer: {:?}", response.text()?));
+    say(format!("its response: {:?}", response.text()?));
 
     say("a GET passes through: not persisted, not retried");
     let response = client.get(server.url()).send().await?;

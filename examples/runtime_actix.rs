@@ -1,4 +1,4 @@
-//! On actix, whose systems and arbiters are tokio runtimes: nothing is different.
+//! On actix: its systems and arbiters are tokio runtimes, so the code is the same as on tokio.
 
 mod echo;
 
@@ -16,13 +16,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let id = durable.fire(http::Request::get(&url).body("")?).await?;
     println!("fired:   {}", durable.response(id).await?.text()?);
 
-    // A handle goes to other arbiters, like anything else that is `Send`.
+    // A handle is `Send`, so it can move to other arbiters.
     let (answer, answered) = tokio::sync::oneshot::channel();
     let other = durable.clone();
     let request = http::Request::get(&url).body("")?;
     let arbiter = actix_rt::Arbiter::new();
     arbiter.spawn(async move {
-        // Nobody listens if `main` is over.
+        // Fails if `main` has returned, which is fine.
         let _ = answer.send(other.await_response(request).await);
     });
     let response = answered.await??;

@@ -1,6 +1,7 @@
-//! On async-std: the caller's pool and transactions run there, the crate's work on a tokio runtime of its own.
+//! On async-std: the caller's pool and transactions run on async-std, and the crate starts its own
+//! tokio runtime. async-std is discontinued (RUSTSEC-2025-0052): this is for existing code only.
 //!
-//! It needs one of the features `runtime-async-std-rustls` and `runtime-async-std-native-tls`.
+//! Needs the feature `runtime-async-std-rustls` or `runtime-async-std-native-tls`.
 
 mod echo;
 
@@ -32,7 +33,7 @@ async fn main() -> Result<(), BoxError> {
     Ok(())
 }
 
-/// The test kit wants tokio, here as in tests.
+/// The testkit always needs a tokio runtime.
 fn database() -> Result<TestDatabase, BoxError> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async { Ok(Postgres::start().await?.database().await?) })

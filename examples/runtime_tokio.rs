@@ -1,4 +1,4 @@
-//! On tokio, which is what the crate itself works on: it joins the runtime that it is made in.
+//! On tokio: a handle works on the tokio runtime in which it is created.
 
 mod echo;
 

@@ -1,4 +1,4 @@
-//! The tower door: a layer makes the calls of any HTTP client service durable.
+//! The entry point for tower: a layer that makes the calls of any HTTP client service durable.
 //!
 //! `cargo run --example tower`
 
@@ -20,17 +20,17 @@ async fn main() -> Result<()> {
     migrate(database.pool()).await?;
     let server = Server::start(fail_once).await?;
 
-    // Layers above see one call and its final answer; layers below see every attempt.
+    // Layers above see one call and its final response; layers below see every attempt.
     let hyper = Client::builder(TokioExecutor::new()).build_http::<Body>();
     let client = ServiceBuilder::new()
         .layer(DurableLayer::new(database.pool().clone()))
         .map_request(|request: http::Request<Body>| {
-            say("    one attempt goes out");
+            say("    sending an attempt");
             request
         })
         .service(hyper);
 
-    say("waiting for the answer of a server that fails at first");
+    say("awaiting a response from a server that fails at first");
     let request = http::Request::post(server.url()).body(Body::from("awaited"))?;
     let response = client.clone().oneshot(request).await?;
     assert_eq!(response.status(), 200);
@@ -48,7 +48,7 @@ async fn main() -> Result<()> {
 
     let response = client.durable().response(id).await?;
     assert_eq!(response.status(), 200);
-    say(format!("its answer: {:?}", response.text()?));
+    say(format!("its response: {:?}", response.text()?));
     assert_eq!(server.received(), ["awaited", "awaited", "fired"]);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The outbox: a request that is sent if, and only if, the transaction commits.
+//! The outbox: a request is sent if and only if the transaction commits.
 //!
 //! `cargo run --example transaction`
 
@@ -32,15 +32,15 @@ async fn main() -> Result<()> {
     say("order 2 was committed");
 
     let response = durable.response(kept).await?;
-    say(format!("the answer for order 2: {:?}", response.text()?));
-    // Not even its row is left, so nothing can ever send it.
+    say(format!("the response for order 2: {:?}", response.text()?));
+    // The rollback removed the row too, so nothing can ever send the request.
     assert_eq!(durable.status(lost).await?, None);
     assert_eq!(server.received(), ["order 2"]);
     say("order 1 was never sent");
     Ok(())
 }
 
-/// Writes the order and the call that announces it, or neither.
+/// Writes the order and the request that announces it, or neither.
 async fn place(
     transaction: &mut Transaction<'_, Pg>,
     durable: &Durable,
@@ -53,6 +53,6 @@ async fn place(
         .await?;
     let announcement = http::Request::post(server.url()).body(format!("order {number}"))?;
     let id = durable.fire_in(&mut **transaction, announcement).await?;
-    say(format!("order {number} is written and its call enqueued"));
+    say(format!("order {number} is written, its request enqueued"));
     Ok(id)
 }

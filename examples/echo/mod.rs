@@ -1,16 +1,17 @@
-//! The other side, for the examples: an HTTP server on a thread, without a runtime.
+//! The receiver for the runtime examples: an HTTP server on a thread, without a runtime.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 
-/// Starts a server that answers each request with its own first line, and returns its URL. It ends with the process.
+/// Starts a server that answers each request with the request's first line, and returns the URL of
+/// the server. The server ends with the process.
 pub(crate) fn start() -> std::io::Result<String> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let url = format!("http://{}/", listener.local_addr()?);
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             if let Err(error) = answer(stream) {
-                eprintln!("the server: {error}");
+                eprintln!("the server failed to answer: {error}");
             }
         }
     });

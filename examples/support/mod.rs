@@ -1,4 +1,4 @@
-//! What the examples share: a server to call, and a way to tell the story.
+//! Shared by the examples: a server to call, and timestamped output.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -16,21 +16,22 @@ use tokio::net::TcpListener;
 
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Prints a line with the time since the first one.
+/// Prints a line with the time since the first line.
 pub(crate) fn say(line: impl Display) {
     static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
     let line = format!("{:6.2} s  {line}", BEGAN.elapsed().as_secs_f64());
     println!("{}", line.trim_end());
 }
 
-/// An HTTP server on a loopback port, for as long as the process lives.
+/// An HTTP server on a loopback port. It ends with the process.
 pub(crate) struct Server {
     addr: SocketAddr,
     bodies: Arc<Mutex<Vec<String>>>,
 }
 
 impl Server {
-    /// Answers each request with the status that `answer` makes of its number, counted from 1, and its body.
+    /// Starts a server that answers each request with the status that `answer` returns. `answer`
+    /// gets the request's number, counted from 1, and its body.
     pub(crate) async fn start<A, F>(answer: A) -> Result<Self>
     where
         A: Fn(usize, String) -> F + Clone + Send + Sync + 'static,
@@ -47,7 +48,7 @@ impl Server {
                     respond(request, answer.clone(), Arc::clone(&received))
                 });
                 tokio::spawn(async move {
-                    // Ends with an error where the client is killed, which is part of the story.
+                    // Fails when the client is killed, which an example does on purpose.
                     let _ = auto::Builder::new(TokioExecutor::new())
                         .serve_connection(TokioIo::new(stream), service)
                         .await;
@@ -61,7 +62,7 @@ impl Server {
         format!("http://{}/", self.addr)
     }
 
-    /// The body of every request so far, in the order in which they came.
+    /// The bodies of all requests so far, in the order of arrival.
     pub(crate) fn received(&self) -> Vec<String> {
         self.bodies.lock().unwrap().clone()
     }
