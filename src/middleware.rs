@@ -8,15 +8,13 @@ use http::Extensions;
 use http_body::Body as _;
 use http_body_util::{BodyExt, Limited};
 use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as MiddlewareResult};
-use tokio::sync::mpsc;
 
 use crate::body::Body;
 use crate::durable::{Durable, Mode, RequestHead};
 use crate::engine::attempt::caller_client::CallerClient;
-use crate::engine::attempt::drive::drive;
 use crate::engine::attempt::send::Sender;
 use crate::engine::attempt::transport::from_reqwest;
-use crate::error::{BoxError, Error, Kind};
+use crate::error::{BoxError, Error};
 use crate::layer::{accepted, body_error};
 use crate::options::Options;
 use crate::request::{Request, in_memory};
@@ -54,9 +52,9 @@ impl Middleware for Durable {
         let prepared = self
             .prepare(durable_request, Mode::Awaited)
             .map_err(refused)?;
-        let (claims, mut claimed) = mpsc::channel(1);
+        let (client, mut claims) = CallerClient::future();
         let response = self
-            .submit_awaited(prepared, Some(CallerClient::Future(claims)))
+            .submit_awaited(prepared, Some(client))
             .map_err(refused)?;
         let mut sender = Inner {
             next,
@@ -64,17 +62,11 @@ impl Middleware for Durable {
             original: extensions.clone(),
             latest: None,
         };
-        let attempts = async {
-            while let Some(claim) = claimed.recv().await {
-                drive(claim, &mut sender).await;
-            }
-            std::future::pending::<()>().await;
-        };
         let response = tokio::select! {
             // First, because it also ends the wait between two attempts.
             biased;
             response = response => response,
-            () = attempts => Err(Error::new(Kind::Closed)),
+            never = claims.drive(&mut sender) => match never {},
         };
         // Outer middleware sees the extensions that inner middleware set during the last attempt.
         if let Some(latest) = sender.latest {

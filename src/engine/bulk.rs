@@ -55,12 +55,10 @@ impl BulkTransaction {
     }
 }
 
-type Done = oneshot::Sender<Result<Vec<RequestId>, Error>>;
-
 async fn run(
     store: &Store,
     incoming: mpsc::Receiver<Option<Chunk>>,
-    done: &mut Done,
+    done: &mut oneshot::Sender<Result<Vec<RequestId>, Error>>,
 ) -> Result<Vec<RequestId>, Error> {
     tokio::select! {
         written = write(store, incoming) => written,

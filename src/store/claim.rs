@@ -16,7 +16,7 @@ use crate::id::RequestId;
 
 /// What `mq_poll` returns for a claimed request.
 #[derive(Debug, Deserialize)]
-pub(crate) struct ClaimHead {
+pub(crate) struct PolledRow {
     pub(crate) claim_no: i32,
     pub(crate) attempts: u32,
     #[serde(rename = "age_ms")]
@@ -34,7 +34,7 @@ pub(crate) struct ClaimHead {
     head: Option<Box<RawValue>>,
 }
 
-impl ClaimHead {
+impl PolledRow {
     pub(crate) fn parse(json: &str) -> Result<Self, Error> {
         serde_json::from_str(json)
             .map_err(|error| Error::corrupt(format!("the claim's head: {error}")))

@@ -194,3 +194,49 @@ pub(crate) fn quoted(schema: &str) -> String {
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
+
+#[cfg(all(test, feature = "testkit"))]
+mod tests {
+    use super::*;
+    use crate::durable::Durable;
+    use crate::id::RequestId;
+    use crate::status::Status;
+    use crate::store::cancel::Cancelled;
+    use crate::testkit::Postgres;
+
+    #[tokio::test]
+    async fn a_store_needs_no_engine() {
+        let database = Postgres::shared().await.unwrap().database().await.unwrap();
+        let store = || {
+            let config = StoreConfig {
+                schema: "requeuest".to_owned(),
+                lease: Duration::from_secs(15),
+                retention: Duration::from_secs(60),
+                max_request_body: 1024,
+                max_response_body: 1024,
+                max_connections: 2,
+                notify_in_transactions: true,
+                connect_options: None,
+            };
+            Store::new(database.pool().clone(), config)
+        };
+        let error = store().verify().await.unwrap_err();
+        assert!(error.is_not_migrated(), "{error}");
+
+        crate::migrate(database.pool()).await.unwrap();
+        let handle = Durable::builder(database.pool().clone()).runner(false);
+        let handle = handle.build().unwrap();
+        let request = http::Request::get("http://a/").body("").unwrap();
+        let id = handle.fire(request).await.unwrap();
+
+        let store = store();
+        assert_eq!(store.status(id).await.unwrap(), Some(Status::Available));
+        assert_eq!(store.cancel(id).await.unwrap(), Cancelled::Now);
+        assert_eq!(store.cancel(id).await.unwrap(), Cancelled::Finished);
+        assert_eq!(store.status(id).await.unwrap(), Some(Status::Cancelled));
+        let unknown = RequestId::generate();
+        assert_eq!(store.cancel(unknown).await.unwrap(), Cancelled::Unknown);
+        store.close(Duration::from_secs(5)).await;
+        assert!(store.status(id).await.unwrap_err().is_closed());
+    }
+}

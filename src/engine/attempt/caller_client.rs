@@ -3,6 +3,8 @@
 //! While its caller waits, a request is sent through the caller's client, whether its claim came
 //! with the insert or from a later poll. Other requests go through the default transport.
 
+#[cfg(feature = "reqwest-middleware")]
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use http::Extensions;
@@ -10,6 +12,8 @@ use tokio::sync::mpsc;
 
 use super::claim::Claim;
 use super::transport::Transport;
+#[cfg(feature = "reqwest-middleware")]
+use super::{drive::drive, send::Sender};
 
 /// How a waiting caller's request is sent.
 #[derive(Clone, Debug)]
@@ -39,6 +43,31 @@ impl CallerClient {
             transport: Arc::new(Mutex::new(transport)),
             extensions,
         })
+    }
+}
+
+/// The claims whose attempts a caller's own future makes.
+#[cfg(feature = "reqwest-middleware")]
+#[derive(Debug)]
+pub(crate) struct CallerClaims(mpsc::Receiver<Claim>);
+
+#[cfg(feature = "reqwest-middleware")]
+impl CallerClient {
+    /// A client for a caller that sends by itself, and the claims that come to it.
+    pub(crate) fn future() -> (Self, CallerClaims) {
+        let (sender, claims) = mpsc::channel(1);
+        (Self::Future(sender), CallerClaims(claims))
+    }
+}
+
+#[cfg(feature = "reqwest-middleware")]
+impl CallerClaims {
+    /// Makes the attempts of the claims that come, and never returns.
+    pub(crate) async fn drive(&mut self, sender: &mut dyn Sender) -> Infallible {
+        while let Some(claim) = self.0.recv().await {
+            drive(claim, sender).await;
+        }
+        std::future::pending().await
     }
 }
 

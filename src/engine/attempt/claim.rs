@@ -22,7 +22,7 @@ use crate::options::Guarantee;
 use crate::outcome::Outcome;
 use crate::retry::Retry;
 use crate::status::Status;
-use crate::store::claim::{ClaimHead, Confirm};
+use crate::store::claim::{Confirm, PolledRow};
 use crate::store::settle::{Failure, Fence};
 
 /// An attempt's hard deadline is this long after its timeout, so that its result can be judged.
@@ -42,7 +42,7 @@ pub(crate) struct PolledClaim {
     lease: Arc<Lease>,
     /// sqlxmq's runner counts the request as running until this is dropped.
     current: CurrentJob,
-    head: ClaimHead,
+    head: PolledRow,
 }
 
 impl PolledClaim {
@@ -50,7 +50,7 @@ impl PolledClaim {
         driver: Arc<Driver>,
         lease: Arc<Lease>,
         current: CurrentJob,
-        head: ClaimHead,
+        head: PolledRow,
     ) -> Self {
         // The lease is renewed from here on, for as long as the claim waits for a slot or its body.
         lease.mark_waiting();
@@ -66,7 +66,7 @@ impl PolledClaim {
         &self.driver
     }
 
-    pub(crate) fn head(&self) -> &ClaimHead {
+    pub(crate) fn head(&self) -> &PolledRow {
         &self.head
     }
 

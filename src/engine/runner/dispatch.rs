@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::store::StoreError;
-use crate::store::claim::ClaimHead;
+use crate::store::claim::PolledRow;
 use crate::store::settle::Fence;
 
 /// The delay before a request whose body couldn't be fetched is claimed again.
@@ -30,7 +30,7 @@ const FETCH_RETRY: Duration = Duration::from_secs(1);
 pub(super) fn take(driver: &Arc<Driver>, current: CurrentJob) {
     let id = RequestId::from(current.id());
     let json = current.raw_json().unwrap_or_default();
-    let head = match ClaimHead::parse(json) {
+    let head = match PolledRow::parse(json) {
         Ok(head) => head,
         Err(error) => {
             tracing::error!(%id, %error, "a claimed request can't be read");
