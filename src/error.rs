@@ -1,8 +1,8 @@
-//! Why a call failed, and what is known of the request all the same.
+//! Why a call failed, and what is known of its request anyway.
 //!
-//! One opaque type for every door: what a caller can act on is asked with `is_*` predicates and accessors, so that
-//! new causes can be told apart later without breaking anybody. Nothing here carries a URL query, a
-//! password or a header value marked sensitive.
+//! All entry points return one opaque type. Callers examine it with `is_*` predicates and
+//! accessors, so that new causes can be added later without breaking callers. No error shows a URL
+//! query, a password or a header value marked sensitive.
 
 use std::borrow::Cow;
 use std::error::Error as StdError;
@@ -17,8 +17,8 @@ use crate::status::Status;
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
 
-/// A text that names no value of a type: the error of
-/// [`Status`](crate::Status)'s and [`FailureClass`](crate::FailureClass)'s `FromStr`.
+/// A text is not the name of a value: the error of `FromStr` for [`Status`](crate::Status) and
+/// [`FailureClass`](crate::FailureClass).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseNameError {
     what: &'static str,
@@ -51,8 +51,10 @@ pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
 /// match durable.await_response(request).await {
 ///     Ok(response) => println!("{}", response.status()),
 ///     Err(error) if error.is_discarded() => println!("given up: {error}"),
-///     Err(error) if error.is_indeterminate() => println!("ask later for {:?}", error.request_id()),
-///     Err(error) => println!("not accepted: {error}"),
+///     Err(error) if error.is_indeterminate() => {
+///         println!("check the status of {:?} later", error.request_id());
+///     }
+///     Err(error) => println!("{error}"),
 /// }
 /// # }
 /// ```
@@ -64,7 +66,7 @@ struct Inner {
 }
 
 pub(crate) enum Kind {
-    /// The caller's input is refused; `field` names the part.
+    /// A part of the caller's request, options or filter is refused.
     Request {
         field: &'static str,
         reason: Cow<'static, str>,
@@ -77,7 +79,7 @@ pub(crate) enum Kind {
     BodyTooLarge {
         limit: usize,
     },
-    /// The caller's body failed while it was read.
+    /// Reading the caller's body failed.
     Body(BoxError),
     ResponseTooLarge {
         status: StatusCode,
@@ -85,7 +87,7 @@ pub(crate) enum Kind {
     },
     Database(sqlx::Error),
     Migrations(MigrationState),
-    /// The outcome of the insert's commit is not known.
+    /// It is unknown whether the commit of the insert took effect.
     Indeterminate(Option<sqlx::Error>),
     Discarded {
         attempts: u32,
@@ -95,31 +97,31 @@ pub(crate) enum Kind {
         superseded: bool,
     },
     Ambiguous,
-    /// The caller's key belongs to another request.
+    /// The caller's key belongs to a different request.
     KeyConflict,
     /// Unfinished requests of another channel have the ordering key.
     OrderConflict,
-    /// The request is not in a state in which this can be done to it.
+    /// The request's status does not permit the operation.
     WrongState {
         status: Status,
         replayed_as: Option<RequestId>,
     },
-    /// Delivered, as somebody found out who could not get at the response.
+    /// An operator or hook resolved the request as sent, so its response was never recorded.
     ResponseUnknown,
     UnknownId,
     /// The pool was closed or the handle shut down.
     Closed,
-    /// A stored row can't be read back.
+    /// A stored row can't be decoded.
     Corrupt(Cow<'static, str>),
-    /// A request that passed through untouched failed in the wrapped service.
+    /// A request that passed through without being persisted failed in the wrapped service.
     PassThrough(BoxError),
 }
 
-/// How the installed schema differs from the one this version of the crate works with.
+/// How the installed schema differs from the one that this version of the crate needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MigrationState {
     Missing,
-    /// The session's `search_path` is not the one that was asked for.
+    /// The session's `search_path` is not the one that this crate set.
     Swallowed,
     Older {
         found: i64,
@@ -163,12 +165,12 @@ impl Error {
         self
     }
 
-    /// The wrapped service's error, without the URL where it is known how to take it out.
+    /// The wrapped service's error. The URL of a reqwest error is removed.
     pub(crate) fn pass_through(error: BoxError) -> Self {
         Self::new(Kind::PassThrough(without_url(error)))
     }
 
-    /// The same failure, for another caller whose row was in the same batch.
+    /// A copy of this error for another caller whose row was in the same batch.
     pub(crate) fn share(&self) -> Self {
         let kind = match &self.0.kind {
             Kind::Database(error) => Kind::Database(share_sqlx(error)),
@@ -183,12 +185,13 @@ impl Error {
         }))
     }
 
-    /// The request that the error is about, where one was persisted or may have been.
+    /// The id of the request that the error is about, if a request was or may have been persisted.
     pub fn request_id(&self) -> Option<RequestId> {
         self.0.id
     }
 
-    /// The name of the refused part of a request or configuration: `"url"`, `"body"`, `"channel"`, `"concurrency"`, …
+    /// The name of the refused part of a request or configuration: `"url"`, `"body"`, `"channel"`,
+    /// `"concurrency"`, …
     pub fn field(&self) -> Option<&'static str> {
         match self.0.kind {
             Kind::Request { field, .. } | Kind::Config { field, .. } => Some(field),
@@ -199,7 +202,7 @@ impl Error {
         }
     }
 
-    /// Status and headers of a response whose body was too large to keep.
+    /// The status and headers of a response whose body was too large to store.
     pub fn response_head(&self) -> Option<(StatusCode, &HeaderMap)> {
         match &self.0.kind {
             Kind::ResponseTooLarge {
@@ -209,7 +212,8 @@ impl Error {
         }
     }
 
-    /// Whether the request itself was refused. Nothing was persisted, and trying again is of no use.
+    /// Whether the request itself was refused. Nothing was persisted. Don't retry: the same request
+    /// is refused again.
     pub fn is_request(&self) -> bool {
         matches!(
             self.0.kind,
@@ -217,7 +221,7 @@ impl Error {
         )
     }
 
-    /// Whether the request body is over `max_request_body`. Nothing was persisted.
+    /// Whether the request body exceeds `max_request_body`. Nothing was persisted.
     pub fn is_body_too_large(&self) -> bool {
         matches!(self.0.kind, Kind::BodyTooLarge { .. })
     }
@@ -227,30 +231,33 @@ impl Error {
         matches!(self.0.kind, Kind::Config { .. })
     }
 
-    /// Whether the request was delivered, but its response body is over `max_response_body`.
-    /// [`response_head`](Self::response_head) has the rest of it.
+    /// Whether the request was delivered, but its response body exceeds `max_response_body`.
+    /// [`response_head`](Self::response_head) returns the rest of the response.
     pub fn is_response_too_large(&self) -> bool {
         matches!(self.0.kind, Kind::ResponseTooLarge { .. })
     }
 
-    /// Whether the database failed or refused. The source is the [`sqlx::Error`].
+    /// Whether the database failed or refused a statement. The source is the [`sqlx::Error`].
     pub fn is_database(&self) -> bool {
         matches!(self.0.kind, Kind::Database(_))
     }
 
-    /// Whether the schema is missing or of another version than this crate's: see [`migrate`](crate::migrate()).
+    /// Whether the schema is missing, or its version is not the one that this crate needs: see
+    /// [`migrate`](crate::migrate()). Also if a pooler dropped the connection's `search_path`.
     pub fn is_not_migrated(&self) -> bool {
         matches!(self.0.kind, Kind::Migrations(_))
     }
 
-    /// Whether it is unknown if the request was persisted: the connection broke during the commit, or the runtime ended.
+    /// Whether it is unknown if the request was persisted: the connection broke or the runtime
+    /// ended during the commit.
     ///
-    /// [`request_id`](Self::request_id) is set; [`Durable::status`](crate::Durable::status) tells once the database is back.
+    /// [`request_id`](Self::request_id) is set. Once the database is back,
+    /// [`Durable::status`](crate::Durable::status) says whether the request exists.
     pub fn is_indeterminate(&self) -> bool {
         matches!(self.0.kind, Kind::Indeterminate(_))
     }
 
-    /// Whether the request was given up without ever having been answered.
+    /// Whether the request was given up and there is no response to return.
     pub fn is_discarded(&self) -> bool {
         matches!(self.0.kind, Kind::Discarded { .. })
     }
@@ -260,51 +267,56 @@ impl Error {
         matches!(self.0.kind, Kind::Cancelled { .. })
     }
 
-    /// Whether the request was cancelled because a newer one took its place: see [`Options::supersede`](crate::Options::supersede).
+    /// Whether the request was cancelled because a newer one replaced it: see
+    /// [`Options::supersede`](crate::Options::supersede).
     pub fn is_superseded(&self) -> bool {
         matches!(self.0.kind, Kind::Cancelled { superseded: true })
     }
 
-    /// Whether the key of the request was given to a different one before: see [`Options::key`](crate::Options::key).
-    /// [`request_id`](Self::request_id) is that one's. Nothing was persisted.
+    /// Whether the request's key already belongs to a different request: see
+    /// [`Options::key`](crate::Options::key). [`request_id`](Self::request_id) is the id of that
+    /// earlier request. Nothing was persisted.
     pub fn is_key_conflict(&self) -> bool {
         matches!(self.0.kind, Kind::KeyConflict)
     }
 
-    /// Whether unfinished requests of another channel have the ordering key, so that no order could be kept: see
-    /// [`Options::ordered`](crate::Options::ordered). Nothing was persisted or changed. It is of use to try again when they have ended.
+    /// Whether unfinished requests of another channel have the ordering key, so that the order
+    /// can't be kept: see [`Options::ordered`](crate::Options::ordered). Nothing was persisted or
+    /// changed. Retry once those requests have finished.
     pub fn is_order_conflict(&self) -> bool {
         matches!(self.0.kind, Kind::OrderConflict)
     }
 
-    /// Whether the request may have been sent and must not be sent again.
+    /// Whether the request may have been sent and must not be sent again. Find out whether it
+    /// arrived, then call [`Durable::resolve`](crate::Durable::resolve).
     pub fn is_ambiguous(&self) -> bool {
         matches!(self.0.kind, Kind::Ambiguous)
     }
 
-    /// Whether the request is not in a state in which this can be done to it: a request that has not ended can't be replayed, for
-    /// example. Nothing was changed.
+    /// Whether the request's status does not permit the operation. For example, a request that has
+    /// not finished can't be replayed. Nothing was changed.
     pub fn is_wrong_state(&self) -> bool {
         matches!(self.0.kind, Kind::WrongState { .. })
     }
 
-    /// Whether the request was delivered, but its response is not known: it was
+    /// Whether the request was delivered, but its response is unknown: the request was
     /// [resolved](crate::Durable::resolve) as sent.
     pub fn is_response_unknown(&self) -> bool {
         matches!(self.0.kind, Kind::ResponseUnknown)
     }
 
-    /// Whether no request of this id exists: it never did, or its outcome is older than the retention.
+    /// Whether there is no request with this id: it never existed, or its outcome expired after the
+    /// [`retention`](crate::DurableBuilder::retention).
     pub fn is_unknown_id(&self) -> bool {
         matches!(self.0.kind, Kind::UnknownId)
     }
 
-    /// Whether the handle was shut down or its pool closed.
+    /// Whether the handle was shut down or its pool was closed.
     pub fn is_closed(&self) -> bool {
         matches!(self.0.kind, Kind::Closed)
     }
 
-    /// The number of attempts made for a request that was given up.
+    /// How many attempts were made of a request that was given up.
     pub fn attempts(&self) -> Option<u32> {
         match self.0.kind {
             Kind::Discarded { attempts, .. } => Some(attempts),
@@ -312,7 +324,7 @@ impl Error {
         }
     }
 
-    /// Finds this crate's error in one that reqwest-middleware returned.
+    /// Finds this crate's error inside one that reqwest-middleware returned.
     ///
     /// # Examples
     ///
@@ -332,7 +344,7 @@ impl Error {
     }
 }
 
-/// An error and its causes, in one line.
+/// An error and its causes on one line.
 pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -348,7 +360,7 @@ pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
     text
 }
 
-/// reqwest puts the URL into its errors, with all that is in it.
+/// Removes the URL from a reqwest error, which would show it with its query.
 pub(crate) fn without_url(error: BoxError) -> BoxError {
     match error.downcast::<reqwest::Error>() {
         Ok(error) => Box::new(error.without_url()),
@@ -356,7 +368,8 @@ pub(crate) fn without_url(error: BoxError) -> BoxError {
     }
 }
 
-/// `sqlx::Error` is not `Clone`; a caller that shares a failed batch needs the class, the code and the text.
+/// Copies an error for each caller of a failed batch, because `sqlx::Error` is not `Clone`. Keeps
+/// the text, and the variants that callers tell apart.
 fn share_sqlx(error: &sqlx::Error) -> sqlx::Error {
     match error {
         sqlx::Error::PoolClosed => sqlx::Error::PoolClosed,
@@ -375,62 +388,78 @@ impl fmt::Display for Kind {
             Self::Config { field, reason } => write!(f, "invalid configuration: {field}: {reason}"),
             Self::BodyTooLarge { limit } => write!(
                 f,
-                "invalid request: body: longer than the limit of {limit} bytes (max_request_body)"
+                "invalid request: body: longer than {limit} bytes; shorten it or raise \
+                 max_request_body"
             ),
-            Self::Body(_) => f.write_str("the request's body failed while it was read"),
+            Self::Body(_) => f.write_str("error reading the request body"),
             Self::ResponseTooLarge { status, .. } => write!(
                 f,
-                "delivered and answered with {status}, but the response body is over the limit (max_response_body)"
+                "the request was delivered and answered with {status}, but the response body \
+                 exceeds the limit; see max_response_body"
             ),
-            Self::Database(_) => f.write_str("the database failed"),
+            Self::Database(_) => f.write_str("database error"),
             Self::Migrations(MigrationState::Missing) => f.write_str(
-                "requeuest's schema is not in this database: call requeuest::migrate(&pool) first",
+                "requeuest's schema is not in this database; call requeuest::migrate(&pool) first",
             ),
             Self::Migrations(MigrationState::Swallowed) => f.write_str(
-                "the connection did not keep its search_path, as behind a pooler: give direct options with DurableBuilder::connect_options",
+                "the connection did not keep its search_path, probably because of a pooler; \
+                 connect directly with DurableBuilder::connect_options",
             ),
             Self::Migrations(MigrationState::Older { found, wanted }) => write!(
                 f,
-                "requeuest's schema is at version {found}, this crate needs {wanted}: call requeuest::migrate(&pool)"
+                "requeuest's schema is at version {found}, but this crate needs version {wanted}; \
+                 call requeuest::migrate(&pool)"
             ),
             Self::Migrations(MigrationState::Newer { found, wanted }) => write!(
                 f,
-                "requeuest's schema is at version {found}, newer than the {wanted} that this crate knows: upgrade requeuest"
+                "requeuest's schema is at version {found}, but this crate only knows version \
+                 {wanted}; upgrade requeuest"
             ),
             Self::Indeterminate(_) => f.write_str(
-                "the connection broke or the runtime ended during the commit: the request may or may not be persisted",
+                "the connection broke or the runtime ended during the commit, and the request may \
+                 or may not be persisted; check its status before submitting it again",
             ),
             Self::Discarded { attempts, last } => {
                 write!(f, "given up after {attempts} attempts: {last}")
             }
             Self::Cancelled { superseded: false } => f.write_str("the request was cancelled"),
             Self::Cancelled { superseded: true } => {
-                f.write_str("the request was cancelled: a newer one took its place")
+                f.write_str("the request was cancelled: a newer request superseded it")
             }
-            Self::KeyConflict => {
-                f.write_str("invalid request: key: it was given to a different request before")
-            }
-            Self::OrderConflict => f.write_str(
-                "ordered: unfinished requests of another channel have this ordering key, and no order is kept between channels",
+            Self::KeyConflict => f.write_str(
+                "invalid request: key: already belongs to a request with a different method, URL \
+                 or body; use another key",
             ),
-            Self::Ambiguous => {
-                f.write_str("the request may have been sent, no answer came, and it must not be sent twice")
-            }
+            Self::OrderConflict => f.write_str(
+                "ordered: unfinished requests of another channel have this ordering key; retry \
+                 once they have finished, or use a different key in each channel",
+            ),
+            Self::Ambiguous => f.write_str(
+                "the request may have been sent, no answer came, and it must not be sent twice; \
+                 find out whether it arrived, then call Durable::resolve",
+            ),
             Self::WrongState {
                 status,
                 replayed_as: None,
-            } => write!(f, "it is {status}, and this can't be done to it"),
+            } => write!(
+                f,
+                "the request is {status}; only discarded or ambiguous requests can be replayed, \
+                 and only ambiguous ones can be resolved"
+            ),
             Self::WrongState {
                 status,
                 replayed_as: Some(id),
-            } => write!(f, "it is {status}, and was replayed as request {id}"),
-            Self::ResponseUnknown => {
-                f.write_str("the request was delivered, but its response is not known")
-            }
-            Self::UnknownId => f.write_str("no request of this id exists, or no more"),
-            Self::Closed => f.write_str("the handle was shut down or its pool closed"),
+            } => write!(
+                f,
+                "the request is {status} and was already replayed as request {id}"
+            ),
+            Self::ResponseUnknown => f.write_str(
+                "the request was resolved as sent, so it was delivered but its response is unknown",
+            ),
+            Self::UnknownId => f.write_str("no such request, or its outcome has expired"),
+            Self::Closed => f.write_str("the handle was shut down or its pool was closed"),
             Self::Corrupt(reason) => write!(f, "a stored request can't be used: {reason}"),
-            Self::PassThrough(_) => f.write_str("a request that passed through untouched failed"),
+            Self::PassThrough(_) => f.write_str("pass-through request failed"),
         }
     }
 }
@@ -449,7 +478,7 @@ impl fmt::Debug for Error {
         let mut debug = f.debug_tuple("requeuest::Error");
         debug.field(&format_args!("{self}"));
         match (&self.0.kind, self.source()) {
-            // Somebody else's error, which may show more of a URL than we would.
+            // An error from outside this crate may show secrets of a URL.
             (Kind::Body(error) | Kind::PassThrough(error), _) => {
                 debug.field(&redact_urls(&chain(&**error)));
             }
@@ -506,11 +535,11 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_elses_error_says_of_a_url_is_cut_down() {
+    fn secrets_of_urls_in_foreign_errors_are_hidden() {
         let error = Error::pass_through("no answer from http://a:b@c/d?token=e".into());
         assert_eq!(
             format!("{error:?}"),
-            r#"requeuest::Error(a request that passed through untouched failed, "no answer from http://c/d")"#
+            r#"requeuest::Error(pass-through request failed, "no answer from http://c/d")"#
         );
     }
 
