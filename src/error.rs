@@ -251,7 +251,8 @@ impl Error {
     /// Whether it is unknown if the request was persisted: the connection broke or the runtime
     /// ended during the commit.
     ///
-    /// [`request_id`](Self::request_id) is set. Once the database is back,
+    /// [`request_id`](Self::request_id) is set, except after
+    /// [`Durable::fire_many`](crate::Durable::fire_many). Once the database is back,
     /// [`Durable::status`](crate::Durable::status) says whether the request exists.
     pub fn is_indeterminate(&self) -> bool {
         matches!(self.0.kind, Kind::Indeterminate(_))

@@ -1,4 +1,4 @@
-//! What a single request may ask for.
+//! The settings of a single request.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,37 +10,45 @@ use crate::error::Error;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 
-/// sqlxmq listens on `mq_` + channel, and Postgres cuts no name of up to 63 bytes.
+/// sqlxmq listens on `mq_` + channel, and Postgres truncates names over 63 bytes.
 pub(crate) const MAX_CHANNEL_LEN: usize = 55;
 const MAX_KEY_LEN: usize = 255;
+/// The reason for refusing a time over [`MAX_DURATION`].
+const TOO_LONG: &str = "must be at most a hundred years";
 
-/// What is promised when an attempt's outcome is not known.
+/// What is promised if the result of an attempt is unknown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Guarantee {
-    /// The request is sent again, so that it arrives, perhaps more than once. An [`IdempotencyHeader`] lets the receiver tell.
+    /// The request is sent again, so it arrives, perhaps more than once. An [`IdempotencyHeader`]
+    /// lets the receiver recognise a repetition.
     #[default]
     AtLeastOnce,
-    /// Once bytes of it may have left without an answer it is not sent again: it ends as [`Status::Ambiguous`](crate::Status::Ambiguous)
-    /// and is kept until somebody finds out and says so. An attempt that certainly sent nothing, and an answer that asks for a
-    /// repetition, are followed by another attempt all the same.
+    /// Once bytes of the request may have left without an answer, it is not sent again. It ends as
+    /// [`Status::Ambiguous`](crate::Status::Ambiguous) and stays until it is
+    /// [resolved](crate::Durable::resolve). After an attempt that certainly sent nothing, or an
+    /// answer that asks for a repetition, another attempt is made anyway.
     ///
-    /// What a client reports is believed. One that follows redirects by itself may report that it could not connect to the second place,
-    /// when the first had acted: give it a client that follows none.
+    /// The client's report is believed. A client that follows redirects may report that it could
+    /// not connect to the second server although the first one had acted. Use a client that
+    /// doesn't follow redirects.
     AtMostOnce,
 }
 
 impl Guarantee {
-    #[allow(clippy::trivially_copy_pass_by_ref)] // the signature that serde calls
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde passes a reference to `skip_serializing_if`"
+    )]
     pub(crate) fn is_default(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Per-request options: given with [`Request::with`](crate::Request::with), or put into a request's
-/// [`http::Extensions`] for the layer and the middleware. What is not set comes from the
-/// [`DurableBuilder`](crate::DurableBuilder).
+/// Per-request options. Set them with [`Request::with`](crate::Request::with), or put them into a
+/// request's [`http::Extensions`] for the layer and the middleware. Many default to the setting of
+/// the [`DurableBuilder`](crate::DurableBuilder).
 ///
 /// # Examples
 ///
@@ -76,42 +84,48 @@ pub struct Options {
 }
 
 impl Options {
-    /// The channel to enqueue to: it names the client stack that sends. 1 to 55 bytes.
-    /// Defaults to the builder's.
+    /// The channel to enqueue to, which names the client stack that sends the request. 1 to 55
+    /// bytes. Defaults to the builder's.
     #[must_use]
     pub fn channel(mut self, channel: impl Into<Arc<str>>) -> Self {
         self.channel = Some(channel.into());
         self
     }
 
-    /// Delivers the request after all earlier ones of the same key have ended, one at a time, in the order in which
-    /// their inserts committed. A request that is being retried holds up its own key only. Up to 255 bytes. Defaults to no order.
+    /// Delivers the requests of a key one at a time, in the order in which their inserts committed.
+    /// Each request waits until all earlier requests of the key have ended. A request that is being
+    /// retried delays its own key only. Up to 255 bytes. Defaults to no order.
     ///
-    /// An order is kept within a channel, because each channel has runners of its own. So a key belongs to one channel at a time: while
-    /// unfinished requests of another one have it, the request is refused
-    /// ([`Error::is_order_conflict`](crate::Error::is_order_conflict)) rather than sent out of order. Where channels may go on side by side, put
-    /// the channel's name into the key.
+    /// The order is kept within a channel, because each channel has its own runners. So a key
+    /// belongs to one channel at a time. While unfinished requests of another channel have the key,
+    /// the request is refused ([`Error::is_order_conflict`](crate::Error::is_order_conflict))
+    /// rather than sent out of order. If channels don't need a common order, put the channel's name
+    /// into the key.
     #[must_use]
     pub fn ordered(mut self, key: impl Into<Arc<str>>) -> Self {
         self.ordered = Some(key.into());
         self
     }
 
-    /// With [`ordered`](Self::ordered): when this request is given up, or ends as ambiguous, the later ones of its key are not sent until
-    /// somebody has seen to it. Defaults to skipping it: they go on.
+    /// With [`ordered`](Self::ordered): if this request ends as discarded or ambiguous, it halts its
+    /// key. Later requests of the key wait until an operator replays, resolves or purges the dead
+    /// letter, or [resumes](crate::Durable::resume) the key. Defaults to off: later requests are
+    /// sent.
     #[must_use]
     pub fn halt_on_discard(mut self) -> Self {
         self.halt_on_discard = true;
         self
     }
 
-    /// Makes the call idempotent: while a request with this key and channel is known, a second call attaches to it. It has the same
-    /// id and response, and one delivery, from whichever process it comes, also after a crash in between. So a function that is run
-    /// again after a restart takes up what was already done.
+    /// Makes the call idempotent: while a request with this key and channel is known, a second call
+    /// attaches to that request. Both calls have the same id and response, and the request is
+    /// delivered once. That holds for calls from any process, also after a crash in between. So a
+    /// function that runs again after a restart continues from the requests that it already made.
     ///
-    /// A request is known for the [`retention`](crate::DurableBuilder::retention) after its end; one that was given up, for as long as it is kept.
-    /// The same key with a different method, URL or body is an error ([`Error::is_key_conflict`](crate::Error::is_key_conflict)); headers
-    /// and options may differ, and those of the first call count. Up to 255 bytes. Defaults to none.
+    /// A request is known for the [`retention`](crate::DurableBuilder::retention) after it ended,
+    /// and a dead letter for as long as it exists. The same key with a different method, URL or
+    /// body is an error ([`Error::is_key_conflict`](crate::Error::is_key_conflict)). Headers and
+    /// options may differ; those of the first call are used. Up to 255 bytes. Defaults to none.
     ///
     /// # Examples
     ///
@@ -132,47 +146,51 @@ impl Options {
         self
     }
 
-    /// Takes the place of an earlier request with the same key and channel that has not been sent yet: the latest wins. The earlier one
-    /// ends as cancelled ([`Error::is_superseded`](crate::Error::is_superseded)). With a [`delay`](Self::delay), a
-    /// burst of requests becomes one. Up to 255 bytes. Defaults to none.
+    /// Replaces an earlier unsent request with the same key and channel. The earlier request ends
+    /// as cancelled ([`Error::is_superseded`](crate::Error::is_superseded)). With a
+    /// [`delay`](Self::delay), a burst of requests becomes one. Up to 255 bytes. Defaults to none.
     #[must_use]
     pub fn supersede(mut self, key: impl Into<Arc<str>>) -> Self {
         self.supersede = Some(key.into());
         self
     }
 
-    /// How long after its enqueueing the request is given up, on the database's clock: no attempt begins later, whether or not there was
-    /// any before. One that is being made may finish. Longer than the [`delay`](Self::delay). Defaults to none.
+    /// How long after its enqueueing the request is given up, by the database's clock. No attempt,
+    /// not even the first, begins after the deadline. An attempt in flight may finish. Must be
+    /// longer than the [`delay`](Self::delay). Defaults to none.
     ///
-    /// [`RetryPolicy::max_age`] limits retries only: it still makes a first attempt of a request that waited for long.
+    /// [`RetryPolicy::max_age`] limits retries only: a request that waited longer still gets its
+    /// first attempt.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self
     }
 
-    /// What is promised when an attempt's outcome is not known. Defaults to [`Guarantee::AtLeastOnce`].
+    /// What is promised if the result of an attempt is unknown. Defaults to
+    /// [`Guarantee::AtLeastOnce`].
     #[must_use]
     pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
         self.guarantee = guarantee;
         self
     }
 
-    /// The header by which the receiver can recognise a repetition; requests that are sent at most once have none.
-    /// Defaults to the builder's.
+    /// The header by which the receiver can recognise a repetition. Requests that are sent at most
+    /// once don't get the header. Defaults to the builder's.
     #[must_use]
-    pub fn idempotency_header(mut self, key: IdempotencyHeader) -> Self {
-        self.idempotency_header = Some(key);
+    pub fn idempotency_header(mut self, header: IdempotencyHeader) -> Self {
+        self.idempotency_header = Some(header);
         self
     }
 
-    /// With [`ordered`](Self::ordered): other channels may have the same key, and an order of their own.
+    /// With [`ordered`](Self::ordered): each channel keeps its own order, so that several channels
+    /// can have the same key.
     pub(crate) fn ordered_by_channel(mut self) -> Self {
         self.ordered_by_channel = true;
         self
     }
 
-    /// The group among which runners share their attention; the destination if it is not set.
+    /// The group, which polls are fair over. Defaults to the destination.
     pub(crate) fn group(mut self, group: impl Into<Arc<str>>) -> Self {
         self.group = Some(group.into());
         self
@@ -185,22 +203,23 @@ impl Options {
         self
     }
 
-    /// How long one attempt may take, from its start to the last byte of the response. Defaults to a reqwest request's own timeout,
-    /// if it has one, else to the builder's.
+    /// How long one attempt may take, from its start to the last byte of the response. Defaults to
+    /// a reqwest request's own timeout if it has one, else to the builder's.
     #[must_use]
     pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = Some(timeout);
         self
     }
 
-    /// How failed attempts are repeated. Defaults to the builder's.
+    /// How failed attempts are retried. Defaults to the builder's.
     #[must_use]
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = Some(policy);
         self
     }
 
-    /// Only these responses end the request; all others are retried. Defaults to what [`retry`](crate::retry) says.
+    /// Only these responses end the request; all other responses are retried. Defaults to the
+    /// verdict of [`classify`](crate::classify).
     #[must_use]
     pub fn accept<I>(mut self, responses: I) -> Self
     where
@@ -211,8 +230,9 @@ impl Options {
         self
     }
 
-    /// Through the layer or the middleware: answers `202 Accepted` with the id in the header
-    /// [`requeuest-id`](crate::REQUEST_ID_HEADER) as soon as the request is persisted, and delivers it in the background.
+    /// Through the layer or the middleware: answers `202 Accepted` as soon as the request is
+    /// persisted, with the id in the header [`requeuest-id`](crate::REQUEST_ID_HEADER), and
+    /// delivers the request in the background.
     #[must_use]
     pub fn fire(mut self) -> Self {
         self.fire = true;
@@ -232,31 +252,31 @@ impl Options {
         for (field, key) in keys {
             if let Some(key) = key {
                 if key.len() > MAX_KEY_LEN {
-                    return Err(Error::request(field, "the key is longer than 255 bytes"));
+                    return Err(Error::request(field, "must be at most 255 bytes long"));
                 }
                 if key.contains('\0') {
-                    return Err(Error::request(field, "the key contains a NUL"));
+                    return Err(Error::request(field, "must not contain a NUL character"));
                 }
             }
         }
         if self.delay.is_some_and(|delay| delay > MAX_DURATION) {
-            return Err(Error::request("delay", "longer than a hundred years"));
+            return Err(Error::request("delay", TOO_LONG));
         }
         if self.halt_on_discard && self.ordered.is_none() {
             return Err(Error::request(
                 "halt_on_discard",
-                "there is no ordering key to hold up",
+                "there is no ordering key to halt; set `ordered` too",
             ));
         }
         match self.deadline {
             Some(deadline) if deadline.is_zero() || deadline <= self.delay.unwrap_or_default() => {
                 return Err(Error::request(
                     "deadline",
-                    "it is over before the first attempt is due",
+                    "must be longer than zero and longer than `delay`",
                 ));
             }
             Some(deadline) if deadline > MAX_DURATION => {
-                return Err(Error::request("deadline", "longer than a hundred years"));
+                return Err(Error::request("deadline", TOO_LONG));
             }
             _ => {}
         }
@@ -268,7 +288,10 @@ impl Options {
             policy.check("retry")?;
         }
         if self.accept.as_ref().is_some_and(|accept| accept.is_empty()) {
-            return Err(Error::request("accept", "no response is accepted"));
+            return Err(Error::request(
+                "accept",
+                "the list is empty; name at least one response",
+            ));
         }
         Ok(())
     }
@@ -276,11 +299,11 @@ impl Options {
 
 pub(crate) fn validate_channel(channel: &str) -> Result<(), &'static str> {
     if channel.is_empty() {
-        Err("the channel name is empty")
+        Err("the channel name must not be empty")
     } else if channel.len() > MAX_CHANNEL_LEN {
-        Err("the channel name is longer than 55 bytes")
+        Err("the channel name must be at most 55 bytes long")
     } else if channel.contains('\0') {
-        Err("the channel name contains a NUL")
+        Err("the channel name must not contain a NUL character")
     } else {
         Ok(())
     }
@@ -290,7 +313,7 @@ pub(crate) fn validate_timeout(timeout: Duration) -> Result<(), &'static str> {
     if timeout.is_zero() {
         Err("must be longer than zero")
     } else if timeout > MAX_DURATION {
-        Err("longer than a hundred years")
+        Err(TOO_LONG)
     } else {
         Ok(())
     }
