@@ -1,4 +1,4 @@
-//! Requests that ended without success, and what can be said of them.
+//! Dead letters: what is shown of them, which are selected, and what became of them.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -8,16 +8,17 @@ use url::Url;
 
 use crate::error::{BoxError, Error};
 use crate::id::RequestId;
-use crate::options::validate_channel;
+use crate::options::{TOO_LONG, validate_channel};
 use crate::request::Request;
 use crate::retry::MAX_DURATION;
 use crate::status::Status;
 
-/// How many requests a list has at most unless its [`DeadLetterFilter`] says otherwise: 100.
+/// How many dead letters a list has at most, unless its [`DeadLetterFilter`] sets another limit:
+/// 100.
 pub const DEFAULT_DEAD_LETTER_LIMIT: u32 = 100;
 const MAX_LIMIT: u32 = 10_000;
 
-/// Which of the kept requests are meant: those that were discarded or are ambiguous. Defaults to all of them.
+/// Selects dead letters: requests that ended as discarded or ambiguous. Defaults to all of them.
 ///
 /// # Examples
 ///
@@ -42,57 +43,61 @@ pub struct DeadLetterFilter {
 }
 
 impl DeadLetterFilter {
-    /// Only requests of this channel.
+    /// Only dead letters of this channel.
     #[must_use]
     pub fn channel(mut self, channel: impl Into<String>) -> Self {
         self.channel = Some(channel.into());
         self
     }
 
-    /// Only requests to this scheme, host and port: `https://example.com` is the same as `https://example.com:443`.
+    /// Only dead letters to this scheme, host and port. `https://example.com` is the same as
+    /// `https://example.com:443`.
     #[must_use]
     pub fn destination(mut self, destination: impl Into<String>) -> Self {
         self.destination = Some(destination.into());
         self
     }
 
-    /// Only requests that ended so: [`Status::Discarded`] or [`Status::Ambiguous`].
+    /// Only dead letters of this status: [`Status::Discarded`] or [`Status::Ambiguous`].
     #[must_use]
     pub fn status(mut self, status: Status) -> Self {
         self.status = Some(status);
         self
     }
 
-    /// Only requests that ended at most so long ago, by the database's clock. Longer than zero.
+    /// Only dead letters that ended at most this long ago, by the database's clock. Must be longer
+    /// than zero.
     #[must_use]
     pub fn finished_within(mut self, time: Duration) -> Self {
         self.finished_within = Some(time);
         self
     }
 
-    /// Only requests that ended longer ago than this, by the database's clock.
+    /// Only dead letters that ended longer ago than this, by the database's clock.
     #[must_use]
     pub fn finished_before(mut self, time: Duration) -> Self {
         self.finished_before = Some(time);
         self
     }
 
-    /// At most so many, from 1 to 10,000. Defaults to [`DEFAULT_DEAD_LETTER_LIMIT`] for lists, and to all for what is done with them.
+    /// At most this many dead letters, from 1 to 10,000. Defaults to [`DEFAULT_DEAD_LETTER_LIMIT`]
+    /// for lists, and to all for replays and purges.
     #[must_use]
     pub fn limit(mut self, limit: u32) -> Self {
         self.limit = Some(limit);
         self
     }
 
-    /// Only requests whose id is greater: those that come after the last one of a page, as lists are in the order of the ids, which is
-    /// about that of the enqueueing.
+    /// Only dead letters with a greater id. Lists are in the order of the ids, so this selects the
+    /// page that follows a page whose last id is `id`. The order of the ids is about the order of
+    /// the enqueueing.
     #[must_use]
     pub fn after(mut self, id: RequestId) -> Self {
         self.after = Some(id);
         self
     }
 
-    /// The filter as the store asks for it.
+    /// Checks the filter and converts it for the store.
     pub(crate) fn checked(&self) -> Result<Wanted, Error> {
         if let Some(channel) = &self.channel {
             validate_channel(channel).map_err(|reason| Error::request("channel", reason))?;
@@ -103,7 +108,7 @@ impl DeadLetterFilter {
         {
             return Err(Error::request(
                 "status",
-                "only discarded and ambiguous requests are kept",
+                "must be discarded or ambiguous, because only such requests are dead letters",
             ));
         }
         if self.finished_within.is_some_and(|time| time.is_zero()) {
@@ -117,7 +122,7 @@ impl DeadLetterFilter {
             ("finished_before", self.finished_before),
         ] {
             if time.is_some_and(|time| time > MAX_DURATION) {
-                return Err(Error::request(field, "longer than a hundred years"));
+                return Err(Error::request(field, TOO_LONG));
             }
         }
         if self
@@ -138,7 +143,7 @@ impl DeadLetterFilter {
     }
 }
 
-/// A filter that was checked.
+/// A filter that passed its checks.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted {
     pub(crate) channel: Option<String>,
@@ -152,7 +157,7 @@ pub(crate) struct Wanted {
 }
 
 fn origin(destination: &str) -> Result<String, Error> {
-    let malformed = || Error::request("destination", "is not of the form https://host:port");
+    let malformed = || Error::request("destination", "must be of the form https://host:port");
     let url = Url::parse(destination).map_err(|_| malformed())?;
     let plain = matches!(url.scheme(), "http" | "https")
         && url.username().is_empty()
@@ -166,14 +171,15 @@ fn origin(destination: &str) -> Result<String, Error> {
     }
 }
 
-/// A request that ended without success, as far as it may be shown: nothing here has a header's value, a URL's path or query,
-/// or credentials.
+/// A request that ended as discarded or ambiguous, kept for inspection and replay.
+///
+/// No field shows a header value, a URL's path or query, or credentials.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct DeadLetter {
-    /// Its id.
+    /// The id.
     pub id: RequestId,
-    /// Its channel.
+    /// The channel.
     pub channel: String,
     /// Scheme, host and port, always with the port. `None` if the stored request can't be read.
     pub destination: Option<String>,
@@ -185,38 +191,39 @@ pub struct DeadLetter {
     pub status: Status,
     /// How many attempts were made.
     pub attempts: u32,
-    /// When it was enqueued, by the database's clock.
+    /// When the request was enqueued, by the database's clock.
     pub created_at: SystemTime,
-    /// When it ended, by the database's clock.
+    /// When the request ended, by the database's clock.
     pub finished_at: SystemTime,
     /// The status of the last response, if there was one.
     pub http_status: Option<u16>,
-    /// Why it ended, in a word: `timeout`, `connect`, `deadline`, … `None` if a response was the reason.
+    /// Why the request ended, in a word: `timeout`, `connect`, `deadline`, … `None` if a response
+    /// was the reason.
     pub error_class: Option<String>,
-    /// Why it ended.
+    /// Why the request ended, in a sentence.
     pub error: Option<String>,
 }
 
-/// An ordering key whose requests wait until somebody has seen to one that ended without success.
+/// An ordering key that a dead letter halts: its later requests wait until an operator acts.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct HaltedKey {
     /// The channel.
     pub channel: String,
-    /// The key, as it was given to [`ordered`](crate::Options::ordered).
+    /// The key, as the caller gave it to [`ordered`](crate::Options::ordered).
     pub key: String,
-    /// The request that holds it up.
+    /// The dead letter that halts the key.
     pub id: RequestId,
-    /// Since when, by the database's clock.
+    /// Since when the key is halted, by the database's clock.
     pub since: SystemTime,
 }
 
-/// What somebody found out about an ambiguous request; for [`Durable::resolve`](crate::Durable::resolve).
+/// What became of an ambiguous request, for [`Durable::resolve`](crate::Durable::resolve).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Resolution {
-    /// The receiver has it: it ends as completed, without a response.
+    /// The receiver has the request. It ends as completed, without a response.
     Sent,
-    /// The receiver never got it: it is sent again.
+    /// The receiver never got the request. It is sent again.
     NotSent,
 }
 
@@ -233,8 +240,9 @@ pub enum Resolution {
 /// type Answer = Result<Option<Resolution>, Box<dyn std::error::Error + Send + Sync>>;
 ///
 /// async fn ask(_: DeadLetter, request: Request) -> Answer {
-///     let order = request.headers().get("x-order").ok_or("a request without an order")?.to_str()?;
-///     let found = reqwest::get(format!("https://pay.example.com/charges?order={order}")).await?;
+///     let order = request.headers().get("x-order").ok_or("no order")?.to_str()?;
+///     let charges = format!("https://pay.example.com/charges?order={order}");
+///     let found = reqwest::get(charges).await?;
 ///     Ok(match found.status().as_u16() {
 ///         200 => Some(Resolution::Sent),
 ///         404 => Some(Resolution::NotSent),
@@ -251,7 +259,7 @@ pub trait Reconcile: Send + Sync + 'static {
     /// or an error the hook is called again later.
     fn reconcile(
         &self,
-        kept: DeadLetter,
+        letter: DeadLetter,
         request: Request,
     ) -> Pin<Box<dyn Future<Output = Result<Option<Resolution>, BoxError>> + Send + '_>>;
 }
@@ -263,10 +271,10 @@ where
 {
     fn reconcile(
         &self,
-        kept: DeadLetter,
+        letter: DeadLetter,
         request: Request,
     ) -> Pin<Box<dyn Future<Output = Result<Option<Resolution>, BoxError>> + Send + '_>> {
-        Box::pin(self(kept, request))
+        Box::pin(self(letter, request))
     }
 }
 
@@ -275,13 +283,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hook_is_an_object() {
+    fn a_hook_is_object_safe() {
         let hook = |_: DeadLetter, _: Request| async { Ok(None) };
         let _: Box<dyn Reconcile> = Box::new(hook);
     }
 
     #[test]
-    fn default_ports_are_no_difference() {
+    fn default_ports_make_no_difference() {
         for (given, stored) in [
             ("https://A.example", "https://a.example:443"),
             ("http://a.example:80/", "http://a.example:80"),

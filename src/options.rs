@@ -14,7 +14,7 @@ use crate::retry::{MAX_DURATION, RetryPolicy};
 pub(crate) const MAX_CHANNEL_LEN: usize = 55;
 const MAX_KEY_LEN: usize = 255;
 /// The reason for refusing a time over [`MAX_DURATION`].
-const TOO_LONG: &str = "must be at most a hundred years";
+pub(crate) const TOO_LONG: &str = "must be at most a hundred years";
 
 /// What is promised if the result of an attempt is unknown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -107,9 +107,9 @@ impl Options {
         self
     }
 
-    /// With [`ordered`](Self::ordered): if this request ends as discarded or ambiguous, it halts its
-    /// key. Later requests of the key wait until an operator replays, resolves or purges the dead
-    /// letter, or [resumes](crate::Durable::resume) the key. Defaults to off: later requests are
+    /// With [`ordered`](Self::ordered): if this request ends as discarded or ambiguous, it halts
+    /// its key. Later requests of the key wait until the dead letter is replayed, resolved or
+    /// purged, or the key is [resumed](crate::Durable::resume). Defaults to off: later requests are
     /// sent.
     #[must_use]
     pub fn halt_on_discard(mut self) -> Self {
