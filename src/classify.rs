@@ -2,27 +2,31 @@
 //!
 //! # Defaults
 //!
-//! A response is final unless its status asks for a repetition: 408 (RFC 9110 section 15.5.9), 425 (RFC 8470 section 5.2), 429
-//! (RFC 6585 section 4) and all of 5xx. Whatever keeps a response from coming, a [`FailureClass`], is retried.
+//! A response is final unless its status asks for a repetition: 408 (RFC 9110 section 15.5.9), 425
+//! (RFC 8470 section 5.2), 429 (RFC 6585 section 4) and all of 5xx. An attempt without a response,
+//! which has a [`FailureClass`], is retried.
 //!
-//! # Scoped
+//! # Per request
 //!
-//! [`Options::accept`](crate::Options::accept) names the responses that end one request; all others are then retried. It goes
-//! before everything else here, for responses.
+//! [`Options::accept`](crate::Options::accept) lists the responses that end one request. All other
+//! responses are then retried. For responses, the list takes precedence over everything else here.
 //!
 //! # Classifiers
 //!
-//! [`DurableBuilder::classify`](crate::DurableBuilder::classify) gives a handle a judgement of its own, a [`Classify`]. It is code, and is not
-//! stored with the request: it is called by whichever process makes the attempt. All handles that deliver a channel should
-//! therefore judge alike.
+//! [`DurableBuilder::classify`](crate::DurableBuilder::classify) sets a [`Classify`] for a handle,
+//! which replaces the defaults. A classifier is code and is not stored with the request: the
+//! process that makes the attempt calls its own classifier. So all handles that deliver a channel
+//! should have the same classifier.
 //!
-//! Attempts whose result nobody saw are not judged: those of a process that died or a caller that went away are always
-//! retried, within the policy.
+//! An attempt without a known result is not classified. If the process that made the attempt died,
+//! or the caller that made it went away, the request is retried within the policy. With
+//! [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) it ends as ambiguous instead.
 //!
 //! # When not to retry
 //!
-//! An answer that says that the same request can never succeed is final: retrying a 401 or a 422 only keeps the receiver busy.
-//! To give a request up at once, as discarded instead of answered, return [`Verdict::Discard`].
+//! An answer that says that the same request can never succeed is final: retrying a 401 or a 422
+//! only keeps the receiver busy. To give a request up at once, as discarded rather than completed,
+//! return [`Verdict::Discard`].
 //!
 //! # Examples
 //!
@@ -33,9 +37,9 @@
 //! # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
 //! let durable = Durable::builder(pool)
 //!     .classify(classify_fn(|attempt| match attempt.result() {
-//!         // This receiver says 404 until it has caught up.
+//!         // This receiver answers 404 until it has caught up.
 //!         Ok((StatusCode::NOT_FOUND, _)) if attempt.number() < 5 => Verdict::Retry,
-//!         // A name that does not resolve is a typing error here.
+//!         // A name that doesn't resolve is a typo here.
 //!         Err(FailureClass::Dns) => Verdict::Discard,
 //!         _ => attempt.default_verdict(),
 //!     }))
@@ -76,12 +80,12 @@ pub enum AcceptedResponse {
     Any,
     /// One status code.
     Status(u16),
-    /// The status codes from the first to the second, both included.
+    /// The status codes from the first to the second, inclusive.
     Range(u16, u16),
 }
 
 impl AcceptedResponse {
-    /// Whether a response of this status is accepted.
+    /// Whether a response with this status is accepted.
     pub fn matches(&self, status: StatusCode) -> bool {
         match self {
             Self::Success => status.is_success(),
@@ -108,11 +112,12 @@ impl From<RangeInclusive<u16>> for AcceptedResponse {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// The response ends the request, which is completed. Where there is none, as [`Discard`](Self::Discard).
+    /// The response ends the request as completed. Without a response, the same as
+    /// [`Discard`](Self::Discard).
     Final,
-    /// Another attempt is made if the retry policy allows it.
+    /// Another attempt is made, if the retry policy allows one.
     Retry,
-    /// The request is given up now, with the response if there is one.
+    /// The request is given up at once, with the response if there is one.
     Discard,
 }
 
@@ -142,7 +147,7 @@ impl<'a> Attempt<'a> {
         self.method
     }
 
-    /// Which attempt of its request it was. The first is 1.
+    /// The number of the attempt. The first attempt of a request has number 1.
     pub fn number(&self) -> u32 {
         self.number
     }
@@ -151,12 +156,12 @@ impl<'a> Attempt<'a> {
     ///
     /// # Errors
     ///
-    /// Not of this function: they are the attempt's.
+    /// Returns the attempt's failure class if there was no response.
     pub fn result(&self) -> Result<(StatusCode, &'a HeaderMap), FailureClass> {
         self.result
     }
 
-    /// What it means without a [`Classify`]: see the [module](self).
+    /// The verdict without a [`Classify`]: see the [module](self).
     pub fn default_verdict(&self) -> Verdict {
         match self.result {
             Ok((status, _)) if !asks_for_repetition(status) => Verdict::Final,
@@ -169,15 +174,17 @@ fn asks_for_repetition(status: StatusCode) -> bool {
     status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
 }
 
-/// Judges the results of attempts, for [`DurableBuilder::classify`](crate::DurableBuilder::classify). See the [module](self).
+/// Judges the results of attempts, for
+/// [`DurableBuilder::classify`](crate::DurableBuilder::classify). See the [module](self).
 ///
-/// Called after each attempt of this process, so it must not block. If it panics, the default applies.
+/// It is called after each attempt that this process makes, so it must not block. If it panics, the
+/// default verdict applies.
 pub trait Classify: Send + Sync + 'static {
-    /// What this result means for its request.
+    /// Returns what the result means for its request.
     fn classify(&self, attempt: &Attempt<'_>) -> Verdict;
 }
 
-/// A [`Classify`] of a function.
+/// Makes a [`Classify`] from a function.
 ///
 /// # Examples
 ///
@@ -212,7 +219,7 @@ impl<F> fmt::Debug for ClassifyFn<F> {
     }
 }
 
-/// A handle's own [`Classify`], or none.
+/// The [`Classify`] of a handle, if it has one.
 #[derive(Clone, Default)]
 pub(crate) struct Classifier(Option<Arc<dyn Classify>>);
 
@@ -221,7 +228,7 @@ impl Classifier {
         Self(Some(Arc::new(classify)))
     }
 
-    /// Judges an attempt. A list of accepted responses goes before everything else.
+    /// Judges an attempt. For responses, `accept` takes precedence over everything else.
     pub(crate) fn judge(
         &self,
         accept: Option<&[AcceptedResponse]>,
@@ -234,10 +241,10 @@ impl Classifier {
                 Verdict::Retry
             };
         }
-        let own = self.0.as_ref().and_then(|classify| {
+        let verdict = self.0.as_ref().and_then(|classify| {
             catch_unwind(AssertUnwindSafe(|| classify.classify(attempt))).ok()
         });
-        own.unwrap_or_else(|| attempt.default_verdict())
+        verdict.unwrap_or_else(|| attempt.default_verdict())
     }
 }
 
@@ -247,44 +254,44 @@ impl fmt::Debug for Classifier {
     }
 }
 
-/// Why an attempt did not bring an answer that ends its request.
+/// Why an attempt did not get an answer that ends its request.
 ///
-/// It is told from the client's errors, as far as they say: those of reqwest, hyper, tower and the TLS libraries are known here, and
-/// another client's `std::io::Error`s. A client that follows redirects or has middleware that sends requests of its own may report
-/// what became of one of those.
+/// The class is derived from the client's error. The errors of reqwest, hyper, tower and the TLS
+/// libraries are recognised, and `std::io::Error`s of any client. If a client follows redirects, or
+/// has middleware that sends further requests, its error may be about one of those instead.
 ///
 /// Text and serde use the lower-case name, such as `"connect_timeout"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FailureClass {
-    /// The host's name could not be resolved.
+    /// The host name could not be resolved.
     Dns,
     /// The connection could not be made.
     Connect,
-    /// The connection was made, but no TLS session on it.
+    /// The connection was made, but the TLS handshake failed.
     Tls,
-    /// The client gave up while it was connecting.
+    /// The client timed out while it was connecting.
     ConnectTimeout,
-    /// The client never became ready to take the request, or failed before it did.
+    /// The client never became ready for the request, or failed before it was ready.
     NotReady,
-    /// No full response came in time. The request may have been sent.
+    /// No complete response came in time. The request may have been sent.
     Timeout,
     /// The connection broke after the request may have been sent, or while the response was read.
     Reset,
-    /// What came was not HTTP, or not the body that it was said to be.
+    /// The answer was not valid HTTP, or its body could not be decoded.
     Protocol,
-    /// The client failed in a way that is not known here.
+    /// The client failed with an error that is not recognised.
     Other,
     /// A response came whose status asks for another attempt.
     Status,
-    /// The caller that made the attempt went away, or a shutdown had no more time for it.
+    /// The caller that made the attempt went away, or a shutdown's grace time ran out.
     Abandoned,
     /// The process that made the attempt died.
     Lost,
-    /// The request can't be sent as it is.
+    /// The client can't send this request, or its stored form can't be used.
     Unusable,
-    /// The request's time was over before it was sent.
+    /// The request's deadline passed before it was sent.
     Deadline,
 }
 
@@ -309,7 +316,7 @@ impl FailureClass {
         }
     }
 
-    /// Whether some of the request may have left. `false` only where it certainly has not.
+    /// Whether a part of the request may have been sent. `false` only if certainly nothing was.
     pub fn may_have_been_sent(self) -> bool {
         !matches!(
             self,
@@ -385,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_of_accepted_responses_goes_before_everything_else() {
+    fn a_list_of_accepted_responses_takes_precedence() {
         let accept = [AcceptedResponse::Success, AcceptedResponse::Status(409)];
         let discard = Classifier::new(classify_fn(|_| Verdict::Discard));
         for classifier in [&Classifier::default(), &discard] {
@@ -417,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn a_classifier_that_panics_is_done_without() {
+    fn the_default_applies_if_a_classifier_panics() {
         let classifier = Classifier::new(classify_fn(|_| panic!("no verdict")));
         assert_eq!(judged(&classifier, None, Ok(200)), Verdict::Final);
     }
