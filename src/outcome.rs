@@ -1,4 +1,4 @@
-//! How a request ended, and what its caller gets of that.
+//! How a request ended, and what its caller gets.
 
 use std::borrow::Cow;
 
@@ -9,10 +9,10 @@ use crate::id::RequestId;
 use crate::response::Response;
 use crate::status::Status;
 
-/// The class of an outcome whose response body is over the limit.
+/// The class of an outcome whose response body exceeds the limit.
 pub(crate) const RESPONSE_TOO_LARGE: &str = "response_too_large";
 
-/// The class of an outcome whose request a newer one took the place of, as the migrations write it.
+/// The class of an outcome whose request a newer request superseded, as the migrations write it.
 const SUPERSEDED: &str = "superseded";
 
 /// The final result of a request.
@@ -23,11 +23,11 @@ pub struct Outcome {
     pub(crate) attempts: u32,
     pub(crate) response: Option<Response>,
     pub(crate) fault: Option<Fault>,
-    /// The claim that ended it made no attempt: it is not counted.
-    pub(crate) unmade: bool,
+    /// The claim that ended the request made no attempt, so the claim is not counted as one.
+    pub(crate) without_attempt: bool,
 }
 
-/// Why there is no response, or not all of it.
+/// Why there is no response, or no complete one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Fault {
     pub(crate) class: Cow<'static, str>,
@@ -35,12 +35,12 @@ pub(crate) struct Fault {
 }
 
 impl Outcome {
-    /// The request.
+    /// The id of the request.
     pub fn id(&self) -> RequestId {
         self.id
     }
 
-    /// How it ended: a terminal status.
+    /// How the request ended: a terminal status.
     pub fn status(&self) -> Status {
         self.status
     }
@@ -50,17 +50,17 @@ impl Outcome {
         self.attempts
     }
 
-    /// The response: of a request that was given up, the last one if there was any.
+    /// The response. If the request was given up, its last response, if there was one.
     pub fn response(&self) -> Option<&Response> {
         self.response.as_ref()
     }
 
-    /// Why there is no response, or not all of it.
+    /// Why there is no response, or no complete one.
     pub fn error(&self) -> Option<&str> {
         self.fault.as_ref().map(|fault| &*fault.text)
     }
 
-    /// Answered: with a final response, or with the last one of a request that is given up.
+    /// An outcome with a response: a final one, or the last one of a request that is given up.
     pub(crate) fn answered(status: Status, response: Response) -> Self {
         Self {
             id: response.id,
@@ -68,15 +68,15 @@ impl Outcome {
             attempts: 0,
             response: Some(response),
             fault: None,
-            unmade: false,
+            without_attempt: false,
         }
     }
 
-    /// Answered with more than may be kept.
+    /// An outcome with a response whose body exceeds the limit.
     pub(crate) fn too_large(status: Status, response: Response, limit: usize) -> Self {
         let fault = Fault {
             class: RESPONSE_TOO_LARGE.into(),
-            text: format!("the response body is over {limit} bytes"),
+            text: format!("the response body is longer than {limit} bytes"),
         };
         Self {
             fault: Some(fault),
@@ -84,7 +84,8 @@ impl Outcome {
         }
     }
 
-    /// Leaves the body out, if there is one, for a database that refuses it: like one that is over the limit.
+    /// Drops the body, as if it exceeded the limit, because the database refuses it. Returns whether
+    /// there was a body.
     pub(crate) fn drop_body(&mut self) -> bool {
         match &mut self.response {
             Some(response) if !response.body.is_empty() => {
@@ -100,7 +101,7 @@ impl Outcome {
         }
     }
 
-    /// Given up without a response to the last attempt.
+    /// An outcome of a request that is given up without a response to the last attempt.
     pub(crate) fn discarded(
         id: RequestId,
         class: impl Into<Cow<'static, str>>,
@@ -115,17 +116,17 @@ impl Outcome {
                 class: class.into(),
                 text,
             }),
-            unmade: false,
+            without_attempt: false,
         }
     }
 
-    /// As found by a claim that makes no attempt.
+    /// Marks the outcome as that of a claim that made no attempt.
     pub(crate) fn without_attempt(mut self) -> Self {
-        self.unmade = true;
+        self.without_attempt = true;
         self
     }
 
-    /// May have been sent, without an answer, and must not be sent again.
+    /// An outcome of a request that may have been sent, got no answer, and must not be sent again.
     pub(crate) fn ambiguous(
         id: RequestId,
         class: impl Into<Cow<'static, str>>,
@@ -137,11 +138,11 @@ impl Outcome {
         }
     }
 
-    /// What a waiter gets: the last response if there is one, else why there is none.
+    /// What a waiting caller gets: the last response if there is one, else why there is none.
     ///
     /// # Errors
     ///
-    /// As for [`Durable::response`](crate::Durable::response).
+    /// The same errors as [`Durable::response`](crate::Durable::response).
     pub fn into_result(self) -> Result<Response, Error> {
         let too_large = self
             .fault

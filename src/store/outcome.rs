@@ -129,7 +129,7 @@ pub(super) fn outcome(
                 })
             })
             .transpose()?,
-        unmade: false,
+        without_attempt: false,
     })
 }
 

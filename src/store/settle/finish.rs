@@ -203,7 +203,7 @@ fn bind_alone(fence: Fence, outcome: &Outcome) -> Query<'_, Postgres, PgArgument
         .bind(response.map(|response| &*response.body))
         .bind(fault.map(|fault| &*fault.class))
         .bind(fault.map(|fault| &*fault.text))
-        .bind(outcome.unmade)
+        .bind(outcome.without_attempt)
 }
 
 fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
@@ -248,7 +248,7 @@ fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
             .map(|fault| fault.map(|fault| &*fault.text))
             .collect::<Vec<_>>(),
     )
-    .bind(outcomes.map(|outcome| outcome.unmade).collect::<Vec<_>>())
+    .bind(outcomes.map(|outcome| outcome.without_attempt).collect::<Vec<_>>())
 }
 
 fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Box<Response>>, sqlx::Error> {
