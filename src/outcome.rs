@@ -84,8 +84,8 @@ impl Outcome {
         }
     }
 
-    /// Drops the body, as if it exceeded the limit, because the database refuses it. Returns whether
-    /// there was a body.
+    /// Drops the body, as if it exceeded the limit, because the database refuses it. Returns
+    /// whether there was a body.
     pub(crate) fn drop_body(&mut self) -> bool {
         match &mut self.response {
             Some(response) if !response.body.is_empty() => {

@@ -1,4 +1,4 @@
-//! The request as the crate keeps it: everything that goes over the wire, in memory and whole.
+//! The request as it is persisted: everything that is sent, complete and in memory.
 
 use std::fmt;
 
@@ -13,13 +13,14 @@ use crate::error::Error;
 use crate::options::Options;
 use crate::redact::redacted;
 
-/// The longest URL that is accepted, in bytes: what RFC 9110 section 4.1 asks every recipient to support.
+/// The longest URL that is accepted, in bytes. It exceeds the 8000 bytes that RFC 9110 section 4.1
+/// recommends every recipient to support.
 pub const MAX_URL_LEN: usize = 8 * 1024;
 
 /// An HTTP request with its body in memory, ready to be persisted.
 ///
-/// It is made by the constructors below, or from a [`reqwest::Request`] or [`http::Request`] by `TryFrom`.
-/// [`Durable`](crate::Durable)'s methods take any of them.
+/// Make one with the constructors below, or from a [`reqwest::Request`] or [`http::Request`] by
+/// `TryFrom`. [`Durable`](crate::Durable)'s methods accept any of these types.
 ///
 /// # Examples
 ///
@@ -27,15 +28,16 @@ pub const MAX_URL_LEN: usize = 8 * 1024;
 /// use requeuest::{HeaderMap, Options, Request, Url};
 ///
 /// let url = Url::parse("https://example.com/hook")?;
-/// let request = Request::post(url, b"{}".to_vec(), HeaderMap::new()).with(Options::default().channel("hooks"));
+/// let request = Request::post(url, b"{}".to_vec(), HeaderMap::new())
+///     .with(Options::default().channel("hooks"));
 /// assert_eq!(request.method(), "POST");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone)]
 pub struct Request {
     pub(crate) method: Method,
-    /// A URL that `http` can't express is kept as it came and refused with a typed error when it is used, because the
-    /// constructors that take a `Url` can't fail.
+    /// A URL that `http` can't express is stored as given and refused with an error once it is
+    /// used, because the constructors that take a `Url` can't fail.
     pub(crate) target: Target,
     pub(crate) version: Version,
     pub(crate) headers: HeaderMap,
@@ -94,29 +96,30 @@ impl Request {
         Self::new(Method::PUT, Target::Url(url), headers, Some(body.into()))
     }
 
-    /// Takes over a reqwest request.
+    /// Converts a reqwest request.
     ///
     /// # Errors
     ///
-    /// If its body is a stream: that can't be read here without waiting. The layer and the middleware take streams.
+    /// If its body is a stream, because reading one needs async code. The layer and the middleware
+    /// accept streams.
     pub fn from_reqwest(request: reqwest::Request) -> Result<Self, Error> {
         request.try_into()
     }
 
-    /// Takes over an HTTP request with a body of bytes.
+    /// Converts an HTTP request with a body of bytes.
     ///
     /// # Errors
     ///
-    /// If its URL is not an absolute `http` or `https` one.
+    /// If its URL is not an absolute `http` or `https` URL.
     pub fn from_http_body<B: Into<Bytes>>(request: http::Request<B>) -> Result<Self, Error> {
         request.try_into()
     }
 
-    /// Takes over an HTTP request without a body.
+    /// Converts an HTTP request without a body.
     ///
     /// # Errors
     ///
-    /// If its URL is not an absolute `http` or `https` one.
+    /// If its URL is not an absolute `http` or `https` URL.
     pub fn from_http_empty(request: http::Request<()>) -> Result<Self, Error> {
         let (parts, ()) = request.into_parts();
         Self::from_parts(parts, None, None)
@@ -126,7 +129,7 @@ impl Request {
     ///
     /// # Errors
     ///
-    /// If the builder holds an error, or its URL is not an absolute `http` or `https` one.
+    /// If the builder holds an error, or its URL is not an absolute `http` or `https` URL.
     pub fn from_http_builder<B: Into<Bytes>>(
         builder: http::request::Builder,
         body: B,
@@ -155,14 +158,15 @@ impl Request {
         Ok(request)
     }
 
-    /// Sets the request's options, in place of those it has.
+    /// Replaces the request's options.
     #[must_use]
     pub fn with(mut self, options: Options) -> Self {
         self.options = options;
         self
     }
 
-    /// Only these responses end the request; all others are retried.
+    /// Only these responses end the request; all other responses are retried. The same as
+    /// [`Options::accept`].
     #[must_use]
     pub fn accept_responses<I>(mut self, responses: I) -> Self
     where
@@ -178,7 +182,7 @@ impl Request {
         &self.method
     }
 
-    /// The full URL, with its query and whatever secrets it carries.
+    /// The full URL, with its query and any secrets in it.
     pub fn url(&self) -> String {
         match &self.target {
             Target::Uri(uri) => uri.to_string(),
@@ -191,12 +195,12 @@ impl Request {
         &self.headers
     }
 
-    /// The headers, to be changed.
+    /// A mutable reference to the headers.
     pub fn headers_mut(&mut self) -> &mut HeaderMap {
         &mut self.headers
     }
 
-    /// The body, or `None` where there is none.
+    /// The body, or `None` if the request has none.
     pub fn body(&self) -> Option<&Bytes> {
         self.body.as_ref()
     }
@@ -206,7 +210,7 @@ impl Request {
         &self.options
     }
 
-    /// The URL in the form that goes over the wire, if it is one that can be sent.
+    /// The URL as it is sent, or an error if it can't be sent.
     pub(crate) fn uri(&self) -> Result<Uri, Error> {
         let uri = match &self.target {
             Target::Uri(uri) => uri.clone(),
@@ -214,13 +218,13 @@ impl Request {
             Target::Url(url) => url
                 .as_str()
                 .parse()
-                .map_err(|_| Error::request("url", "is not a valid http or https URL"))?,
+                .map_err(|_| Error::request("url", "must be a valid http or https URL"))?,
         };
         check_uri(&uri)?;
         Ok(uri)
     }
 
-    /// One transmission's worth of the request: everything in it is shared or counted, nothing of the body is copied.
+    /// Builds the HTTP request for one attempt. The body is shared, not copied.
     pub(crate) fn to_http(&self, uri: Uri) -> http::Request<Body> {
         let mut request =
             http::Request::new(Body::buffered(self.body.clone(), self.trailers.clone()));
@@ -233,7 +237,7 @@ impl Request {
 }
 
 fn too_long() -> Error {
-    Error::request("url", format!("is longer than {MAX_URL_LEN} bytes"))
+    Error::request("url", format!("must be at most {MAX_URL_LEN} bytes long"))
 }
 
 fn check_uri(uri: &Uri) -> Result<(), Error> {
@@ -242,18 +246,15 @@ fn check_uri(uri: &Uri) -> Result<(), Error> {
         None => {
             return Err(Error::request(
                 "url",
-                "is relative; it needs a scheme and a host",
+                "must be absolute, with a scheme and a host",
             ));
         }
         Some(_) => {
-            return Err(Error::request(
-                "url",
-                "its scheme is neither http nor https",
-            ));
+            return Err(Error::request("url", "its scheme must be http or https"));
         }
     }
     if uri.host().is_none_or(str::is_empty) {
-        return Err(Error::request("url", "has no host"));
+        return Err(Error::request("url", "must have a host"));
     }
     let len = uri
         .authority()
@@ -308,7 +309,7 @@ impl TryFrom<reqwest::Request> for Request {
             Some(body) => Some(in_memory(body).ok_or_else(|| {
                 Error::request(
                     "body",
-                    "is a stream; only the layer and the middleware take one",
+                    "must be in memory, because only the layer and the middleware accept streams",
                 )
             })?),
         };
@@ -336,7 +337,7 @@ impl Request {
         }
     }
 
-    /// The request's own timeout stands where its options say nothing of one.
+    /// Replaces the options. If they set no attempt timeout, the request's own timeout stays.
     #[cfg(feature = "reqwest-middleware")]
     pub(crate) fn with_over_timeout(mut self, mut options: Options) -> Self {
         let timeout = self.options.attempt_timeout;
@@ -352,7 +353,7 @@ pub(crate) fn in_memory(mut body: reqwest::Body) -> Option<Bytes> {
     if len == 0 {
         return Some(Bytes::new());
     }
-    // A body in memory comes as one frame that is ready at once.
+    // A body in memory is a single frame that is ready at once.
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match std::pin::Pin::new(&mut body).poll_frame(&mut context) {
         std::task::Poll::Ready(Some(Ok(frame))) => {
@@ -398,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_of_a_url_are_kept_and_never_shown() {
+    fn secrets_of_a_url_are_stored_but_never_shown() {
         let url = Url::parse("https://user:hunter2@example.com/a?token=hunter3").unwrap();
         let request = Request::get(url.clone(), HeaderMap::new());
         assert_eq!(request.url(), url.as_str());

@@ -1,4 +1,4 @@
-//! The response as it was stored, given back to whoever asks for it.
+//! A stored response, as callers get it.
 
 use std::fmt;
 use std::str::Utf8Error;
@@ -11,14 +11,17 @@ use url::Url;
 use crate::body::Body;
 use crate::id::RequestId;
 
-/// The answer to a persisted request. It has been committed to the database before anybody sees it.
+/// The answer to a persisted request. It is committed to the database before any caller sees it.
 ///
 /// It converts into an [`http::Response`] and into a [`reqwest::Response`].
 ///
 /// # Examples
 ///
 /// ```
-/// # async fn example(durable: requeuest::Durable, request: requeuest::Request) -> Result<(), Box<dyn std::error::Error>> {
+/// # async fn example(
+/// #     durable: requeuest::Durable,
+/// #     request: requeuest::Request,
+/// # ) -> Result<(), Box<dyn std::error::Error>> {
 /// let response = durable.await_response(request).await?;
 /// println!("{}: {}", response.status(), response.text()?);
 ///
@@ -34,14 +37,15 @@ pub struct Response {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
     pub(crate) trailers: Option<HeaderMap>,
-    /// Where the response came from, after redirects, as the client that sent the request tells it.
+    /// The URL that the response came from, after redirects, if the client reported it.
     pub(crate) url: Option<Url>,
-    /// What the client attached to the response. It can't be stored: empty unless this process made the attempt.
+    /// What the client attached to the response. Extensions can't be stored, so they are empty
+    /// unless this process made the attempt.
     pub(crate) extensions: Extensions,
 }
 
 impl Response {
-    /// The request that this answers.
+    /// The id of the request that this response answers.
     pub fn id(&self) -> RequestId {
         self.id
     }
@@ -51,12 +55,12 @@ impl Response {
         self.status
     }
 
-    /// The HTTP version that the response came in.
+    /// The HTTP version of the response.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The headers, in the order in which they came.
+    /// The headers, in the order in which they were received.
     pub fn headers(&self) -> &HeaderMap {
         &self.headers
     }
@@ -75,12 +79,13 @@ impl Response {
     ///
     /// # Errors
     ///
-    /// If it is not UTF-8.
+    /// If the body is not UTF-8.
     pub fn text(&self) -> Result<&str, Utf8Error> {
         std::str::from_utf8(&self.body)
     }
 
-    /// The URL that the response came from, where the client told it: after redirects it is the last one.
+    /// The URL that the response came from, if the client reported it. After redirects, this is the
+    /// last URL.
     pub fn url(&self) -> Option<&Url> {
         self.url.as_ref()
     }
@@ -130,7 +135,7 @@ impl From<Response> for reqwest::Response {
         let Some(url) = url else {
             return response.into();
         };
-        // reqwest keeps the URL in an extension of a type of its own, which only its builder can make.
+        // reqwest keeps the URL in an extension of a private type, which only its builder can make.
         let mut with_url = http::Response::builder()
             .url(url)
             .body(())
