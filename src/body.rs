@@ -1,8 +1,8 @@
-//! The one body type that crosses the crate's edges.
+//! The body type used at the crate's edges.
 //!
-//! A persisted request has its body in memory, so that each attempt can send it again; a request or response
-//! that only passes through keeps streaming. One concrete type serves both, because a layer that is
-//! generic over its inner body can't name the body it sends.
+//! A persisted request has its body in memory, so that each attempt can send it again. A request or
+//! response that only passes through keeps streaming. One concrete type serves both, because a
+//! layer that is generic over its inner body can't name the body it sends.
 
 use std::fmt;
 use std::pin::Pin;
@@ -17,7 +17,7 @@ use http_body_util::combinators::UnsyncBoxBody;
 
 use crate::error::BoxError;
 
-/// An [`http_body::Body`] over [`Bytes`]: what a wrapped service is given to send and what callers get back.
+/// An [`http_body::Body`] over [`Bytes`]. Wrapped services send it, and callers get it back.
 ///
 /// # Examples
 ///
@@ -30,23 +30,23 @@ use crate::error::BoxError;
 pub struct Body(Inner);
 
 enum Inner {
-    /// `None` once the bytes are out. An absent body is `None` from the start.
+    /// `None` once the bytes have been read. An absent body is `None` from the start.
     Buffered {
         data: Option<Bytes>,
         trailers: Option<HeaderMap>,
     },
-    // The mutex is never contended: it only makes the whole `Sync`, which reqwest's `Body::wrap` asks for and
-    // bodies in general are not.
+    // The mutex is never contended. It only makes the type `Sync`, which reqwest's `Body::wrap`
+    // requires and boxed bodies are not.
     Stream(Mutex<UnsyncBoxBody<Bytes, BoxError>>),
 }
 
 impl Body {
-    /// No body at all.
+    /// No body.
     pub fn empty() -> Self {
         Self::buffered(None, None)
     }
 
-    /// Wraps any body that may be sent to another thread, without reading it.
+    /// Wraps any body that is `Send`, without reading it.
     pub fn wrap<B>(body: B) -> Self
     where
         B: HttpBody + Send + 'static,
@@ -64,7 +64,7 @@ impl Body {
         Self(Inner::Buffered { data, trailers })
     }
 
-    /// Whether there is a body, be it an empty one.
+    /// Whether there is a body, even an empty one.
     #[cfg(feature = "reqwest-middleware")]
     pub(crate) fn is_present(&self) -> bool {
         !matches!(
@@ -76,7 +76,7 @@ impl Body {
         )
     }
 
-    /// The whole body, if it is in memory and nothing of it has been read yet.
+    /// The whole body, if it is in memory and has not been read yet.
     pub fn as_bytes(&self) -> Option<&[u8]> {
         match &self.0 {
             Inner::Buffered { data, .. } => Some(data.as_deref().unwrap_or_default()),
@@ -170,7 +170,8 @@ impl From<&'static [u8]> for Body {
 impl From<Body> for reqwest::Body {
     fn from(body: Body) -> Self {
         match body.0 {
-            // Given as bytes, so that reqwest can send it again after a connection was found dead.
+            // Passed as bytes, so that reqwest can resend the body if the connection turns out to
+            // be dead.
             Inner::Buffered {
                 data,
                 trailers: None,

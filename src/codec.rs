@@ -1,8 +1,9 @@
-//! How requests and responses are written down.
+//! The stored form of requests and responses.
 //!
-//! A head is one line of JSON text, readable with `psql`: headers as an ordered list of pairs, so that repetitions and
-//! order survive. Header values are bytes (RFC 9110 section 5.5): each byte becomes the character of the same
-//! number, as in ISO 8859-1, which is reversible for every value and leaves ASCII as it is. Bodies are kept beside the head as bytes.
+//! A head is one line of JSON text, readable with `psql`. Headers are an ordered list of pairs, so
+//! that repetitions and order survive. Header values are bytes (RFC 9110 section 5.5). Each byte
+//! becomes the character with the same number, as in ISO 8859-1; this is reversible for every value
+//! and leaves ASCII unchanged. Bodies are stored beside the head, as bytes.
 
 use std::borrow::Cow;
 use std::str::FromStr;
@@ -21,7 +22,7 @@ use crate::request::{Request, Target};
 use crate::response::Response;
 use crate::retry::{RetryPolicy, millis};
 
-/// What a runner needs to know of a request besides its bytes.
+/// What a runner needs to know about a request besides its bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Delivery {
     #[serde(rename = "timeout_ms", with = "millis")]
@@ -33,9 +34,9 @@ pub(crate) struct Delivery {
     pub(crate) guarantee: Guarantee,
 }
 
-// What of the headers is written beside them is named in both heads: `flatten` would copy all of a head before it reads it.
+// Both heads repeat the fields of `Headers`: `flatten` would copy a whole head before reading it.
 #[derive(Serialize, Deserialize)]
-struct RequestHead<'a> {
+struct StoredRequest<'a> {
     #[serde(borrow)]
     method: Text<'a>,
     url: Text<'a>,
@@ -49,7 +50,7 @@ struct RequestHead<'a> {
 }
 
 #[derive(Serialize, Deserialize)]
-struct ResponseHead<'a> {
+struct StoredResponse<'a> {
     #[serde(borrow)]
     version: Text<'a>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -72,7 +73,8 @@ struct Headers<'a> {
 
 type Pairs<'a> = Vec<(Text<'a>, Text<'a>)>;
 
-/// Borrowed from the head as it is read, unless there is an escape in it. A `Cow` in a list would always be a copy.
+/// Borrowed from the head unless it contains an escape. A plain `Cow` in a list would always be
+/// copied.
 #[derive(Serialize, Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -150,9 +152,9 @@ fn version_of(name: &str) -> Version {
 
 pub(crate) fn encode_request(request: &Request, uri: &Uri, delivery: &Delivery) -> String {
     let Headers { headers, sensitive } = Headers::of(&request.headers);
-    let head = RequestHead {
+    let head = StoredRequest {
         method: request.method.as_str().into(),
-        // Without the fragment, which is not sent.
+        // The fragment is dropped, because it is not sent.
         url: Text(uri.to_string().into()),
         version: version_name(request.version).into(),
         headers,
@@ -165,7 +167,7 @@ pub(crate) fn encode_request(request: &Request, uri: &Uri, delivery: &Delivery) 
 
 /// Serializing maps with string keys, strings and numbers can't fail.
 fn to_json<T: Serialize>(head: &T) -> String {
-    // Most heads fit, so that it need not grow.
+    // Most heads fit without growing the buffer.
     let mut json = Vec::with_capacity(768);
     match serde_json::to_writer(&mut json, head) {
         Ok(()) => String::from_utf8(json).unwrap_or_default(),
@@ -177,12 +179,12 @@ pub(crate) fn decode_request(
     head: &str,
     body: Option<Bytes>,
 ) -> Result<(Request, Uri, Delivery), Error> {
-    let head: RequestHead<'_> =
-        serde_json::from_str(head).map_err(|error| Error::corrupt(format!("its head: {error}")))?;
-    let uri: Uri = head.url.0.parse().map_err(|_| corrupt("its URL"))?;
+    let head: StoredRequest<'_> = serde_json::from_str(head)
+        .map_err(|error| Error::corrupt(format!("the head can't be parsed: {error}")))?;
+    let uri: Uri = head.url.0.parse().map_err(|_| corrupt("the URL"))?;
     let (headers, sensitive) = (head.headers, head.sensitive);
     let request = Request {
-        method: Method::from_str(&head.method.0).map_err(|_| corrupt("its method"))?,
+        method: Method::from_str(&head.method.0).map_err(|_| corrupt("the method"))?,
         target: Target::Uri(uri.clone()),
         version: version_of(&head.version.0),
         headers: Headers { headers, sensitive }.into_map()?,
@@ -195,7 +197,7 @@ pub(crate) fn decode_request(
 
 pub(crate) fn encode_response(response: &Response) -> String {
     let Headers { headers, sensitive } = Headers::of(&response.headers);
-    to_json(&ResponseHead {
+    to_json(&StoredResponse {
         version: version_name(response.version).into(),
         url: response.url.as_ref().map(|url| url.as_str().into()),
         headers,
@@ -210,8 +212,8 @@ pub(crate) fn decode_response(
     head: &str,
     body: Bytes,
 ) -> Result<Response, Error> {
-    let head: ResponseHead<'_> = serde_json::from_str(head)
-        .map_err(|error| Error::corrupt(format!("the response's head: {error}")))?;
+    let head: StoredResponse<'_> = serde_json::from_str(head)
+        .map_err(|error| Error::corrupt(format!("the response's head can't be parsed: {error}")))?;
     let (headers, sensitive) = (head.headers, head.sensitive);
     Ok(Response {
         id,
@@ -262,21 +264,28 @@ mod tests {
             let back = serde_json::from_str::<Headers<'_>>(&json).unwrap().into_map().unwrap();
             let flat = |map: &HeaderMap| -> Vec<(String, Vec<u8>, bool)> {
                 map.iter()
-                    .map(|(name, value)| (name.to_string(), value.as_bytes().to_vec(), value.is_sensitive()))
+                    .map(|(name, value)| {
+                        (name.to_string(), value.as_bytes().to_vec(), value.is_sensitive())
+                    })
                     .collect()
             };
             prop_assert_eq!(flat(&headers), flat(&back));
         }
 
         #[test]
-        fn methods_and_urls_survive(method in "[A-Z!#$%&'*+.^_`|~0-9-]{1,12}", path in "[!-~]{0,30}") {
+        fn methods_and_urls_survive(
+            method in "[A-Z!#$%&'*+.^_`|~0-9-]{1,12}",
+            path in "[!-~]{0,30}",
+        ) {
             let Ok(uri) = format!("http://user:pw@Example.com:81/{path}").parse::<Uri>() else {
                 return Ok(());
             };
-            let request = http::Request::builder().method(&*method).uri(uri.clone()).body("x").unwrap();
+            let builder = http::Request::builder().method(&*method).uri(uri.clone());
+            let request = builder.body("x").unwrap();
             let request = Request::try_from(request).unwrap();
             let head = encode_request(&request, &uri, &delivery());
-            let (back, back_uri, back_delivery) = decode_request(&head, request.body.clone()).unwrap();
+            let decoded = decode_request(&head, request.body.clone());
+            let (back, back_uri, back_delivery) = decoded.unwrap();
             prop_assert_eq!(back_uri.to_string(), uri.to_string());
             prop_assert_eq!(back.method, request.method);
             prop_assert_eq!(back_delivery, delivery());
@@ -292,9 +301,10 @@ mod tests {
         let request = Request::try_from(request).unwrap();
         let head = encode_request(&request, &request.uri().unwrap(), &delivery());
         assert!(
-            head.starts_with(
-                r#"{"method":"POST","url":"https://example.com/a?b=c","version":"HTTP/1.1","headers":[["content-type","text/plain"]]"#
-            ),
+            head.starts_with(concat!(
+                r#"{"method":"POST","url":"https://example.com/a?b=c","version":"HTTP/1.1","#,
+                r#""headers":[["content-type","text/plain"]]"#,
+            )),
             "{head}"
         );
     }

@@ -1,34 +1,38 @@
-//! The groups among which runners share their attention.
+//! The groups that a poll is fair over.
 //!
-//! A group is the second part of a row's queue (`channel_args`): `hhhh|o|key` for requests that must go out one after
-//! another, `hhhh|c|key` for those that do so in each channel for itself, `hhhh|d|origin` for the others. The four hexadecimal digits are a hash of the rest: they spread the groups
-//! evenly over the index, so that a runner can start its round anywhere and skip from group to group.
+//! A group is the second part of a row's queue (`channel_args`): `hhhh|o|key` for requests with an
+//! ordering key, `hhhh|c|key` for requests with an ordering key that each channel orders
+//! separately, and `hhhh|d|origin` for all others. The four hexadecimal digits are a hash of the
+//! rest. They spread the groups evenly over the index, so that a runner can start its round
+//! anywhere and skip from group to group.
 
 use std::fmt;
 
 use http::Uri;
 
-/// The group of requests with an ordering key.
+/// The group of requests with this ordering key.
 pub(crate) fn ordered_group(key: &str) -> String {
     group('o', key)
 }
 
-/// The group of requests with an ordering key that each channel has for itself, as the older API has them.
+/// The group of requests with an ordering key that each channel orders separately, as the older API
+/// does.
 pub(crate) fn channel_ordered_group(key: &str) -> String {
     group('c', key)
 }
 
-/// The group of requests that may go out in any order, by a name of the caller's.
+/// The group of unordered requests, named by the caller.
 pub(crate) fn named_group(name: &str) -> String {
     group('d', name)
 }
 
-/// The group of requests that may go out in any order: their destination.
+/// The group of unordered requests without a name: their destination.
 pub(crate) fn destination_group(uri: &Uri) -> String {
     group('d', &Destination::of(uri).to_string())
 }
 
-/// Scheme, host and port of a URL, the port always included. Nothing else of a URL may be shown.
+/// Scheme, host and port of a URL; the port is always included. No other part of a URL may be
+/// shown.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Destination<'a> {
     scheme: &'a str,
@@ -65,7 +69,8 @@ fn group(kind: char, name: &str) -> String {
     format!("{:04x}|{kind}|{name}", fnv1a(name.as_bytes()) as u16)
 }
 
-/// FNV-1a. Stored rows carry its result, so it must never change; the standard library's hashers may.
+/// FNV-1a. Stored rows contain its result, so it must never change. The standard library's hashers
+/// may change.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)

@@ -1,19 +1,19 @@
-//! Whether two calls with the same key mean the same request.
+//! Tells whether two calls with the same key mean the same request.
 
 use http::Uri;
 use sha2::{Digest, Sha256};
 
 use crate::request::Request;
 
-/// SHA-256 over method, URL and body: what makes a request another one. Headers are left out, because many differ from call to
-/// call without meaning anything: dates, trace ids.
+/// SHA-256 over method, URL and body. Headers are left out, because many of them differ between
+/// calls without any meaning: dates, trace ids.
 ///
-/// Stored with the key, so it must never change.
+/// The fingerprint is stored with the key, so it must never change.
 pub(crate) fn fingerprint(request: &Request, uri: &Uri) -> [u8; 32] {
     let mut hasher = Sha256::new();
     let uri = uri.to_string();
     for part in [request.method.as_str(), &uri] {
-        // With its length, or parts could run into each other.
+        // Each part is preceded by its length; otherwise two parts could run into each other.
         hasher.update((part.len() as u64).to_be_bytes());
         hasher.update(part);
     }

@@ -1,7 +1,7 @@
-//! The name of a persisted request.
+//! The id of a persisted request.
 //!
-//! Ids are `UUIDv7` (RFC 9562, section 5.7): they are made by the client, so that a retried insert can be
-//! recognised, and they rise with time, so that new rows land at the right-hand edge of an index.
+//! Ids are `UUIDv7` (RFC 9562, section 5.7). The client makes them, so that a retried insert can be
+//! recognised. They increase with time, so that new rows land at the right-hand edge of an index.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 /// Identifies a persisted request, from [`Durable::fire`](crate::Durable::fire) to its outcome.
 ///
-/// It can be stored as text or as a [`Uuid`] and used later, from any process, with
+/// Store it as text or as a [`Uuid`] and use it later, from any process, with
 /// [`Durable::response`](crate::Durable::response) and [`Durable::status`](crate::Durable::status).
 ///
 /// # Examples
@@ -28,7 +28,7 @@ use uuid::Uuid;
 pub struct RequestId(Uuid);
 
 impl RequestId {
-    /// A new id, later than every id that this process made before.
+    /// A new id, greater than all ids that this process made before.
     pub(crate) fn generate() -> Self {
         Self(Uuid::now_v7())
     }

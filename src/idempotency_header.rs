@@ -1,4 +1,4 @@
-//! The header by which a receiver can tell a repetition from a new request.
+//! The header by which a receiver tells a repeated request from a new one.
 
 use http::header::InvalidHeaderName;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
@@ -7,23 +7,26 @@ use crate::id::RequestId;
 
 const DEFAULT_NAME: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// How requests are marked, so that a receiver can recognise those that it has seen: with a header that has the same value, the
-/// request's id, on every attempt.
+/// How requests are marked, so that a receiver can recognise a repetition: with a header whose
+/// value, the request's id, is the same on every attempt.
 ///
-/// Only methods that are not idempotent by themselves (RFC 9110 section 9.2.2) get it: `POST`, `PATCH` and those that no standard
-/// knows. A header of that name which the request has already is left as it is.
+/// Only methods that are not idempotent (RFC 9110 section 9.2.2) get the header: `POST`, `PATCH`
+/// and non-standard methods. If the request already has a header with this name, it is left
+/// unchanged.
 ///
-/// The default is `Idempotency-Key: "…"`: a string as in RFC 9651 section 3.3.3, which is what the IETF's draft for the header asks for.
+/// The default is `Idempotency-Key: "…"`, a string as in RFC 9651 section 3.3.3. The IETF draft for
+/// the header asks for this form.
 ///
 /// # Examples
 ///
 /// ```
 /// use requeuest::{IdempotencyHeader, Options};
 ///
-/// // For a receiver that takes the quotes for a part of the key.
+/// // For a receiver that treats the quotes as part of the key.
 /// let options = Options::default().idempotency_header(IdempotencyHeader::bare());
-/// // For one that has a header of its own.
-/// let options = Options::default().idempotency_header(IdempotencyHeader::bare().name("x-request-id")?);
+/// // For a receiver that expects another header name.
+/// let header = IdempotencyHeader::bare().name("x-request-id")?;
+/// let options = Options::default().idempotency_header(header);
 /// # Ok::<(), requeuest::http::header::InvalidHeaderName>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +43,7 @@ enum Form {
 }
 
 impl IdempotencyHeader {
-    /// The id in quotes: a structured field.
+    /// The id in quotes, as a structured field.
     pub fn quoted() -> Self {
         Self {
             name: DEFAULT_NAME,
@@ -48,7 +51,7 @@ impl IdempotencyHeader {
         }
     }
 
-    /// The id as it is.
+    /// The id without quotes.
     pub fn bare() -> Self {
         Self {
             form: Form::Bare,
@@ -64,7 +67,7 @@ impl IdempotencyHeader {
         }
     }
 
-    /// Another name for the header. Defaults to `Idempotency-Key`.
+    /// Sets the name of the header. Defaults to `Idempotency-Key`.
     ///
     /// # Errors
     ///
@@ -77,7 +80,7 @@ impl IdempotencyHeader {
         Ok(self)
     }
 
-    /// Adds the header, where it belongs and is missing.
+    /// Adds the header, unless the method is idempotent or the request already has it.
     pub(crate) fn apply(&self, method: &Method, id: RequestId, headers: &mut HeaderMap) {
         if method.is_idempotent() || headers.contains_key(&self.name) {
             return;
@@ -103,9 +106,9 @@ impl Default for IdempotencyHeader {
 mod tests {
     use super::*;
 
-    fn applied(key: &IdempotencyHeader, method: &Method) -> (RequestId, HeaderMap) {
+    fn applied(header: &IdempotencyHeader, method: &Method) -> (RequestId, HeaderMap) {
         let (id, mut headers) = (RequestId::generate(), HeaderMap::new());
-        key.apply(method, id, &mut headers);
+        header.apply(method, id, &mut headers);
         (id, headers)
     }
 
@@ -124,8 +127,8 @@ mod tests {
 
     #[test]
     fn the_form_and_the_name_can_be_chosen() {
-        let key = IdempotencyHeader::bare().name("x-request-id").unwrap();
-        let (id, headers) = applied(&key, &Method::POST);
+        let header = IdempotencyHeader::bare().name("x-request-id").unwrap();
+        let (id, headers) = applied(&header, &Method::POST);
         assert_eq!(headers["x-request-id"], id.to_string());
         assert!(
             applied(&IdempotencyHeader::none(), &Method::POST)
@@ -136,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_own_header_wins() {
+    fn an_existing_header_is_left_unchanged() {
         let mut headers = HeaderMap::new();
         headers.insert("idempotency-key", HeaderValue::from_static("mine"));
         IdempotencyHeader::default().apply(&Method::POST, RequestId::generate(), &mut headers);

@@ -1,7 +1,8 @@
-//! Installing the schema.
+//! Installs the schema.
 //!
-//! Everything of the crate, the ledger of its migrations included, lives in a Postgres schema of its own. The host
-//! application's own `sqlx::migrate!` never meets it, before or after, and neither does a sqlxmq in another schema.
+//! All of the crate's database objects, including the ledger of its migrations, are in their own
+//! Postgres schema. They never clash with the application's own `sqlx::migrate!`, whichever runs
+//! first, nor with a sqlxmq in another schema.
 
 use sqlx::migrate::{Migrate, MigrateError};
 use sqlx::postgres::PgConnectOptions;
@@ -10,23 +11,24 @@ use sqlx::{ConnectOptions, Connection, Executor, PgConnection, PgPool};
 use crate::runtime;
 use crate::store::quoted;
 
-/// The schema that is used unless another one is named: `requeuest`.
+/// The default name of the schema: `requeuest`.
 pub const DEFAULT_SCHEMA: &str = "requeuest";
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
 /// Installs or upgrades the schema [`DEFAULT_SCHEMA`].
 ///
-/// Running it again, or from several processes at once, is harmless. It needs no extension, works on Postgres 14 and later,
-/// and its role needs the right to create a schema in the database, or one that exists and belongs to it.
+/// Running it again, or from several processes at once, is harmless. It needs no extension and
+/// works on Postgres 14 and later. Its role needs the right to create a schema in the database,
+/// unless the schema exists and belongs to that role.
 ///
 /// # Errors
 ///
-/// If the database can't be reached or refuses; nothing of a failed migration stays.
+/// If the database can't be reached or refuses. A failed migration is rolled back completely.
 ///
 /// # Cancel safety
 ///
-/// What was begun goes on; running it again waits for it.
+/// Once begun it continues, awaited or not. Running it again waits for it.
 ///
 /// # Examples
 ///
@@ -39,7 +41,7 @@ pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
     Migrator::new().run(pool).await
 }
 
-/// Installs the schema under a name of your choice, or removes it.
+/// Installs or removes the schema, under a name of your choice.
 ///
 /// # Examples
 ///
@@ -85,13 +87,13 @@ impl Migrator {
     ///
     /// # Cancel safety
     ///
-    /// What was begun goes on; running it again waits for it.
+    /// Once begun it continues, awaited or not. Running it again waits for it.
     pub async fn run(&self, pool: &PgPool) -> Result<(), MigrateError> {
         let schema = self.checked()?;
         let connect = self.connect_options(pool);
         runtime::once(move || async move {
             let mut connection = connect.connect().await?;
-            // `CREATE SCHEMA IF NOT EXISTS` fails when two run it at once.
+            // `CREATE SCHEMA IF NOT EXISTS` fails if two sessions run it at once.
             let mut transaction = connection.begin().await?;
             lock(&mut transaction).await?;
             let create = format!("CREATE SCHEMA IF NOT EXISTS {schema}");
@@ -111,11 +113,12 @@ impl Migrator {
     ///
     /// # Errors
     ///
-    /// If the schema's name is not valid, the database can't be reached or refuses, or something else was put into the schema.
+    /// If the schema's name is not valid, the database can't be reached or refuses, or the schema
+    /// contains objects that are not requeuest's.
     ///
     /// # Cancel safety
     ///
-    /// What was begun goes on; running it again waits for it.
+    /// Once begun it continues, awaited or not. Running it again waits for it.
     pub async fn undo(&self, pool: &PgPool) -> Result<(), MigrateError> {
         let schema = self.checked()?;
         let connect = self.connect_options(pool);
@@ -142,8 +145,9 @@ impl Migrator {
             .map_err(|reason| MigrateError::Execute(sqlx::Error::Configuration(reason.into())))
     }
 
-    /// sqlx hard-codes the ledger's name; the search path decides in which schema that is. The functions keep this path: a
-    /// temporary table of the session that calls one must not come before the schema's own.
+    /// sqlx hard-codes the name of its ledger, so the search path decides which schema it is in.
+    /// The functions keep this path: a temporary table of the calling session must not come before
+    /// the schema's own tables.
     fn connect_options(&self, pool: &PgPool) -> PgConnectOptions {
         let path = format!("{},pg_temp", quoted(&self.schema));
         (*pool.connect_options())
@@ -170,7 +174,7 @@ pub(crate) fn validate_schema(schema: &str) -> Result<(), &'static str> {
     if first && rest && schema.len() <= 63 {
         Ok(())
     } else {
-        Err("a schema is named with lower-case letters, digits and `_`, up to 63 bytes")
+        Err("a schema's name must be lower-case letters, digits and `_`, at most 63 bytes")
     }
 }
 
@@ -193,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_schema_name_can_be_no_more_than_a_plain_identifier() {
+    fn a_schema_name_must_be_a_plain_identifier() {
         for good in ["requeuest", "_x", "a1_2"] {
             assert!(validate_schema(good).is_ok(), "{good}");
         }

@@ -1,8 +1,8 @@
-//! URLs as they may be shown: credentials and queries stay out of logs, errors and the database's texts.
+//! Removes credentials and queries from URLs in logs, errors and texts stored in the database.
 
 use http::Uri;
 
-/// A URL for logs and errors: without user, password, query and fragment.
+/// A URL for logs and errors, without user, password, query and fragment.
 pub(crate) fn redacted(uri: &Uri) -> String {
     let scheme = uri.scheme_str().unwrap_or_default();
     let host = uri.host().unwrap_or_default();
@@ -13,9 +13,10 @@ pub(crate) fn redacted(uri: &Uri) -> String {
     format!("{scheme}://{host}{port}{}", uri.path())
 }
 
-/// Somebody else's text, with the URLs in it cut down as by [`redacted`].
+/// Redacts the URLs in a text that this crate did not write, as [`redacted`] does.
 ///
-/// A URL is taken to reach up to the next space: what belongs to it can't be told from what only follows it.
+/// A URL is assumed to reach up to the next whitespace, because its end can't be told from the text
+/// that follows.
 pub(crate) fn redact_urls(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     let mut rest = text;
@@ -27,7 +28,7 @@ pub(crate) fn redact_urls(text: &str) -> String {
         let (authority, path) = url.split_at(url.find('/').unwrap_or(url.len()));
         shown.push_str(authority.rsplit('@').next().unwrap_or_default());
         shown.push_str(path);
-        // The punctuation of the text around it.
+        // Keep the surrounding text's punctuation.
         shown.push_str(&hidden[hidden.trim_end_matches([')', ':', ',', '.', '"']).len()..]);
         rest = after;
     }

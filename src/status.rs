@@ -1,4 +1,4 @@
-//! Where a request stands.
+//! The status of a request.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ParseNameError;
 
-/// The state of a persisted request, as [`Durable::status`](crate::Durable::status) reports it.
+/// The status of a persisted request, as [`Durable::status`](crate::Durable::status) reports it.
 ///
 /// ```text
 /// Scheduled → Available → Running → Completed | Discarded | Cancelled | Ambiguous
@@ -20,26 +20,28 @@ use crate::error::ParseNameError;
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Status {
-    /// Not due yet: it was enqueued with a delay and has not been attempted.
+    /// Not due yet: the request was enqueued with a delay and has not been attempted.
     Scheduled,
     /// Due, and waiting for a runner.
     Available,
-    /// An attempt is being made.
+    /// An attempt is in progress.
     Running,
-    /// An attempt failed; the next one is due later.
+    /// An attempt failed, and the next one is due later.
     Retryable,
-    /// Answered with a response that counts as final.
+    /// The request got a final response, or was resolved as sent.
     Completed,
-    /// Given up: the retry policy allows no further attempt. Kept, with the last error.
+    /// The request was given up and won't be attempted again. It is a dead letter, with its last
+    /// error.
     Discarded,
-    /// Cancelled before it was answered.
+    /// The request was cancelled before it got a final response.
     Cancelled,
-    /// The bytes may have left, no answer came, and the request asked not to be sent twice.
+    /// The request may have been sent but got no response, and it must not be sent twice. It is a
+    /// dead letter.
     Ambiguous,
 }
 
 impl Status {
-    /// Whether the request has ended: no further attempt will be made.
+    /// Whether the request has finished: no further attempt will be made.
     pub fn is_terminal(self) -> bool {
         matches!(
             self,
@@ -47,7 +49,7 @@ impl Status {
         )
     }
 
-    /// The lower-case name, as it stands in the database.
+    /// The lower-case name, as stored in the database.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Scheduled => "scheduled",

@@ -1,4 +1,4 @@
-//! Durations stand in the database as whole milliseconds.
+//! Serializes durations as whole milliseconds, for the database.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration
 pub(crate) mod option {
     use super::{Deserialize, Deserializer, Duration, Serializer};
 
-    #[allow(clippy::ref_option)] // the signature that serde calls
+    #[expect(clippy::ref_option, reason = "serde calls it with this signature")]
     pub(crate) fn serialize<S: Serializer>(
         value: &Option<Duration>,
         to: S,

@@ -1,29 +1,34 @@
-//! When a failed attempt is followed by another one, and how much later.
+//! Whether a failed attempt is retried, and after what delay.
 //!
 //! # Defaults
 //!
-//! Delays grow exponentially from [`DEFAULT_BASE`] by a factor of [`DEFAULT_FACTOR`] up to [`DEFAULT_CAP`], with full jitter: each delay
-//! is drawn evenly between zero and the computed bound, so that a thousand requests that failed together don't come
-//! back together. Awaited requests are retried for [`DEFAULT_AWAITED_AGE`], fired ones for [`DEFAULT_FIRED_AGE`]; the
-//! caller then gets the last response or, where there never was one, the last error.
+//! Delays grow exponentially from [`DEFAULT_BASE`] by a factor of [`DEFAULT_FACTOR`] up to
+//! [`DEFAULT_CAP`], with full jitter: each delay is drawn evenly between zero and the computed
+//! bound, so that a thousand requests that failed together don't come back together. Awaited
+//! requests are retried for [`DEFAULT_AWAITED_AGE`], fired ones for [`DEFAULT_FIRED_AGE`]. After
+//! that, the caller gets the last response or, if there never was one, the last error.
 //!
 //! # What is retried
 //!
-//! Every failure to get a response ([`FailureClass`](crate::FailureClass)), and the statuses 408, 425, 429 and 5xx. Every other
-//! answer is final: a 404 is a response. A request can narrow that with [`Options::accept`](crate::Options::accept): then only
-//! the accepted responses end it. A handle can judge for itself with [`DurableBuilder::classify`](crate::DurableBuilder::classify).
+//! Every failure to get a response ([`FailureClass`](crate::FailureClass)), and the statuses 408,
+//! 425, 429 and 5xx. Every other response is final: a 404 is a response.
+//! [`Options::accept`](crate::Options::accept) narrows this for one request: only the accepted
+//! responses complete it. [`DurableBuilder::classify`](crate::DurableBuilder::classify) sets other
+//! rules for a handle.
 //!
 //! # `Retry-After`
 //!
-//! A response that is retried may say when to come back (RFC 9110 section 10.2.3). That raises the policy's delay, never lowers it, up to
-//! [`RetryPolicy::max_retry_after`]. If the allowed age ends before that time, the request is given up at once, with that response. A date is
-//! taken relative to the response's own `Date`, so that it does not matter how this machine's clock is set.
+//! A response that is retried may say when to come back (RFC 9110 section 10.2.3). The header can
+//! raise the policy's delay, up to [`RetryPolicy::max_retry_after`], but never lowers it. If the
+//! allowed age ends before the requested time, the request is given up at once, with that response.
+//! A date is taken relative to the response's own `Date`, so this machine's clock doesn't matter.
 //!
 //! # When not to retry
 //!
-//! A request whose effect must not happen twice, sent to a receiver that can't recognise a repetition, should ask for
-//! [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce): it is then repeated only where it certainly did not arrive or was answered.
-//! [`RetryPolicy::none`] makes one attempt, and says of a crash in the middle of it that the request was given up.
+//! Use [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) for a request whose effect must not
+//! happen twice, if the receiver can't recognise a repetition. Such a request is retried only if it
+//! certainly did not arrive or was answered. [`RetryPolicy::none`] makes a single attempt. If the
+//! process crashes during that attempt, the request ends as discarded.
 //!
 //! # Examples
 //!

@@ -1,4 +1,4 @@
-//! The retry policy: pure, with time and randomness as arguments.
+//! The retry policy. It is pure: time and randomness are arguments.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,32 +10,36 @@ use serde::{Deserialize, Serialize};
 use super::millis;
 use crate::error::Error;
 
-/// The bound of the first delay: one second.
+/// The upper bound of the first delay: one second.
 pub const DEFAULT_BASE: Duration = Duration::from_secs(1);
-/// What each bound is multiplied with for the next one: two.
+/// The factor between one bound and the next: two.
 pub const DEFAULT_FACTOR: f64 = 2.0;
-/// The bound that delays grow to: five minutes.
+/// The largest bound: five minutes.
 pub const DEFAULT_CAP: Duration = Duration::from_secs(5 * 60);
-/// How long an awaited request is retried: five minutes from its enqueueing.
+/// How long an awaited request is retried: five minutes after it was enqueued.
 pub const DEFAULT_AWAITED_AGE: Duration = Duration::from_secs(5 * 60);
-/// How long a fired request is retried: 24 hours from its enqueueing.
+/// How long a fired request is retried: 24 hours after it was enqueued.
 pub const DEFAULT_FIRED_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 /// How far a response's `Retry-After` can raise a delay: one hour.
 pub const DEFAULT_MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 
-/// No duration of ours may exceed a hundred years: far below what `interval` and `timestamptz` hold.
+/// No duration may exceed a hundred years, which is far below the limits of `interval` and
+/// `timestamptz`.
 pub(crate) const MAX_DURATION: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
-/// Stored with each request, so it has to end somewhere.
+/// The schedule is stored with each request, so its length is limited.
 const MAX_SCHEDULE: usize = 1000;
-/// What is stored are whole milliseconds.
+/// Delays are stored in whole milliseconds.
 const MIN_DELAY: Duration = Duration::from_millis(1);
 
-/// How often, for how long and how fast a request is tried again. See the [module](super) for the defaults.
+/// How often, for how long and how fast a request is retried. See the [module](super) for the
+/// defaults.
 ///
-/// The policy is stored with the request, so that any process can go on with it. Setters take everything; what does not fit together,
-/// a setter that is not for this kind of policy included, is an error that names the field `retry`, of
-/// [`DurableBuilder::build`](crate::DurableBuilder::build) or of the call that the [`Options`](crate::Options) are given to.
+/// The policy is stored with the request, so that any process can continue with it. Setters accept
+/// any value. [`DurableBuilder::build`](crate::DurableBuilder::build), or the call that the
+/// [`Options`](crate::Options) are passed to, checks the policy. It returns an error that names the
+/// field `retry` if a value is invalid, if values contradict each other, or if a setter doesn't
+/// apply to this kind of policy.
 ///
 /// # Examples
 ///
@@ -47,7 +51,7 @@ const MIN_DELAY: Duration = Duration::from_millis(1);
 ///
 /// const MINUTE: u64 = 60;
 /// let webhooks = RetryPolicy::schedule(
-///     [5, 5 * MINUTE, 30 * MINUTE, 120 * MINUTE, 300 * MINUTE, 600 * MINUTE].map(Duration::from_secs),
+///     [5, 5 * MINUTE, 30 * MINUTE, 120 * MINUTE, 300 * MINUTE].map(Duration::from_secs),
 /// );
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,7 +74,7 @@ pub struct RetryPolicy {
         skip_serializing_if = "Option::is_none"
     )]
     max_retry_after: Option<Duration>,
-    /// A setter was used that is not for this kind of policy.
+    /// A setter was called that doesn't apply to this kind of policy.
     #[serde(skip)]
     misused: Option<&'static str>,
 }
@@ -90,20 +94,20 @@ enum Delays {
     #[serde(rename = "constant_ms", with = "millis")]
     Constant(Duration),
     None,
-    /// A function can't be stored: whoever goes on with the request has its own.
+    /// A function can't be stored: each process that continues with the request has its own.
     FromFn(#[serde(skip)] Option<Function>),
 }
 
-/// How much of a delay is left to chance.
+/// How much of a delay is random.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Jitter {
-    /// All of it: evenly between zero and the bound. Spreads best those that failed together.
+    /// All of it: evenly between zero and the bound. Spreads requests that failed together best.
     Full,
-    /// The second half: evenly between half of the bound and the bound. Never at once.
+    /// The second half: evenly between half of the bound and the bound. Never retries at once.
     Equal,
-    /// Nothing: the bound itself.
+    /// None of it: the delay is the bound.
     None,
 }
 
@@ -115,12 +119,12 @@ impl Jitter {
             Self::Equal => bound / 2 + (bound - bound / 2).mul_f64(random),
             Self::None => bound,
         }
-        // Rounding must not take it beyond.
+        // Rounding must not exceed the bound.
         .min(bound)
     }
 }
 
-/// What [`RetryPolicy::from_fn`] decides by.
+/// The argument of a [`RetryPolicy::from_fn`] function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Retry {
@@ -136,12 +140,13 @@ impl Retry {
     }
 }
 
-/// A caller's own way to compute delays.
+/// A caller's function that computes delays.
 #[derive(Clone)]
 pub(crate) struct Function(Arc<dyn Fn(Retry) -> Option<Duration> + Send + Sync>);
 
 impl Function {
-    /// `Err` if it panicked: it is called where a panic would end more than this request's attempt.
+    /// Returns `Err` if the function panicked. A panic must not escape: it would end more than this
+    /// request's attempt.
     fn call(&self, retry: Retry) -> Result<Option<Duration>, ()> {
         catch_unwind(AssertUnwindSafe(|| (self.0)(retry))).map_err(|_| ())
     }
@@ -171,7 +176,7 @@ impl RetryPolicy {
         }
     }
 
-    /// Exponential delays with full jitter, for ever.
+    /// Exponential delays with full jitter and no limit.
     pub fn exponential() -> Self {
         let delays = Delays::Exponential {
             base: DEFAULT_BASE,
@@ -181,28 +186,30 @@ impl RetryPolicy {
         Self::new(delays, Jitter::Full)
     }
 
-    /// The default of awaited requests: [`exponential`](Self::exponential) for [`DEFAULT_AWAITED_AGE`].
+    /// The default for awaited requests: [`exponential`](Self::exponential) for
+    /// [`DEFAULT_AWAITED_AGE`].
     pub fn awaited() -> Self {
         Self::exponential().max_age(DEFAULT_AWAITED_AGE)
     }
 
-    /// The default of fired requests: [`exponential`](Self::exponential) for [`DEFAULT_FIRED_AGE`].
+    /// The default for fired requests: [`exponential`](Self::exponential) for
+    /// [`DEFAULT_FIRED_AGE`].
     pub fn fired() -> Self {
         Self::exponential().max_age(DEFAULT_FIRED_AGE)
     }
 
-    /// These delays one after another, and then no more: one attempt more than there are delays. Without jitter, unless it is set.
-    /// 1 to 1,000 delays of at least one millisecond.
+    /// These delays in order, then no more: one attempt more than there are delays. No jitter
+    /// unless set. 1 to 1,000 delays of at least one millisecond.
     pub fn schedule(delays: impl IntoIterator<Item = Duration>) -> Self {
         Self::new(Delays::Schedule(delays.into_iter().collect()), Jitter::None)
     }
 
-    /// The same delay each time, for ever. Without jitter, unless it is set. At least one millisecond.
+    /// The same delay each time, with no limit. No jitter unless set. At least one millisecond.
     pub fn constant(delay: Duration) -> Self {
         Self::new(Delays::Constant(delay), Jitter::None)
     }
 
-    /// One attempt, whatever comes of it. No setter applies to it.
+    /// A single attempt, whatever its result. No setter applies.
     pub fn none() -> Self {
         Self::new(Delays::None, Jitter::None)
     }
@@ -210,9 +217,11 @@ impl RetryPolicy {
     /// The delays that a function returns, until it returns `None`. Only for
     /// [`DurableBuilder::retry`](crate::DurableBuilder::retry).
     ///
-    /// A function can't be stored, so it is not the request that carries it: whichever process goes on with the request calls the function
-    /// that its own builder was given. Where that has none, or it panics, delays are those of [`exponential`](Self::exponential), and a policy
-    /// without limits gets that of [`fired`](Self::fired). The function must not block. A delay above a hundred years counts as that.
+    /// A function can't be stored with the request. A process that continues with the request calls
+    /// the function that its own builder was given. If its builder has none, or the function
+    /// panics, the delays are those of [`exponential`](Self::exponential), and a policy without
+    /// limits gets the limit of [`fired`](Self::fired). The function must not block. Delays above a
+    /// hundred years are cut to a hundred years.
     ///
     /// # Examples
     ///
@@ -233,81 +242,85 @@ impl RetryPolicy {
         )
     }
 
-    /// The bound of the first delay of an exponential policy. Must be at least one millisecond. Defaults to [`DEFAULT_BASE`].
+    /// The bound of the first delay of an exponential policy. Must be at least one millisecond.
+    /// Defaults to [`DEFAULT_BASE`].
     #[must_use]
     pub fn base(mut self, value: Duration) -> Self {
         match &mut self.delays {
             Delays::Exponential { base, .. } => *base = value,
-            _ => self.misused = Some("`base` is for exponential policies"),
+            _ => self.misused = Some("`base` applies to exponential policies only"),
         }
         self
     }
 
-    /// What each bound of an exponential policy is multiplied with for the next one. Must be a number of at least 1.
-    /// Defaults to [`DEFAULT_FACTOR`].
+    /// The factor between one bound of an exponential policy and the next. Must be a number of at
+    /// least 1. Defaults to [`DEFAULT_FACTOR`].
     #[must_use]
     pub fn factor(mut self, value: f64) -> Self {
         match &mut self.delays {
             Delays::Exponential { factor, .. } => *factor = value,
-            _ => self.misused = Some("`factor` is for exponential policies"),
+            _ => self.misused = Some("`factor` applies to exponential policies only"),
         }
         self
     }
 
-    /// The bound that delays of an exponential policy grow to. Must not be below the base. Defaults to [`DEFAULT_CAP`].
+    /// The largest bound of an exponential policy. Must not be below the base. Defaults to
+    /// [`DEFAULT_CAP`].
     #[must_use]
     pub fn cap(mut self, value: Duration) -> Self {
         match &mut self.delays {
             Delays::Exponential { cap, .. } => *cap = value,
-            _ => self.misused = Some("`cap` is for exponential policies"),
+            _ => self.misused = Some("`cap` applies to exponential policies only"),
         }
         self
     }
 
-    /// How much of each delay is left to chance. Not for [`from_fn`](Self::from_fn), which can see to it itself.
-    /// Defaults to [`Jitter::Full`] for exponential policies and to [`Jitter::None`] for others.
+    /// How much of each delay is random. Not for [`from_fn`](Self::from_fn), whose function can add
+    /// its own jitter. Defaults to [`Jitter::Full`] for exponential policies and to
+    /// [`Jitter::None`] for others.
     #[must_use]
     pub fn jitter(mut self, jitter: Jitter) -> Self {
         match self.delays {
             Delays::None | Delays::FromFn(_) => {
-                self.misused = Some("`jitter` is neither for `none` nor for `from_fn`");
+                self.misused = Some("`jitter` doesn't apply to `none` or `from_fn`");
             }
             _ => self.jitter = jitter,
         }
         self
     }
 
-    /// How long after its enqueueing a request is retried. The last attempt falls on the end of that time.
-    /// Zero means one attempt.
+    /// How long after it was enqueued a request is retried. The last attempt falls on the end of
+    /// that time. Zero means one attempt.
     #[must_use]
     pub fn max_age(mut self, age: Duration) -> Self {
         self.max_age = Some(age);
-        self.misused_if_none("`max_age` is not for `none`")
+        self.misused_if_none("`max_age` doesn't apply to `none`")
     }
 
-    /// How many attempts are made in all, the first included. Must be at least one.
+    /// How many attempts are made in total, including the first. Must be at least one.
     #[must_use]
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.max_attempts = Some(attempts);
-        self.misused_if_none("`max_attempts` is not for `none`")
+        self.misused_if_none("`max_attempts` doesn't apply to `none`")
     }
 
-    /// Takes both limits away. Not for schedules, which end by themselves.
+    /// Removes both limits. Not for schedules, which are finite.
     #[must_use]
     pub fn for_ever(mut self) -> Self {
         self.max_age = None;
         self.max_attempts = None;
         if let Delays::Schedule(_) = self.delays {
-            self.misused = Some("`for_ever` is not for schedules, which end by themselves");
+            self.misused = Some("`for_ever` doesn't apply to schedules, which are finite");
         }
-        self.misused_if_none("`for_ever` is not for `none`")
+        self.misused_if_none("`for_ever` doesn't apply to `none`")
     }
 
-    /// How far a response's `Retry-After` can raise a delay. Zero ignores it. Defaults to [`DEFAULT_MAX_RETRY_AFTER`].
+    /// How far a response's `Retry-After` can raise a delay. Zero ignores the header. Defaults to
+    /// [`DEFAULT_MAX_RETRY_AFTER`].
     #[must_use]
     pub fn max_retry_after(mut self, delay: Duration) -> Self {
         self.max_retry_after = Some(delay);
-        self.misused_if_none("`max_retry_after` is not for `none`")
+        self.misused_if_none("`max_retry_after` doesn't apply to `none`")
     }
 
     fn misused_if_none(mut self, message: &'static str) -> Self {
@@ -317,7 +330,8 @@ impl RetryPolicy {
         self
     }
 
-    /// The function of a [`from_fn`](Self::from_fn) policy, unless it was lost on the way through the database.
+    /// The function of a [`from_fn`](Self::from_fn) policy. `None` if the policy was read from the
+    /// database, which can't store a function.
     pub(crate) fn function(&self) -> Option<&Function> {
         match &self.delays {
             Delays::FromFn(function) => function.as_ref(),
@@ -327,8 +341,8 @@ impl RetryPolicy {
 
     /// The delay before the next attempt, or `None` to give up.
     ///
-    /// `random` is drawn from 0 to 1; `asked` is what the response's `Retry-After` asks for; `function` is that of this process, for a policy
-    /// whose own can't be stored.
+    /// `random` is drawn from 0 to 1. `asked` is the delay of the response's `Retry-After`.
+    /// `function` is this process's function, for a policy whose own one could not be stored.
     pub(crate) fn delay(
         &self,
         retry: Retry,
@@ -344,14 +358,14 @@ impl RetryPolicy {
                 exponential(*base, *factor, *cap, retry.attempts)
             }
             Delays::Schedule(delays) => {
-                let place = retry.attempts.saturating_sub(1) as usize;
-                *delays.get(place)?
+                let index = retry.attempts.saturating_sub(1) as usize;
+                *delays.get(index)?
             }
             Delays::Constant(delay) => *delay,
             Delays::None => return None,
             Delays::FromFn(own) => match own.as_ref().or(function).map(|f| f.call(retry)) {
                 Some(Ok(delay)) => delay?.min(MAX_DURATION),
-                // Gone, or of no use.
+                // The function is missing, or it panicked.
                 Some(Err(())) | None => {
                     return self.without_function().delay(retry, random, asked, None);
                 }
@@ -366,13 +380,13 @@ impl RetryPolicy {
             Some(max) => max - retry.age,
             None => Duration::MAX,
         };
-        // So that the whole time is used: the last attempt is made at its end.
+        // The last attempt is made at the end of the allowed time, so that all of it is used.
         let own = own.min(left);
-        // But not before the receiver wants it.
+        // But not before the time that the receiver asked for.
         (asked <= left).then_some(own.max(asked))
     }
 
-    /// What a policy whose function is not here does instead.
+    /// The policy used when the function is missing or panicked.
     fn without_function(&self) -> Self {
         let limitless = self.max_age.is_none() && self.max_attempts.is_none();
         Self {
@@ -383,7 +397,7 @@ impl RetryPolicy {
         }
     }
 
-    /// Whether so many attempts may be followed by another, as far as their number goes.
+    /// Whether the number of attempts allows another one.
     pub(crate) fn allows_after(&self, attempts: u32) -> bool {
         let in_kind = match &self.delays {
             Delays::None => false,
@@ -394,8 +408,9 @@ impl RetryPolicy {
     }
 
     pub(crate) fn validate(&self) -> Result<(), &'static str> {
-        const TOO_LONG: &str = "longer than a hundred years; use `for_ever` for no limit";
-        const TOO_SHORT: &str = "a delay must be at least one millisecond";
+        const MAX_AGE_TOO_LONG: &str =
+            "`max_age` must be at most a hundred years; use `for_ever` for no limit";
+        const TOO_SHORT: &str = "each delay must be at least one millisecond";
         if let Some(misused) = self.misused {
             return Err(misused);
         }
@@ -405,13 +420,13 @@ impl RetryPolicy {
                     return Err("the base must be at least one millisecond");
                 }
                 if !(factor.is_finite() && *factor >= 1.0) {
-                    return Err("the factor must be a number of at least 1");
+                    return Err("the factor must be a finite number of at least 1");
                 }
                 if cap < base {
-                    return Err("the cap is below the base");
+                    return Err("the cap must not be below the base");
                 }
                 if *cap > MAX_DURATION {
-                    return Err("the cap is longer than a hundred years");
+                    return Err("the cap must be at most a hundred years");
                 }
             }
             Delays::Schedule(delays) => {
@@ -419,13 +434,13 @@ impl RetryPolicy {
                     return Err("the schedule is empty; use `none` for a single attempt");
                 }
                 if delays.len() > MAX_SCHEDULE {
-                    return Err("the schedule has more than 1,000 delays");
+                    return Err("the schedule must have at most 1,000 delays");
                 }
                 if delays.iter().any(|delay| *delay < MIN_DELAY) {
                     return Err(TOO_SHORT);
                 }
                 if delays.iter().any(|delay| *delay > MAX_DURATION) {
-                    return Err("a delay is longer than a hundred years");
+                    return Err("each delay must be at most a hundred years");
                 }
             }
             Delays::Constant(delay) => {
@@ -433,43 +448,43 @@ impl RetryPolicy {
                     return Err(TOO_SHORT);
                 }
                 if *delay > MAX_DURATION {
-                    return Err("the delay is longer than a hundred years");
+                    return Err("the delay must be at most a hundred years");
                 }
             }
             Delays::None | Delays::FromFn(_) => {}
         }
         if self.max_age.is_some_and(|age| age > MAX_DURATION) {
-            return Err(TOO_LONG);
+            return Err(MAX_AGE_TOO_LONG);
         }
         if self
             .max_retry_after
             .is_some_and(|delay| delay > MAX_DURATION)
         {
-            return Err("`max_retry_after` is longer than a hundred years");
+            return Err("`max_retry_after` must be at most a hundred years");
         }
         if self.max_attempts == Some(0) {
-            return Err("at least one attempt must be allowed");
+            return Err("`max_attempts` must be at least 1");
         }
         Ok(())
     }
 
-    /// Checks a policy that a request brings with it.
+    /// Checks a policy that comes with a request.
     pub(crate) fn check(&self, field: &'static str) -> Result<(), Error> {
         self.validate()
             .and(match self.delays {
-                Delays::FromFn(_) => {
-                    Err("a function can't be stored with a request; give it to the builder")
-                }
+                Delays::FromFn(_) => Err(
+                    "a function can't be stored with a request; pass it to `DurableBuilder::retry`",
+                ),
                 _ => Ok(()),
             })
             .map_err(|reason| Error::request(field, reason))
     }
 }
 
-/// The bound after so many attempts.
+/// The bound of the delay after this many attempts.
 fn exponential(base: Duration, factor: f64, cap: Duration, attempts: u32) -> Duration {
     let exponent = i32::try_from(attempts.saturating_sub(1)).unwrap_or(i32::MAX);
-    // Infinite at worst, which is above every cap.
+    // At worst infinite, which is above every cap.
     let seconds = base.as_secs_f64() * factor.powi(exponent);
     Duration::try_from_secs_f64(seconds).map_or(cap, |bound| bound.min(cap))
 }
@@ -499,7 +514,7 @@ mod tests {
         range.prop_map(Duration::from_millis)
     }
 
-    /// Any policy that can be stored and is valid.
+    /// Any valid policy that can be stored.
     fn policy() -> impl Strategy<Value = RetryPolicy> {
         let exponential = (millis(1..100_000), 4u32..40, millis(0..10_000_000)).prop_map(
             |(base, quarters, more)| {
@@ -529,7 +544,7 @@ mod tests {
         )
     }
 
-    /// The longest that a policy ever waits of its own.
+    /// The longest delay of a policy, without `Retry-After`.
     fn longest(policy: &RetryPolicy) -> Duration {
         match &policy.delays {
             Delays::Exponential { cap, .. } => *cap,
@@ -556,7 +571,7 @@ mod tests {
         ) {
             let delay = delay(&policy, attempts, age, random);
             let over = policy.max_age.is_some_and(|max| age >= max);
-            // It is given up for its limits, and for nothing else.
+            // It gives up because of its limits, and for no other reason.
             prop_assert_eq!(delay.is_none(), over || !policy.allows_after(attempts));
             let Some(delay) = delay else { return Ok(()) };
             prop_assert!(delay <= longest(&policy));
@@ -564,7 +579,7 @@ mod tests {
         }
 
         #[test]
-        fn what_a_response_asks_for_raises_the_delay_and_never_lowers_it(
+        fn retry_after_raises_the_delay_and_never_lowers_it(
             policy in policy(),
             attempts in 1u32..8,
             age in millis(0..200_000_000),
@@ -578,7 +593,7 @@ mod tests {
             match (own, raised) {
                 (None, raised) => prop_assert_eq!(raised, None),
                 (Some(own), Some(raised)) => prop_assert_eq!(raised, own.max(wanted.min(bound))),
-                // It does not fit into what is left.
+                // The requested delay doesn't fit into the time left.
                 (Some(_), None) => {
                     prop_assert!(policy.max_age.is_some_and(|max| age + wanted.min(bound) > max));
                 }
@@ -594,7 +609,11 @@ mod tests {
         }
 
         #[test]
-        fn bounds_never_shrink(base in millis(1..10_000), factor in 1.0f64..1e300, attempts in 1u32..1000) {
+        fn bounds_never_shrink(
+            base in millis(1..10_000),
+            factor in 1.0f64..1e300,
+            attempts in 1u32..1000,
+        ) {
             let policy = RetryPolicy::exponential().base(base).factor(factor).cap(MAX_DURATION);
             let bound = |attempts| delay(&policy, attempts, Duration::ZERO, 1.0).unwrap();
             prop_assert!(bound(attempts) <= bound(attempts + 1));
@@ -649,7 +668,7 @@ mod tests {
     }
 
     #[test]
-    fn a_schedule_is_kept_to_its_last_entry_and_no_further() {
+    fn a_schedule_ends_after_its_last_entry() {
         let policy = RetryPolicy::schedule([5, 300, 1800].map(Duration::from_secs));
         let delays = [1, 2, 3, 4, u32::MAX].map(|attempts| delay(&policy, attempts, HOUR, 0.3));
         let seconds = |seconds| Some(Duration::from_secs(seconds));
@@ -662,7 +681,7 @@ mod tests {
     }
 
     #[test]
-    fn a_delay_that_was_asked_for_is_bounded_and_must_fit() {
+    fn a_requested_delay_is_bounded_and_must_fit() {
         let policy = RetryPolicy::exponential();
         assert_eq!(asked(&policy, HOUR, SECOND * 90), Some(SECOND * 90));
         assert_eq!(
@@ -688,12 +707,12 @@ mod tests {
     }
 
     #[test]
-    fn a_stored_function_is_that_of_the_process_that_goes_on() {
+    fn a_stored_policy_uses_the_function_of_the_current_process() {
         let policy = stored(&RetryPolicy::from_fn(|_| Some(SECOND)).max_attempts(5));
         let other = RetryPolicy::from_fn(|_| Some(HOUR));
         let delay = |function| policy.delay(Retry::new(2, SECOND), 1.0, None, function);
         assert_eq!(delay(other.function()), Some(HOUR));
-        // Without one: the default's delays, and the request's own limits.
+        // Without a function: the default's delays, and the request's own limits.
         assert_eq!(delay(None), Some(SECOND * 2));
         assert!(
             policy
@@ -707,13 +726,13 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_panics_is_done_without() {
+    fn a_function_that_panics_is_ignored() {
         let policy = RetryPolicy::from_fn(|_| panic!("no delay"));
         assert_eq!(delay(&policy, 1, Duration::ZERO, 1.0), Some(SECOND));
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn invalid_policies_are_refused() {
         let ms = Duration::from_millis;
         let exponential = RetryPolicy::exponential;
         for (about, policy) in [

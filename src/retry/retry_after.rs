@@ -1,22 +1,23 @@
-//! What a response says of when to come back.
+//! The delay that a response asks for.
 
 use std::time::{Duration, SystemTime};
 
 use http::header::{DATE, HeaderMap, HeaderName, RETRY_AFTER};
 
-/// The delay that a response asks for in its `Retry-After` (RFC 9110 section 10.2.3): seconds, or a date in one of the three forms of
-/// section 5.6.7. Nothing if it has none, or one that is neither.
+/// The delay in a response's `Retry-After` (RFC 9110 section 10.2.3): seconds, or a date in one of
+/// the three forms of section 5.6.7. `None` if the header is missing or malformed.
 ///
-/// A date is on the server's clock, and so is the response's own `Date`: where there is one, the local clock, `now`, is not needed.
+/// A date is on the server's clock, and so is the response's own `Date`. The local clock, `now`, is
+/// used only if there is no `Date`.
 pub(crate) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let value = text(headers, &RETRY_AFTER)?;
     if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
-        // More seconds than a number can count are as good as the most that it can.
+        // More seconds than a `u64` can hold count as its maximum.
         return Some(Duration::from_secs(value.parse().unwrap_or(u64::MAX)));
     }
     let until = httpdate::parse_http_date(value).ok()?;
     let sent = text(headers, &DATE).and_then(|date| httpdate::parse_http_date(date).ok());
-    // What has passed already asks for no delay.
+    // A date in the past asks for no delay.
     Some(
         until
             .duration_since(sent.unwrap_or(now))
@@ -80,7 +81,7 @@ mod tests {
             let delay = asked(until, Some(sent), wrong_clock);
             assert_eq!(delay, Some(Duration::from_secs(30)));
         }
-        // A `Date` that is none leaves the local clock.
+        // An invalid `Date` leaves the local clock.
         let now = SystemTime::UNIX_EPOCH + EXAMPLE - Duration::from_secs(5);
         assert_eq!(
             asked(until, Some("yesterday"), now),
@@ -128,10 +129,11 @@ mod tests {
         );
     }
 
-    /// Anything that a header can hold, and things that look like dates.
+    /// Any header value, and values that look like dates.
     fn value() -> impl Strategy<Value = HeaderValue> {
         let bytes = proptest::collection::vec(prop_oneof![0x20u8..0x7f, 0x80u8..=0xff], 0..40);
-        let date = "[A-Z][a-z]{2,8},? [0-9 ]{2}[ -][A-Z][a-z]{2}[ -][0-9]{2,4} [0-9]{2}:[0-9]{2}:[0-9]{2}( GMT)?";
+        let date = "[A-Z][a-z]{2,8},? [0-9 ]{2}[ -][A-Z][a-z]{2}[ -][0-9]{2,4} \
+                    [0-9]{2}:[0-9]{2}:[0-9]{2}( GMT)?";
         let asctime = "[A-Z][a-z]{2} (Jan|Feb|Nov) [0-9 ][0-9] [0-9]{2}:[0-9]{2}:[0-9]{2} [0-9]{4}";
         prop_oneof![
             bytes,
@@ -158,10 +160,14 @@ mod tests {
         }
 
         #[test]
-        fn a_formatted_date_comes_back_as_its_distance(at in 0u64..1 << 37, ahead in 0u64..1 << 32) {
+        fn a_formatted_date_comes_back_as_its_distance(
+            at in 0u64..1 << 37,
+            ahead in 0u64..1 << 32,
+        ) {
             let at = SystemTime::UNIX_EPOCH + Duration::from_secs(at);
             let until = at + Duration::from_secs(ahead);
-            let delay = asked(&httpdate::fmt_http_date(until), Some(&httpdate::fmt_http_date(at)), SystemTime::UNIX_EPOCH);
+            let date = httpdate::fmt_http_date;
+            let delay = asked(&date(until), Some(&date(at)), SystemTime::UNIX_EPOCH);
             prop_assert_eq!(delay, Some(Duration::from_secs(ahead)));
         }
     }

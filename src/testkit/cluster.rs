@@ -1,4 +1,5 @@
-//! A private cluster: made for one test process, on a port of its own, gone with its last handle.
+//! A private cluster: made for one test process, with its own port, and removed with its last
+//! handle.
 
 use std::fmt;
 use std::io;
@@ -16,27 +17,27 @@ use super::Error;
 use super::control::{Control, Run};
 use super::run_as::RunAs;
 
-/// For one start of the server, on a machine that is busy with other tests.
+/// The limit for one start of the server, on a machine that is busy with other tests.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// For one stop; a fast one writes a checkpoint first.
+/// The limit for one stop. A fast stop writes a checkpoint first.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
-/// One try to connect: what listens on the port may be another program that never answers.
-const TRY: Duration = Duration::from_secs(3);
+/// The limit for one attempt to connect. Another program may listen on the port and never answer.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(20);
-/// Between a port's being found free and the server's taking it, another can be quicker.
+/// Another program may take a port between the check that it is free and the start of the server.
 const PORTS_TRIED: u32 = 3;
-/// How much of the log an error quotes.
+/// How many lines of the log an error quotes.
 const LOG_LINES: usize = 20;
 
 /// How [`Postgres::stop`](super::Postgres::stop) ends the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StopMode {
-    /// Transactions are rolled back, clients disconnected, and everything is written out: what an
-    /// operator's restart does.
+    /// Rolls back transactions, disconnects clients and writes everything out, as an operator's
+    /// restart does.
     Fast,
-    /// All processes quit at once and the next start recovers from the log: what a crash does.
-    /// Committed transactions are still there after it.
+    /// All processes quit at once and the next start recovers from the log, as after a crash.
+    /// Committed transactions survive.
     Immediate,
 }
 
@@ -44,7 +45,7 @@ pub(super) struct Cluster {
     control: Control,
     name: String,
     port: u16,
-    /// The run under way. Locked while starting and stopping, so that these don't overlap.
+    /// The current run. Locked while starting and stopping, so that these don't overlap.
     run: Mutex<Option<Run>>,
 }
 
@@ -59,14 +60,14 @@ impl Cluster {
         let control = Control::new(
             bin,
             &run_as.temp_dir().join(&name),
-            &complete(&name, settings),
+            &all_settings(&name, settings),
             run_as,
         )
-        .map_err(|error| Error::new("no cluster could be made").caused_by(error))?;
+        .map_err(|error| Error::new("making the cluster failed").caused_by(error))?;
         if let Err(why) = control.prepared().await {
             return Err(failed(
                 &control,
-                &format!("no cluster could be made: {why}"),
+                &format!("making the cluster failed: {why}"),
             ));
         }
         let mut cluster = Self {
@@ -77,29 +78,29 @@ impl Cluster {
         };
         for _ in 0..PORTS_TRIED {
             cluster.port = free_port()
-                .map_err(|error| Error::new("no free port was found").caused_by(error))?;
+                .map_err(|error| Error::new("finding a free port failed").caused_by(error))?;
             let run = cluster.start()?;
             if cluster.answering(run).await? {
                 *cluster.run.get_mut() = Some(run);
                 return Ok(cluster);
             }
         }
-        Err(failed(&cluster.control, "the server ends while starting"))
+        Err(failed(&cluster.control, "the server ended while starting"))
     }
 
-    /// Stops the server; does nothing if it is stopped already.
+    /// Stops the server. Does nothing if it is already stopped.
     pub(super) async fn stop(&self, mode: StopMode) -> Result<(), Error> {
         let mut run = self.run.lock().await;
         self.end(&mut run, mode).await
     }
 
-    /// Starts the server again; does nothing if it runs.
+    /// Starts the server again. Does nothing if it is running.
     pub(super) async fn resume(&self) -> Result<(), Error> {
         let mut run = self.run.lock().await;
         self.begin(&mut run).await
     }
 
-    /// Both, and nobody in between.
+    /// Stops and starts the server, with no other call in between.
     pub(super) async fn restart(&self, mode: StopMode) -> Result<(), Error> {
         let mut run = self.run.lock().await;
         self.end(&mut run, mode).await?;
@@ -115,9 +116,9 @@ impl Cluster {
             .await
             .is_err()
         {
-            return Err(failed(&self.control, "the server does not stop"));
+            return Err(failed(&self.control, "the server did not stop in time"));
         }
-        // Only now: a caller who gave up half-way can call again.
+        // Cleared only now, so that a caller that gave up halfway can call again.
         *run = None;
         Ok(())
     }
@@ -125,7 +126,7 @@ impl Cluster {
     async fn begin(&self, run: &mut Option<Run>) -> Result<(), Error> {
         let deadline = Instant::now() + START_DEADLINE;
         loop {
-            // Kept before it's waited for, so that a caller who gives up can call again.
+            // Stored before the wait, so that a caller that gives up can call again.
             let number = match *run {
                 Some(number) => number,
                 None => *run.insert(self.start()?),
@@ -134,9 +135,12 @@ impl Cluster {
                 return Ok(());
             }
             *run = None;
-            // The port is what clients know, so one that is taken is waited for, not changed.
+            // Clients know the port, so wait until it is free instead of choosing another one.
             if Instant::now() > deadline {
-                return Err(failed(&self.control, "the server does not start again"));
+                return Err(failed(
+                    &self.control,
+                    "the server did not start again in time",
+                ));
             }
             sleep(10 * PAUSE).await;
         }
@@ -148,10 +152,10 @@ impl Cluster {
             .map_err(|error| failed(&self.control, "the server can't be started").caused_by(error))
     }
 
-    /// Waits until the server answers: false if it ends instead.
+    /// Waits until the server answers. Returns `false` if the server ends instead.
     async fn answering(&self, run: Run) -> Result<bool, Error> {
         let answered = async {
-            while !matches!(timeout(TRY, self.answers()).await, Ok(Ok(true))) {
+            while !matches!(timeout(CONNECT_TIMEOUT, self.answers()).await, Ok(Ok(true))) {
                 sleep(PAUSE).await;
             }
         };
@@ -161,13 +165,13 @@ impl Cluster {
                 Ok(()) => Ok(true),
                 Err(_) => Err(failed(
                     &self.control,
-                    &format!("the server does not answer within {} s", START_DEADLINE.as_secs()),
+                    &format!("the server did not answer within {} s", START_DEADLINE.as_secs()),
                 )),
             },
         }
     }
 
-    /// Whether it's this server that answers, not another that had the port first.
+    /// Whether this server answers, not another one that took the port first.
     async fn answers(&self) -> Result<bool, sqlx::Error> {
         let mut connection = self.options().connect().await?;
         let name: String = sqlx::query_scalar("show cluster_name")
@@ -187,7 +191,7 @@ impl Cluster {
     }
 
     pub(super) fn url(&self, database: &str) -> String {
-        // `sslmode` is named so that a `PGSSLMODE` meant for other servers does no harm.
+        // `sslmode` is set explicitly, so that a `PGSSLMODE` meant for other servers has no effect.
         format!(
             "postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable",
             self.port
@@ -204,9 +208,9 @@ impl fmt::Debug for Cluster {
     }
 }
 
-/// The server takes the last value of a setting, so the order is: defaults, which a caller may
-/// change, then the caller's own, then what the cluster relies on.
-fn complete(name: &str, settings: &[(String, String)]) -> Vec<(String, String)> {
+/// The server takes the last value of a setting. So the order is: defaults that a caller may
+/// change, then the caller's own settings, then the settings that the cluster relies on.
+fn all_settings(name: &str, settings: &[(String, String)]) -> Vec<(String, String)> {
     let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
     let mut all: Vec<_> = [("fsync", "off"), ("max_connections", "200")]
         .map(own)
@@ -224,12 +228,12 @@ fn complete(name: &str, settings: &[(String, String)]) -> Vec<(String, String)> 
     all
 }
 
-/// Below the ports that systems give to outgoing connections: one of these could have the port while
-/// the server is stopped, even a client's, by connecting to itself.
+/// Picks a port below the range of outgoing connections. A port in that range could be taken while
+/// the server is stopped, even by a client that connects to itself.
 fn free_port() -> io::Result<u16> {
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
     for _ in 0..100 {
-        // The last bits of a UUID are random ones.
+        // The last bits of a UUID are random.
         let [.., high, low] = Uuid::now_v7().into_bytes();
         let port = 20_000 + u16::from_be_bytes([high, low]) % 12_000;
         match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
@@ -240,7 +244,7 @@ fn free_port() -> io::Result<u16> {
     Err(last)
 }
 
-/// The error, with the end of the server's log, which is where the reason is.
+/// An error with the end of the server's log, which contains the reason.
 fn failed(control: &Control, what: &str) -> Error {
     let path: PathBuf = control.dir().join("log");
     let Ok(log) = std::fs::read(path) else {
@@ -257,10 +261,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_callers_setting_replaces_a_default_but_not_what_the_cluster_relies_on() {
+    fn callers_can_replace_defaults_but_not_required_settings() {
         let given = [("fsync", "on"), ("cluster_name", "mine")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let all = complete("ours", &given);
+        let all = all_settings("ours", &given);
         let last = |wanted| {
             let found = all.iter().rfind(|(name, _)| name == wanted);
             found.map(|(_, value)| value.as_str())

@@ -1,4 +1,4 @@
-//! A database for one test, so that tests don't see each other's rows and can run side by side.
+//! One database for each test, so that tests don't see each other's rows and can run in parallel.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,18 +12,19 @@ use uuid::Uuid;
 
 use super::{Error, Postgres};
 
-/// Enough for what one test does at a time, and few enough that many tests fit one server.
+/// Enough for one test, and few enough for many tests to share a server.
 const MAX_CONNECTIONS: u32 = 10;
-/// Shorter than sqlx's half a minute: a test that runs out of connections should say so soon.
+/// Shorter than sqlx's 30 seconds, so that a test that runs out of connections fails soon.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a drop may take on a server that isn't ours.
+/// How long dropping a database may take on a server named by `DATABASE_URL`.
 const DROP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A new, empty database; see [`Postgres::database`].
 ///
-/// It keeps its server running. Dropping it drops the database where the server is one named by
-/// `DATABASE_URL`: its connections are cut, and failure, or 5 s without an answer, is only logged. In
-/// a private cluster the database stays until the cluster goes as a whole, which is quicker.
+/// It keeps its server running. On a server named by `DATABASE_URL`, dropping it closes all
+/// connections to the database and drops the database. If that fails, or takes longer than 5 s, it
+/// is only logged. In a private cluster the database stays until the whole cluster is removed,
+/// which is quicker.
 pub struct TestDatabase {
     name: String,
     url: String,
@@ -36,14 +37,15 @@ impl TestDatabase {
     pub(super) async fn create(server: &Postgres) -> Result<Self, Error> {
         let name = format!("requeuest_test_{}", Uuid::now_v7().simple());
         let url = server.url_of(&name);
-        let options = PgConnectOptions::from_str(&url)
-            .map_err(|error| Error::new("the database's URL is not valid").caused_by(error))?;
-        // `template1` can't be copied while anybody is connected to it; to `template0` nobody is.
+        let options = PgConnectOptions::from_str(&url).map_err(|error| {
+            Error::new("the database's URL is not valid; check DATABASE_URL").caused_by(error)
+        })?;
+        // `template1` can't be copied while there are connections to it. `template0` allows none.
         let statement = format!(r#"CREATE DATABASE "{name}" TEMPLATE template0"#);
         execute(server.options(), &statement)
             .await
             .map_err(|error| {
-                Error::new(format!("no database could be created in {server:?}")).caused_by(error)
+                Error::new(format!("creating a database failed on {server:?}")).caused_by(error)
             })?;
         let pool = PgPoolOptions::new()
             .max_connections(MAX_CONNECTIONS)
@@ -58,20 +60,20 @@ impl TestDatabase {
         })
     }
 
-    /// The URL of the database, for what makes its own connections. It holds the password, if the
-    /// server asks for one.
+    /// The URL of the database, for code that makes its own connections. It contains the password,
+    /// if the server needs one.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// The same as connect options.
+    /// The connect options of the database, for code that makes its own connections.
     #[must_use]
     pub fn options(&self) -> PgConnectOptions {
         self.options.clone()
     }
 
-    /// A pool of at most 10 connections to the database, made when they are first wanted.
+    /// A pool of at most 10 connections to the database, opened on demand.
     ///
     /// The pool belongs to the tokio runtime on which the database was created.
     #[must_use]
@@ -103,12 +105,12 @@ impl Drop for TestDatabase {
         let options = self.server.options();
         let statement = format!(r#"DROP DATABASE IF EXISTS "{}" WITH (FORCE)"#, self.name);
         let (done, wait) = mpsc::channel();
-        // A thread with a runtime of its own: this may be running inside a runtime, which can't be
-        // blocked on, or after the last one has gone.
+        // A separate thread with its own runtime: this code may run inside a runtime, which must
+        // not be blocked on, or after the last runtime has ended.
         let spawned = thread::Builder::new().spawn(move || {
             let _ = done.send(on_own_runtime(options, &statement));
         });
-        // Waited for, or the end of the process could overtake it.
+        // Wait for the thread; otherwise the process could end first.
         let outcome = match spawned {
             Ok(_) => wait
                 .recv_timeout(DROP_DEADLINE + Duration::from_millis(500))
@@ -116,7 +118,7 @@ impl Drop for TestDatabase {
             Err(error) => Err(error.into()),
         };
         if let Err(error) = outcome {
-            tracing::warn!("the test database {} was not dropped: {error}", self.name);
+            tracing::warn!(database = %self.name, %error, "a test database was not dropped");
         }
     }
 }

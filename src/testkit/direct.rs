@@ -1,5 +1,5 @@
-//! Runs a cluster where there is no shell to watch over it: by `pg_ctl`, which on Windows also gives
-//! up the administrator's rights that Postgres refuses to run with.
+//! Runs a cluster with `pg_ctl`, on systems without a shell to supervise it. On Windows, `pg_ctl`
+//! also drops administrator rights, with which Postgres refuses to run.
 
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
@@ -45,7 +45,7 @@ impl Control {
         })
     }
 
-    /// Makes the cluster.
+    /// Runs `initdb` and writes the settings.
     pub(super) async fn prepared(&self) -> Result<(), String> {
         let mut initdb = Command::new(self.bin.join("initdb"));
         initdb
@@ -65,9 +65,10 @@ impl Control {
             .map_err(|error| format!("postgresql.conf can't be written: {error}"))
     }
 
-    /// Begins a run of the server; only when none is under way.
+    /// Begins a run of the server. Call it only if no run is in progress.
     pub(super) fn start(&self, port: u16) -> io::Result<Run> {
-        // Waited for here: until it returns, a server that hasn't begun looks like one that ended.
+        // Wait for `pg_ctl`: until it returns, a server that hasn't started looks like one that has
+        // ended.
         let mut pg_ctl = self.pg_ctl("start");
         pg_ctl.arg("-w").arg("-o").arg(format!("-p {port}"));
         pg_ctl.arg("-l").arg(self.dir().join("log"));
@@ -84,7 +85,7 @@ impl Control {
         Ok(())
     }
 
-    /// Waits until that run is over.
+    /// Waits until that run has ended.
     pub(super) async fn ended(&self, _run: Run) {
         while self.pg_ctl("status").status().is_ok_and(|it| it.success()) {
             tokio::time::sleep(POLL).await;
@@ -99,7 +100,7 @@ impl Control {
         self.dir().join("data")
     }
 
-    /// Never with its output in a pipe: the server would inherit it, and keep a reader waiting.
+    /// Output must not go to a pipe: the server would inherit the pipe and keep its reader waiting.
     fn pg_ctl(&self, action: &str) -> Command {
         let mut command = Command::new(self.bin.join("pg_ctl"));
         command
@@ -112,7 +113,7 @@ impl Control {
         command
     }
 
-    /// Runs a command with its output in the log, away from the threads that poll futures.
+    /// Runs a command on a blocking thread, with its output in the log.
     async fn quietly(&self, mut command: Command) -> io::Result<bool> {
         let log = OpenOptions::new()
             .create(true)
@@ -135,7 +136,8 @@ pub(super) struct Run(());
 
 impl Drop for Control {
     fn drop(&mut self) {
-        // Waits, for a bounded time: the directory can't be removed while files in it are open.
+        // This waits for a bounded time, because the directory can't be removed while its files are
+        // open.
         let _ = self
             .pg_ctl("stop")
             .args(["-w", "-t", "5", "-m", "immediate"])

@@ -1,5 +1,5 @@
-//! One error for everything that can keep a test from its database: nobody handles these, so what
-//! counts is that whoever reads the test's output knows what to do next.
+//! One error for everything that can keep a test from its database. Code doesn't handle these
+//! errors, so the message must tell the reader of the test's output what to do next.
 
 use std::fmt;
 
@@ -7,8 +7,7 @@ type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// No Postgres could be found, started or used.
 ///
-/// The message says what was tried and, where installing something helps, what to install. It never
-/// holds a password.
+/// The message says what was tried and, if it helps, what to install. It never contains a password.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -36,7 +35,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// The message and its causes, since a test's `unwrap` prints just this.
+/// The message and its causes, because a test's `unwrap` prints only this.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.message)?;

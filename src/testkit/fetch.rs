@@ -1,6 +1,6 @@
-//! The last resort: server binaries downloaded into the user's cache. Just the binaries; they are
-//! then run like installed ones, so that a cluster is cleaned up, and root provided for, the same
-//! way wherever its Postgres came from.
+//! Downloads server binaries into the user's cache, as a last resort. Only the binaries come from
+//! there: they run like installed ones, so cleanup and running as root work the same way for every
+//! Postgres.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,36 +9,37 @@ use postgresql_embedded::{PostgreSQL, Settings};
 
 use super::run_as::RunAs;
 
-/// Long enough for some 20 MB over a slow line.
+/// Long enough for about 20 MB over a slow connection.
 const DEADLINE: Duration = Duration::from_secs(300);
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// The directory of the downloaded binaries, which may be there from an earlier time.
+/// The directory of the downloaded binaries. An earlier call may have downloaded them.
 pub(super) async fn fetch(run_as: RunAs) -> Result<PathBuf, Cause> {
-    tracing::info!("no installed Postgres was found: downloading one");
-    // Making the settings makes two directories, which are kept unless someone removes them.
+    tracing::info!("no installed Postgres was found; downloading one");
+    // Making the settings creates two directories, which stay until they are removed here.
     let mut settings = Settings::new();
-    let data = Scrap(settings.data_dir.clone());
-    let password = Scrap(settings.password_file.clone());
+    let data = Leftover(settings.data_dir.clone());
+    let password = Leftover(settings.password_file.clone());
     if let Some(dir) = run_as.installation_dir() {
         settings.installation_dir = dir;
     }
-    // `setup` installs, then runs `initdb` unless it sees an initialised directory. Let it see one.
+    // `setup` installs, then runs `initdb` unless it sees an initialised directory. This makes the
+    // directory look initialised.
     std::fs::write(data.0.join("postgresql.conf"), "")?;
 
     let mut postgres = PostgreSQL::new(settings);
     tokio::time::timeout(DEADLINE, postgres.setup())
         .await
-        .map_err(|_| format!("not done after {} s", DEADLINE.as_secs()))??;
+        .map_err(|_| format!("the download took longer than {} s", DEADLINE.as_secs()))??;
     drop((data, password));
     #[cfg(unix)]
     open_to_others(&run_as, &postgres.settings().installation_dir)?;
     Ok(postgres.settings().binary_dir())
 }
 
-/// The archive is unpacked in a temporary directory, renamed when it's complete, and so still closed
-/// to all but its owner.
+/// Opens the installation to other users. The archive is unpacked in a temporary directory and then
+/// renamed, so only its owner can read it.
 #[cfg(unix)]
 fn open_to_others(run_as: &RunAs, installation: &std::path::Path) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
@@ -49,10 +50,10 @@ fn open_to_others(run_as: &RunAs, installation: &std::path::Path) -> std::io::Re
     std::fs::set_permissions(installation, std::fs::Permissions::from_mode(0o755))
 }
 
-/// What the settings put on disk: a directory, or a file in a directory of its own.
-struct Scrap(PathBuf);
+/// A path that the settings created: a directory, or a file in its own directory.
+struct Leftover(PathBuf);
 
-impl Drop for Scrap {
+impl Drop for Leftover {
     fn drop(&mut self) {
         let temp = std::env::temp_dir();
         let dir = if self.0.is_dir() {
@@ -60,7 +61,8 @@ impl Drop for Scrap {
         } else {
             self.0.parent()
         };
-        // Only where it was made by `tempfile`; the settings fall back on the current directory.
+        // Only remove directories that `tempfile` made: the settings fall back on the current
+        // directory.
         if let Some(dir) = dir.filter(|dir| dir.parent() == Some(temp.as_path())) {
             let _ = std::fs::remove_file(dir.join("postgresql.conf"));
             let _ = std::fs::remove_dir(dir);

@@ -1,5 +1,5 @@
-//! The server that `DATABASE_URL` names: somebody else's, so it is used with care. Its password
-//! appears in no message, and it is neither configured, stopped nor started.
+//! The server that `DATABASE_URL` names. It isn't ours, so it is never configured, stopped or
+//! started, and its password appears in no message.
 
 use std::env;
 use std::fmt;
@@ -20,7 +20,7 @@ pub(super) struct Given {
 }
 
 impl Given {
-    /// The server named by the environment, if one is; an empty name is none.
+    /// The server named by the environment variable, if it is set and not empty.
     pub(super) fn from_env() -> Result<Option<Self>, Error> {
         match env::var(VARIABLE) {
             Ok(url) if url.is_empty() => Ok(None),
@@ -36,7 +36,7 @@ impl Given {
         let scheme = url.split("://").next().unwrap_or_default();
         if !matches!(scheme, "postgres" | "postgresql") {
             return Err(Error::new(format!(
-                "{VARIABLE} names no Postgres: it has to begin with `postgres://`"
+                "{VARIABLE} is not a Postgres URL: it must begin with `postgres://`"
             )));
         }
         let options = PgConnectOptions::from_str(&url).map_err(|error| {
@@ -45,9 +45,13 @@ impl Given {
         Ok(Self { url, options })
     }
 
-    /// Connects once, so that a server which is down is reported where it was asked for.
+    /// Connects once, so that a server that is down is reported early.
     pub(super) async fn check(&self) -> Result<(), Error> {
-        let failed = || Error::new(format!("the server of {VARIABLE} ({self:?}) can't be used"));
+        let failed = || {
+            Error::new(format!(
+                "connecting to the server of {VARIABLE} ({self:?}) failed"
+            ))
+        };
         let connected = async { self.options.connect().await?.close().await };
         match tokio::time::timeout(CONNECT_DEADLINE, connected).await {
             Ok(Ok(())) => Ok(()),
@@ -64,7 +68,7 @@ impl Given {
         &self.url
     }
 
-    /// The URL of another database of the server, whatever else the URL says kept.
+    /// The URL of another database on the server. The rest of the URL stays the same.
     pub(super) fn url_of(&self, database: &str) -> String {
         let (before, query) = match self.url.split_once('?') {
             Some((before, query)) => (before, Some(query)),
@@ -89,7 +93,7 @@ impl Given {
     }
 }
 
-/// Where it is; not the URL, which may hold a password.
+/// Shows host and port. The URL may contain a password.
 impl fmt::Debug for Given {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.options.get_host(), self.options.get_port())

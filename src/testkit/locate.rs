@@ -1,5 +1,5 @@
-//! Finding installed server binaries. Packages put them outside `PATH` on most Linux distributions,
-//! so the usual places are searched as well; what counts in the end is whether `postgres` runs.
+//! Finds installed server binaries. Most Linux distributions put them outside `PATH`, so the usual
+//! places are searched too. A directory counts only if its `postgres` runs.
 
 use std::env;
 use std::ffi::OsString;
@@ -12,7 +12,8 @@ use super::run_as::RunAs;
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// All of the surroundings that the search looks at: an argument, so that a test can do without.
+/// Everything that the search reads from its environment. It is an argument, so that tests can
+/// replace it.
 #[derive(Clone, Debug)]
 pub(super) struct Environment {
     pub(super) path: Option<OsString>,
@@ -54,7 +55,7 @@ impl Environment {
     }
 }
 
-/// The directory of the binaries to use: an installed one, or else the one that `fetch` provides.
+/// The directory of the binaries to use: an installed one, or the one that `fetch` provides.
 pub(super) async fn binaries<F>(
     environment: Environment,
     run_as: RunAs,
@@ -80,31 +81,34 @@ where
     };
     tried.push(format!("a download of the binaries: {cause}"));
     Err(Error::new(format!(
-        "there is no Postgres to test with. Tried:\n- {}\nInstall one (`apt-get install postgresql`, \
-         `dnf install postgresql-server`, `brew install postgresql`), or set DATABASE_URL to a \
-         server in which databases may be created",
+        "no Postgres was found to test with. Tried:\n- {}\nInstall one \
+         (`apt-get install postgresql`, `dnf install postgresql-server`, \
+         `brew install postgresql`), or set DATABASE_URL to a server in which databases may be \
+         created",
         tried.join("\n- ")
     ))
     .caused_by(cause))
 }
 
-/// The directory given, if a Postgres can be run from it.
-pub(super) async fn forced(dir: PathBuf, run_as: RunAs) -> Result<PathBuf, Error> {
+/// The given directory, if Postgres runs from it.
+pub(super) async fn from_dir(dir: PathBuf, run_as: RunAs) -> Result<PathBuf, Error> {
     blocking(move || {
         let absolute = std::path::absolute(&dir).unwrap_or(dir);
         match check(&absolute, &run_as) {
             Ok(()) => Ok(absolute),
             Err(why) => Err(Error::new(format!(
-                "no Postgres can be run from the directory given as `bin_dir`: {why}"
+                "Postgres can't be run from the directory given as `bin_dir`: {why}"
             ))),
         }
     })
     .await?
 }
 
-/// The first directory from which a Postgres can be run, or what was tried in vain.
+/// The first directory from which Postgres runs, or the list of what was tried.
 fn installed(environment: &Environment, run_as: &RunAs) -> Result<PathBuf, Vec<String>> {
-    let mut tried = vec!["DATABASE_URL: not set, or passed over for a private cluster".to_owned()];
+    let mut tried = vec![
+        "DATABASE_URL: not set, or ignored because a private cluster was requested".to_owned(),
+    ];
     let mut checked: Vec<PathBuf> = Vec::new();
     for (origin, candidates) in candidates(environment) {
         let mut found = false;
@@ -115,7 +119,7 @@ fn installed(environment: &Environment, run_as: &RunAs) -> Result<PathBuf, Vec<S
             found = true;
             match check(&dir, run_as) {
                 Ok(()) => {
-                    tracing::debug!("Postgres found in {}, by {origin}", dir.display());
+                    tracing::debug!(dir = %dir.display(), %origin, "found a Postgres");
                     return Ok(dir);
                 }
                 Err(why) => tried.push(format!("{origin}: {why}")),
@@ -131,7 +135,7 @@ fn installed(environment: &Environment, run_as: &RunAs) -> Result<PathBuf, Vec<S
     Err(tried)
 }
 
-/// Where binaries may be, the more deliberate choice first.
+/// Where binaries may be, with the most deliberate choice first.
 fn candidates(environment: &Environment) -> Vec<(String, Vec<PathBuf>)> {
     let path: Vec<PathBuf> = environment
         .path
@@ -182,7 +186,8 @@ impl Place {
     }
 }
 
-/// 16 of `16`, `@16` or `16.2`; 0 where there is no number, so that named versions go first.
+/// Parses 16 from `16`, `@16` or `16.2`. Returns 0 if there is no number, so that names with a
+/// version come first.
 fn major(text: &str) -> u32 {
     let digits: String = text
         .chars()
@@ -192,7 +197,7 @@ fn major(text: &str) -> u32 {
     digits.parse().unwrap_or(0)
 }
 
-/// The directory that really holds the server's binaries: distributions link `initdb` to elsewhere.
+/// The directory that contains the server's binaries. Distributions link `initdb` from elsewhere.
 fn server_dir(dir: &Path) -> Option<PathBuf> {
     let complete = |dir: &Path| {
         ["initdb", "postgres"]
@@ -217,8 +222,8 @@ fn configured(pg_config: &Path) -> Option<PathBuf> {
     (output.status.success()).then(|| PathBuf::from(dir.trim()))
 }
 
-/// Runs `postgres --version` as the user who is to run the server: an installation below a home
-/// directory, or one for another processor, is there and yet of no use.
+/// Runs `postgres --version` as the user that will run the server. An installation in a home
+/// directory, or for another processor, may exist and still be unusable.
 fn check(dir: &Path, run_as: &RunAs) -> Result<(), String> {
     let missing = ["initdb", "postgres"]
         .iter()
@@ -251,7 +256,7 @@ fn executable(name: &str) -> String {
     format!("{name}{}", env::consts::EXE_SUFFIX)
 }
 
-/// Runs programs and reads directories away from the threads that poll futures.
+/// Runs programs and reads directories on a blocking thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
@@ -275,7 +280,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_found_is_an_error_that_says_what_was_tried_and_what_to_install() {
+    async fn the_error_says_what_was_tried_and_what_to_install() {
         let run_as = RunAs::detect().unwrap();
         let error = binaries(nowhere(), run_as, async { Err("no route to host".into()) })
             .await
@@ -297,7 +302,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_download_without_binaries_is_not_taken_for_a_success() {
+    async fn a_download_without_binaries_is_an_error() {
         let run_as = RunAs::detect().unwrap();
         let error = binaries(nowhere(), run_as, async { Ok("/nonexistent/bin".into()) })
             .await
@@ -306,7 +311,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_installed_is_not_downloaded() {
+    async fn installed_binaries_are_preferred_to_a_download() {
         let run_as = RunAs::detect().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let bin = dir.path().join("postgresql@16").join("bin");
@@ -322,7 +327,7 @@ mod tests {
             }],
         };
         assert_eq!(candidates(&environment)[2].1, [bin]);
-        // Nothing that can be run, though: the search says so and goes on.
+        // The files can't be executed, so the search reports that and continues.
         let tried = installed(&environment, &run_as).unwrap_err();
         assert!(
             tried.iter().any(|line| line.contains("can't be run")),
@@ -331,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_major_goes_first() {
+    fn the_newest_major_version_comes_first() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["9.6", "15", "17", "16", "doc"] {
             std::fs::create_dir(dir.path().join(name)).unwrap();

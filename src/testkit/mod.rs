@@ -1,8 +1,8 @@
-//! A real Postgres for tests, with nothing to set up.
+//! A real Postgres for tests, without any setup.
 //!
-//! What this crate promises is kept by Postgres, so a test of code that uses it wants a Postgres
-//! too, not a stand-in. [`Postgres`] finds one or starts one, [`Postgres::database`] gives each test
-//! a database of its own, and nothing is left behind.
+//! This crate's guarantees depend on Postgres, so a test of code that uses it needs a real
+//! Postgres, not a mock. [`Postgres`] finds or starts one, [`Postgres::database`] gives each test
+//! its own database, and everything is cleaned up afterwards.
 //!
 //! ```no_run
 //! use requeuest::testkit::Postgres;
@@ -15,31 +15,32 @@
 //! # }
 //! ```
 //!
-//! All of it needs a tokio runtime, whichever runtime the tested code runs on.
+//! The testkit needs a tokio runtime, whichever runtime the tested code runs on.
 //!
 //! # Which Postgres
 //!
-//! The first that there is of:
+//! The first of these that is available:
 //!
-//! 1. the server that the environment variable `DATABASE_URL` names. Databases are created in it, so
-//!    its user must be allowed to, and it must be Postgres 13 or newer;
-//! 2. installed server binaries: in `PATH`, where `pg_config` says, and where packages put them;
+//! 1. the server that the environment variable `DATABASE_URL` names. Databases are created in it,
+//!    so its user must be allowed to create them, and it must be Postgres 13 or newer;
+//! 2. installed server binaries: in `PATH`, in the directory that `pg_config` names, and in the
+//!    usual places of packages;
 //! 3. binaries downloaded once into the user's cache, by [`postgresql_embedded`].
 //!
-//! With 2 and 3, a private throwaway cluster is started, also when the tests run as root: it then
-//! runs as the user `postgres` or `nobody`, since Postgres refuses root. With none of them the
-//! [`Error`] says what was tried and what to install; no test is silently skipped.
+//! With 2 and 3, a private throwaway cluster is started. Postgres refuses to run as root, so if the
+//! tests run as root, the cluster runs as the user `postgres` or `nobody`. If none of the three is
+//! available, the [`Error`] says what was tried and what to install. No test is silently skipped.
 //!
-//! # What is left behind
+//! # Cleanup
 //!
-//! Nothing: a cluster goes, processes and directory, when its last handle is dropped, or when the
-//! test process ends, be it by a panic, by `SIGKILL`, or with the handle in a `static`. That is the
-//! job of a small supervising shell, so it holds on Unix only. Elsewhere a handle has to be dropped:
-//! a cluster of [`Postgres::shared`], whose handle never is, outlives its process there, and
-//! `DATABASE_URL` is the better choice.
+//! A cluster's processes and directory are removed when its last handle is dropped, or when the
+//! test process ends: by a panic, by `SIGKILL`, or with the handle in a `static`. A small
+//! supervising shell does this, so it works on Unix only. On other systems every handle must be
+//! dropped. The handle of [`Postgres::shared`] never is, so its cluster outlives the process there;
+//! prefer `DATABASE_URL`.
 //!
-//! On a server named by `DATABASE_URL`, a [`TestDatabase`] is dropped with its handle. A process that
-//! is killed leaves its databases there; their names begin with `requeuest_test_`.
+//! On a server named by `DATABASE_URL`, a [`TestDatabase`] is dropped with its handle. A killed
+//! process leaves its databases there; their names begin with `requeuest_test_`.
 //!
 //! # Not for production
 //!

@@ -1,4 +1,4 @@
-//! Waiting for a request to finish, with an error that says where the request stands.
+//! Waits for a request to finish, with an error that gives the request's status.
 
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use crate::{Durable, Outcome, RequestId};
 
 /// Waits until a request has finished, and returns its outcome.
 ///
-/// [`Durable::outcome`] with a time limit, and with an error that says where the request stands.
+/// This is [`Durable::outcome`] with a time limit, and with an error that gives the request's
+/// status.
 ///
 /// # Errors
 ///
@@ -37,7 +38,9 @@ pub async fn outcome(durable: &Durable, id: RequestId, within: Duration) -> Resu
     match timeout(within, durable.outcome(id)).await {
         Ok(Ok(outcome)) => return Ok(outcome),
         Ok(Err(error)) if error.is_unknown_id() => {
-            return Err(Error::new(format!("there is no request {id}")));
+            return Err(Error::new(format!(
+                "request {id} does not exist, or its outcome has expired"
+            )));
         }
         Ok(Err(error)) => {
             let message = format!("waiting for request {id} failed");
@@ -51,12 +54,12 @@ pub async fn outcome(durable: &Durable, id: RequestId, within: Duration) -> Resu
         .map_err(|error| Error::new("reading the request's status failed").caused_by(error))?;
     Err(Error::new(match status {
         Some(status) => format!("request {id} hasn't finished within {within:?}: it is {status}"),
-        None => format!("there is no request {id}"),
+        None => format!("request {id} does not exist, or its outcome has expired"),
     }))
 }
 
-/// How many results of this handle's attempts came too late to count: their requests had been taken
-/// over, or had finished, in the meantime.
+/// How many results of this handle's attempts were discarded as stale: another process had taken
+/// the request over, or the request had finished.
 pub fn stale_results(durable: &Durable) -> u64 {
     durable.engine().driver().settler.stale_results()
 }

@@ -1,5 +1,4 @@
-//! The handle of a server, which hides where the server came from, and the builder for those tests
-//! to which it matters.
+//! The handle of a server, which hides where the server came from, and its builder.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,8 +15,8 @@ use super::{Error, TestDatabase, fetch, locate};
 /// A running Postgres; see the [module](super) for which one.
 ///
 /// Clones are handles of the same server. A private cluster is stopped and removed when the last
-/// handle, or the last [`TestDatabase`] in it, is dropped; that takes some tenths of a second, 5 s at
-/// most, and doesn't need a runtime.
+/// handle, or the last [`TestDatabase`] in it, is dropped. That takes a few tenths of a second, at
+/// most 5 s, and doesn't need a runtime.
 #[derive(Clone)]
 pub struct Postgres {
     server: Arc<Server>,
@@ -29,18 +28,18 @@ enum Server {
 }
 
 impl Postgres {
-    /// A server of the caller's own: a new private cluster, unless `DATABASE_URL` names a server.
+    /// A new private cluster, or the server that `DATABASE_URL` names.
     ///
-    /// Making a cluster takes a second or two; most tests do with [`shared`](Self::shared).
+    /// Making a cluster takes a second or two. Most tests can use [`shared`](Self::shared) instead.
     ///
     /// # Errors
     ///
-    /// When there is no Postgres to be found, or it does not start, or the server of `DATABASE_URL`
-    /// does not answer.
+    /// If no Postgres is found, if it does not start, or if the server of `DATABASE_URL` does not
+    /// answer.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future gives up: a cluster half made is removed.
+    /// If the future is dropped, a partly made cluster is removed.
     ///
     /// # Examples
     ///
@@ -57,10 +56,10 @@ impl Postgres {
         Self::builder().start().await
     }
 
-    /// The server that all tests of this process share, started when it's first asked for.
+    /// The server that all tests of this process share. The first call starts it.
     ///
-    /// It lives until the process ends, and may be used from any number of runtimes. Test runners
-    /// that run each test in a process of its own get a server for each; set `DATABASE_URL` there.
+    /// It lives until the process ends, and any number of runtimes may use it. Test runners that
+    /// run each test in its own process start one server for each test; set `DATABASE_URL` there.
     ///
     /// # Errors
     ///
@@ -68,7 +67,7 @@ impl Postgres {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future loses nothing: whoever else waits starts the server instead.
+    /// If the future is dropped, another waiting caller starts the server.
     ///
     /// # Examples
     ///
@@ -87,22 +86,22 @@ impl Postgres {
         SHARED.get_or_try_init(Self::start).await.cloned()
     }
 
-    /// A server with something special about it.
+    /// Configures a server.
     #[must_use]
     pub fn builder() -> PostgresBuilder {
         PostgresBuilder::default()
     }
 
-    /// Creates an empty database with a unique name; this crate's schema isn't in it yet.
+    /// Creates an empty database with a unique name. It doesn't contain this crate's schema yet.
     ///
     /// # Errors
     ///
-    /// When the server does not answer, or its user may not create databases.
+    /// If the server does not answer, or its user may not create databases.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future may leave a database behind on a server named by `DATABASE_URL`; in a
-    /// private cluster it goes with the cluster.
+    /// If the future is dropped, a database may be left behind on a server named by `DATABASE_URL`.
+    /// In a private cluster it is removed with the cluster.
     ///
     /// # Examples
     ///
@@ -118,8 +117,8 @@ impl Postgres {
         TestDatabase::create(self).await
     }
 
-    /// The URL of the maintenance database: `postgres` in a private cluster, else `DATABASE_URL`
-    /// itself, with its password.
+    /// The URL of the maintenance database: `postgres` in a private cluster, otherwise
+    /// `DATABASE_URL` itself, including its password.
     #[must_use]
     pub fn url(&self) -> String {
         match &*self.server {
@@ -128,18 +127,18 @@ impl Postgres {
         }
     }
 
-    /// Stops the server of a private cluster; its data, its port and this handle stay.
+    /// Stops the server of a private cluster. Its data, its port and this handle stay valid.
     ///
-    /// All connections break, and new ones are refused until [`resume`](Self::resume). It does
-    /// nothing if the server is stopped already.
+    /// All connections break, and new ones are refused until [`resume`](Self::resume). Does nothing
+    /// if the server is already stopped.
     ///
     /// # Errors
     ///
-    /// When the server is one named by `DATABASE_URL`, or does not stop within 30 s.
+    /// If the server is named by `DATABASE_URL`, or does not stop within 30 s.
     ///
     /// # Cancel safety
     ///
-    /// A server told to stop does stop, also when the future is dropped; call again to wait for it.
+    /// If the future is dropped, the server still stops. Call again to wait for it.
     ///
     /// # Examples
     ///
@@ -149,7 +148,7 @@ impl Postgres {
     ///
     /// let postgres = Postgres::builder().private().start().await?;
     /// postgres.stop(StopMode::Immediate).await?;
-    /// // …what does the application do meanwhile?
+    /// // Test here what the application does without its database.
     /// postgres.resume().await?;
     /// # Ok(())
     /// # }
@@ -160,15 +159,15 @@ impl Postgres {
 
     /// Starts a stopped server again, on the same port, and waits until it answers.
     ///
-    /// It does nothing if the server runs.
+    /// Does nothing if the server is running.
     ///
     /// # Errors
     ///
-    /// When the server is one named by `DATABASE_URL`, or does not start within 30 s.
+    /// If the server is named by `DATABASE_URL`, or does not start within 30 s.
     ///
     /// # Cancel safety
     ///
-    /// A server told to start does start, also when the future is dropped; call again to wait for it.
+    /// If the future is dropped, the server still starts. Call again to wait for it.
     ///
     /// # Examples
     ///
@@ -177,15 +176,16 @@ impl Postgres {
         self.cluster()?.resume().await
     }
 
-    /// [`stop`](Self::stop) and [`resume`](Self::resume) in one, with no other caller in between.
+    /// [`stop`](Self::stop) and [`resume`](Self::resume) in one, with no other call in between.
     ///
     /// # Errors
     ///
-    /// As both.
+    /// As [`stop`](Self::stop) and [`resume`](Self::resume).
     ///
     /// # Cancel safety
     ///
-    /// As both.
+    /// If the future is dropped, the server may stay stopped. Call [`resume`](Self::resume) to
+    /// start it again.
     ///
     /// # Examples
     ///
@@ -224,8 +224,8 @@ impl Postgres {
         match &*self.server {
             Server::Private(cluster) => Ok(cluster),
             Server::Given(_) => Err(Error::new(
-                "the server of DATABASE_URL is not ours to stop or start; a private cluster is, \
-                 which `Postgres::builder().private()` gives",
+                "the server of DATABASE_URL can't be stopped or started by tests; use a private \
+                 cluster: `Postgres::builder().private()`",
             )),
         }
     }
@@ -240,10 +240,10 @@ impl fmt::Debug for Postgres {
     }
 }
 
-/// Builds a [`Postgres`] with something special about it.
+/// Configures and starts a [`Postgres`].
 ///
-/// Each setter asks for a private cluster, since none applies to another's server: `DATABASE_URL` is
-/// then passed over.
+/// Each setter asks for a private cluster, because none applies to an existing server.
+/// `DATABASE_URL` is ignored then.
 #[derive(Clone, Debug, Default)]
 pub struct PostgresBuilder {
     private: bool,
@@ -252,27 +252,27 @@ pub struct PostgresBuilder {
 }
 
 impl PostgresBuilder {
-    /// Asks for a private cluster: for a test that stops the server, or changes what all its
-    /// databases share. Defaults to the server of `DATABASE_URL`, where one is named.
+    /// Asks for a private cluster, for a test that stops the server or changes settings shared by
+    /// all of its databases. Defaults to the server of `DATABASE_URL`, if it names one.
     #[must_use]
     pub fn private(mut self) -> Self {
         self.private = true;
         self
     }
 
-    /// Uses the installation whose `initdb` and `postgres` are in this directory and no other: for
-    /// testing against several majors. Defaults to a search.
+    /// Uses the `initdb` and `postgres` in this directory and no others, for testing against
+    /// several major versions. Defaults to a search.
     #[must_use]
     pub fn bin_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.bin_dir = Some(dir.into());
         self.private()
     }
 
-    /// Sets a server setting; of several values for the same one, the last counts.
+    /// Sets a server setting. If a setting is set several times, the last value applies.
     ///
-    /// Two differ from Postgres' own defaults unless set here: `fsync` is `off`, and
-    /// `max_connections` is `200`. `listen_addresses`, `unix_socket_directories`, `port`,
-    /// `cluster_name` and `logging_collector` can't be changed.
+    /// Two settings have other defaults than in Postgres: `fsync` is `off`, and `max_connections`
+    /// is `200`. `listen_addresses`, `unix_socket_directories`, `port`, `cluster_name` and
+    /// `logging_collector` can't be changed.
     #[must_use]
     pub fn config(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.settings.push((name.into(), value.into()));
@@ -283,7 +283,7 @@ impl PostgresBuilder {
     ///
     /// # Errors
     ///
-    /// As [`Postgres::start`]; also when the directory has no usable Postgres, or the server refuses
+    /// As [`Postgres::start`]. Also if the directory has no usable Postgres, or the server refuses
     /// a setting.
     ///
     /// # Cancel safety
@@ -313,7 +313,7 @@ impl PostgresBuilder {
         }
         let run_as = RunAs::detect()?;
         let bin = if let Some(dir) = self.bin_dir {
-            locate::forced(dir, run_as.clone()).await?
+            locate::from_dir(dir, run_as.clone()).await?
         } else {
             let fetched = fetch::fetch(run_as.clone());
             let environment = locate::Environment::current();

@@ -1,4 +1,4 @@
-//! As whom a Postgres runs: it refuses to be root, and in containers tests mostly are.
+//! The user that runs Postgres. Postgres refuses to run as root, but tests in containers mostly do.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ impl RunAs {
     pub(super) fn detect() -> Result<Self, Error> {
         use std::os::unix::fs::MetadataExt;
 
-        // std can't name the effective user, but what it creates is owned by it.
+        // std can't tell the effective user, but that user owns the files that it creates.
         let owner = tempfile::tempfile()
             .and_then(|file| file.metadata())
             .map_err(|error| {
@@ -46,7 +46,7 @@ impl RunAs {
         Ok(Self { user: Some(user) })
     }
 
-    /// A command that runs as the user, from a directory which that user can enter.
+    /// A command that runs as the user, in a directory that this user can enter.
     pub(super) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         use std::os::unix::process::CommandExt;
 
@@ -58,7 +58,7 @@ impl RunAs {
         command
     }
 
-    /// The directory under which that user can create a cluster.
+    /// A directory in which that user can create a cluster.
     pub(super) fn temp_dir(&self) -> PathBuf {
         let temp = std::env::temp_dir();
         let temp = std::path::absolute(&temp).unwrap_or(temp);
@@ -79,9 +79,10 @@ impl RunAs {
         }
     }
 
-    /// Where to install for that user, when the home directory won't do: root's is closed to others.
+    /// Where to install for that user, if the home directory is unsuitable: other users can't read
+    /// root's.
     pub(super) fn installation_dir(&self) -> Option<PathBuf> {
-        // Not below /tmp: there anyone could have put a program of theirs beforehand.
+        // Not in /tmp, where any user could plant a program in advance.
         self.user
             .as_ref()
             .map(|_| PathBuf::from("/var/cache/requeuest-testkit/postgresql"))
@@ -94,28 +95,31 @@ impl RunAs {
 
 #[cfg(not(unix))]
 impl RunAs {
-    #[allow(clippy::unnecessary_wraps)]
+    #[expect(
+        clippy::unnecessary_wraps,
+        reason = "the signature is the same as on Unix"
+    )]
     pub(super) fn detect() -> Result<Self, Error> {
         Ok(Self {})
     }
 
-    #[allow(clippy::unused_self)]
+    #[expect(clippy::unused_self, reason = "the signature is the same as on Unix")]
     pub(super) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         Command::new(program)
     }
 
-    #[allow(clippy::unused_self)]
+    #[expect(clippy::unused_self, reason = "the signature is the same as on Unix")]
     pub(super) fn temp_dir(&self) -> PathBuf {
         let temp = std::env::temp_dir();
         std::path::absolute(&temp).unwrap_or(temp)
     }
 
-    #[allow(clippy::unused_self)]
+    #[expect(clippy::unused_self, reason = "the signature is the same as on Unix")]
     pub(super) fn installation_dir(&self) -> Option<PathBuf> {
         None
     }
 
-    #[allow(clippy::unused_self)]
+    #[expect(clippy::unused_self, reason = "the signature is the same as on Unix")]
     pub(super) fn describe(&self) -> Option<&str> {
         None
     }
@@ -152,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_postgres_user_goes_before_nobody() {
+    fn the_postgres_user_is_preferred_to_nobody() {
         let passwd = "root:x:0:0::/root:/bin/sh\n\
                       nobody:x:65534:65533::/:/bin/false\n\
                       postgres:x:101:104:,,,:/var/lib/postgresql:/bin/bash\n";
@@ -164,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn negative_ids_wrap_round_as_the_system_has_it() {
+    fn negative_ids_wrap_around() {
         let user = unprivileged("nobody:*:-2:-2:Unprivileged User:/:/usr/bin/false").unwrap();
         assert_eq!((user.uid, user.gid), (u32::MAX - 1, u32::MAX - 1));
     }

@@ -1,22 +1,23 @@
 # Owns one throwaway cluster: makes it, runs the server on demand, and removes everything when its
-# input ends, which the kernel sees to however the process at the other end of the pipe goes.
+# input ends. The kernel closes the pipe however the process at the other end terminates.
 #
 # arguments: the directory to make, the directory of the binaries, then arguments for the server
 # input:     "start PORT", "kill SIGNAL"
-# output:    "prepared" once, "ended" after each run of the server; anything else is a complaint
+# output:    "prepared" once, "ended" after each run of the server; anything else is an error
 
 dir=$1
 bin=$2
 shift 2
 
-# A Ctrl-C, or a test runner killing all of its group, must not end this before the cleaning is done.
+# A Ctrl-C, or a test runner that kills its process group, must not end this shell before it has
+# cleaned up.
 trap '' HUP INT QUIT TERM PIPE
 PATH=/usr/bin:/bin:/usr/sbin:/sbin${PATH:+:$PATH}
 export PATH
 umask 077
 
 mkdir "$dir" 2>&1 || exit 1
-# In a trap, and without a fork: a shell exits early when the machine has no process left to give.
+# In a trap, and without a fork: a shell exits early if the machine can't start another process.
 trap 'cd / && exec rm -rf "$dir"' EXIT
 cd "$dir" || exit 1
 exec 2>>log
@@ -34,11 +35,11 @@ while read -r order argument
 do
     case $order in
         start)
-            # Reaps the last run: to Postgres, a zombie that holds its lock file is a live server.
+            # Reap the last run: Postgres takes a zombie that holds the lock file for a live server.
             wait
             rm -f ended
-            # The server's processes, and they alone, hold the writing end: when it closes, the last
-            # of them is gone. A pid could not say so: it may be a zombie, or by now another's.
+            # Only the server's processes hold the writing end, so it closes when the last of them
+            # has ended. A pid can't tell that: it may be a zombie's, or reused by another process.
             (cat <alive; : >ended; echo ended) &
             "$bin/postgres" -D "$dir/data" -p "$argument" "$@" </dev/null >>log 2>&1 9>alive &
             pid=$!

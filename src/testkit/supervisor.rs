@@ -1,6 +1,6 @@
-//! Runs a cluster under a shell that outlives this process. A handle in a `static` is never dropped,
-//! and nothing in a process can run after `SIGKILL`; a pipe whose other end closes is noticed either
-//! way.
+//! Runs a cluster under a shell that outlives this process. A handle in a `static` is never
+//! dropped, and no code of a process runs after `SIGKILL`, but in both cases the pipe to the shell
+//! closes, and the shell notices.
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Write};
@@ -18,15 +18,15 @@ use super::run_as::RunAs;
 
 const SCRIPT: &str = include_str!("supervise.sh");
 
-/// How long a drop waits for the cleaning, which goes on without it if need be.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a drop waits for the cleanup. After that the cleanup continues in the background.
+const CLEANUP_WAIT: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(super) struct Control {
-    /// `None` only while dropping.
+    /// `None` only during drop.
     orders: Mutex<Option<ChildStdin>>,
     progress: watch::Receiver<Progress>,
-    /// Disconnected when the supervisor has exited and been reaped.
+    /// Disconnected once the supervisor has exited and been reaped.
     exited: Mutex<mpsc::Receiver<()>>,
     dir: PathBuf,
 }
@@ -34,9 +34,9 @@ pub(super) struct Control {
 #[derive(Debug, Default)]
 struct Progress {
     prepared: bool,
-    /// Counted rather than flagged: a server can start and end between two looks.
+    /// A count, not a flag: a server can start and end between two reads.
     ended: u64,
-    complaints: Vec<String>,
+    errors: Vec<String>,
     gone: bool,
 }
 
@@ -65,7 +65,7 @@ impl Control {
         let stdout = child.stdout.take();
         let (report, progress) = watch::channel(Progress::default());
         let (alive, exited) = mpsc::channel::<()>();
-        // A thread, not a task: a task would end with the runtime of the test that came first.
+        // A thread, not a task: a task would end with the runtime of the test that started it.
         thread::Builder::new()
             .name("requeuest-testkit".to_owned())
             .spawn(move || {
@@ -77,7 +77,7 @@ impl Control {
                     let Ok(line) = line else { break };
                     report.send_modify(|progress| progress.note(line));
                 }
-                // Reaps the shell: no zombie stays, even if nobody waits for the drop.
+                // Reaps the shell, so that no zombie is left, even if the drop doesn't wait for it.
                 let _ = child.wait();
                 report.send_modify(|progress| progress.gone = true);
             })?;
@@ -89,20 +89,20 @@ impl Control {
         })
     }
 
-    /// Waits until the cluster is made.
+    /// Waits until the cluster has been made.
     pub(super) async fn prepared(&self) -> Result<(), String> {
         let mut progress = self.progress.clone();
         let seen = progress
-            .wait_for(|now| now.prepared || now.gone || !now.complaints.is_empty())
+            .wait_for(|now| now.prepared || now.gone || !now.errors.is_empty())
             .await;
         match seen {
             Ok(now) if now.prepared => Ok(()),
-            Ok(now) => Err(now.complaints.join("; ")),
-            Err(_) => Err("the supervisor is gone".to_owned()),
+            Ok(now) => Err(now.errors.join("; ")),
+            Err(_) => Err("the supervising shell has ended".to_owned()),
         }
     }
 
-    /// Begins a run of the server; only when none is under way. Returns its number.
+    /// Begins a run of the server, and returns its number. Call it only if no run is in progress.
     pub(super) fn start(&self, port: u16) -> io::Result<Run> {
         let run = Run(self.progress.borrow().ended + 1);
         self.order(&format!("start {port}"))?;
@@ -117,7 +117,7 @@ impl Control {
         })
     }
 
-    /// Waits until no process of that run is left.
+    /// Waits until all processes of that run have ended.
     pub(super) async fn ended(&self, run: Run) {
         let mut progress = self.progress.clone();
         let _ = progress
@@ -147,7 +147,7 @@ impl Progress {
         match line.as_str() {
             "prepared" => self.prepared = true,
             "ended" => self.ended += 1,
-            _ => self.complaints.push(line),
+            _ => self.errors.push(line),
         }
     }
 }
@@ -163,8 +163,8 @@ impl Drop for Control {
             .exited
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner);
-        if exited.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
-            tracing::warn!("a test cluster is slow to stop; it is left to its supervisor");
+        if exited.recv_timeout(CLEANUP_WAIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::warn!("a test cluster is slow to stop; its supervisor will remove it");
         }
     }
 }

@@ -248,7 +248,11 @@ fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
             .map(|fault| fault.map(|fault| &*fault.text))
             .collect::<Vec<_>>(),
     )
-    .bind(outcomes.map(|outcome| outcome.without_attempt).collect::<Vec<_>>())
+    .bind(
+        outcomes
+            .map(|outcome| outcome.without_attempt)
+            .collect::<Vec<_>>(),
+    )
 }
 
 fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Box<Response>>, sqlx::Error> {
