@@ -26,9 +26,9 @@ pub enum Guarantee {
     #[default]
     AtLeastOnce,
     /// Once bytes of the request may have left without an answer, it is not sent again. It ends as
-    /// [`Status::Ambiguous`](crate::Status::Ambiguous) and stays until it is
-    /// [resolved](crate::Durable::resolve). After an attempt that certainly sent nothing, or an
-    /// answer that asks for a repetition, another attempt is made anyway.
+    /// [`Status::Ambiguous`](crate::Status::Ambiguous) and stays a dead letter until it is
+    /// [resolved](crate::Durable::resolve), replayed or purged. After an attempt that certainly
+    /// sent nothing, or an answer that asks for a repetition, another attempt is made anyway.
     ///
     /// The client's report is believed. A client that follows redirects may report that it could
     /// not connect to the second server although the first one had acted. Use a client that
