@@ -41,7 +41,7 @@ CREATE TABLE mq_msgs (
     -- A newer request with the same supersede key replaces this request if this one is still
     -- unsent.
     supersede_key text COLLATE "C",
-    -- If the request ends without success, it holds up its ordering key.
+    -- If the request ends without success, it halts its ordering key.
     halts boolean NOT NULL DEFAULT false
 ) WITH (
     fillfactor = 70,

@@ -1,7 +1,7 @@
 -- Dead letters, that is, requests that ended as discarded or ambiguous: listing, replay,
 -- resolution, reconciliation and purging.
 --
--- Each change of a dead letter locks the outcome first, then the row that holds up an ordering key,
+-- Each change of a dead letter locks the outcome first, then the row that halts an ordering key,
 -- then the payload.
 
 ALTER TABLE outcomes
@@ -17,10 +17,10 @@ CREATE INDEX outcomes_kept_reconcile ON outcomes_kept (reconcile_at) WHERE statu
 ALTER TABLE mq_payloads
     -- How often the request went back into the queue after it had ended.
     ADD COLUMN returns int NOT NULL DEFAULT 0,
-    -- The request held up its ordering key, and the key was released.
+    -- The request halted its ordering key, and the key was released.
     ADD COLUMN halts boolean NOT NULL DEFAULT false;
 
--- Halted requests, which hold up an ordering key.
+-- Halted requests, which halt an ordering key.
 CREATE INDEX mq_msgs_halted ON mq_msgs (channel_name, channel_args, seq) WHERE state = 3;
 
 -- Scheme, host and port of a stored request, without its credentials. NULL for a head that can't be
@@ -232,7 +232,7 @@ BEGIN
 END;
 $$;
 
--- Deletes dead letters and releases the ordering keys that they hold up. Returns the number of dead
+-- Deletes dead letters and releases the ordering keys that they halt. Returns the number of dead
 -- letters it deleted.
 CREATE FUNCTION purge_requests(p_ids uuid[]) RETURNS bigint
 LANGUAGE plpgsql
@@ -273,7 +273,7 @@ BEGIN
         RETURN false;
     END IF;
     DELETE FROM mq_msgs m WHERE m.id = v_id;
-    -- Kept for a replay: the new request holds up the key again if it ends without success.
+    -- Kept for a replay: the new request halts the key again if it ends without success.
     UPDATE mq_payloads p SET halts = true WHERE p.id = v_id;
     PERFORM tell_runners(p_channel);
     RETURN true;

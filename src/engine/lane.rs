@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_nobody_waits_for_is_written_together_a_moment_later() {
+    async fn items_without_a_waiter_are_written_together_a_moment_later() {
         let (lane, mut written) = lane();
         let began = Instant::now();
         for _ in 0..3 {
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_somebody_waits_for_is_written_at_once_and_all_that_is_there_with_it() {
+    async fn an_urgent_item_and_those_before_it_are_written_at_once() {
         let (lane, mut written) = lane();
         let began = Instant::now();
         lane.send(Thing::Body(1)).unwrap();

@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_postgres_user_is_preferred_to_nobody() {
+    fn the_postgres_user_is_preferred_to_any_other() {
         let passwd = "root:x:0:0::/root:/bin/sh\n\
                       nobody:x:65534:65533::/:/bin/false\n\
                       postgres:x:101:104:,,,:/var/lib/postgresql:/bin/bash\n";

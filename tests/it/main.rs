@@ -11,6 +11,7 @@ mod delivery;
 mod ending;
 mod faults;
 mod guarantee;
+mod house;
 mod input;
 mod keys;
 mod layer;

@@ -164,8 +164,8 @@ async fn send_until_killed() {
     // be killed.
     let durable = me.handle().channel(&*me.name).lease(LEASE).build().unwrap();
     // Connects first, so that the process is killed at work and not while it starts.
-    let nobody = RequestId::from(uuid::Uuid::now_v7());
-    assert_eq!(durable.status(nobody).await.unwrap(), None);
+    let unknown = RequestId::from(uuid::Uuid::now_v7());
+    assert_eq!(durable.status(unknown).await.unwrap(), None);
     say("ready");
     let pause = Duration::from_millis(20);
     let fires = async {

@@ -1,0 +1,310 @@
+//! What the tables of `CONTRIBUTING.md` promise, and how wide lines are.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Columns, for code, comments, SQL and Markdown prose.
+const MAX_WIDTH: usize = 100;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    fs::read_to_string(root().join(path)).unwrap()
+}
+
+/// All files below these folders whose names end so, relative to the root.
+fn files(folders: &[&str], endings: &[&str]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders: Vec<PathBuf> = folders.iter().map(|name| root().join(name)).collect();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() {
+                if name != "target" {
+                    folders.push(path);
+                }
+            } else if endings.iter().any(|ending| name.ends_with(ending)) {
+                found.push(path.strip_prefix(root()).unwrap().to_owned());
+            }
+        }
+    }
+    found.sort();
+    assert!(!found.is_empty());
+    found
+}
+
+/// The cells of the table below a heading of `CONTRIBUTING.md`, without its head.
+fn table(contributing: &str, heading: &str) -> Vec<Vec<String>> {
+    let (_, section) = contributing.split_once(heading).unwrap();
+    let rows = section
+        .lines()
+        .skip_while(|line| !line.starts_with('|'))
+        .take_while(|line| line.starts_with('|'))
+        .skip(2);
+    let cells = |row: &str| -> Vec<String> {
+        let row = row.trim_matches('|');
+        row.split('|').map(|cell| cell.trim().to_owned()).collect()
+    };
+    let rows: Vec<_> = rows.map(cells).collect();
+    assert!(!rows.is_empty(), "{heading} has no table");
+    rows
+}
+
+/// What stands between pairs of a quotation mark.
+fn quoted(cell: &str, mark: char) -> Vec<String> {
+    cell.split(mark)
+        .skip(1)
+        .step_by(2)
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The part of a source file before its tests, without comments.
+fn code(source: &str) -> String {
+    let tests = source.find("\n#[cfg(test)]").into_iter();
+    let tests = tests.chain(source.find("\n#[cfg(all(test"));
+    let code = &source[..tests.min().unwrap_or(source.len())];
+    let lines = code.lines();
+    let code = lines.filter(|line| !line.trim_start().starts_with("//"));
+    code.collect::<Vec<_>>().join("\n")
+}
+
+struct Layers {
+    /// The row of each module, counted from the top.
+    rows: BTreeMap<String, usize>,
+    /// The module that each name at the crate's root comes from.
+    exports: BTreeMap<String, String>,
+}
+
+impl Layers {
+    fn new() -> Self {
+        let rows = table(&read("CONTRIBUTING.md"), "## The layers")
+            .iter()
+            .enumerate()
+            .flat_map(|(row, cells)| {
+                let modules = quoted(&cells[1], '`').into_iter();
+                modules.map(move |module| (module, row))
+            })
+            .collect();
+        let exports = code(&read("src/lib.rs"))
+            .split(';')
+            .filter_map(|statement| statement.split_once("pub use "))
+            .filter_map(|(_, path)| path.split_once("::"))
+            .flat_map(|(module, names)| {
+                let names = names.rsplit("::").next().unwrap_or_default();
+                let names = names.trim_matches(['{', '}']).split(',');
+                names.map(move |name| (name.trim().to_owned(), module.to_owned()))
+            })
+            .collect();
+        Self { rows, exports }
+    }
+
+    /// The row of a module, or of a name at the crate's root.
+    fn row(&self, name: &str) -> Option<usize> {
+        let module = self.exports.get(name).map_or(name, |module| module);
+        self.rows.get(module).copied()
+    }
+
+    /// What a source of this module imports from rows below its own.
+    fn upward(&self, module: &str, source: &str) -> Vec<String> {
+        let own = self.row(module);
+        let code = code(source);
+        let imported = code.split("crate::").skip(1).flat_map(|path| {
+            let names = match path.strip_prefix('{') {
+                Some(list) => list.split('}').next().unwrap_or_default(),
+                None => path,
+            };
+            let count = if path.starts_with('{') { usize::MAX } else { 1 };
+            names.split([',', ';']).take(count).map(|name| {
+                let end = |char: char| !char.is_alphanumeric() && char != '_';
+                let name = name.trim();
+                name[..name.find(end).unwrap_or(name.len())].to_owned()
+            })
+        });
+        imported
+            .filter(|name| !name.is_empty())
+            .filter(|name| match self.row(name) {
+                Some(row) => own.is_none_or(|own| row > own),
+                None => true,
+            })
+            .collect()
+    }
+}
+
+/// The module that a file below `src/` belongs to.
+fn module(path: &Path) -> String {
+    let path = path.strip_prefix("src").unwrap();
+    let first = path.iter().next().unwrap().to_string_lossy();
+    first.trim_end_matches(".rs").to_owned()
+}
+
+#[test]
+fn a_module_uses_only_its_own_layer_and_those_above() {
+    let layers = Layers::new();
+    let mut broken = Vec::new();
+    for path in files(&["src"], &[".rs"]) {
+        let module = module(&path);
+        if module == "lib" {
+            continue;
+        }
+        assert!(layers.row(&module).is_some(), "{module} has no layer");
+        for name in layers.upward(&module, &read(&path)) {
+            broken.push(format!("{} uses {name}", path.display()));
+        }
+    }
+    assert!(broken.is_empty(), "{broken:#?}");
+}
+
+#[test]
+fn the_layer_check_finds_imports_from_below() {
+    let layers = Layers::new();
+    let found = |module, source| layers.upward(module, source);
+    assert_eq!(found("store", "use crate::engine::Engine;"), ["engine"]);
+    assert_eq!(
+        found("store", "use crate::{id::RequestId, durable::Durable};"),
+        ["durable"]
+    );
+    assert_eq!(
+        found("engine", "let _ = crate::Durable::new(pool);"),
+        ["Durable"]
+    );
+    assert_eq!(found("id", "use crate::unheard_of;"), ["unheard_of"]);
+    assert!(
+        found(
+            "engine",
+            "use crate::store::Store;\nuse crate::error::Error;"
+        )
+        .is_empty()
+    );
+    assert!(found("store", "/// See [`Durable`](crate::Durable).").is_empty());
+}
+
+#[test]
+fn only_the_store_names_sqlx_and_its_tables() {
+    // What callers pass in, and the source of a database error.
+    let callers = [
+        "PgPool",
+        "PgExecutor",
+        "PgConnection",
+        "postgres::PgConnectOptions",
+    ];
+    let mut found = Vec::new();
+    for path in files(&["src"], &[".rs"]) {
+        let module = module(&path);
+        if matches!(&*module, "store" | "migrate" | "testkit" | "lib") {
+            continue;
+        }
+        for line in code(&read(&path)).lines() {
+            let sql = [
+                "mq_msgs",
+                "mq_payloads",
+                "SELECT ",
+                "INSERT ",
+                "UPDATE ",
+                "DELETE ",
+            ];
+            let names_sqlx = match line.split_once("sqlx::") {
+                None => false,
+                Some((_, path)) if matches!(&*module, "durable" | "layer" | "client") => {
+                    let path = path.trim_matches(['{', '}', ';']);
+                    !path.split(", ").all(|name| callers.contains(&name))
+                }
+                Some((_, path)) if module == "error" => !path.to_lowercase().starts_with("error"),
+                Some(_) => true,
+            };
+            if names_sqlx || sql.iter().any(|sql| line.contains(sql)) {
+                found.push(format!("{}: {}", path.display(), line.trim()));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn the_core_does_no_io_and_takes_time_as_an_argument() {
+    let layers = Layers::new();
+    let io = [
+        "tokio::",
+        "sqlxmq",
+        "hyper_util::client",
+        "std::net",
+        "std::fs",
+        "std::io",
+        "std::env",
+        "std::process",
+        "std::thread",
+        "::now()",
+        "fastrand",
+        "tracing::",
+    ];
+    let mut found = Vec::new();
+    let mut checked = 0;
+    for path in files(&["src"], &[".rs"]) {
+        if layers.row(&module(&path)) != Some(0) {
+            continue;
+        }
+        checked += 1;
+        for line in code(&read(&path)).lines() {
+            // Text of a lost connection's error, for another caller of the same batch.
+            let shares_error = path.ends_with("error.rs") && line.contains("std::io::Error::new");
+            if io.iter().any(|io| line.contains(io)) && !shares_error {
+                found.push(format!("{}: {}", path.display(), line.trim()));
+            }
+        }
+    }
+    assert!(checked > 10);
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn words_have_the_meaning_that_contributing_gives_them() {
+    let banned: Vec<String> = table(&read("CONTRIBUTING.md"), "## The words")
+        .iter()
+        .flat_map(|cells| quoted(&cells[2], '"'))
+        .collect();
+    assert!(banned.len() > 5);
+    let mut found = Vec::new();
+    let folders = ["src", "migrations", "tests", "benches", "examples", "docs"];
+    for path in files(&folders, &[".rs", ".sql", ".md"]) {
+        for (number, line) in read(&path).lines().enumerate() {
+            let line = format!(" {} ", line.to_lowercase());
+            for phrase in &banned {
+                // In quotes, or in a line of passwd, `nobody` is a user.
+                let apart = |char: char| !char.is_alphanumeric() && !"`\":".contains(char);
+                let mut ends = line.match_indices(&**phrase);
+                if ends.any(|(at, _)| {
+                    line[..at].ends_with(apart) && line[at + phrase.len()..].starts_with(apart)
+                }) {
+                    found.push(format!("{}:{}: {phrase}", path.display(), number + 1));
+                }
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn lines_are_no_wider_than_100_columns() {
+    let mut found = Vec::new();
+    let folders = ["src", "migrations", "tests", "benches", "examples", "docs"];
+    let mut paths = files(&folders, &[".rs", ".sql", ".md"]);
+    paths.extend(["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(PathBuf::from));
+    for path in paths {
+        // The schema of sqlxmq as its authors wrote it.
+        if path.starts_with("benches/peers/migrations") {
+            continue;
+        }
+        for (number, line) in read(&path).lines().enumerate() {
+            let is_cell =
+                path.extension().is_some_and(|ending| ending == "md") && line.starts_with('|');
+            if line.chars().count() > MAX_WIDTH && !is_cell && !line.contains("://") {
+                found.push(format!("{}:{}", path.display(), number + 1));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{} lines: {found:#?}", found.len());
+}
