@@ -122,7 +122,7 @@ pub(crate) enum Kind {
 pub(crate) enum MigrationState {
     Missing,
     /// The session's `search_path` is not the one that this crate set.
-    Swallowed,
+    SettingsDropped,
     Older {
         found: i64,
         wanted: i64,
@@ -402,7 +402,7 @@ impl fmt::Display for Kind {
             Self::Migrations(MigrationState::Missing) => f.write_str(
                 "requeuest's schema is not in this database; call requeuest::migrate(&pool) first",
             ),
-            Self::Migrations(MigrationState::Swallowed) => f.write_str(
+            Self::Migrations(MigrationState::SettingsDropped) => f.write_str(
                 "the connection did not keep its search_path, probably because of a pooler; \
                  connect directly with DurableBuilder::connect_options",
             ),
@@ -420,6 +420,7 @@ impl fmt::Display for Kind {
                 "the connection broke or the runtime ended during the commit, and the request may \
                  or may not be persisted; check its status before submitting it again",
             ),
+            Self::Discarded { attempts: 1, last } => write!(f, "given up after 1 attempt: {last}"),
             Self::Discarded { attempts, last } => {
                 write!(f, "given up after {attempts} attempts: {last}")
             }
@@ -540,7 +541,7 @@ mod tests {
         let error = Error::pass_through("no answer from http://a:b@c/d?token=e".into());
         assert_eq!(
             format!("{error:?}"),
-            r#"requeuest::Error(pass-through request failed, "no answer from http://c/d")"#
+            r#"requeuest::Error(pass-through request failed, "no answer from http://c")"#
         );
     }
 

@@ -9,9 +9,9 @@ use url::Url;
 
 use crate::body::Body;
 use crate::classify::AcceptedResponse;
+use crate::destination::Destination;
 use crate::error::Error;
 use crate::options::Options;
-use crate::redact::redacted;
 
 /// The longest URL that is accepted, in bytes. It exceeds the 8000 bytes that RFC 9110 section 4.1
 /// recommends every recipient to support.
@@ -274,7 +274,10 @@ impl fmt::Debug for Request {
             .field("method", &self.method)
             .field(
                 "url",
-                &self.uri().map(|uri| redacted(&uri)).unwrap_or_default(),
+                &self
+                    .uri()
+                    .map(|uri| Destination::of(&uri).to_string())
+                    .unwrap_or_default(),
             )
             .field("headers", &self.headers)
             .field("body", &self.body.as_ref().map(Bytes::len))

@@ -195,9 +195,9 @@ impl Durable {
     /// # Ok(()) }
     /// ```
     pub async fn resolve(&self, id: RequestId, resolution: Resolution) -> Result<(), Error> {
-        let store = self.engine().store().clone();
+        let driver = Arc::clone(self.engine().driver());
         self.engine()
-            .run(async move { work::resolve(&store, id, resolution, None).await })
+            .run(async move { work::resolve(&driver.store, id, resolution, None).await })
             .await
     }
 

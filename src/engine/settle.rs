@@ -18,12 +18,11 @@ use crate::engine::attempt::slots::Unsettled;
 use crate::engine::attempt::waiters::Waiters;
 use crate::engine::lane::{self, Item};
 use crate::engine::runner::polls::Polls;
-use crate::engine::telemetry::Condition;
+use crate::engine::telemetry::{Condition, Lasting};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::status::Status;
 use crate::store::enqueue::RUNNER_WAIT;
-use crate::store::outcome::Found;
 use crate::store::settle::{Failure, Fence, Finished, PutBack, SettledRow};
 use crate::store::{Store, StoreError};
 
@@ -177,11 +176,12 @@ impl Settler {
         batch.sort_unstable_by_key(|settlement| settlement.lease.id);
         let mut stack = vec![batch];
         let mut pause = RETRY_MIN;
+        let mut failing = None;
         while let Some(mut batch) = stack.pop() {
             let error = match self.write_once(&mut batch).await {
                 Ok(()) => {
                     pause = RETRY_MIN;
-                    if self.failing.ends() {
+                    if failing.take().is_some_and(Lasting::ends) {
                         tracing::info!("results are settled again");
                     }
                     continue;
@@ -205,8 +205,12 @@ impl Settler {
                     continue;
                 }
             } else {
-                if self.failing.begins() {
-                    tracing::warn!(%error, "results can't be settled and are tried again");
+                if failing.is_none() {
+                    let (lasting, first) = self.failing.begins();
+                    failing = Some(lasting);
+                    if first {
+                        tracing::warn!(%error, "results can't be settled and are tried again");
+                    }
                 }
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY_MAX);
@@ -294,7 +298,7 @@ impl Settler {
         if unsettled.is_empty() {
             return;
         }
-        if self.any_queued(&unsettled).await {
+        if self.any_pending(&unsettled).await {
             // After an outage that outlasted the lease, a poll's claims may be on their way here.
             self.polls.wait_for_polls().await;
         }
@@ -311,13 +315,9 @@ impl Settler {
     }
 
     /// Whether one of the requests has not finished. Without an answer one may not have.
-    async fn any_queued(&self, unsettled: &[(Settlement, Fence)]) -> bool {
+    async fn any_pending(&self, unsettled: &[(Settlement, Fence)]) -> bool {
         let ids: Vec<_> = unsettled.iter().map(|(_, fence)| fence.id).collect();
-        self.store.find(&ids).await.map_or(true, |found| {
-            found
-                .iter()
-                .any(|(_, found)| matches!(found, Found::Pending))
-        })
+        self.store.any_pending(&ids).await.unwrap_or(true)
     }
 
     async fn write_put_backs(

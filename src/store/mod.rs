@@ -125,8 +125,8 @@ impl Store {
         &self.inner.db
     }
 
-    /// Runs the statements of the operation of this name. Every operation on the crate's own
-    /// connections passes through here.
+    /// Runs the statements of the operation of this name. Every operation on one of the crate's own
+    /// connections passes through here, except a bulk insert, which keeps its connection.
     async fn run<T>(
         &self,
         operation: &'static str,

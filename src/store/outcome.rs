@@ -32,6 +32,18 @@ impl Store {
         .await
     }
 
+    /// Whether any of these requests has not finished.
+    pub(crate) async fn any_pending(&self, ids: &[RequestId]) -> Result<bool, StoreError> {
+        let found = self
+            .run("outcome.pending", async |connection| {
+                find(connection, ids).await
+            })
+            .await?;
+        Ok(found
+            .iter()
+            .any(|(_, found)| matches!(found, Found::Pending)))
+    }
+
     /// As [`find`](Self::find) for one request of a caller's.
     pub(crate) async fn find_one(&self, id: RequestId) -> Result<Found, Error> {
         let bytes = self.config().max_response_body;

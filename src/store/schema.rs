@@ -32,7 +32,7 @@ impl Store {
         let wanted = wanted_version();
         let state = match found {
             Schema::Missing => MigrationState::Missing,
-            Schema::Elsewhere => MigrationState::Swallowed,
+            Schema::Elsewhere => MigrationState::SettingsDropped,
             Schema::Version(found) if found < wanted => MigrationState::Older { found, wanted },
             Schema::Version(found) if found > wanted => MigrationState::Newer { found, wanted },
             Schema::Version(_) => {

@@ -63,14 +63,55 @@ fn quoted(cell: &str, mark: char) -> Vec<String> {
         .collect()
 }
 
-/// The part of a source file before its tests, without comments.
+/// A source file without its tests and its comments.
 fn code(source: &str) -> String {
-    let tests = source.find("\n#[cfg(test)]").into_iter();
-    let tests = tests.chain(source.find("\n#[cfg(all(test"));
-    let code = &source[..tests.min().unwrap_or(source.len())];
-    let lines = code.lines();
+    let tests = ["\n#[cfg(test)]\nmod ", "\n#[cfg(all(test, "].map(|start| source.find(start));
+    let end = tests.into_iter().flatten().min().unwrap_or(source.len());
+    let lines = source[..end].lines();
     let code = lines.filter(|line| !line.trim_start().starts_with("//"));
     code.collect::<Vec<_>>().join("\n")
+}
+
+/// The source of a file with `super::` paths that lead to the crate's root written out.
+fn from_root(path: &Path, source: &str) -> String {
+    let depth = path.strip_prefix("src").unwrap().components().count();
+    let is_root_of_folder = path.ends_with("mod.rs");
+    let supers = "super::".repeat(depth - usize::from(is_root_of_folder));
+    source.replace(&supers, "crate::")
+}
+
+/// The first names of the paths behind `crate::`: of `{id::RequestId, error::{Error, Kind}}` they
+/// are `id` and `error`.
+fn first_names(path: &str) -> Vec<String> {
+    let name = |path: &str| -> String {
+        let path = path.trim_start();
+        let end = |char: char| !char.is_alphanumeric() && char != '_';
+        // A glob, or anything else that is no name, is shown as it is.
+        path[..path.find(end).unwrap_or(path.len()).max(1)].to_owned()
+    };
+    let Some(list) = path.strip_prefix('{') else {
+        return vec![name(path)];
+    };
+    let mut names = Vec::new();
+    let mut depth = 0;
+    let mut start = 0;
+    for (at, char) in list.char_indices() {
+        match char {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            ',' | '}' if depth == 0 => {
+                if !list[start..at].trim().is_empty() {
+                    names.push(name(&list[start..at]));
+                }
+                start = at + 1;
+                if char == '}' {
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    names
 }
 
 struct Layers {
@@ -113,20 +154,10 @@ impl Layers {
     fn upward(&self, module: &str, source: &str) -> Vec<String> {
         let own = self.row(module);
         let code = code(source);
-        let imported = code.split("crate::").skip(1).flat_map(|path| {
-            let names = match path.strip_prefix('{') {
-                Some(list) => list.split('}').next().unwrap_or_default(),
-                None => path,
-            };
-            let count = if path.starts_with('{') { usize::MAX } else { 1 };
-            names.split([',', ';']).take(count).map(|name| {
-                let end = |char: char| !char.is_alphanumeric() && char != '_';
-                let name = name.trim();
-                name[..name.find(end).unwrap_or(name.len())].to_owned()
-            })
-        });
-        imported
-            .filter(|name| !name.is_empty())
+        let paths = code.split("crate::").skip(1).flat_map(first_names);
+        let aliased = code.contains("use crate as ").then(|| "crate".to_owned());
+        paths
+            .chain(aliased)
             .filter(|name| match self.row(name) {
                 Some(row) => own.is_none_or(|own| row > own),
                 None => true,
@@ -152,7 +183,7 @@ fn a_module_uses_only_its_own_layer_and_those_above() {
             continue;
         }
         assert!(layers.row(&module).is_some(), "{module} has no layer");
-        for name in layers.upward(&module, &read(&path)) {
+        for name in layers.upward(&module, &from_root(&path, &read(&path))) {
             broken.push(format!("{} uses {name}", path.display()));
         }
     }
@@ -165,9 +196,19 @@ fn the_layer_check_finds_imports_from_below() {
     let found = |module, source| layers.upward(module, source);
     assert_eq!(found("store", "use crate::engine::Engine;"), ["engine"]);
     assert_eq!(
-        found("store", "use crate::{id::RequestId, durable::Durable};"),
+        found(
+            "store",
+            "use crate::{options::{Guarantee, Options}, durable::Durable};"
+        ),
         ["durable"]
     );
+    assert_eq!(found("store", "use crate::*;"), ["*"]);
+    assert_eq!(found("store", "use crate as root;"), ["crate"]);
+    let finish = Path::new("src/store/settle/finish.rs");
+    let source = from_root(finish, "use super::super::super::engine::Engine;");
+    assert_eq!(found("store", &source), ["engine"]);
+    let source = from_root(finish, "use super::super::Store;");
+    assert!(found("store", &source).is_empty());
     assert_eq!(
         found("engine", "let _ = crate::Durable::new(pool);"),
         ["Durable"]
@@ -183,15 +224,39 @@ fn the_layer_check_finds_imports_from_below() {
     assert!(found("store", "/// See [`Durable`](crate::Durable).").is_empty());
 }
 
-#[test]
-fn only_the_store_names_sqlx_and_its_tables() {
-    // What callers pass in, and the source of a database error.
+/// Whether a line of this module names a type of sqlx that it may not name, a table of the queue,
+/// or SQL.
+fn reaches_into_the_store(module: &str, line: &str) -> bool {
+    // What callers pass in.
     let callers = [
         "PgPool",
         "PgExecutor",
         "PgConnection",
         "postgres::PgConnectOptions",
     ];
+    let sql = [
+        "mq_msgs",
+        "mq_payloads",
+        "SELECT ",
+        "INSERT ",
+        "UPDATE ",
+        "DELETE ",
+    ];
+    let names_sqlx = line.contains("use sqlx as")
+        || line.split("sqlx::").skip(1).any(|path| match module {
+            "durable" | "layer" | "client" => {
+                let path = path.trim_matches(['{', '}', ';']);
+                !path.split(", ").all(|name| callers.contains(&name))
+            }
+            // The source of a database error.
+            "error" => !path.starts_with("Error") && !path.starts_with("error::"),
+            _ => true,
+        });
+    names_sqlx || sql.iter().any(|sql| line.contains(sql))
+}
+
+#[test]
+fn only_the_store_names_sqlx_and_its_tables() {
     let mut found = Vec::new();
     for path in files(&["src"], &[".rs"]) {
         let module = module(&path);
@@ -199,29 +264,26 @@ fn only_the_store_names_sqlx_and_its_tables() {
             continue;
         }
         for line in code(&read(&path)).lines() {
-            let sql = [
-                "mq_msgs",
-                "mq_payloads",
-                "SELECT ",
-                "INSERT ",
-                "UPDATE ",
-                "DELETE ",
-            ];
-            let names_sqlx = match line.split_once("sqlx::") {
-                None => false,
-                Some((_, path)) if matches!(&*module, "durable" | "layer" | "client") => {
-                    let path = path.trim_matches(['{', '}', ';']);
-                    !path.split(", ").all(|name| callers.contains(&name))
-                }
-                Some((_, path)) if module == "error" => !path.to_lowercase().starts_with("error"),
-                Some(_) => true,
-            };
-            if names_sqlx || sql.iter().any(|sql| line.contains(sql)) {
+            if reaches_into_the_store(&module, line) {
                 found.push(format!("{}: {}", path.display(), line.trim()));
             }
         }
     }
     assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn the_sqlx_check_finds_types_tables_and_statements() {
+    let reaches = reaches_into_the_store;
+    assert!(reaches("engine", "use sqlx::PgPool;"));
+    assert!(reaches("durable", "use sqlx::{PgPool, Postgres};"));
+    assert!(reaches("error", "Database(sqlx::Error), sqlx::PgPool"));
+    assert!(reaches("engine", "use sqlx as db;"));
+    assert!(reaches("engine", r#"let poll = "mq_msgs";"#));
+    assert!(reaches("engine", r#"run("SELECT 1")"#));
+    assert!(!reaches("durable", "use sqlx::{PgExecutor, PgPool};"));
+    assert!(!reaches("error", "Database(sqlx::Error),"));
+    assert!(!reaches("engine", "use sqlxmq::CurrentJob;"));
 }
 
 #[test]
@@ -237,7 +299,9 @@ fn the_core_does_no_io_and_takes_time_as_an_argument() {
         "std::env",
         "std::process",
         "std::thread",
-        "::now()",
+        "Instant::now",
+        "SystemTime::now",
+        "reqwest::Client",
         "fastrand",
         "tracing::",
     ];
@@ -260,6 +324,25 @@ fn the_core_does_no_io_and_takes_time_as_an_argument() {
     assert!(found.is_empty(), "{found:#?}");
 }
 
+/// The phrases that occur in a text, with the numbers of their lines.
+fn occurring(phrases: &[String], text: &str) -> Vec<(usize, String)> {
+    // In quotes, or in a line of passwd, `nobody` is a user.
+    let apart = |char: char| !char.is_alphanumeric() && !"`\":".contains(char);
+    let mut found = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let line = format!(" {} ", line.to_lowercase());
+        for phrase in phrases {
+            let mut places = line.match_indices(&**phrase);
+            if places.any(|(at, _)| {
+                line[..at].ends_with(apart) && line[at + phrase.len()..].starts_with(apart)
+            }) {
+                found.push((number + 1, phrase.clone()));
+            }
+        }
+    }
+    found
+}
+
 #[test]
 fn words_have_the_meaning_that_contributing_gives_them() {
     let banned: Vec<String> = table(&read("CONTRIBUTING.md"), "## The words")
@@ -270,21 +353,30 @@ fn words_have_the_meaning_that_contributing_gives_them() {
     let mut found = Vec::new();
     let folders = ["src", "migrations", "tests", "benches", "examples", "docs"];
     for path in files(&folders, &[".rs", ".sql", ".md"]) {
-        for (number, line) in read(&path).lines().enumerate() {
-            let line = format!(" {} ", line.to_lowercase());
-            for phrase in &banned {
-                // In quotes, or in a line of passwd, `nobody` is a user.
-                let apart = |char: char| !char.is_alphanumeric() && !"`\":".contains(char);
-                let mut ends = line.match_indices(&**phrase);
-                if ends.any(|(at, _)| {
-                    line[..at].ends_with(apart) && line[at + phrase.len()..].starts_with(apart)
-                }) {
-                    found.push(format!("{}:{}: {phrase}", path.display(), number + 1));
-                }
-            }
+        for (line, phrase) in occurring(&banned, &read(&path)) {
+            found.push(format!("{}:{line}: {phrase}", path.display()));
         }
     }
     assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn the_word_check_finds_words_but_no_parts_and_no_names() {
+    let phrases = ["holds it".to_owned(), "user".to_owned()];
+    let found = occurring(
+        &phrases,
+        "The users.\n// It holds it, the User\n`user` \"user\"",
+    );
+    assert_eq!(found, [(2, phrases[0].clone()), (2, phrases[1].clone())]);
+}
+
+/// The numbers of the lines that are too wide. URLs can't be broken, nor can rows of a table.
+fn too_wide(text: &str, is_markdown: bool) -> Vec<usize> {
+    let wide = text.lines().enumerate().filter(|(_, line)| {
+        let is_row = is_markdown && line.starts_with('|');
+        line.chars().count() > MAX_WIDTH && !is_row && !line.contains("://")
+    });
+    wide.map(|(number, _)| number + 1).collect()
 }
 
 #[test]
@@ -298,13 +390,18 @@ fn lines_are_no_wider_than_100_columns() {
         if path.starts_with("benches/peers/migrations") {
             continue;
         }
-        for (number, line) in read(&path).lines().enumerate() {
-            let is_cell =
-                path.extension().is_some_and(|ending| ending == "md") && line.starts_with('|');
-            if line.chars().count() > MAX_WIDTH && !is_cell && !line.contains("://") {
-                found.push(format!("{}:{}", path.display(), number + 1));
-            }
+        let is_markdown = path.extension().is_some_and(|ending| ending == "md");
+        for line in too_wide(&read(&path), is_markdown) {
+            found.push(format!("{}:{line}", path.display()));
         }
     }
     assert!(found.is_empty(), "{} lines: {found:#?}", found.len());
+}
+
+#[test]
+fn the_width_check_finds_wide_lines_but_no_urls_and_rows() {
+    let line = |length: usize| "x".repeat(length);
+    let text = format!("{}\n{}\n| {}\n://{0}", line(100), line(101), line(100));
+    assert_eq!(too_wide(&text, true), [2]);
+    assert_eq!(too_wide(&text, false), [2, 3]);
 }

@@ -17,6 +17,8 @@ use super::job::Job;
 use super::leases::Lease;
 use super::slots::Slot;
 use crate::classify::FailureClass;
+use crate::codec;
+use crate::destination::Destination;
 use crate::engine::settle::{AttemptResult, Held, Settlement};
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
@@ -94,7 +96,8 @@ impl PolledClaim {
 
     /// Finishes the request without an attempt.
     pub(crate) fn finish(self, outcome: Outcome) {
-        self.settle(finish(outcome.without_attempt(), None));
+        let destination = self.destination();
+        self.settle(finish(outcome.without_attempt(), || destination));
     }
 
     /// Puts the request back, without counting an attempt.
@@ -105,6 +108,12 @@ impl PolledClaim {
             uncounted: true,
             failure: None,
         });
+    }
+
+    /// The destination of the stored request, if that can be read.
+    fn destination(&self) -> Option<String> {
+        let (_, uri, _) = codec::decode_request(self.head.head()?, None).ok()?;
+        Some(Destination::of(&uri).to_string())
     }
 
     fn settle(self, result: AttemptResult) {
@@ -303,7 +312,7 @@ impl Claim {
 
     /// Finishes the request. The settle lane waits for the commit.
     pub(crate) fn finish(mut self, outcome: Outcome) {
-        let result = finish(outcome, Some(&self.job));
+        let result = finish(outcome, || Some(self.job.destination().to_string()));
         self.settle(result);
     }
 
@@ -369,7 +378,7 @@ impl Drop for Claim {
             },
             Some(_) if self.is_once() => {
                 let outcome = Outcome::ambiguous(id, class.as_str(), ABANDONED.to_owned());
-                finish(outcome, Some(&self.job))
+                finish(outcome, || Some(self.job.destination().to_string()))
             }
             Some(began) => {
                 if let Some(delay) = self.next_delay(None) {
@@ -386,7 +395,7 @@ impl Drop for Claim {
                     }
                 } else {
                     let outcome = Outcome::discarded(id, class.as_str(), ABANDONED.to_owned());
-                    finish(outcome, Some(&self.job))
+                    finish(outcome, || Some(self.job.destination().to_string()))
                 }
             }
         };
@@ -394,12 +403,12 @@ impl Drop for Claim {
     }
 }
 
-fn finish(outcome: Outcome, job: Option<&Job>) -> AttemptResult {
-    // Only the log line of a dead letter shows the destination.
+/// `destination` is only called for a dead letter, whose log line shows it.
+fn finish(outcome: Outcome, destination: impl FnOnce() -> Option<String>) -> AttemptResult {
     let is_dead_letter = matches!(outcome.status, Status::Discarded | Status::Ambiguous);
-    let destination = job.filter(|_| is_dead_letter);
+    let destination = is_dead_letter.then(destination).flatten();
     AttemptResult::Finish {
-        destination: destination.map(|job| job.destination().to_string().into()),
+        destination: destination.map(Into::into),
         outcome: Arc::new(outcome),
     }
 }

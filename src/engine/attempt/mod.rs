@@ -35,6 +35,7 @@ use crate::engine::config::Config;
 use crate::engine::lifecycle::Lifecycle;
 use crate::engine::runner::polls::Polls;
 use crate::engine::settle::{Settlement, Settler};
+use crate::engine::telemetry::Failures;
 use crate::error::{Error, Kind};
 use crate::runtime::Runtime;
 use crate::store::Store;
@@ -60,6 +61,8 @@ pub(crate) struct Driver {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) polls: Arc<Polls>,
     pub(crate) large_bodies: Semaphore,
+    /// Requests whose large body could not be fetched.
+    pub(crate) unfetched: Failures,
     pub(crate) settler: Arc<Settler>,
     /// The settle lane ends once the driver, and with it this sender, is gone.
     settlements: mpsc::UnboundedSender<Settlement>,
@@ -94,6 +97,7 @@ impl Driver {
             lifecycle: Lifecycle::new(),
             polls: parts.polls,
             large_bodies: Semaphore::new(LARGE_BODIES),
+            unfetched: Failures::default(),
             settler: parts.settler,
             settlements: parts.settlements,
             tasks: parts.tasks,

@@ -85,7 +85,9 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             None
         }
         Err(Unusable::Later(error)) => {
-            tracing::debug!(%id, %error, "a request's body could not be fetched yet");
+            if claim.driver().unfetched.is_first(id) {
+                tracing::warn!(%id, %error, "a request's body can't be fetched yet");
+            }
             claim.put_back(FETCH_RETRY);
             None
         }
@@ -132,5 +134,7 @@ async fn fetch(driver: &Driver, id: RequestId) -> Result<Option<Bytes>, Unusable
     // A large body takes memory only once its attempt can be made soon.
     let _permit = driver.large_bodies.acquire().await;
     let fetched = driver.store.fetch_body(id).await;
-    Ok(fetched.map_err(Unusable::Later)?.map(Bytes::from))
+    let body = fetched.map_err(Unusable::Later)?;
+    driver.unfetched.recovers(id);
+    Ok(body.map(Bytes::from))
 }

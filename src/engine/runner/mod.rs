@@ -18,7 +18,7 @@ use sqlxmq::{JobRunnerHandle, JobRunnerOptions};
 use tokio::sync::watch;
 
 use crate::engine::attempt::Driver;
-use crate::engine::telemetry::Condition;
+use crate::engine::telemetry::OwnCondition;
 use crate::store::runner_pool::RunnerPool;
 
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
@@ -72,9 +72,9 @@ async fn supervise(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
     {
         return;
     }
-    let database = Database {
+    let mut database = Database {
         driver: &driver,
-        unreachable: Condition::default(),
+        unreachable: OwnCondition::default(),
     };
     while let Some(runner) = unless_ended(&driver, start(&driver)).await {
         tracing::info!(
@@ -82,26 +82,18 @@ async fn supervise(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
             channels = ?driver.config.deliver,
             "the runner has started"
         );
-        if unless_ended(&driver, runner.fails(&database))
+        if unless_ended(&driver, runner.fails(&mut database))
             .await
             .is_none()
         {
-            runner.stop(&database).await;
+            runner.stop(&driver).await;
             tracing::info!("the runner has stopped");
             return;
         }
         // Not awaited: its connections may hang. Claims that it still brings are as valid as those
         // of the new runner.
         let old = Arc::clone(&driver);
-        driver.spawn(async move {
-            let database = Database {
-                driver: &old,
-                unreachable: Condition::default(),
-            };
-            // The supervisor has logged that the database is away.
-            database.unreachable.begins();
-            runner.stop(&database).await;
-        });
+        driver.spawn(async move { runner.stop(&old).await });
         if unless_ended(&driver, database.up()).await.is_none() {
             return;
         }
@@ -127,7 +119,7 @@ struct Runner {
 impl Runner {
     /// Returns when the database stops answering, or when it answers but sqlxmq has stopped
     /// polling: its connection may be black-holed, or its error backoff may have grown too long.
-    async fn fails(&self, database: &Database<'_>) {
+    async fn fails(&self, database: &mut Database<'_>) {
         let driver = database.driver;
         let mut before: Option<u64> = None;
         while database.probe().await {
@@ -153,12 +145,12 @@ impl Runner {
     }
 
     /// Ends the polling, as soon as all claims have arrived.
-    async fn stop(mut self, database: &Database<'_>) {
+    async fn stop(mut self, driver: &Driver) {
         // While its connection is held here, the runner doesn't poll.
         let held = tokio::select! {
             held = tokio::time::timeout(STOP_TIMEOUT, self.pool.hold_polls()) => held.ok(),
             // There is nothing to wait for: earlier claims are left to their leases.
-            () = database.down() => None,
+            () = down(driver) => None,
         };
         // Returns after a poll that has just ended has handed its claims over.
         self.handle.stop().await;
@@ -172,7 +164,7 @@ impl Runner {
 /// Starts a runner, however long the database or its schema takes to appear.
 async fn start(driver: &Arc<Driver>) -> Runner {
     let mut pause = START_RETRY_MIN;
-    let failing = Condition::default();
+    let mut failing = OwnCondition::default();
     loop {
         let problem = match driver.store.verify().await {
             Ok(()) => {
@@ -224,14 +216,21 @@ fn options(driver: &Arc<Driver>, pool: &RunnerPool) -> JobRunnerOptions {
     options
 }
 
-/// The database, as probes see it.
+/// Waits until the database doesn't answer.
+async fn down(driver: &Driver) {
+    while driver.store.probe().await.is_ok() {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+    }
+}
+
+/// The database, as the supervisor's probes see it.
 struct Database<'a> {
     driver: &'a Driver,
-    unreachable: Condition,
+    unreachable: OwnCondition,
 }
 
 impl Database<'_> {
-    async fn probe(&self) -> bool {
+    async fn probe(&mut self) -> bool {
         match self.driver.store.probe().await {
             Ok(()) => {
                 if self.unreachable.ends() {
@@ -248,16 +247,9 @@ impl Database<'_> {
         }
     }
 
-    /// Waits until the database doesn't answer.
-    async fn down(&self) {
-        while self.probe().await {
-            tokio::time::sleep(PROBE_INTERVAL).await;
-        }
-    }
-
     /// Waits until the database answers again and the results that were kept for it are settled. A
     /// poll before that could claim their requests, whose leases have run out.
-    async fn up(&self) {
+    async fn up(&mut self) {
         loop {
             // The passwords may have changed in the meantime.
             self.driver.store.reconnect();

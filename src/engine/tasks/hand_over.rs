@@ -1,11 +1,10 @@
 //! Handing outcomes to the application, in a transaction of its own database.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::attempt::Driver;
-use crate::engine::telemetry::Condition;
+use crate::engine::telemetry::{Failures, OwnCondition};
 use crate::error::{BoxError, chain};
 use crate::id::RequestId;
 use crate::store::StoreError;
@@ -16,20 +15,17 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time between two tries to hand an outcome over.
 const MAX_BACKOFF: Duration = Duration::from_secs(5 * 60);
 
-/// How many failing outcomes are remembered, so that only the first failure of each is a warning.
-const MAX_FAILING: usize = 1000;
-
 /// Hands over the outcomes of a channel, one after another, until a shutdown.
 pub(crate) async fn run(driver: Arc<Driver>, channel: Arc<str>, handler: Arc<dyn OutcomeHandler>) {
-    let unreachable = Condition::default();
-    let mut failing = HashSet::new();
+    let mut unreachable = OwnCondition::default();
+    let failures = Failures::default();
     loop {
         // Subscribed before looking, or an outcome could be settled in between.
         let finished = driver.settler.finished().notified();
         if driver.lifecycle.is_closing() {
             return;
         }
-        let found = hand_over(&driver, &channel, &handler, &mut failing).await;
+        let found = hand_over(&driver, &channel, &handler, &failures).await;
         match &found {
             Ok(_) => {
                 if unreachable.ends() {
@@ -60,7 +56,7 @@ async fn hand_over(
     driver: &Driver,
     channel: &str,
     handler: &Arc<dyn OutcomeHandler>,
-    failing: &mut HashSet<RequestId>,
+    failures: &Failures,
 ) -> Result<bool, StoreError> {
     let hand_over = match driver.store.take_unhandled(channel).await? {
         Taken::Nothing => return Ok(false),
@@ -75,16 +71,13 @@ async fn hand_over(
     });
     let error = match handled.await {
         Ok(Ok(())) => {
-            failing.remove(&id);
+            failures.recovers(id);
             return Ok(true);
         }
         Ok(Err(error)) => chain(&*error),
         Err(_panic) => "the handler panicked".to_owned(),
     };
-    if failing.len() >= MAX_FAILING {
-        failing.clear();
-    }
-    if failing.insert(id) {
+    if failures.is_first(id) {
         tracing::warn!(%id, error, "a handler failed and gets the outcome again later");
     } else {
         tracing::debug!(%id, error, "a handler failed again");

@@ -12,6 +12,7 @@ use crate::codec;
 use crate::dead_letter::{Reconcile, Resolution};
 use crate::engine::attempt::Driver;
 use crate::engine::dead_letters::resolve;
+use crate::engine::telemetry::Failures;
 use crate::error::{BoxError, Error, chain};
 use crate::redact::redact_urls;
 use crate::store::dead_letters::Question;
@@ -46,9 +47,10 @@ impl Drop for ReconcileGuard {
 }
 
 async fn run(driver: Arc<Driver>, hook: Arc<dyn Reconcile>) {
+    let failures = Arc::default();
     let asking = async {
         loop {
-            match round(&driver, &hook).await {
+            match round(&driver, &hook, &failures).await {
                 // There may be more.
                 Ok(BATCH..) => continue,
                 Ok(_) => {}
@@ -65,7 +67,11 @@ async fn run(driver: Arc<Driver>, hook: Arc<dyn Reconcile>) {
 }
 
 /// Asks about a batch. Returns how many requests it had.
-async fn round(driver: &Arc<Driver>, hook: &Arc<dyn Reconcile>) -> Result<usize, Error> {
+async fn round(
+    driver: &Arc<Driver>,
+    hook: &Arc<dyn Reconcile>,
+    failures: &Arc<Failures>,
+) -> Result<usize, Error> {
     let channels: Option<Vec<String>> = driver.config.deliver.as_ref().map(|channels| {
         let channels = channels.iter();
         channels.map(ToString::to_string).collect()
@@ -78,7 +84,12 @@ async fn round(driver: &Arc<Driver>, hook: &Arc<dyn Reconcile>) -> Result<usize,
     // Dropping the set with this future aborts the hooks when the engine ends.
     let mut tasks = JoinSet::new();
     for question in questions {
-        tasks.spawn(ask_about(Arc::clone(driver), Arc::clone(hook), question));
+        tasks.spawn(ask_about(
+            Arc::clone(driver),
+            Arc::clone(hook),
+            Arc::clone(failures),
+            question,
+        ));
     }
     while let Some(done) = tasks.join_next().await {
         if let Err(error) = done {
@@ -89,13 +100,21 @@ async fn round(driver: &Arc<Driver>, hook: &Arc<dyn Reconcile>) -> Result<usize,
     Ok(count)
 }
 
-async fn ask_about(driver: Arc<Driver>, hook: Arc<dyn Reconcile>, mut question: Question) {
+async fn ask_about(
+    driver: Arc<Driver>,
+    hook: Arc<dyn Reconcile>,
+    failures: Arc<Failures>,
+    mut question: Question,
+) {
     let id = question.dead_letter.id;
     let resolution = match answer(&*hook, &mut question).await {
-        Ok(resolution) => resolution,
+        Ok(resolution) => {
+            failures.recovers(id);
+            resolution
+        }
         Err(error) => {
             let error = redact_urls(&chain(&*error));
-            if question.times == 1 {
+            if failures.is_first(id) {
                 tracing::warn!(%id, error, "a reconcile hook failed and is called again later");
             } else {
                 tracing::debug!(%id, error, "a reconcile hook failed again");

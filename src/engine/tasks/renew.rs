@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::engine::attempt::leases::Leases;
-use crate::engine::telemetry::Condition;
+use crate::engine::telemetry::OwnCondition;
 use crate::store::Store;
 
 /// Renews leases until the task is aborted. A third of the lease leaves time for two more tries.
@@ -12,7 +12,7 @@ pub(crate) async fn run(store: Store, leases: Arc<Leases>) {
     // Checked more often than renewed, so that no lease is a whole interval late.
     let mut ticks = tokio::time::interval(interval / 3);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let failing = Condition::default();
+    let mut failing = OwnCondition::default();
     loop {
         ticks.tick().await;
         let due = leases.due(interval);
