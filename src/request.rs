@@ -403,12 +403,12 @@ mod tests {
 
     #[test]
     fn secrets_of_a_url_are_stored_but_never_shown() {
-        let url = Url::parse("https://user:hunter2@example.com/a?token=hunter3").unwrap();
+        let url = Url::parse("https://user:hunter2@example.com/hunter4?token=hunter3").unwrap();
         let request = Request::get(url.clone(), HeaderMap::new());
         assert_eq!(request.url(), url.as_str());
         let shown = format!("{request:?}");
         assert!(!shown.contains("hunter"), "{shown}");
-        assert!(shown.contains("https://example.com/a"), "{shown}");
+        assert!(shown.contains("https://example.com:443"), "{shown}");
     }
 
     #[test]
