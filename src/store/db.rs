@@ -7,7 +7,6 @@
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -15,6 +14,7 @@ use sqlx::{Connection, PgConnection, PgPool};
 
 use super::idle::{Checkout, IdleConnections};
 use super::quoted;
+use super::runner_pool::Uses;
 use crate::error::{Error, Kind};
 
 /// A statement without an answer for this long loses its connection. sqlx sets no keepalive, so a
@@ -131,20 +131,20 @@ impl Db {
     }
 
     /// A pool for one runner, closed together with it. Its polls don't wait for other statements,
-    /// and holding its second connection proves that no poll is under way. `used` counts how often
-    /// a connection is taken. Must be called within a tokio runtime.
-    pub(super) fn runner_pool(&self, used: &Arc<AtomicU64>) -> PgPool {
+    /// and holding its second connection proves that no poll is under way. `uses` notes when a
+    /// connection is taken. Must be called within a tokio runtime.
+    pub(super) fn runner_pool(&self, uses: &Arc<Uses>) -> PgPool {
         // Postgres watches the time here, because sqlxmq doesn't: an abandoned poll must not claim.
         let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
         let connect = (*self.pool.connect_options()).clone();
-        let (connected, taken) = (Arc::clone(used), Arc::clone(used));
+        let (connected, taken) = (Arc::clone(uses), Arc::clone(uses));
         pool_options(RUNNER_CONNECTIONS)
             .after_connect(move |_, _| {
-                connected.fetch_add(1, Ordering::Relaxed);
+                connected.note();
                 Box::pin(async { Ok(()) })
             })
             .before_acquire(move |connection, meta| {
-                taken.fetch_add(1, Ordering::Relaxed);
+                taken.note();
                 Box::pin(answers(connection, meta.idle_for))
             })
             .connect_lazy_with(connect.options([("statement_timeout", timeout)]))
