@@ -17,7 +17,7 @@ use crate::status::Status;
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
 
-/// A text is not the name of a value: the error of `FromStr` for [`Status`](crate::Status) and
+/// A text is not the name of a value: the error of `FromStr` for [`Status`] and
 /// [`FailureClass`](crate::FailureClass).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseNameError {

@@ -174,7 +174,7 @@ pub(crate) fn validate_schema(schema: &str) -> Result<(), &'static str> {
     if first && rest && schema.len() <= 63 {
         Ok(())
     } else {
-        Err("a schema's name must be lower-case letters, digits and `_`, at most 63 bytes")
+        Err("a schema's name must be 1 to 63 lower-case letters, digits or `_`, no digit first")
     }
 }
 

@@ -417,16 +417,16 @@ impl RetryPolicy {
         match &self.delays {
             Delays::Exponential { base, factor, cap } => {
                 if *base < MIN_DELAY {
-                    return Err("the base must be at least one millisecond");
+                    return Err("`base` must be at least one millisecond");
                 }
                 if !(factor.is_finite() && *factor >= 1.0) {
-                    return Err("the factor must be a finite number of at least 1");
+                    return Err("`factor` must be a finite number of at least 1");
                 }
                 if cap < base {
-                    return Err("the cap must not be below the base");
+                    return Err("`cap` must not be below `base`");
                 }
                 if *cap > MAX_DURATION {
-                    return Err("the cap must be at most a hundred years");
+                    return Err("`cap` must be at most a hundred years");
                 }
             }
             Delays::Schedule(delays) => {
