@@ -202,24 +202,27 @@ mod tests {
     use crate::id::RequestId;
     use crate::status::Status;
     use crate::store::cancel::Cancelled;
-    use crate::testkit::Postgres;
+    use crate::testkit::{Postgres, TestDatabase};
+
+    /// A store on a test's database, with the default schema.
+    pub(super) fn store(database: &TestDatabase) -> Store {
+        let config = StoreConfig {
+            schema: "requeuest".to_owned(),
+            lease: Duration::from_secs(15),
+            retention: Duration::from_secs(60),
+            max_request_body: 1024,
+            max_response_body: 1024,
+            max_connections: 2,
+            notify_in_transactions: true,
+            connect_options: None,
+        };
+        Store::new(database.pool().clone(), config)
+    }
 
     #[tokio::test]
     async fn a_store_needs_no_engine() {
         let database = Postgres::shared().await.unwrap().database().await.unwrap();
-        let store = || {
-            let config = StoreConfig {
-                schema: "requeuest".to_owned(),
-                lease: Duration::from_secs(15),
-                retention: Duration::from_secs(60),
-                max_request_body: 1024,
-                max_response_body: 1024,
-                max_connections: 2,
-                notify_in_transactions: true,
-                connect_options: None,
-            };
-            Store::new(database.pool().clone(), config)
-        };
+        let store = || store(&database);
         let error = store().verify().await.unwrap_err();
         assert!(error.is_not_migrated(), "{error}");
 

@@ -105,23 +105,13 @@ impl RunnerPool {
 #[cfg(all(test, feature = "testkit"))]
 mod tests {
     use super::*;
-    use crate::store::StoreConfig;
+    use crate::store::tests::store;
     use crate::testkit::Postgres;
 
     #[tokio::test]
     async fn a_poll_is_not_waited_for_once_the_database_has_ended_it() {
         let database = Postgres::shared().await.unwrap().database().await.unwrap();
-        let config = StoreConfig {
-            schema: "requeuest".to_owned(),
-            lease: Duration::from_secs(15),
-            retention: Duration::from_secs(60),
-            max_request_body: 1024,
-            max_response_body: 1024,
-            max_connections: 2,
-            notify_in_transactions: true,
-            connect_options: None,
-        };
-        let pool = Store::new(database.pool().clone(), config).runner_pool();
+        let pool = store(&database).runner_pool();
         assert!(pool.wait_for_poll().await);
         let before = pool.used();
         // As a runner's listener does, and a poll whose connection vanishes.

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use crate::engine::attempt::Driver;
 use crate::engine::telemetry::{Failures, OwnCondition};
-use crate::error::{BoxError, chain};
+use crate::error::chain;
 use crate::id::RequestId;
+use crate::redact::redact_urls;
 use crate::store::StoreError;
 use crate::store::hand_over::{OutcomeHandler, Taken};
 
@@ -65,10 +66,7 @@ async fn hand_over(
     };
     let (id, handler) = (hand_over.id(), Arc::clone(handler));
     // In a task of its own, so that a handler that panics is tried again like one that fails.
-    let handled = tokio::spawn(async move {
-        hand_over.run(&*handler).await?;
-        Ok::<(), BoxError>(())
-    });
+    let handled = tokio::spawn(async move { hand_over.run(&*handler).await });
     let error = match handled.await {
         Ok(Ok(())) => {
             failures.recovers(id);
@@ -77,10 +75,11 @@ async fn hand_over(
         Ok(Err(error)) => chain(&*error),
         Err(_panic) => "the handler panicked".to_owned(),
     };
+    let shown = redact_urls(&error);
     if failures.is_first(id) {
-        tracing::warn!(%id, error, "a handler failed and gets the outcome again later");
+        tracing::warn!(%id, error = shown, "a handler failed and gets the outcome again later");
     } else {
-        tracing::debug!(%id, error, "a handler failed again");
+        tracing::debug!(%id, error = shown, "a handler failed again");
     }
     put_off(driver, id, &error).await;
     Ok(true)
