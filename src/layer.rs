@@ -6,13 +6,14 @@
 
 use std::fmt;
 use std::future::Future;
+use std::marker::PhantomData;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use http_body::Body as HttpBody;
 use http_body_util::combinators::Collect;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Limited};
 use pin_project::pin_project;
 use sqlx::PgPool;
 use tower::util::Oneshot;
@@ -23,8 +24,9 @@ use crate::durable::{AwaitResponse, Durable, DurableBuilder, Mode, RequestHead};
 use crate::engine::attempt::caller_client::CallerClient;
 use crate::engine::attempt::transport::{HttpClient, erase};
 use crate::engine::enqueue::Submitted;
-use crate::error::{BoxError, Error, Kind};
+use crate::error::{BoxError, Error};
 use crate::id::RequestId;
+use crate::into_request::body_error;
 use crate::request::Request;
 
 /// The header that carries a fired request's id in the `202 Accepted` of the layer and the
@@ -48,12 +50,12 @@ pub const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("requeuest-id"
 /// let response = client.clone().oneshot(request).await?;
 /// # Ok(()) }
 /// ```
-#[derive(Clone, Debug)]
-pub struct DurableLayer {
+pub struct DurableLayer<B = Body> {
     durable: Durable,
+    body: PhantomData<fn(B)>,
 }
 
-impl DurableLayer {
+impl<B> DurableLayer<B> {
     /// A layer with the defaults of [`DurableBuilder`](crate::DurableBuilder). The first service
     /// that it wraps also makes background attempts; until there is one, the runner delivers
     /// nothing. Starts the engine, as [`Durable::new`] does.
@@ -74,9 +76,25 @@ impl DurableLayer {
     }
 }
 
-impl From<Durable> for DurableLayer {
+impl<B> From<Durable> for DurableLayer<B> {
     fn from(durable: Durable) -> Self {
-        Self { durable }
+        Self {
+            durable,
+            body: PhantomData,
+        }
+    }
+}
+
+// Derived, these would ask the same of the body.
+impl<B> Clone for DurableLayer<B> {
+    fn clone(&self) -> Self {
+        self.durable.clone().into()
+    }
+}
+
+impl<B> fmt::Debug for DurableLayer<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("DurableLayer").field(&self.durable).finish()
     }
 }
 
@@ -86,7 +104,7 @@ impl Durable {
     /// The wrapped service sends while a caller waits. Background attempts go through the handle's
     /// [`transport`](DurableBuilder::transport). With [`DurableLayer::new`] or
     /// [`DurableBuilder::build_layer`] the wrapped service makes both.
-    pub fn layer(&self) -> DurableLayer {
+    pub fn layer<B>(&self) -> DurableLayer<B> {
         self.warn_of_plain_transport();
         DurableLayer::from(self.clone())
     }
@@ -99,25 +117,26 @@ impl DurableBuilder {
     /// # Errors
     ///
     /// As for [`build`](Self::build).
-    pub fn build_layer(mut self) -> Result<DurableLayer, Error> {
+    pub fn build_layer<B>(mut self) -> Result<DurableLayer<B>, Error> {
         self.send_with_wrapped_service();
         self.build().map(DurableLayer::from)
     }
 }
 
-impl<S> Layer<S> for DurableLayer
+impl<S, B> Layer<S> for DurableLayer<B>
 where
     S: HttpClient,
 {
-    type Service = DurableService<S>;
+    type Service = DurableService<S, B>;
 
-    fn layer(&self, inner: S) -> DurableService<S> {
+    fn layer(&self, inner: S) -> DurableService<S, B> {
         self.durable
             .engine()
             .offer_transport(|| erase(inner.clone()));
         DurableService {
             inner,
             durable: self.durable.clone(),
+            body: PhantomData,
         }
     }
 }
@@ -126,13 +145,16 @@ where
 ///
 /// It is always ready: each attempt is made on a clone of the wrapped service, once that clone is
 /// ready. Per-request [`Options`](crate::Options) are taken from the request's extensions.
-#[derive(Clone, Debug)]
-pub struct DurableService<S> {
+///
+/// `B` is the body of the requests that it takes, usually inferred from the first call: any
+/// [`http_body::Body`], such as [`Body`], `Full<Bytes>` or axum's.
+pub struct DurableService<S, B = Body> {
     inner: S,
     durable: Durable,
+    body: PhantomData<fn(B)>,
 }
 
-impl<S> DurableService<S> {
+impl<S, B> DurableService<S, B> {
     /// The handle underneath, to ask for responses and statuses by id, and to shut down.
     pub fn durable(&self) -> &Durable {
         &self.durable
@@ -142,25 +164,55 @@ impl<S> DurableService<S> {
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
+
+    /// The same service for requests with bodies of another type.
+    #[must_use]
+    pub fn with_body<C>(self) -> DurableService<S, C> {
+        DurableService {
+            inner: self.inner,
+            durable: self.durable,
+            body: PhantomData,
+        }
+    }
 }
 
-impl<S, R> Service<http::Request<R>> for DurableService<S>
+impl<S: Clone, B> Clone for DurableService<S, B> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            durable: self.durable.clone(),
+            body: PhantomData,
+        }
+    }
+}
+
+impl<S: fmt::Debug, B> fmt::Debug for DurableService<S, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DurableService")
+            .field("inner", &self.inner)
+            .field("durable", &self.durable)
+            .finish_non_exhaustive()
+    }
+}
+
+// The only implementation, so that the compiler knows the request's type before the first call.
+impl<S, B> Service<http::Request<B>> for DurableService<S, B>
 where
     S: HttpClient,
-    R: HttpBody + Send + 'static,
-    R::Data: Send,
-    R::Error: Into<BoxError>,
+    B: HttpBody + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
 {
     type Response = http::Response<Body>;
     type Error = Error;
-    type Future = ResponseFuture<S, R>;
+    type Future = ResponseFuture<S, B>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
         // `call` never calls `inner` itself, so its readiness would be wasted.
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: http::Request<R>) -> ResponseFuture<S, R> {
+    fn call(&mut self, request: http::Request<B>) -> ResponseFuture<S, B> {
         let inner = self.inner.clone();
         if self.durable.passes_through(&RequestHead::of_http(&request)) {
             let passing = inner.oneshot(request.map(Body::wrap));
@@ -187,25 +239,25 @@ where
 
 /// The response future of [`DurableService`]. Dropping it never cancels a persisted request.
 #[pin_project]
-pub struct ResponseFuture<S, R>(#[pin] State<S, R>)
+pub struct ResponseFuture<S, B>(#[pin] State<S, B>)
 where
     S: Service<http::Request<Body>>,
-    R: HttpBody,
-    R::Error: Into<BoxError>;
+    B: HttpBody,
+    B::Error: Into<BoxError>;
 
 #[pin_project(project = StateProj)]
-enum State<S, R>
+enum State<S, B>
 where
     S: Service<http::Request<Body>>,
-    R: HttpBody,
-    R::Error: Into<BoxError>,
+    B: HttpBody,
+    B::Error: Into<BoxError>,
 {
     /// Passes through without being persisted.
     Passing(#[pin] Oneshot<S, http::Request<Body>>),
     Refused(Option<Error>),
     Collecting {
         #[pin]
-        body: Collect<Limited<R>>,
+        body: Collect<Limited<B>>,
         rest: Option<Rest<S>>,
     },
     Firing(Submitted),
@@ -221,14 +273,14 @@ struct Rest<S> {
 }
 
 impl<S: HttpClient> Rest<S> {
-    fn submit<R>(
+    fn submit<B>(
         self,
         data: bytes::Bytes,
         trailers: Option<HeaderMap>,
-    ) -> Result<State<S, R>, Error>
+    ) -> Result<State<S, B>, Error>
     where
-        R: HttpBody,
-        R::Error: Into<BoxError>,
+        B: HttpBody,
+        B::Error: Into<BoxError>,
     {
         let Self {
             parts,
@@ -250,11 +302,11 @@ impl<S: HttpClient> Rest<S> {
     }
 }
 
-impl<S, R> Future for ResponseFuture<S, R>
+impl<S, B> Future for ResponseFuture<S, B>
 where
     S: HttpClient,
-    R: HttpBody,
-    R::Error: Into<BoxError>,
+    B: HttpBody,
+    B::Error: Into<BoxError>,
 {
     type Output = Result<http::Response<Body>, Error>;
 
@@ -301,22 +353,14 @@ where
     }
 }
 
-impl<S, R> fmt::Debug for ResponseFuture<S, R>
+impl<S, B> fmt::Debug for ResponseFuture<S, B>
 where
     S: Service<http::Request<Body>>,
-    R: HttpBody,
-    R::Error: Into<BoxError>,
+    B: HttpBody,
+    B::Error: Into<BoxError>,
 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
-}
-
-pub(crate) fn body_error(error: BoxError, limit: usize) -> Error {
-    if error.is::<LengthLimitError>() {
-        Error::body_too_large(limit)
-    } else {
-        Error::new(Kind::Body(error))
     }
 }
 

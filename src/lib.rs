@@ -17,6 +17,7 @@ mod engine;
 mod fingerprint;
 mod id;
 mod idempotency_header;
+mod into_request;
 mod layer;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
@@ -29,7 +30,7 @@ mod runtime;
 mod status;
 mod store;
 
-pub use body::Body;
+pub use body::{Body, BodyError, IntoBody};
 pub use classify::{AcceptedResponse, Classify, FailureClass, Verdict};
 #[doc(no_inline)]
 pub use client::{Channels, Client};
@@ -41,10 +42,13 @@ pub use durable::{
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
     DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeSubscription, RequestHead,
 };
-pub use engine::attempt::transport::{HttpClient, ReqwestFuture, ReqwestTransport};
+#[cfg(feature = "reqwest-middleware")]
+pub use engine::attempt::transport::MiddlewareTransport;
+pub use engine::attempt::transport::{HttpClient, MapBody, ReqwestFuture, ReqwestTransport};
 pub use error::Error;
 pub use id::RequestId;
 pub use idempotency_header::IdempotencyHeader;
+pub use into_request::IntoRequest;
 pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
 pub use migrate::migrate;
 pub use options::{Guarantee, Options};
@@ -52,7 +56,7 @@ pub use outcome::Outcome;
 pub use request::{MAX_URL_LEN, Request};
 pub use response::Response;
 pub use status::Status;
-pub use store::hand_over::{OutcomeFn, OutcomeHandler, outcome_fn};
+pub use store::hand_over::{OutcomeFn, OutcomeFnWith, OutcomeHandler, outcome_fn, outcome_fn_with};
 
 pub use http::{self, HeaderMap, Method, StatusCode};
 pub use reqwest;

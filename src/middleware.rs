@@ -9,15 +9,16 @@ use http_body::Body as _;
 use http_body_util::{BodyExt, Limited};
 use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as MiddlewareResult};
 
-use crate::body::Body;
+use crate::body::{Body, in_memory};
 use crate::durable::{Durable, Mode, RequestHead};
 use crate::engine::attempt::caller_client::CallerClient;
 use crate::engine::attempt::send::Sender;
 use crate::engine::attempt::transport::from_reqwest;
 use crate::error::{BoxError, Error};
-use crate::layer::{accepted, body_error};
+use crate::into_request::body_error;
+use crate::layer::accepted;
 use crate::options::Options;
-use crate::request::{Request, in_memory};
+use crate::request::Request;
 use crate::runtime::BoxFuture;
 
 #[async_trait::async_trait]
@@ -83,9 +84,10 @@ fn refused(error: Error) -> MiddlewareError {
 type Buffered = (Option<bytes::Bytes>, Option<http::HeaderMap>);
 
 async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
-    if body.as_bytes().is_some() {
-        return Ok((in_memory(body), None));
-    }
+    let body = match in_memory(body) {
+        Ok(data) => return Ok((Some(data), None)),
+        Err(stream) => stream,
+    };
     // A declared length over the limit is refused before the body is read.
     if body.size_hint().lower() > limit as u64 {
         return Err(Error::body_too_large(limit));

@@ -4,7 +4,6 @@ use std::fmt;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Uri, Version};
-use http_body::Body as HttpBody;
 use url::Url;
 
 use crate::body::Body;
@@ -19,8 +18,11 @@ pub const MAX_URL_LEN: usize = 8 * 1024;
 
 /// An HTTP request with its body in memory, ready to be persisted.
 ///
-/// Make one with the constructors below, or from a [`reqwest::Request`] or [`http::Request`] by
-/// `TryFrom`. [`Durable`](crate::Durable)'s methods accept any of these types.
+/// Make one with the constructors below, or by `TryFrom` from a [`reqwest::Request`], a
+/// [`reqwest::RequestBuilder`] or an [`http::Request`] whose body is in memory.
+/// [`Durable`](crate::Durable)'s methods accept all of these types: see [`IntoRequest`].
+///
+/// [`IntoRequest`]: crate::IntoRequest
 ///
 /// # Examples
 ///
@@ -101,7 +103,7 @@ impl Request {
     /// # Errors
     ///
     /// If its body is a stream, because reading one needs async code. The layer and the middleware
-    /// accept streams.
+    /// accept streams, and so does [`Durable::fire`](crate::Durable::fire).
     pub fn from_reqwest(request: reqwest::Request) -> Result<Self, Error> {
         request.try_into()
     }
@@ -112,7 +114,8 @@ impl Request {
     ///
     /// If its URL is not an absolute `http` or `https` URL.
     pub fn from_http_body<B: Into<Bytes>>(request: http::Request<B>) -> Result<Self, Error> {
-        request.try_into()
+        let (parts, body) = request.into_parts();
+        Self::from_parts(parts, Some(body.into()), None)
     }
 
     /// Converts an HTTP request without a body.
@@ -134,10 +137,10 @@ impl Request {
         builder: http::request::Builder,
         body: B,
     ) -> Result<Self, Error> {
-        builder
+        let request = builder
             .body(body)
-            .map_err(|error| Error::request("request", error.to_string()))?
-            .try_into()
+            .map_err(|error| Error::request("request", error.to_string()))?;
+        Self::from_http_body(request)
     }
 
     pub(crate) fn from_parts(
@@ -286,40 +289,6 @@ impl fmt::Debug for Request {
     }
 }
 
-impl TryFrom<&Request> for Request {
-    type Error = Error;
-
-    fn try_from(request: &Request) -> Result<Self, Error> {
-        Ok(request.clone())
-    }
-}
-
-impl<B: Into<Bytes>> TryFrom<http::Request<B>> for Request {
-    type Error = Error;
-
-    fn try_from(request: http::Request<B>) -> Result<Self, Error> {
-        let (parts, body) = request.into_parts();
-        Self::from_parts(parts, Some(body.into()), None)
-    }
-}
-
-impl TryFrom<reqwest::Request> for Request {
-    type Error = Error;
-
-    fn try_from(mut request: reqwest::Request) -> Result<Self, Error> {
-        let body = match request.body_mut().take() {
-            None => None,
-            Some(body) => Some(in_memory(body).ok_or_else(|| {
-                Error::request(
-                    "body",
-                    "must be in memory, because only the layer and the middleware accept streams",
-                )
-            })?),
-        };
-        Ok(Self::from_reqwest_head(&request, body, None))
-    }
-}
-
 impl Request {
     pub(crate) fn from_reqwest_head(
         request: &reqwest::Request,
@@ -347,22 +316,6 @@ impl Request {
         options.attempt_timeout = options.attempt_timeout.or(timeout);
         self.options = options;
         self
-    }
-}
-
-/// The bytes of a body that holds them in memory, without copying them.
-pub(crate) fn in_memory(mut body: reqwest::Body) -> Option<Bytes> {
-    let len = body.as_bytes()?.len();
-    if len == 0 {
-        return Some(Bytes::new());
-    }
-    // A body in memory is a single frame that is ready at once.
-    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    match std::pin::Pin::new(&mut body).poll_frame(&mut context) {
-        std::task::Poll::Ready(Some(Ok(frame))) => {
-            frame.into_data().ok().filter(|data| data.len() == len)
-        }
-        _ => None,
     }
 }
 
@@ -409,12 +362,5 @@ mod tests {
         let shown = format!("{request:?}");
         assert!(!shown.contains("hunter"), "{shown}");
         assert!(shown.contains("https://example.com:443"), "{shown}");
-    }
-
-    #[test]
-    fn a_reqwest_body_is_taken_without_a_copy() {
-        let data = Bytes::from(vec![7; 1000]);
-        let taken = in_memory(reqwest::Body::from(data.clone())).unwrap();
-        assert_eq!(taken.as_ptr(), data.as_ptr());
     }
 }

@@ -6,9 +6,10 @@ use std::str::Utf8Error;
 use bytes::Bytes;
 use http::{Extensions, HeaderMap, StatusCode, Version};
 use reqwest::ResponseBuilderExt as _;
+use serde::de::DeserializeOwned;
 use url::Url;
 
-use crate::body::Body;
+use crate::body::{Body, BodyError};
 use crate::id::RequestId;
 
 /// The answer to a persisted request. It is committed to the database before any caller sees it.
@@ -75,6 +76,12 @@ impl Response {
         self.body
     }
 
+    /// The body, without a copy. The same as [`into_body`](Self::into_body), under the name that
+    /// [`Body`] has for it.
+    pub fn into_bytes(self) -> Bytes {
+        self.body
+    }
+
     /// The body as text.
     ///
     /// # Errors
@@ -82,6 +89,25 @@ impl Response {
     /// If the body is not UTF-8.
     pub fn text(&self) -> Result<&str, Utf8Error> {
         std::str::from_utf8(&self.body)
+    }
+
+    /// The body, parsed as JSON.
+    ///
+    /// # Errors
+    ///
+    /// If the body is not JSON for a `T`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[derive(serde::Deserialize)]
+    /// # struct Charge;
+    /// # fn example(response: requeuest::Response) -> Result<(), Box<dyn std::error::Error>> {
+    /// let charge: Charge = response.json()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T, BodyError> {
+        serde_json::from_slice(&self.body).map_err(BodyError::json)
     }
 
     /// The URL that the response came from, if the client reported it. After redirects, this is the

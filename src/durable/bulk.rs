@@ -5,7 +5,7 @@ use sqlx::PgConnection;
 use super::{Durable, Mode};
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::request::Request;
+use crate::into_request::IntoRequest;
 use crate::store::bulk::Chunk;
 use crate::store::enqueue::NewRequest;
 
@@ -48,14 +48,13 @@ impl Durable {
     pub async fn fire_many<I>(&self, requests: I) -> Result<Vec<RequestId>, Error>
     where
         I: IntoIterator,
-        I::Item: TryInto<Request>,
-        <I::Item as TryInto<Request>>::Error: Into<Error>,
+        I::Item: IntoRequest,
     {
         self.engine().ensure_open()?;
         let transaction = self.engine().begin_bulk();
         let mut chunk = Chunk::default();
         for request in requests {
-            if let Some(full) = chunk.push(self.row(request)?) {
+            if let Some(full) = chunk.push(self.row(request).await?) {
                 if !transaction.write(full).await {
                     return transaction.commit().await;
                 }
@@ -103,15 +102,14 @@ impl Durable {
     ) -> Result<Vec<RequestId>, Error>
     where
         I: IntoIterator,
-        I::Item: TryInto<Request>,
-        <I::Item as TryInto<Request>>::Error: Into<Error>,
+        I::Item: IntoRequest,
     {
         self.engine().ensure_not_closing()?;
         let store = self.engine().store();
         let mut ids = Vec::new();
         let mut chunk = Chunk::default();
         for request in requests {
-            if let Some(full) = chunk.push(self.row(request)?) {
+            if let Some(full) = chunk.push(self.row(request).await?) {
                 ids.append(&mut store.write_chunk_for_caller(connection, &full).await?);
             }
         }
@@ -121,12 +119,8 @@ impl Durable {
         Ok(ids)
     }
 
-    fn row<R>(&self, request: R) -> Result<NewRequest, Error>
-    where
-        R: TryInto<Request>,
-        R::Error: Into<Error>,
-    {
-        let request = request.try_into().map_err(Into::into)?;
+    async fn row(&self, request: impl IntoRequest) -> Result<NewRequest, Error> {
+        let request = self.read(request).await?;
         Ok(self.prepare(request, Mode::Fired)?.row)
     }
 }

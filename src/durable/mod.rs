@@ -18,6 +18,7 @@ use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::error::Error;
 use crate::id::RequestId;
+use crate::into_request::IntoRequest;
 use crate::outcome::Outcome;
 use crate::request::Request;
 use crate::response::Response;
@@ -124,10 +125,9 @@ impl Durable {
     /// ```
     pub async fn fire<R>(&self, request: R) -> Result<RequestId, Error>
     where
-        R: TryInto<Request>,
-        R::Error: Into<Error>,
+        R: IntoRequest,
     {
-        let request = request.try_into().map_err(Into::into)?;
+        let request = self.read(request).await?;
         let prepared = self.prepare(request, Mode::Fired)?;
         self.submit(prepared, None)?.await
     }
@@ -179,10 +179,9 @@ impl Durable {
         request: R,
     ) -> Result<RequestId, Error>
     where
-        R: TryInto<Request>,
-        R::Error: Into<Error>,
+        R: IntoRequest,
     {
-        let request = request.try_into().map_err(Into::into)?;
+        let request = self.read(request).await?;
         let prepared = self.prepare(request, Mode::Fired)?;
         self.engine().ensure_not_closing()?;
         self.engine()
@@ -216,10 +215,9 @@ impl Durable {
     /// ```
     pub async fn await_response<R>(&self, request: R) -> Result<Response, Error>
     where
-        R: TryInto<Request>,
-        R::Error: Into<Error>,
+        R: IntoRequest,
     {
-        let request = request.try_into().map_err(Into::into)?;
+        let request = self.read(request).await?;
         let prepared = self.prepare(request, Mode::Awaited)?;
         self.submit_awaited(prepared, None)?.await
     }
@@ -361,6 +359,12 @@ impl Durable {
         }
         let engine = Arc::clone(self.engine());
         self.engine().run(engine.shutdown(grace)).await
+    }
+
+    /// A caller's request, with its body in memory.
+    async fn read(&self, request: impl IntoRequest) -> Result<Request, Error> {
+        let unread = request.into_request()?;
+        unread.read(self.max_request_body()).await
     }
 
     /// The pool that the handle was built with.

@@ -38,7 +38,7 @@ impl Durable {
     /// The outcome is stored before the handler is called, so callers that await the response don't
     /// wait for the handler.
     ///
-    /// Closures become handlers through [`outcome_fn`](crate::outcome_fn).
+    /// Async functions become handlers through [`outcome_fn`](crate::outcome_fn).
     ///
     /// # Errors
     ///
@@ -52,24 +52,21 @@ impl Durable {
     /// # Examples
     ///
     /// ```no_run
-    /// use requeuest::{Durable, outcome_fn};
+    /// use requeuest::{Durable, Outcome, outcome_fn};
+    /// use sqlx::PgConnection;
+    ///
+    /// async fn paid(tx: &mut PgConnection, outcome: &Outcome) -> Result<(), sqlx::Error> {
+    ///     let paid = outcome.response().is_some_and(|response| response.status().is_success());
+    ///     sqlx::query("UPDATE orders SET paid = $1 WHERE request = $2")
+    ///         .bind(paid)
+    ///         .bind(requeuest::Uuid::from(outcome.id()))
+    ///         .execute(tx)
+    ///         .await?;
+    ///     Ok(())
+    /// }
     ///
     /// # async fn example(durable: Durable) -> Result<(), requeuest::Error> {
-    /// let subscription = durable
-    ///     .on_outcome("payments", outcome_fn(|transaction, outcome| {
-    ///         let response = outcome.response();
-    ///         let paid = response.is_some_and(|response| response.status().is_success());
-    ///         let id = outcome.id();
-    ///         Box::pin(async move {
-    ///             sqlx::query("UPDATE orders SET paid = $1 WHERE request = $2")
-    ///                 .bind(paid)
-    ///                 .bind(requeuest::Uuid::from(id))
-    ///                 .execute(transaction)
-    ///                 .await?;
-    ///             Ok(())
-    ///         })
-    ///     }))
-    ///     .await?;
+    /// let subscription = durable.on_outcome("payments", outcome_fn(paid)).await?;
     /// # drop(subscription);
     /// # Ok(()) }
     /// ```

@@ -7,9 +7,10 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
-    DeadLetter, DeadLetterFilter, Durable, DurableBuilder, Guarantee, Options, Request, RequestId,
-    Resolution, Status, Uuid, outcome_fn,
+    DeadLetter, DeadLetterFilter, Durable, DurableBuilder, Guarantee, Options, Outcome, Request,
+    RequestId, Resolution, Status, Uuid, outcome_fn_with,
 };
+use sqlx::PgConnection;
 
 use crate::support::{
     Server, builder, eventually, eventually_rows, in_time, migrated, outcome_of, post, quick,
@@ -424,23 +425,25 @@ async fn a_request_resolved_as_not_sent_keeps_its_place_in_its_key() {
     assert_eq!(server.bodies(), ["x", "x", "next"]);
 }
 
+type Record = Arc<Mutex<Vec<(RequestId, Status)>>>;
+
 #[tokio::test]
 async fn handlers_get_the_outcome_of_a_resolution() {
     let database = migrated().await;
     let (server, answers) = mute_server().await;
     let durable = single_attempt(&database).build().unwrap();
-    let handled = Arc::new(Mutex::new(Vec::new()));
-    let record = Arc::clone(&handled);
+    let handled = Record::default();
     let _listener = durable
         .on_outcome(
             "default",
-            outcome_fn(move |_, outcome| {
-                record
-                    .lock()
-                    .unwrap()
-                    .push((outcome.id(), outcome.status()));
-                Box::pin(async { Ok(()) })
-            }),
+            outcome_fn_with(
+                Arc::clone(&handled),
+                async |record: &Record, _: &mut PgConnection, outcome: &Outcome| {
+                    let handled = (outcome.id(), outcome.status());
+                    record.lock().unwrap().push(handled);
+                    Ok::<_, sqlx::Error>(())
+                },
+            ),
         )
         .await
         .unwrap();

@@ -12,6 +12,7 @@ mod ending;
 mod faults;
 mod guarantee;
 mod house;
+mod idioms;
 mod input;
 mod keys;
 mod layer;

@@ -1,12 +1,15 @@
 //! Handlers, which get outcomes in a transaction.
 
+use std::error::Error;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
-use requeuest::{Durable, Options, Outcome, OutcomeHandler, RequestId, Status, Uuid, outcome_fn};
+use requeuest::{
+    Durable, Options, Outcome, OutcomeHandler, RequestId, Status, Uuid, outcome_fn, outcome_fn_with,
+};
 use sqlx::{PgConnection, PgPool};
 
 use crate::support::{
@@ -58,13 +61,10 @@ async fn a_handler_writes_in_the_transaction_that_marks_the_outcome() {
     let _listener = durable
         .on_outcome(
             "default",
-            outcome_fn(|tx, outcome| {
+            outcome_fn(async |tx: &mut PgConnection, outcome: &Outcome| {
                 assert_eq!(outcome.response().unwrap().status(), 201);
-                let (id, status) = (outcome.id(), outcome.status());
-                Box::pin(async move {
-                    insert(tx, id, status).await;
-                    Ok(())
-                })
+                insert(tx, outcome.id(), outcome.status()).await;
+                Ok::<_, sqlx::Error>(())
             }),
         )
         .await
@@ -82,29 +82,27 @@ async fn a_handler_writes_in_the_transaction_that_marks_the_outcome() {
     assert_eq!(server.count(), 20);
 }
 
+async fn fails_twice(
+    calls: &Arc<AtomicUsize>,
+    tx: &mut PgConnection,
+    outcome: &Outcome,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    insert(tx, outcome.id(), outcome.status()).await;
+    match calls.fetch_add(1, Ordering::SeqCst) {
+        0 => Err("the insert is rolled back".into()),
+        1 => panic!("the insert is rolled back"),
+        _ => Ok(()),
+    }
+}
+
 #[tokio::test]
 async fn a_failing_handler_is_called_again_and_nothing_is_resent() {
     let database = with_table().await;
     let server = Server::always(200).await;
     let durable = Durable::new(database.pool().clone());
     let calls = Arc::new(AtomicUsize::new(0));
-    let called = Arc::clone(&calls);
     let _listener = durable
-        .on_outcome(
-            "default",
-            outcome_fn(move |tx, outcome| {
-                let call = called.fetch_add(1, Ordering::SeqCst);
-                let (id, status) = (outcome.id(), outcome.status());
-                Box::pin(async move {
-                    insert(tx, id, status).await;
-                    match call {
-                        0 => Err("the insert is rolled back".into()),
-                        1 => panic!("the insert is rolled back"),
-                        _ => Ok(()),
-                    }
-                })
-            }),
-        )
+        .on_outcome("default", outcome_fn_with(Arc::clone(&calls), fails_twice))
         .await
         .unwrap();
     let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
@@ -156,7 +154,7 @@ async fn outcomes_do_not_wait_for_an_unsubscribed_handler() {
     let listener = durable
         .on_outcome(
             "default",
-            outcome_fn(|_, _| Box::pin(async { Err("never".into()) })),
+            outcome_fn(async |_: &mut PgConnection, _: &Outcome| Err(std::fmt::Error)),
         )
         .await
         .unwrap();

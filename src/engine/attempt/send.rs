@@ -13,7 +13,7 @@ use tower::{Service, ServiceExt};
 use super::fault::class_of;
 use super::job::Job;
 use super::transport::{ResponseUrl, Transport};
-use crate::body::Body;
+use crate::body::{Body, BodyError};
 use crate::classify::FailureClass;
 use crate::error::{BoxError, chain, without_url};
 use crate::outcome::Outcome;
@@ -208,9 +208,24 @@ async fn read(
 }
 
 fn failed(error: BoxError) -> (FailureClass, String) {
+    let error = unwrapped(error);
     let class = class_of(&*error);
     // Clients put URLs into their errors, also those of redirects, with the secrets in them.
     let text = redact_urls(&chain(&*without_url(error)));
     // Postgres stores no NUL in text.
     (class, text.replace('\0', "\u{fffd}"))
+}
+
+/// The client's error, without the crate's own around it.
+fn unwrapped(mut error: BoxError) -> BoxError {
+    loop {
+        match error
+            .downcast::<BodyError>()
+            .map(|error| error.into_read_error())
+        {
+            Ok(Ok(inner)) => error = inner,
+            Ok(Err(error)) => return error.into(),
+            Err(other) => return other,
+        }
+    }
 }

@@ -164,21 +164,12 @@ async fn a_failing_stream_is_refused_with_its_error() {
 }
 
 #[tokio::test]
-async fn a_stream_cannot_be_fired_directly() {
-    let database = migrated().await;
-    let durable = Durable::new(database.pool().clone());
-    let streaming = || {
-        let request = reqwest::Client::new().post("http://example.com/");
-        let request = request.body(reqwest::Body::wrap(Chunks::new(1)));
-        request.build().unwrap()
-    };
-    assert_refused(&durable.fire(streaming()).await.unwrap_err(), "body");
-    assert_refused(
-        &durable.await_response(streaming()).await.unwrap_err(),
-        "body",
-    );
-    assert_refused(&Request::from_reqwest(streaming()).unwrap_err(), "body");
-    assert_nothing_persisted(&database).await;
+async fn a_conversion_refuses_a_stream_and_says_what_reads_it() {
+    let request = reqwest::Client::new().post("http://example.com/");
+    let request = request.body(reqwest::Body::wrap(Chunks::new(1)));
+    let refused = Request::from_reqwest(request.build().unwrap()).unwrap_err();
+    assert_refused(&refused, "body");
+    assert!(refused.to_string().contains("`Durable::fire`"), "{refused}");
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ use crate::support::{
     migrated, quick, rows, with_middleware,
 };
 
-fn layered(durable: &Durable) -> DurableService<Client<HttpConnector, Body>> {
+fn layered<B>(durable: &Durable) -> DurableService<Client<HttpConnector, Body>, B> {
     durable.layer().layer(hyper_client())
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use requeuest::retry::RetryPolicy;
-use requeuest::{AcceptedResponse, Durable, DurableBuilder, Options, Request};
+use requeuest::{AcceptedResponse, Body, Durable, DurableBuilder, Options, Request};
 use tower::ServiceExt;
 
 use super::{assert_refused, get, layered, middleware, of_middleware};
@@ -115,7 +115,9 @@ async fn the_builder_names_the_field_that_it_refuses() {
         assert!(error.is_config(), "{error:?}");
         assert_eq!(error.field(), Some(field), "{error:?}");
         assert!(error.to_string().contains(field), "{error}");
-        let error = change(builder(&database)).build_layer().unwrap_err();
+        let error = change(builder(&database))
+            .build_layer::<Body>()
+            .unwrap_err();
         assert_eq!(error.field(), Some(field), "{error:?}");
     }
     // A handle that delivers nothing needs no channels.

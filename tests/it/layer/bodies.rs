@@ -54,27 +54,35 @@ async fn callers_may_send_any_body() {
     assert_eq!(text(response).await, "full");
 
     let empty = post().body(Empty::<Bytes>::new()).unwrap();
-    let response = in_time(client.clone().oneshot(empty)).await.unwrap();
+    let response = in_time(client.clone().with_body().oneshot(empty))
+        .await
+        .unwrap();
     assert_eq!(text(response).await, "");
 
     let frames = ["in ", "three ", "parts"].map(|part| Ok::<_, Infallible>(Frame::data(part)));
     let frames = stream::iter(frames).map(|frame| frame.map(|f| f.map_data(Bytes::from)));
     let streamed = post().body(StreamBody::new(frames)).unwrap();
-    let response = in_time(client.clone().oneshot(streamed)).await.unwrap();
+    let response = in_time(client.clone().with_body().oneshot(streamed))
+        .await
+        .unwrap();
     assert_eq!(text(response).await, "in three parts");
 
     let boxed: BoxBody<Bytes, Infallible> = Full::from("boxed").boxed();
     let boxed = post().body(boxed).unwrap();
-    let response = in_time(client.clone().oneshot(boxed)).await.unwrap();
+    let response = in_time(client.clone().with_body().oneshot(boxed))
+        .await
+        .unwrap();
     assert_eq!(text(response).await, "boxed");
 
     let unshared = Unshared(Cell::new(Some("unshared".into())));
     let unshared = post().body(unshared).unwrap();
-    let response = in_time(client.clone().oneshot(unshared)).await.unwrap();
+    let response = in_time(client.clone().with_body().oneshot(unshared))
+        .await
+        .unwrap();
     assert_eq!(text(response).await, "unshared");
 
     let own = post().body(Body::from("own")).unwrap();
-    let response = in_time(client.oneshot(own)).await.unwrap();
+    let response = in_time(client.with_body().oneshot(own)).await.unwrap();
     assert_eq!(text(response).await, "own");
 
     assert_eq!(rows(&database, "outcomes").await, 6);

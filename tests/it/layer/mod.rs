@@ -77,7 +77,7 @@ fn id_of<B>(response: &Response<B>) -> RequestId {
 }
 
 /// A layer that retries without noticeable delays.
-fn quick_layer(database: &TestDatabase) -> DurableLayer {
+fn quick_layer<B>(database: &TestDatabase) -> DurableLayer<B> {
     builder(database).retry(quick()).build_layer().unwrap()
 }
 

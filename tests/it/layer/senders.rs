@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use requeuest::retry::RetryPolicy;
-use requeuest::{DurableLayer, Options, Status};
+use requeuest::{Body, DurableLayer, Options, Status};
 use tower::{Layer, ServiceBuilder, ServiceExt};
 use tower_http::set_header::SetRequestHeaderLayer;
 
@@ -63,7 +63,7 @@ async fn a_configured_transport_sends_only_background_attempts() {
 async fn nothing_is_sent_before_a_service_is_wrapped() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let layer = DurableLayer::new(database.pool().clone());
+    let layer = DurableLayer::<Body>::new(database.pool().clone());
     let durable = layer.durable().clone();
     let request = post(server.url("/"), "x");
     let here = durable.fire(&request).await.unwrap();

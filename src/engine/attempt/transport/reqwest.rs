@@ -1,123 +1,16 @@
-//! The clients that send: a wrapped service, or a plain reqwest client.
+//! A [`reqwest::Client`] as a transport.
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http_body::Body as HttpBody;
+use http_body::Body as _;
 use pin_project::pin_project;
-use tower::util::{BoxCloneService, MapErr};
-use tower::{Service, ServiceExt};
+use tower::Service;
 use url::Url;
 
 use crate::body::Body;
-use crate::error::BoxError;
-
-/// The services that send for this crate: an alias of the bound in its `where` clause, which holds
-/// for every type that meets it. It can't be implemented otherwise.
-pub trait HttpClient: sealed::HttpClient {}
-
-impl<S: sealed::HttpClient> HttpClient for S {}
-
-mod sealed {
-    use super::{Body, BoxError, HttpBody, Service};
-
-    /// A [`Service`] from requests to responses with any body.
-    pub trait HttpClient:
-        Service<
-            http::Request<Body>,
-            Response = http::Response<Self::ResponseBody>,
-            Error: Into<BoxError>,
-            Future: Send + 'static,
-        > + Clone
-        + Send
-        + 'static
-    {
-        type ResponseBody: HttpBody<Data: Send, Error: Into<BoxError>> + Send + 'static;
-    }
-
-    impl<S, B> HttpClient for S
-    where
-        S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send + 'static,
-        S::Error: Into<BoxError>,
-        S::Future: Send + 'static,
-        B: HttpBody + Send + 'static,
-        B::Data: Send,
-        B::Error: Into<BoxError>,
-    {
-        type ResponseBody = B;
-    }
-}
-
-/// Any HTTP client, with its type erased.
-pub(crate) type Transport = BoxCloneService<http::Request<Body>, http::Response<Body>, BoxError>;
-
-/// Erases a service's type.
-pub(crate) fn erase<S: HttpClient>(service: S) -> Transport {
-    let service: MapErr<_, fn(S::Error) -> BoxError> = service
-        .map_response(wrap_body::<S::ResponseBody> as fn(_) -> _)
-        .map_err(Into::into);
-    BoxCloneService::new(service)
-}
-
-fn wrap_body<B>(response: http::Response<B>) -> http::Response<Body>
-where
-    B: HttpBody + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
-{
-    response.map(Body::wrap)
-}
-
-/// The transport of attempts that don't run through a caller's own client. The runner claims
-/// nothing until it is known.
-#[derive(Default)]
-pub(crate) struct DefaultTransport {
-    // `BoxCloneService` isn't `Sync`.
-    transport: Mutex<Option<Transport>>,
-    known: tokio::sync::Notify,
-}
-
-impl DefaultTransport {
-    /// Sets the transport unless one is set.
-    pub(crate) fn offer(&self, transport: impl FnOnce() -> Transport) {
-        let mut current = self
-            .transport
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if current.is_none() {
-            *current = Some(transport());
-            self.known.notify_waiters();
-        }
-    }
-
-    pub(crate) fn is_known(&self) -> bool {
-        self.transport
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
-    }
-
-    pub(crate) fn get(&self) -> Option<Transport> {
-        self.transport
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Waits until a transport is known.
-    pub(crate) async fn known(&self) {
-        loop {
-            let known = self.known.notified();
-            if self.is_known() {
-                return;
-            }
-            known.await;
-        }
-    }
-}
 
 /// Adapts a [`reqwest::Client`] to `Service<http::Request<Body>>`, for
 /// [`DurableBuilder::transport`](crate::DurableBuilder::transport) and for tower stacks.

@@ -1,8 +1,7 @@
 //! Handing outcomes to the application, in a transaction of its own database.
 
-use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
+mod handler;
+
 use std::time::Duration;
 
 use sqlx::{PgConnection, PgExecutor, Postgres, Row, Transaction};
@@ -15,75 +14,7 @@ use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::status::Status;
 
-/// Handles the outcomes of a channel. Registered with
-/// [`Durable::on_outcome`](crate::Durable::on_outcome); closures become handlers through
-/// [`outcome_fn`].
-pub trait OutcomeHandler: Send + Sync + 'static {
-    /// Handles an outcome on a connection that is inside the transaction that marks the outcome as
-    /// handled.
-    ///
-    /// `Ok` commits the transaction. An error or a panic rolls it back, and the handler is called
-    /// again later: after one second, then after twice as long each time, up to five minutes.
-    fn handle<'a>(
-        &'a self,
-        transaction: &'a mut PgConnection,
-        outcome: &'a Outcome,
-    ) -> Pin<Box<dyn Future<Output = Result<(), BoxError>> + Send + 'a>>;
-}
-
-/// An [`OutcomeHandler`] from a function or closure.
-///
-/// # Examples
-///
-/// ```
-/// use requeuest::outcome_fn;
-///
-/// let log = outcome_fn(|_transaction, outcome| {
-///     println!("{}: {}", outcome.id(), outcome.status());
-///     Box::pin(async { Ok(()) })
-/// });
-/// ```
-pub fn outcome_fn<F>(function: F) -> OutcomeFn<F>
-where
-    F: for<'a> Fn(
-            &'a mut PgConnection,
-            &'a Outcome,
-        ) -> Pin<Box<dyn Future<Output = Result<(), BoxError>> + Send + 'a>>
-        + Send
-        + Sync
-        + 'static,
-{
-    OutcomeFn(function)
-}
-
-/// The handler that [`outcome_fn`] returns.
-#[derive(Clone, Copy)]
-pub struct OutcomeFn<F>(F);
-
-impl<F> OutcomeHandler for OutcomeFn<F>
-where
-    F: for<'a> Fn(
-            &'a mut PgConnection,
-            &'a Outcome,
-        ) -> Pin<Box<dyn Future<Output = Result<(), BoxError>> + Send + 'a>>
-        + Send
-        + Sync
-        + 'static,
-{
-    fn handle<'a>(
-        &'a self,
-        transaction: &'a mut PgConnection,
-        outcome: &'a Outcome,
-    ) -> Pin<Box<dyn Future<Output = Result<(), BoxError>> + Send + 'a>> {
-        (self.0)(transaction, outcome)
-    }
-}
-
-impl<F> fmt::Debug for OutcomeFn<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("OutcomeFn")
-    }
-}
+pub use self::handler::{OutcomeFn, OutcomeFnWith, OutcomeHandler, outcome_fn, outcome_fn_with};
 
 /// An outcome that is due, inside a transaction of the caller's pool.
 #[derive(Debug)]
