@@ -179,6 +179,11 @@ fn asks_for_repetition(status: StatusCode) -> bool {
 ///
 /// It is called after each attempt that this process makes, so it must not block. If it panics, the
 /// default verdict applies.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a classifier",
+    label = "expected a `Classify`",
+    note = "wrap a closure of `&Attempt` in `requeuest::classify::classify_fn(closure)`"
+)]
 pub trait Classify: Send + Sync + 'static {
     /// Returns what the result means for its request.
     fn classify(&self, attempt: &Attempt<'_>) -> Verdict;

@@ -254,6 +254,12 @@ pub enum Resolution {
 /// let durable = Durable::builder(pool).reconcile(ask).build()?;
 /// # Ok(()) }
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a reconcile hook",
+    label = "expected an async function of `(DeadLetter, Request)`",
+    note = "the function returns `Result<Option<Resolution>, Box<dyn Error + Send + Sync>>`, and its \
+            future must be `Send`"
+)]
 pub trait Reconcile: Send + Sync + 'static {
     /// Returns what became of the request, or `None` if the receiver can't tell yet. After `None`
     /// or an error the hook is called again later.
@@ -264,6 +270,7 @@ pub trait Reconcile: Send + Sync + 'static {
     ) -> Pin<Box<dyn Future<Output = Result<Option<Resolution>, BoxError>> + Send + '_>>;
 }
 
+#[diagnostic::do_not_recommend]
 impl<F, Fut> Reconcile for F
 where
     F: Fn(DeadLetter, Request) -> Fut + Send + Sync + 'static,

@@ -182,6 +182,7 @@ impl Body {
     }
 
     /// The bytes and trailers of a body in memory, or the stream.
+    #[expect(clippy::result_large_err, reason = "the body is as large as its parts")]
     pub(crate) fn into_buffered(self) -> Result<(Option<Bytes>, Option<HeaderMap>), Self> {
         match self.0 {
             Inner::Buffered { data, trailers } => Ok((data, trailers)),
