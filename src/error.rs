@@ -10,7 +10,9 @@ use std::fmt;
 
 use http::{HeaderMap, StatusCode};
 
+use crate::classify::FailureClass;
 use crate::id::RequestId;
+use crate::outcome::{Cause, Fault};
 use crate::redact::redact_urls;
 use crate::status::Status;
 
@@ -91,12 +93,12 @@ pub(crate) enum Kind {
     Indeterminate(Option<sqlx::Error>),
     Discarded {
         attempts: u32,
-        last: Cow<'static, str>,
+        fault: Box<Fault>,
     },
     Cancelled {
         superseded: bool,
     },
-    Ambiguous,
+    Ambiguous(Box<Fault>),
     /// The caller's key belongs to a different request.
     KeyConflict,
     /// Unfinished requests of another channel have the ordering key.
@@ -291,7 +293,7 @@ impl Error {
     /// Whether the request may have been sent and must not be sent again. Find out whether it
     /// arrived, then call [`Durable::resolve`](crate::Durable::resolve).
     pub fn is_ambiguous(&self) -> bool {
-        matches!(self.0.kind, Kind::Ambiguous)
+        matches!(self.0.kind, Kind::Ambiguous(_))
     }
 
     /// Whether the request's status does not permit the operation. For example, a request that has
@@ -323,6 +325,41 @@ impl Error {
             Kind::Discarded { attempts, .. } => Some(attempts),
             _ => None,
         }
+    }
+
+    /// Why the last attempt failed, if the request was given up
+    /// ([`is_discarded`](Self::is_discarded)) or may have been sent
+    /// ([`is_ambiguous`](Self::is_ambiguous)) without any response.
+    ///
+    /// [`source`](StdError::source) is the client's own error, if this process made the attempt.
+    /// Only the text of an error is stored, so in other processes, and after a restart, there is
+    /// the class and no source.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use requeuest::{Error, FailureClass};
+    ///
+    /// fn is_timeout(error: &Error) -> bool {
+    ///     error.failure_class() == Some(FailureClass::Timeout)
+    /// }
+    /// ```
+    pub fn failure_class(&self) -> Option<FailureClass> {
+        self.fault()?.class.parse().ok()
+    }
+
+    fn fault(&self) -> Option<&Fault> {
+        match &self.0.kind {
+            Kind::Discarded { fault, .. } | Kind::Ambiguous(fault) => Some(fault),
+            _ => None,
+        }
+    }
+
+    /// Whether the caller made the last attempt through its own stack, and has its error.
+    #[cfg(feature = "reqwest-middleware")]
+    pub(crate) fn is_with_caller(&self) -> bool {
+        let cause = self.fault().and_then(|fault| fault.cause.as_ref());
+        matches!(cause, Some(Cause::WithCaller))
     }
 
     /// Finds this crate's error inside one that reqwest-middleware returned.
@@ -382,6 +419,17 @@ fn share_sqlx(error: &sqlx::Error) -> sqlx::Error {
     }
 }
 
+/// Where a request was going, and why there is no response.
+fn fault_of(fault: &Fault, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    if let Some(destination) = &fault.destination {
+        write!(f, " to {destination}")?;
+    }
+    match &*fault.text {
+        "" => f.write_str(": no reason recorded"),
+        text => write!(f, ": {text}"),
+    }
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -420,9 +468,10 @@ impl fmt::Display for Kind {
                 "the connection broke or the runtime ended during the commit, and the request may \
                  or may not be persisted; check its status before submitting it again",
             ),
-            Self::Discarded { attempts: 1, last } => write!(f, "given up after 1 attempt: {last}"),
-            Self::Discarded { attempts, last } => {
-                write!(f, "given up after {attempts} attempts: {last}")
+            Self::Discarded { attempts, fault } => {
+                let s = if *attempts == 1 { "" } else { "s" };
+                write!(f, "given up after {attempts} attempt{s}")?;
+                fault_of(fault, f)
             }
             Self::Cancelled { superseded: false } => f.write_str("the request was cancelled"),
             Self::Cancelled { superseded: true } => {
@@ -436,10 +485,14 @@ impl fmt::Display for Kind {
                 "ordered: unfinished requests of another channel have this ordering key; retry \
                  once they have finished, or use a different key in each channel",
             ),
-            Self::Ambiguous => f.write_str(
-                "the request may have been sent, no answer came, and it must not be sent twice; \
-                 find out whether it arrived, then call Durable::resolve",
-            ),
+            Self::Ambiguous(fault) => {
+                f.write_str("the request may have been sent")?;
+                fault_of(fault, f)?;
+                f.write_str(
+                    "; it must not be sent twice: find out whether it arrived, then call \
+                     Durable::resolve",
+                )
+            }
             Self::WrongState {
                 status,
                 replayed_as: None,
@@ -481,8 +534,11 @@ impl fmt::Debug for Error {
         debug.field(&format_args!("{self}"));
         match (&self.0.kind, self.source()) {
             // An error from outside this crate may show secrets of a URL.
-            (Kind::Body(error) | Kind::PassThrough(error), _) => {
-                debug.field(&redact_urls(&chain(&**error)));
+            (
+                Kind::Body(_) | Kind::PassThrough(_) | Kind::Discarded { .. } | Kind::Ambiguous(_),
+                Some(source),
+            ) => {
+                debug.field(&redact_urls(&chain(source)));
             }
             (_, Some(source)) => {
                 debug.field(&source);
@@ -498,6 +554,10 @@ impl StdError for Error {
         match &self.0.kind {
             Kind::Database(error) | Kind::Indeterminate(Some(error)) => Some(error),
             Kind::Body(error) | Kind::PassThrough(error) => Some(error.as_ref()),
+            Kind::Discarded { fault, .. } | Kind::Ambiguous(fault) => match &fault.cause {
+                Some(Cause::Error(error)) => Some(error.as_ref()),
+                Some(Cause::WithCaller) | None => None,
+            },
             _ => None,
         }
     }

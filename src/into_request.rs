@@ -39,8 +39,14 @@ use crate::request::Request;
 )]
 pub trait IntoRequest: sealed::IntoRequest {}
 
-#[diagnostic::do_not_recommend]
-impl<R: sealed::IntoRequest> IntoRequest for R {}
+// One by one: for a blanket implementation, the compiler would not name the body that it misses.
+impl IntoRequest for Request {}
+impl IntoRequest for &Request {}
+impl<B: IntoBody> IntoRequest for http::Request<B> {}
+impl IntoRequest for reqwest::Request {}
+impl IntoRequest for reqwest::RequestBuilder {}
+#[cfg(feature = "reqwest-middleware")]
+impl IntoRequest for reqwest_middleware::RequestBuilder {}
 
 pub(crate) mod sealed {
     use crate::error::Error;

@@ -3,16 +3,22 @@
 //! While its caller waits, an attempt goes through the rest of the caller's stack, so inner
 //! middleware and the client apply. [`Next`] borrows the client, so such an attempt runs inside the
 //! caller's future. Attempts that outlive their caller go through the handle's transport.
+//!
+//! If the last attempt went through the caller's stack and brought no response, the caller gets the
+//! stack's own error, as it would without this middleware.
+
+use std::time::Duration;
 
 use http::Extensions;
 use http_body::Body as _;
 use http_body_util::{BodyExt, Limited};
 use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as MiddlewareResult};
+use url::Url;
 
 use crate::body::{Body, in_memory};
 use crate::durable::{Durable, Mode, RequestHead};
 use crate::engine::attempt::caller_client::CallerClient;
-use crate::engine::attempt::send::Sender;
+use crate::engine::attempt::send::{KeptByCaller, Sender};
 use crate::engine::attempt::transport::from_reqwest;
 use crate::error::{BoxError, Error};
 use crate::into_request::body_error;
@@ -20,6 +26,9 @@ use crate::layer::accepted;
 use crate::options::Options;
 use crate::request::Request;
 use crate::runtime::BoxFuture;
+
+/// How much later than reqwest an attempt gives up, if both have the same timeout.
+const TIMEOUT_MARGIN: Duration = Duration::from_millis(100);
 
 #[async_trait::async_trait]
 impl Middleware for Durable {
@@ -62,6 +71,7 @@ impl Middleware for Durable {
             template: request,
             original: extensions.clone(),
             latest: None,
+            failed: None,
         };
         let response = tokio::select! {
             // First, because it also ends the wait between two attempts.
@@ -73,7 +83,13 @@ impl Middleware for Durable {
         if let Some(latest) = sender.latest {
             *extensions = latest;
         }
-        response.map(Into::into).map_err(refused)
+        response
+            .map(Into::into)
+            .map_err(|error| match sender.failed {
+                // As if the stack had been called without this middleware.
+                Some(own) if error.is_with_caller() => own,
+                _ => refused(error),
+            })
     }
 }
 
@@ -100,6 +116,18 @@ async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
     Ok((Some(collected.to_bytes()), trailers))
 }
 
+/// The URL without its credentials, path, query and fragment.
+fn origin(url: &Url) -> Url {
+    let mut origin = url.clone();
+    // A URL that can't have them has none.
+    let _ = origin.set_username("");
+    let _ = origin.set_password(None);
+    origin.set_path("");
+    origin.set_query(None);
+    origin.set_fragment(None);
+    origin
+}
+
 /// Sends through the rest of the caller's stack.
 struct Inner<'a> {
     next: Next<'a>,
@@ -107,6 +135,8 @@ struct Inner<'a> {
     template: reqwest::Request,
     original: Extensions,
     latest: Option<Extensions>,
+    /// The stack's own error, if the latest attempt failed.
+    failed: Option<MiddlewareError>,
 }
 
 impl Sender for Inner<'_> {
@@ -115,6 +145,21 @@ impl Sender for Inner<'_> {
         request: http::Request<Body>,
     ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>> {
         Box::pin(self.pass_on(request))
+    }
+
+    fn keep(&mut self, error: BoxError) -> BoxError {
+        match error.downcast::<reqwest::Error>() {
+            Ok(error) => self.fails(MiddlewareError::Reqwest(*error)).into(),
+            Err(error) => error,
+        }
+    }
+
+    fn timeout_margin(&self) -> Duration {
+        // The client's own timeout is the same one, and its error is the one that the caller knows.
+        match self.template.timeout() {
+            Some(_) => TIMEOUT_MARGIN,
+            None => Duration::ZERO,
+        }
     }
 }
 
@@ -134,13 +179,35 @@ impl Inner<'_> {
             *attempt.body_mut() = Some(body.into());
         }
         // Each attempt gets fresh extensions, so that attempts don't see each other's.
+        self.failed = None;
         let extensions = self.latest.insert(self.original.clone());
         match self.next.clone().run(attempt, extensions).await {
             Ok(response) => Ok(from_reqwest(response).map(Body::wrap)),
-            // Unwrapped, because the wrapper hides the error: it isn't part of the chain of
-            // sources.
-            Err(MiddlewareError::Reqwest(error)) => Err(error.into()),
-            Err(MiddlewareError::Middleware(error)) => Err(error.into()),
+            Err(error) => Err(self.fails(error).into()),
         }
+    }
+
+    /// Keeps the stack's error for the caller. Returns what the attempt says of it.
+    fn fails(&mut self, error: MiddlewareError) -> KeptByCaller {
+        // Unwrapped, because the wrapper hides the error: it isn't part of the chain of sources.
+        let (kept, error) = match error {
+            MiddlewareError::Reqwest(error) => {
+                let origin = error.url().map(origin);
+                let error = error.without_url();
+                let kept = KeptByCaller::of(&error);
+                // The rest of the URL may be secret.
+                let error = match origin {
+                    Some(origin) => error.with_url(origin),
+                    None => error,
+                };
+                (kept, MiddlewareError::Reqwest(error))
+            }
+            MiddlewareError::Middleware(error) => {
+                let kept = KeptByCaller::of(error.as_ref());
+                (kept, MiddlewareError::Middleware(error))
+            }
+        };
+        self.failed = Some(error);
+        kept
     }
 }

@@ -1,6 +1,9 @@
 //! How a request ended, and what its caller gets.
 
 use std::borrow::Cow;
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -32,6 +35,38 @@ pub struct Outcome {
 pub(crate) struct Fault {
     pub(crate) class: Cow<'static, str>,
     pub(crate) text: String,
+    /// Where a request that was given up was going.
+    pub(crate) destination: Option<Box<str>>,
+    pub(crate) cause: Option<Cause>,
+}
+
+impl Fault {
+    pub(crate) fn new(class: impl Into<Cow<'static, str>>, text: String) -> Self {
+        Self {
+            class: class.into(),
+            text,
+            destination: None,
+            cause: None,
+        }
+    }
+}
+
+/// The error behind a failed attempt, if this process made it. Only its text is stored.
+#[derive(Clone)]
+pub(crate) enum Cause {
+    Error(Arc<dyn StdError + Send + Sync>),
+    /// The caller made the attempt through its own stack, and has the error.
+    WithCaller,
+}
+
+impl fmt::Debug for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The error may show secrets of a URL, and its text is in the fault.
+        f.write_str(match self {
+            Self::Error(_) => "Error",
+            Self::WithCaller => "WithCaller",
+        })
+    }
 }
 
 impl Outcome {
@@ -74,10 +109,8 @@ impl Outcome {
 
     /// An outcome with a response whose body exceeds the limit.
     pub(crate) fn too_large(status: Status, response: Response, limit: usize) -> Self {
-        let fault = Fault {
-            class: RESPONSE_TOO_LARGE.into(),
-            text: format!("the response body is longer than {limit} bytes"),
-        };
+        let text = format!("the response body is longer than {limit} bytes");
+        let fault = Fault::new(RESPONSE_TOO_LARGE, text);
         Self {
             fault: Some(fault),
             ..Self::answered(status, response)
@@ -91,10 +124,8 @@ impl Outcome {
             Some(response) if !response.body.is_empty() => {
                 response.body = Bytes::new();
                 response.trailers = None;
-                self.fault = Some(Fault {
-                    class: RESPONSE_TOO_LARGE.into(),
-                    text: "the database refused the response body".to_owned(),
-                });
+                let text = "the database refused the response body".to_owned();
+                self.fault = Some(Fault::new(RESPONSE_TOO_LARGE, text));
                 true
             }
             _ => false,
@@ -102,20 +133,13 @@ impl Outcome {
     }
 
     /// An outcome of a request that is given up without a response to the last attempt.
-    pub(crate) fn discarded(
-        id: RequestId,
-        class: impl Into<Cow<'static, str>>,
-        text: String,
-    ) -> Self {
+    pub(crate) fn discarded(id: RequestId, fault: Fault) -> Self {
         Self {
             id,
             status: Status::Discarded,
             attempts: 0,
             response: None,
-            fault: Some(Fault {
-                class: class.into(),
-                text,
-            }),
+            fault: Some(fault),
             without_attempt: false,
         }
     }
@@ -127,14 +151,10 @@ impl Outcome {
     }
 
     /// An outcome of a request that may have been sent, got no answer, and must not be sent again.
-    pub(crate) fn ambiguous(
-        id: RequestId,
-        class: impl Into<Cow<'static, str>>,
-        text: String,
-    ) -> Self {
+    pub(crate) fn ambiguous(id: RequestId, fault: Fault) -> Self {
         Self {
             status: Status::Ambiguous,
-            ..Self::discarded(id, class, text)
+            ..Self::discarded(id, fault)
         }
     }
 
@@ -161,13 +181,11 @@ impl Outcome {
             }
             (Status::Completed | Status::Discarded, Some(response)) => return Ok(response),
             (Status::Cancelled, _) => Kind::Cancelled { superseded },
-            (Status::Ambiguous, _) => Kind::Ambiguous,
+            (Status::Ambiguous, _) => Kind::Ambiguous(Box::new(self.fault.unwrap_or_default())),
             (Status::Completed, None) => Kind::ResponseUnknown,
             (_, _) => Kind::Discarded {
                 attempts: self.attempts,
-                last: self
-                    .fault
-                    .map_or_else(|| "no reason recorded".into(), |fault| fault.text.into()),
+                fault: Box::new(self.fault.unwrap_or_default()),
             },
         };
         Err(Error::new(kind).with_id(self.id))

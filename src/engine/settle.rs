@@ -279,7 +279,8 @@ impl Settler {
             } = settlement.result
             {
                 log_dead_letter(&outcome, &finished.row, destination.as_deref());
-                self.waiters.wake(fence.id, || completed(outcome, finished));
+                self.waiters
+                    .wake(fence.id, || completed(outcome, finished, destination));
             }
         }
         self.finished.notify_waiters();
@@ -402,9 +403,12 @@ impl Settler {
 }
 
 /// The outcome, with what only the database knows.
-fn completed(outcome: Arc<Outcome>, finished: Finished) -> Outcome {
+fn completed(outcome: Arc<Outcome>, finished: Finished, destination: Option<Box<str>>) -> Outcome {
     // The statement has dropped its reference.
-    let outcome = Arc::unwrap_or_clone(outcome);
+    let mut outcome = Arc::unwrap_or_clone(outcome);
+    if let Some(fault) = &mut outcome.fault {
+        fault.destination = destination;
+    }
     Outcome {
         attempts: finished.row.attempts,
         response: finished

@@ -86,7 +86,10 @@ async fn find(
     let rows = sqlx::query(
         "SELECT
             i.id, m.claim_no IS NOT NULL AS queued,
-            o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error
+            o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
+            CASE WHEN o.status IN ('discarded', 'ambiguous') THEN (
+                SELECT request_destination(p.head) FROM mq_payloads p WHERE p.id = i.id
+            ) END AS destination
          FROM unnest($1::uuid[]) AS i(id)
          LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])
          LEFT JOIN outcomes o ON o.id = ANY (ARRAY[i.id])",
@@ -99,7 +102,14 @@ async fn find(
             let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
             let status: Option<String> = row.try_get("status")?;
             let found = match status.as_deref().and_then(Status::from_name) {
-                Some(status) => Found::Finished(Box::new(outcome(row, id, status)?)),
+                Some(status) => {
+                    let mut outcome = outcome(row, id, status)?;
+                    if let Some(fault) = &mut outcome.fault {
+                        let destination: Option<String> = row.try_get("destination")?;
+                        fault.destination = destination.map(String::into_boxed_str);
+                    }
+                    Found::Finished(Box::new(outcome))
+                }
                 None if row.try_get("queued")? => Found::Pending,
                 None => Found::Unknown,
             };
@@ -133,12 +143,8 @@ pub(super) fn outcome(
         response,
         fault: class
             .map(|class| {
-                Ok::<_, sqlx::Error>(Fault {
-                    class: class.into(),
-                    text: row
-                        .try_get::<Option<String>, _>("error")?
-                        .unwrap_or_default(),
-                })
+                let text: Option<String> = row.try_get("error")?;
+                Ok::<_, sqlx::Error>(Fault::new(class, text.unwrap_or_default()))
             })
             .transpose()?,
         without_attempt: false,

@@ -11,15 +11,16 @@ use http::{Extensions, HeaderMap, HeaderValue, Method, StatusCode};
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
-    Body, Durable, DurableBuilder, Error, Options, REQUEST_ID_HEADER, RequestId, ReqwestTransport,
-    Status, testkit,
+    Body, Durable, DurableBuilder, Error, FailureClass, Options, REQUEST_ID_HEADER, RequestId,
+    ReqwestTransport, Status, testkit,
 };
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware, Middleware, Next};
 use tokio::sync::Notify;
 use tower::{Service, service_fn};
 
 use crate::support::{
-    LONG, Server, builder, closed_port, count, eventually, in_time, migrated, quick, reply, rows,
+    LONG, Server, builder, closed_port, count, eventually, in_time, migrated, outcome_of, quick,
+    reply, rows,
 };
 
 fn wrapped(durable: Durable) -> ClientWithMiddleware {
@@ -439,7 +440,7 @@ async fn a_request_without_a_body_is_retried_too() {
 }
 
 #[tokio::test]
-async fn the_middleware_error_contains_ours_if_no_response_came() {
+async fn without_any_response_the_stacks_own_error_comes_back() {
     let database = migrated().await;
     let durable = builder(&database)
         .retry(quick().max_attempts(3))
@@ -450,20 +451,66 @@ async fn the_middleware_error_contains_ours_if_no_response_came() {
         .with(durable.clone())
         .with(inner.clone())
         .build();
-    let url = format!("http://{}/?token=hunter2", closed_port().await);
+    let closed = closed_port().await;
+    let url = format!("http://user:hunter3@{closed}/hunter4?token=hunter2");
     let error = in_time(client.post(url).body("x").send())
         .await
         .unwrap_err();
+    assert!(error.is_connect(), "{error:?}");
+    assert_eq!(error.url().unwrap().as_str(), format!("http://{closed}/"));
     assert!(
-        !format!("{error} {error:?}").contains("hunter2"),
+        !format!("{error} {error:?}").contains("hunter"),
         "{error:?}"
     );
-    let error = Error::from_middleware(&error).unwrap();
-    assert!(error.is_discarded(), "{error}");
-    assert_eq!(error.attempts(), Some(3));
     assert_eq!(inner.count(), 3);
-    let status = durable.status(error.request_id().unwrap()).await.unwrap();
-    assert_eq!(status, Some(Status::Discarded));
+    let outcome = outcome_of(&durable, only_id(&database).await).await;
+    let recorded = outcome.into_result().unwrap_err();
+    assert_eq!(recorded.failure_class(), Some(FailureClass::Connect));
+    assert!(
+        recorded
+            .to_string()
+            .contains(&format!("3 attempts to http://{closed}: "))
+    );
+}
+
+#[tokio::test]
+async fn an_inner_middlewares_own_error_comes_back() {
+    struct Refuses;
+
+    #[async_trait::async_trait]
+    impl Middleware for Refuses {
+        async fn handle(
+            &self,
+            _: reqwest::Request,
+            _: &mut Extensions,
+            _: Next<'_>,
+        ) -> reqwest_middleware::Result<reqwest::Response> {
+            Err(reqwest_middleware::Error::middleware(Refused))
+        }
+    }
+
+    #[derive(Debug)]
+    struct Refused;
+
+    impl std::fmt::Display for Refused {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("refused")
+        }
+    }
+
+    impl std::error::Error for Refused {}
+
+    let database = migrated().await;
+    let durable = builder(&database).retry(quick().max_attempts(2));
+    let client = ClientBuilder::new(reqwest::Client::new())
+        .with(durable.build().unwrap())
+        .with(Refuses)
+        .build();
+    let error = in_time(client.post("http://localhost/").body("x").send());
+    let reqwest_middleware::Error::Middleware(error) = error.await.unwrap_err() else {
+        panic!("not the middleware's error");
+    };
+    assert!(error.is::<Refused>(), "{error:?}");
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ use tower::limit::ConcurrencyLimitLayer;
 
 use crate::support::{
     LONG, Server, builder, closed_port, eventually, in_time, migrated, post, quick, reply, rows,
+    with_middleware,
 };
 
 /// A request that is tried once.
@@ -70,6 +71,17 @@ async fn class_of(database: &TestDatabase, durable: &Durable, request: Request) 
         .fetch_one(database.pool())
         .await
         .unwrap()
+}
+
+#[tokio::test]
+async fn the_clients_own_error_of_a_broken_body_comes_back() {
+    let database = migrated().await;
+    let address = answering("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nx").await;
+    let durable = builder(&database).retry(RetryPolicy::none());
+    let client = with_middleware(reqwest::Client::new(), &durable.build().unwrap());
+    let error = in_time(client.get(format!("http://{address}/")).send()).await;
+    let error = error.unwrap_err();
+    assert!(error.is_body() || error.is_decode(), "{error:?}");
 }
 
 fn uuid(error: &requeuest::Error) -> requeuest::Uuid {

@@ -1,4 +1,4 @@
-//~ `reqwest::Client` is not an HTTP client that requeuest can send with
+//~ `requeuest::reqwest::Client` is not an HTTP client that requeuest can send with
 
 fn transport(pool: sqlx::PgPool) {
     let _ = requeuest::Durable::builder(pool).transport(requeuest::reqwest::Client::new());

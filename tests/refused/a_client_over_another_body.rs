@@ -1,13 +1,31 @@
-//~ is not an HTTP client that requeuest can send with
+//~ `TextClient` is not an HTTP client that requeuest can send with
 
-use requeuest::{DurableLayer, ReqwestTransport};
-use tower::{Layer, ServiceExt};
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+use std::task::{Context, Poll};
+
+use tower::{Layer, Service};
+
+#[derive(Clone)]
+struct TextClient;
+
+impl Service<http::Request<String>> for TextClient {
+    type Response = http::Response<String>;
+    type Error = Infallible;
+    type Future = Ready<Result<http::Response<String>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<String>) -> Self::Future {
+        ready(Ok(http::Response::new(request.into_body())))
+    }
+}
 
 fn wrap(pool: sqlx::PgPool) {
-    let layer = DurableLayer::<requeuest::Body>::new(pool);
-    let client = ReqwestTransport::new(requeuest::reqwest::Client::new())
-        .map_request(|request: http::Request<String>| request.map(requeuest::Body::from));
-    let _ = layer.layer(client);
+    let layer = requeuest::DurableLayer::<requeuest::Body>::new(pool);
+    let _ = layer.layer(TextClient);
 }
 
 fn main() {

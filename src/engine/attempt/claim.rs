@@ -21,7 +21,7 @@ use crate::codec;
 use crate::destination::Destination;
 use crate::engine::settle::{AttemptResult, Held, Settlement};
 use crate::options::Guarantee;
-use crate::outcome::Outcome;
+use crate::outcome::{Fault, Outcome};
 use crate::retry::Retry;
 use crate::status::Status;
 use crate::store::claim::{Confirm, PolledRow};
@@ -377,7 +377,8 @@ impl Drop for Claim {
                 failure: None,
             },
             Some(_) if self.is_once() => {
-                let outcome = Outcome::ambiguous(id, class.as_str(), ABANDONED.to_owned());
+                let outcome =
+                    Outcome::ambiguous(id, Fault::new(class.as_str(), ABANDONED.to_owned()));
                 finish(outcome, || Some(self.job.destination().to_string()))
             }
             Some(began) => {
@@ -394,7 +395,8 @@ impl Drop for Claim {
                         })),
                     }
                 } else {
-                    let outcome = Outcome::discarded(id, class.as_str(), ABANDONED.to_owned());
+                    let outcome =
+                        Outcome::discarded(id, Fault::new(class.as_str(), ABANDONED.to_owned()));
                     finish(outcome, || Some(self.job.destination().to_string()))
                 }
             }

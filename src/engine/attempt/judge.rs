@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::claim::Claim;
-use super::send::{Answer, Exchange};
+use super::send::{Answer, Exchange, Failed};
 use crate::classify::{Attempt, FailureClass, Verdict};
 use crate::outcome::Outcome;
 use crate::status::Status;
@@ -29,8 +29,8 @@ pub(super) fn judge(exchange: Exchange, claim: &Claim) -> Judgement {
     };
     match (delay, exchange.result) {
         // Whatever the verdict: it is unknown whether the request arrived.
-        (_, Err((class, text))) if claim.is_once() && class.may_have_been_sent() => {
-            Judgement::Finish(Outcome::ambiguous(job.id, class.as_str(), text))
+        (_, Err(failed)) if claim.is_once() && failed.class.may_have_been_sent() => {
+            Judgement::Finish(Outcome::ambiguous(job.id, failed.into_fault()))
         }
         (Some(delay), result) => {
             let failure = failure(exchange.duration, result);
@@ -53,14 +53,12 @@ pub(super) fn judge(exchange: Exchange, claim: &Claim) -> Judgement {
             let limit = driver.store.config().max_response_body;
             Judgement::Finish(answer.into_outcome(status, limit))
         }
-        (None, Err((class, text))) => {
-            Judgement::Finish(Outcome::discarded(job.id, class.as_str(), text))
-        }
+        (None, Err(failed)) => Judgement::Finish(Outcome::discarded(job.id, failed.into_fault())),
     }
 }
 
 /// The record of a failed attempt.
-fn failure(duration: Duration, result: Result<Answer, (FailureClass, String)>) -> Failure {
+fn failure(duration: Duration, result: Result<Answer, Failed>) -> Failure {
     match result {
         Ok(answer) => Failure {
             class: FailureClass::Status,
@@ -68,9 +66,9 @@ fn failure(duration: Duration, result: Result<Answer, (FailureClass, String)>) -
             duration,
             response: answer.into_whole(),
         },
-        Err((class, text)) => Failure {
-            class,
-            text,
+        Err(failed) => Failure {
+            class: failed.class,
+            text: failed.into_text(),
             duration,
             response: None,
         },

@@ -2,7 +2,10 @@
 //!
 //! Both happen within the attempt's timeout. No database connection is held meanwhile.
 
+use std::error::Error as StdError;
+use std::fmt;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,7 +19,7 @@ use super::transport::{ResponseUrl, Transport};
 use crate::body::{Body, BodyError};
 use crate::classify::FailureClass;
 use crate::error::{BoxError, chain, without_url};
-use crate::outcome::Outcome;
+use crate::outcome::{Cause, Fault, Outcome};
 use crate::redact::redact_urls;
 use crate::response::Response;
 use crate::retry::retry_after;
@@ -37,6 +40,17 @@ pub(crate) trait Sender: Send {
         &mut self,
         request: http::Request<Body>,
     ) -> BoxFuture<'_, Result<http::Response<Body>, BoxError>>;
+
+    /// Reading the response failed. A sender that keeps the error for its caller returns a
+    /// [`KeptByCaller`] for it.
+    fn keep(&mut self, error: BoxError) -> BoxError {
+        error
+    }
+
+    /// How long after the attempt's timeout the client reports its own, if it has one.
+    fn timeout_margin(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// A client that belongs to the engine.
@@ -81,8 +95,79 @@ impl Sender for ByEngine {
 /// What an attempt brought.
 pub(super) struct Exchange {
     pub(super) duration: Duration,
-    pub(super) result: Result<Answer, (FailureClass, String)>,
+    pub(super) result: Result<Answer, Failed>,
 }
+
+/// Why an attempt brought no response.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(super) class: FailureClass,
+    text: String,
+    cause: Option<Cause>,
+}
+
+impl Failed {
+    fn new(class: FailureClass, text: String) -> Self {
+        Self {
+            class,
+            text,
+            cause: None,
+        }
+    }
+
+    fn with(error: BoxError) -> Self {
+        let error = match unwrapped(error).downcast::<KeptByCaller>() {
+            Ok(kept) => return kept.0,
+            Err(error) => error,
+        };
+        // Clients put URLs into their errors, also those of redirects, with the secrets in them.
+        let error = without_url(error);
+        let failed = Self::of(&*error);
+        Self {
+            cause: Some(Cause::Error(Arc::from(error))),
+            ..failed
+        }
+    }
+
+    fn of(error: &(dyn StdError + 'static)) -> Self {
+        // Postgres stores no NUL in text.
+        let text = redact_urls(&chain(error)).replace('\0', "\u{fffd}");
+        Self::new(class_of(error), text)
+    }
+
+    pub(super) fn into_text(self) -> String {
+        self.text
+    }
+
+    pub(super) fn into_fault(self) -> Fault {
+        Fault {
+            cause: self.cause,
+            ..Fault::new(self.class.as_str(), self.text)
+        }
+    }
+}
+
+/// Stands for the error of a caller's own stack, which the caller keeps.
+#[derive(Debug)]
+pub(crate) struct KeptByCaller(Failed);
+
+impl KeptByCaller {
+    #[cfg(feature = "reqwest-middleware")]
+    pub(crate) fn of(error: &(dyn StdError + 'static)) -> Self {
+        Self(Failed {
+            cause: Some(Cause::WithCaller),
+            ..Failed::of(error)
+        })
+    }
+}
+
+impl fmt::Display for KeptByCaller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.text)
+    }
+}
+
+impl StdError for KeptByCaller {}
 
 pub(super) enum Answer {
     Whole(Response),
@@ -119,7 +204,7 @@ impl Exchange {
     pub(super) fn seen(&self) -> Result<(StatusCode, &HeaderMap), FailureClass> {
         match &self.result {
             Ok(answer) => Ok((answer.response().status, &answer.response().headers)),
-            Err((class, _)) => Err(*class),
+            Err(failed) => Err(failed.class),
         }
     }
 
@@ -138,26 +223,30 @@ pub(super) async fn exchange(
 ) -> Exchange {
     let began = Instant::now();
     let mut called = false;
+    let margin = sender.timeout_margin();
     let exchange = async {
-        poll_fn(|cx| sender.poll_ready(cx)).await.map_err(failed)?;
+        poll_fn(|cx| sender.poll_ready(cx))
+            .await
+            .map_err(Failed::with)?;
         called = true;
-        let response = sender.send(to_http(job)).await.map_err(failed)?;
-        read(job, response, max_response_body).await
+        let response = sender.send(to_http(job)).await.map_err(Failed::with)?;
+        let answer = read(job, response, max_response_body).await;
+        answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))))
     };
     let timeout = job.delivery.attempt_timeout;
-    let mut result = tokio::time::timeout(timeout, exchange)
+    let mut result = tokio::time::timeout(timeout + margin, exchange)
         .await
         .unwrap_or_else(|_elapsed| {
-            Err((
+            Err(Failed::new(
                 FailureClass::Timeout,
                 format!("no full response within {timeout:?}"),
             ))
         });
-    if let (false, Err((class, _))) = (called, &mut result) {
+    if let (false, Err(failed)) = (called, &mut result) {
         sender.give_up();
         // Whatever the error looks like, nothing has been sent.
-        if class.may_have_been_sent() {
-            *class = FailureClass::NotReady;
+        if failed.class.may_have_been_sent() {
+            failed.class = FailureClass::NotReady;
         }
     }
     Exchange {
@@ -174,11 +263,7 @@ fn to_http(job: &Job) -> http::Request<Body> {
 }
 
 /// Reads a response up to the limit, and leaves the rest of a larger body unread.
-async fn read(
-    job: &Job,
-    response: http::Response<Body>,
-    limit: usize,
-) -> Result<Answer, (FailureClass, String)> {
+async fn read(job: &Job, response: http::Response<Body>, limit: usize) -> Result<Answer, BoxError> {
     let (mut parts, body) = response.into_parts();
     let url = parts.extensions.remove::<ResponseUrl>().map(|url| url.0);
     let collected = Limited::new(body, limit).collect().await;
@@ -188,7 +273,7 @@ async fn read(
             (collected.to_bytes(), trailers, true)
         }
         Err(error) if error.is::<LengthLimitError>() => Default::default(),
-        Err(error) => return Err(failed(error)),
+        Err(error) => return Err(error),
     };
     let response = Response {
         id: job.id,
@@ -205,15 +290,6 @@ async fn read(
     } else {
         Answer::TooLarge(response)
     })
-}
-
-fn failed(error: BoxError) -> (FailureClass, String) {
-    let error = unwrapped(error);
-    let class = class_of(&*error);
-    // Clients put URLs into their errors, also those of redirects, with the secrets in them.
-    let text = redact_urls(&chain(&*without_url(error)));
-    // Postgres stores no NUL in text.
-    (class, text.replace('\0', "\u{fffd}"))
 }
 
 /// The client's error, without the crate's own around it.

@@ -17,7 +17,7 @@ use crate::engine::attempt::leases::Registered;
 use crate::engine::attempt::transport::Transport;
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::outcome::Outcome;
+use crate::outcome::{Fault, Outcome};
 use crate::store::StoreError;
 use crate::store::claim::PolledRow;
 use crate::store::settle::Fence;
@@ -64,7 +64,8 @@ async fn run(claim: PolledClaim, id: RequestId) {
 async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)> {
     if claim.head().lost {
         let text = "the process that made the attempt died before it recorded an answer";
-        let outcome = Outcome::ambiguous(id, FailureClass::Lost.as_str(), text.to_owned());
+        let outcome =
+            Outcome::ambiguous(id, Fault::new(FailureClass::Lost.as_str(), text.to_owned()));
         claim.finish(outcome);
         return None;
     }
@@ -81,7 +82,7 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
         Err(Unusable::Corrupt(error)) => {
             tracing::error!(%id, %error, "a stored request can't be used and is discarded");
             let class = FailureClass::Unusable.as_str();
-            claim.finish(Outcome::discarded(id, class, error.to_string()));
+            claim.finish(Outcome::discarded(id, Fault::new(class, error.to_string())));
             None
         }
         Err(Unusable::Later(error)) => {
@@ -103,7 +104,7 @@ fn to_be_sent(claim: Claim, overdue: bool) -> Option<(Claim, Transport)> {
     } else {
         return caller_client::assign(claim, None);
     };
-    let outcome = Outcome::discarded(claim.job().id, class.as_str(), text.to_owned());
+    let outcome = Outcome::discarded(claim.job().id, Fault::new(class.as_str(), text.to_owned()));
     claim.finish(outcome.without_attempt());
     None
 }

@@ -108,7 +108,7 @@ fn settled_row(row: &PgRow) -> Result<SettledRow, sqlx::Error> {
 mod tests {
     use super::finish::finish;
     use super::*;
-    use crate::outcome::Outcome;
+    use crate::outcome::{Fault, Outcome};
     use crate::testkit::Postgres;
 
     #[tokio::test]
@@ -157,7 +157,8 @@ mod tests {
             } else {
                 2
             };
-            let outcome = |text: &str| Arc::new(Outcome::discarded(id, "other", text.to_owned()));
+            let outcome =
+                |text: &str| Arc::new(Outcome::discarded(id, Fault::new("other", text.to_owned())));
             let finishes = [
                 (fence(latest - 1), outcome("stale")),
                 (fence(latest), outcome("latest")),

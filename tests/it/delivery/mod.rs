@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use requeuest::retry::RetryPolicy;
-use requeuest::{Durable, Options, Status};
+use requeuest::{Durable, FailureClass, Options, Status};
 
 use crate::support::{
     Server, builder, closed_port, count, eventually, in_time, migrated, outcome_of, post, quick,
@@ -102,18 +102,36 @@ async fn without_any_response_the_last_error_is_returned() {
         .retry(quick().max_attempts(2))
         .build()
         .unwrap();
-    let url = format!("http://{}/secret-path?token=hunter2", closed_port().await);
+    let closed = closed_port().await;
+    let url = format!("http://{closed}/secret-path?token=hunter2");
     let error = in_time(durable.await_response(post(&url, "x")))
         .await
         .unwrap_err();
-    assert!(error.is_discarded(), "{error}");
-    assert_eq!(error.attempts(), Some(2));
-    assert!(!format!("{error} {error:?}").contains("hunter2"));
+    let source = std::error::Error::source(&error).unwrap();
+    assert!(
+        source
+            .downcast_ref::<reqwest::Error>()
+            .unwrap()
+            .is_connect()
+    );
+    // From the database, where only the text of the source is.
     let again = durable
         .response(error.request_id().unwrap())
         .await
         .unwrap_err();
-    assert!(again.is_discarded(), "{again}");
+    assert!(std::error::Error::source(&again).is_none());
+    for error in [error, again] {
+        assert!(error.is_discarded(), "{error}");
+        assert_eq!(error.attempts(), Some(2));
+        assert_eq!(error.failure_class(), Some(FailureClass::Connect));
+        let shown = format!("given up after 2 attempts to http://{closed}: ");
+        assert!(error.to_string().contains(&shown), "{error}");
+        let shown = format!("{error} {error:?}");
+        assert!(
+            !shown.contains("hunter2") && !shown.contains("secret"),
+            "{shown}"
+        );
+    }
 }
 
 #[tokio::test]

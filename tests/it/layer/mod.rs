@@ -19,7 +19,8 @@ use hyper_util::client::legacy;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
-    Body, DurableLayer, Options, REQUEST_ID_HEADER, RequestId, ReqwestTransport, Status,
+    Body, DurableLayer, FailureClass, Options, REQUEST_ID_HEADER, RequestId, ReqwestTransport,
+    Status,
 };
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 
@@ -140,6 +141,10 @@ async fn the_error_of_an_unanswered_request_has_its_id() {
         .unwrap_err();
     assert!(error.is_discarded(), "{error}");
     assert_eq!(error.attempts(), Some(2));
+    assert_eq!(error.failure_class(), Some(FailureClass::Connect));
+    let own = std::error::Error::source(&error).unwrap();
+    let own = own.downcast_ref::<hyper_util::client::legacy::Error>();
+    assert!(own.unwrap().is_connect());
     assert!(
         !format!("{error} {error:?}").contains("hunter2"),
         "{error:?}"

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, Request, Response, Version};
-use requeuest::{Body, ReqwestTransport, Status, reqwest};
+use requeuest::{Body, FailureClass, ReqwestTransport, Status, reqwest};
 
 use super::{Got, durable, plain_builder, reqwest_client, soon};
 use crate::support::{
@@ -93,13 +93,13 @@ async fn the_timeout_of_a_reqwest_request_limits_each_attempt() {
     let client = with_middleware(reqwest::Client::new(), &durable);
     let request = client.post(server.url("/middleware")).timeout(short);
     let error = in_time(request.send()).await.unwrap_err();
-    let error = requeuest::Error::from_middleware(&error).unwrap();
-    assert!(error.is_discarded(), "{error:?}");
+    assert!(error.is_timeout(), "{error:?}");
 
     let bare = reqwest::Client::new();
     let request = bare.post(server.url("/")).timeout(short).build().unwrap();
     let error = in_time(durable.await_response(request)).await.unwrap_err();
     assert!(error.is_discarded(), "{error:?}");
+    assert_eq!(error.failure_class(), Some(FailureClass::Timeout));
 
     let request = bare.post(server.url("/")).timeout(short).build().unwrap();
     let id = durable.fire(request).await.unwrap();
