@@ -1,4 +1,90 @@
-#![doc = include_str!("../README.md")]
+//! Durable outgoing HTTP. Every request is written to your Postgres before it is sent, and retried
+//! until it is answered, also if the process that made the call dies.
+//!
+//! ```no_run
+//! use requeuest::Durable;
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let pool = sqlx::PgPool::connect("postgres://localhost/app").await?;
+//! requeuest::migrate(&pool).await?; // into its own schema, `requeuest`
+//! let durable = Durable::new(pool);
+//!
+//! let hook = http::Request::post("https://example.com/hook").body("{}")?;
+//! let id = durable.fire(hook).await?; // persisted when this returns
+//! println!("{:?}", durable.status(id).await?);
+//!
+//! let charge = http::Request::post("https://pay.example.com/charges").body("amount=5")?;
+//! let response = durable.await_response(charge).await?; // waits through failures and retries
+//! println!("{}: {}", response.status(), response.text()?);
+//! # Ok(()) }
+//! ```
+//!
+//! # The guarantee
+//!
+//! - **At least once.** A persisted request is sent until a final answer comes or its
+//!   [`RetryPolicy`](retry::RetryPolicy) gives it up, by any process that delivers its channel. All
+//!   attempts of a request have the same [idempotency key](IdempotencyHeader), by which a receiver
+//!   recognises a repetition. [`Guarantee::AtMostOnce`] is for receivers that can't.
+//! - **A repeated call is one request**, with [`Options::key`]: it attaches to the first one, from
+//!   any process, also after a crash in between.
+//! - **A response that a caller has seen is stored.** [`Durable::response`] returns it by the
+//!   request's id, from any process, for the [`retention`](DurableBuilder::retention).
+//! - **A call keeps its meaning.** The caller gets the response that a patient client would have
+//!   got: a 404 is a response. Once the retries are used up, it gets the last response, or an
+//!   [`Error`] if there never was one.
+//!
+//! # Entry points
+//!
+//! They all feed the same queue.
+//!
+//! - [`Durable`], a handle: [`fire`](Durable::fire) and [`fire_many`](Durable::fire_many) persist
+//!   and return, [`await_response`](Durable::await_response) waits. Cheap to clone; create one per
+//!   process with [`Durable::new`] or [`Durable::builder`].
+//! - [`Durable::fire_in`], in your transaction: a commit sends the request, a rollback never does.
+//!   In the other direction, [`Durable::on_outcome`] hands each outcome to your code in a
+//!   transaction.
+//! - [`DurableLayer`], a tower layer over any [`HttpClient`]: hyper's client, [`ReqwestTransport`],
+//!   or a stack of your own.
+//! - `Durable` is a `reqwest_middleware::Middleware`:
+//!   `ClientBuilder::new(client).with(durable).build()`.
+//! - [`Client`], the API of the older crate of this name.
+//!
+//! In a stack of layers or middleware, put requeuest first and remove the retry layer. The [guide]
+//! has the tables of what belongs above and below.
+//!
+//! [`Durable::response`] and [`Durable::outcome`] re-attach to a request by its id, and
+//! [`Durable::dead_letters`] lists the requests that were given up. [`Options`] are the settings of
+//! one request, [`DurableBuilder`] those of a handle. [`migrate()`] installs the schema. It needs
+//! Postgres 14 or newer and no extensions.
+//!
+//! # sqlx 0.8
+//!
+//! Pools, transactions and handlers take types of sqlx 0.8, which is re-exported as [`sqlx`]. An
+//! application with another version or driver makes a pool by `requeuest::sqlx::PgPool::connect`.
+//! It can't enqueue in its own transactions yet. [`http`] 1, [`reqwest`] 0.13, reqwest-middleware
+//! 0.5 and tower 0.5 are part of the API too.
+//!
+//! # Features
+//!
+//! | feature | default | |
+//! |---|---|---|
+//! | `runtime-tokio-rustls` | yes | TLS by rustls, for HTTP and for Postgres |
+//! | `runtime-tokio-native-tls` | | TLS by the platform's library |
+//! | `runtime-actix-rustls`, `runtime-actix-native-tls` | | aliases: actix-rt runs on tokio |
+//! | `runtime-async-std-rustls`, `runtime-async-std-native-tls` | | for a pool on async-std |
+//! | `reqwest-middleware` | yes | `Durable` is a middleware |
+//! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
+//! | `http` | | does nothing; kept for dependents of the older crate |
+//!
+//! async-std is discontinued (RUSTSEC-2025-0052) and supported for existing code only. Outside a
+//! tokio runtime the crate works on a thread of its own.
+//!
+//! The minimum supported Rust version is 1.85.
+//!
+//! [guide]: https://github.com/requeuest/requeuest/blob/main/docs/guide.md
+#![cfg_attr(feature = "testkit", doc = "[`testkit`]: mod@testkit")]
+#![cfg_attr(not(feature = "testkit"), doc = "[`testkit`]: #features")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod classify;
 pub mod client;
@@ -63,3 +149,12 @@ pub use reqwest;
 pub use sqlx;
 pub use url::Url;
 pub use uuid::Uuid;
+
+// Compiles the snippets of the pages.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/guide.md")]
+struct Guide;
