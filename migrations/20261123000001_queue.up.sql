@@ -83,6 +83,8 @@ CREATE TABLE mq_payloads (
     head text NOT NULL,
     -- NULL means no body, which HTTP distinguishes from an empty body.
     body bytea,
+    -- What the application attached to the request.
+    metadata json,
     -- The last response that was not final. The caller gets it if no better response arrives.
     response_status smallint,
     response_head text,
@@ -360,6 +362,7 @@ BEGIN
             ',"fetch_body":',
             CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
             ',"head":', coalesce(p.head, 'null'),
+            ',"metadata":' || p.metadata::text,
             '}'
         ),
         CASE WHEN octet_length(p.body) <= c_inline_body THEN p.body END,

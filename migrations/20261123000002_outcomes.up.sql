@@ -20,7 +20,9 @@ CREATE TABLE outcomes (
     body bytea,
     -- Why there is no response, or only part of one.
     error_class text,
-    error text
+    error text,
+    -- What the application attached to the request.
+    metadata json
 ) PARTITION BY LIST (slot);
 ALTER TABLE outcomes ALTER COLUMN body SET STORAGE EXTERNAL;
 
@@ -63,7 +65,8 @@ RETURNS TABLE (
     head text,
     body bytea,
     error_class text,
-    error text
+    error text,
+    metadata text
 )
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -79,7 +82,9 @@ BEGIN
     )
     RETURNING d.id INTO v_id;
     RETURN QUERY
-    SELECT t.id, o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error
+    SELECT
+        t.id, o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
+        o.metadata::text
     FROM (SELECT v_id AS id) t LEFT JOIN outcomes o ON o.id = t.id
     WHERE t.id IS NOT NULL;
 END;

@@ -5,15 +5,17 @@ DROP TYPE mq_new_t;
 DROP FUNCTION cancel_channels(text[], interval, int);
 DROP FUNCTION cancel_request(uuid, interval);
 DROP FUNCTION enqueue_many(
-    uuid[], text[], text[], bigint[], bigint[], text[], bytea[], boolean[], boolean[], text, boolean
+    uuid[], text[], text[], bigint[], bigint[], text[], bytea[], boolean[], boolean[], text, boolean,
+    text[]
 );
 DROP FUNCTION enqueue(
     uuid, text, text, boolean, boolean, interval, interval, text, text, bytea, uuid, smallint,
-    interval, text, bytea, text, interval, boolean, boolean, boolean
+    interval, text, bytea, text, interval, boolean, boolean, boolean,
+    json
 );
 DROP FUNCTION expire_requests(int);
 DROP FUNCTION end_requests(uuid[], text, text, text, interval);
-DROP FUNCTION is_ordered_elsewhere(text, text);
+DROP FUNCTION ordered_elsewhere(text, text);
 DROP FUNCTION tell_runners(text);
 DROP FUNCTION lock_order(text, text, boolean);
 DROP FUNCTION is_ordered(text);

@@ -44,22 +44,25 @@ AS $$
     )
 $$;
 
--- Whether another channel has unfinished requests with this ordering key. Call it while holding the
--- key's lock, in a later statement than the one that took the lock.
-CREATE FUNCTION is_ordered_elsewhere(p_channel text, p_group text) RETURNS boolean
+-- Another channel that has unfinished requests with this ordering key, or NULL. Call it while
+-- holding the key's lock, in a later statement than the one that took the lock.
+CREATE FUNCTION ordered_elsewhere(p_channel text, p_group text) RETURNS text
 LANGUAGE sql
 SET search_path FROM CURRENT
 AS $$
     -- Two ranges of the index: a single condition `<>` would read the key's own backlog.
-    SELECT substr(p_group, 5, 3) = '|o|' AND (
-        EXISTS (
-            SELECT FROM mq_msgs m
+    SELECT CASE WHEN substr(p_group, 5, 3) = '|o|' THEN coalesce(
+        (
+            SELECT m.channel_name FROM mq_msgs m
             WHERE m.channel_args = p_group AND m.channel_name < p_channel AND m.seq IS NOT NULL
-        ) OR EXISTS (
-            SELECT FROM mq_msgs m
+            LIMIT 1
+        ),
+        (
+            SELECT m.channel_name FROM mq_msgs m
             WHERE m.channel_args = p_group AND m.channel_name > p_channel AND m.seq IS NOT NULL
+            LIMIT 1
         )
-    );
+    ) END;
 $$;
 
 -- Ends unfinished requests without a response and notifies the instances that wait for them.
@@ -96,7 +99,7 @@ BEGIN
     ), stored AS (
         INSERT INTO outcomes (
             slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
-            expires_at, http_status, head, body, error_class, error
+            expires_at, http_status, head, body, error_class, error, metadata
         )
         SELECT
             CASE WHEN v_kept THEN -1 ELSE outcome_slot(v_now, p_retention) END,
@@ -105,7 +108,7 @@ BEGIN
             CASE WHEN v_kept THEN p.response_status END,
             CASE WHEN v_kept THEN p.response_head END,
             CASE WHEN v_kept THEN p.response_body END,
-            p_class, p_error
+            p_class, p_error, p.metadata
         FROM locked l LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[l.id])
     ), to_handle AS (
         INSERT INTO unhandled (id, channel_name)
@@ -168,8 +171,8 @@ $$;
 -- - `conflict`: the key belongs to an earlier request that differs, whose id is returned.
 -- - `busy`: nothing was done, because another transaction has one of the keys and p_wait is not
 --   set.
--- - `elsewhere`: nothing was done, because another channel has unfinished requests with the
---   ordering key.
+-- - `elsewhere`: nothing was done, because another channel, which is returned, has unfinished
+--   requests with the ordering key.
 CREATE FUNCTION enqueue(
     p_id uuid,
     p_channel text,
@@ -193,13 +196,15 @@ CREATE FUNCTION enqueue(
     p_wait boolean,
     -- Set after a commit whose outcome is unknown. A request that is in the queue or has already
     -- ended is then left alone.
-    p_again boolean
-) RETURNS TABLE (verdict text, request_id uuid)
+    p_again boolean,
+    p_metadata json DEFAULT NULL
+) RETURNS TABLE (verdict text, request_id uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_first record;
+    v_elsewhere text;
     v_older uuid[];
     v_seq bigint;
     v_now timestamptz;
@@ -210,7 +215,7 @@ BEGIN
         OR p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait)
         OR p_ordered AND NOT lock_order(p_channel, p_group, p_wait)
     THEN
-        RETURN QUERY SELECT 'busy', NULL::uuid;
+        RETURN QUERY SELECT 'busy', NULL::uuid, NULL;
         RETURN;
     END IF;
     -- From here on, all reads are in later statements than the locks. The snapshot of a single
@@ -234,13 +239,16 @@ BEGIN
             );
         IF FOUND THEN
             RETURN QUERY SELECT
-                CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id;
+                CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id, NULL;
             RETURN;
         END IF;
     END IF;
-    IF p_ordered AND is_ordered_elsewhere(p_channel, p_group) THEN
-        RETURN QUERY SELECT 'elsewhere', NULL::uuid;
-        RETURN;
+    IF p_ordered THEN
+        v_elsewhere := ordered_elsewhere(p_channel, p_group);
+        IF v_elsewhere IS NOT NULL THEN
+            RETURN QUERY SELECT 'elsewhere', NULL::uuid, v_elsewhere;
+            RETURN;
+        END IF;
     END IF;
     IF p_key IS NOT NULL THEN
         INSERT INTO request_keys AS k (channel_name, key, id, fingerprint)
@@ -265,7 +273,8 @@ BEGIN
     IF p_ordered THEN
         v_seq := nextval('mq_seq');
     END IF;
-    INSERT INTO mq_payloads (id, name, head, body) VALUES (p_id, p_name, p_head, p_body);
+    INSERT INTO mq_payloads (id, name, head, body, metadata)
+    VALUES (p_id, p_name, p_head, p_body, p_metadata);
     v_now := clock_timestamp();
     INSERT INTO mq_msgs (
         id, channel_name, channel_args, attempt_at, seq, waiter, claim_no, attempts, state,
@@ -284,8 +293,8 @@ END;
 $$;
 
 -- Persists many requests that have no caller's key, in the caller's transaction and in their order.
--- Returns NULL on success. If another channel has unfinished requests with the ordering key of one
--- of them, does nothing and returns the id of that one.
+-- Returns no row on success. If another channel has unfinished requests with the ordering key of
+-- one of them, does nothing and returns the id of that one and the channel.
 CREATE FUNCTION enqueue_many(
     p_ids uuid[],
     p_channels text[],
@@ -297,15 +306,17 @@ CREATE FUNCTION enqueue_many(
     p_ordered boolean[],
     p_halts boolean[],
     p_name text,
-    p_notify boolean
-) RETURNS uuid
+    p_notify boolean,
+    p_metadata text[] DEFAULT NULL
+) RETURNS TABLE (request_id uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 -- A plan made for one call's arrays is not worth the time it takes.
 SET plan_cache_mode = force_generic_plan
 AS $$
 DECLARE
-    v_elsewhere uuid;
+    v_id uuid;
+    v_elsewhere text;
     v_now timestamptz;
 BEGIN
     IF true = ANY (p_ordered) THEN
@@ -317,24 +328,29 @@ BEGIN
             FROM unnest(p_channels, p_groups, p_ordered) AS i(channel, key_group, ordered)
             WHERE i.ordered ORDER BY i.key_group, i.channel
         ) k;
-        SELECT i.id INTO v_elsewhere
-        FROM unnest(p_ids, p_channels, p_groups, p_ordered) AS i(id, channel, key_group, ordered)
-        WHERE i.ordered AND (
-            is_ordered_elsewhere(i.channel, i.key_group) OR EXISTS (
-                SELECT
+        SELECT c.id, c.holder INTO v_id, v_elsewhere
+        FROM (
+            SELECT i.id, coalesce(ordered_elsewhere(i.channel, i.key_group), (
+                SELECT o.channel
                 FROM unnest(p_channels, p_groups, p_ordered) AS o(channel, key_group, ordered)
                 WHERE o.ordered AND o.key_group = i.key_group AND o.channel <> i.channel
                     AND substr(i.key_group, 5, 3) = '|o|'
-            )
-        )
-        LIMIT 1;
-        IF v_elsewhere IS NOT NULL THEN
-            RETURN v_elsewhere;
+                LIMIT 1
+            )) AS holder
+            FROM unnest(p_ids, p_channels, p_groups, p_ordered)
+                AS i(id, channel, key_group, ordered)
+            WHERE i.ordered
+        ) c
+        WHERE c.holder IS NOT NULL LIMIT 1;
+        IF FOUND THEN
+            RETURN QUERY SELECT v_id, v_elsewhere;
+            RETURN;
         END IF;
     END IF;
     v_now := clock_timestamp();
-    INSERT INTO mq_payloads (id, name, head, body)
-    SELECT i.id, p_name, i.head, i.body FROM unnest(p_ids, p_heads, p_bodies) AS i(id, head, body);
+    INSERT INTO mq_payloads (id, name, head, body, metadata)
+    SELECT i.id, p_name, i.head, i.body, i.metadata::json
+    FROM unnest(p_ids, p_heads, p_bodies, p_metadata) AS i(id, head, body, metadata);
     INSERT INTO mq_msgs (
         id, channel_name, channel_args, attempt_at, created_at, seq, deadline, halts
     )
@@ -349,7 +365,6 @@ BEGIN
         PERFORM tell_runners(told.channel)
         FROM (SELECT DISTINCT i.channel FROM unnest(p_channels) AS i(channel)) told;
     END IF;
-    RETURN NULL;
 END;
 $$;
 

@@ -49,7 +49,7 @@ BEGIN
     IF NOT lock_order(p_channel, p_group, false) THEN
         RETURN 'busy';
     END IF;
-    IF is_ordered_elsewhere(p_channel, p_group) THEN
+    IF ordered_elsewhere(p_channel, p_group) IS NOT NULL THEN
         RETURN 'elsewhere';
     END IF;
     RETURN NULL;

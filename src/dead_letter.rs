@@ -1,5 +1,6 @@
 //! Dead letters: what is shown of them, which are selected, and what became of them.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
@@ -8,6 +9,7 @@ use url::Url;
 
 use crate::error::{BoxError, Error};
 use crate::id::RequestId;
+use crate::metadata::Metadata;
 use crate::options::{TOO_LONG, validate_channel};
 use crate::request::Request;
 use crate::retry::MAX_DURATION;
@@ -174,7 +176,7 @@ fn origin(destination: &str) -> Result<String, Error> {
 /// A request that ended as discarded or ambiguous, kept for inspection and replay.
 ///
 /// No field shows a header value, a URL's path or query, or credentials.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct DeadLetter {
     /// The id.
@@ -202,6 +204,29 @@ pub struct DeadLetter {
     pub error_class: Option<String>,
     /// Why the request ended, in a sentence.
     pub error: Option<String>,
+    /// What the application attached to the request with
+    /// [`Options::metadata`](crate::Options::metadata). `Debug` shows only its length.
+    pub metadata: Option<serde_json::Value>,
+}
+
+impl fmt::Debug for DeadLetter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeadLetter")
+            .field("id", &self.id)
+            .field("channel", &self.channel)
+            .field("destination", &self.destination)
+            .field("method", &self.method)
+            .field("ordering_key", &self.ordering_key)
+            .field("status", &self.status)
+            .field("attempts", &self.attempts)
+            .field("created_at", &self.created_at)
+            .field("finished_at", &self.finished_at)
+            .field("http_status", &self.http_status)
+            .field("error_class", &self.error_class)
+            .field("error", &self.error)
+            .field("metadata", &self.metadata.clone().and_then(Metadata::new))
+            .finish()
+    }
 }
 
 /// An ordering key that a dead letter halts: its later requests wait until an operator acts.

@@ -21,6 +21,11 @@ pub(crate) fn channel_ordered_group(key: &str) -> String {
     group('c', key)
 }
 
+/// The key of a group that is an ordering key.
+pub(crate) fn ordering_key(group: &str) -> &str {
+    group.get("hhhh|o|".len()..).unwrap_or_default()
+}
+
 /// The group of unordered requests, named by the caller.
 pub(crate) fn named_group(name: &str) -> String {
     group('d', name)

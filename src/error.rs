@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
 
 use http::{HeaderMap, StatusCode};
 
@@ -100,11 +101,19 @@ pub(crate) enum Kind {
     },
     Ambiguous(Box<Fault>),
     /// The caller's key belongs to a different request.
-    KeyConflict,
+    KeyConflict {
+        key: Arc<str>,
+        channel: Arc<str>,
+    },
     /// Unfinished requests of another channel have the ordering key.
-    OrderConflict,
+    OrderConflict {
+        key: Box<str>,
+        /// `None` if those requests finished meanwhile.
+        holder: Option<Box<str>>,
+    },
     /// The request's status does not permit the operation.
     WrongState {
+        operation: Operation,
         status: Status,
         replayed_as: Option<RequestId>,
     },
@@ -117,6 +126,13 @@ pub(crate) enum Kind {
     Corrupt(Cow<'static, str>),
     /// A request that passed through without being persisted failed in the wrapped service.
     PassThrough(BoxError),
+}
+
+/// What a caller wants to do with a dead letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    Replay,
+    Resolve,
 }
 
 /// How the installed schema differs from the one that this version of the crate needs.
@@ -198,8 +214,8 @@ impl Error {
         match self.0.kind {
             Kind::Request { field, .. } | Kind::Config { field, .. } => Some(field),
             Kind::BodyTooLarge { .. } | Kind::Body(_) => Some("body"),
-            Kind::KeyConflict => Some("key"),
-            Kind::OrderConflict => Some("ordered"),
+            Kind::KeyConflict { .. } => Some("key"),
+            Kind::OrderConflict { .. } => Some("ordered"),
             _ => None,
         }
     }
@@ -219,7 +235,10 @@ impl Error {
     pub fn is_request(&self) -> bool {
         matches!(
             self.0.kind,
-            Kind::Request { .. } | Kind::BodyTooLarge { .. } | Kind::Body(_) | Kind::KeyConflict
+            Kind::Request { .. }
+                | Kind::BodyTooLarge { .. }
+                | Kind::Body(_)
+                | Kind::KeyConflict { .. }
         )
     }
 
@@ -280,14 +299,14 @@ impl Error {
     /// [`Options::key`](crate::Options::key). [`request_id`](Self::request_id) is the id of that
     /// earlier request. Nothing was persisted.
     pub fn is_key_conflict(&self) -> bool {
-        matches!(self.0.kind, Kind::KeyConflict)
+        matches!(self.0.kind, Kind::KeyConflict { .. })
     }
 
     /// Whether unfinished requests of another channel have the ordering key, so that the order
     /// can't be kept: see [`Options::ordered`](crate::Options::ordered). Nothing was persisted or
     /// changed. Retry once those requests have finished.
     pub fn is_order_conflict(&self) -> bool {
-        matches!(self.0.kind, Kind::OrderConflict)
+        matches!(self.0.kind, Kind::OrderConflict { .. })
     }
 
     /// Whether the request may have been sent and must not be sent again. Find out whether it
@@ -415,7 +434,7 @@ fn share_sqlx(error: &sqlx::Error) -> sqlx::Error {
         sqlx::Error::Io(error) => {
             sqlx::Error::Io(std::io::Error::new(error.kind(), error.to_string()))
         }
-        other => sqlx::Error::Protocol(other.to_string()),
+        other => sqlx::Error::Protocol(database_text(other)),
     }
 }
 
@@ -428,6 +447,57 @@ fn fault_of(fault: &Fault, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         "" => f.write_str(": no reason recorded"),
         text => write!(f, ": {text}"),
     }
+}
+
+/// The longest text that is shown of a database's error, in characters.
+const MAX_DATABASE_TEXT: usize = 300;
+
+/// What the database or the connection to it says, on one line. Of an error of Postgres only the
+/// message and the SQLSTATE: its DETAIL may contain whole rows.
+fn database_text(error: &sqlx::Error) -> String {
+    let text = match error {
+        sqlx::Error::Database(error) => error.message().to_owned(),
+        sqlx::Error::Io(error) => error.to_string(),
+        sqlx::Error::Protocol(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let line = text.lines().next().unwrap_or_default();
+    let mut shown: String = redact_urls(line).chars().take(MAX_DATABASE_TEXT).collect();
+    let code = error
+        .as_database_error()
+        .and_then(sqlx::error::DatabaseError::code);
+    if let Some(code) = code {
+        shown.push_str(&format!(" (SQLSTATE {code})"));
+    }
+    shown
+}
+
+/// Says why a request's status does not permit an operation, and what can be done instead.
+fn wrong_state(
+    f: &mut fmt::Formatter<'_>,
+    operation: Operation,
+    status: Status,
+    replayed_as: Option<RequestId>,
+) -> fmt::Result {
+    if let Some(id) = replayed_as {
+        return write!(
+            f,
+            "the request is {status} and was already replayed as request {id}; use that id"
+        );
+    }
+    let rule = match operation {
+        Operation::Replay => "only discarded or ambiguous requests can be replayed",
+        Operation::Resolve => "only ambiguous requests can be resolved",
+    };
+    let advice = match (status, operation) {
+        (Status::Completed, _) => "it was delivered; to send it again, enqueue a new request",
+        (Status::Cancelled, _) => "to send it, enqueue a new request",
+        (Status::Discarded, Operation::Resolve) => "to send it again, replay it",
+        // The status changed after the operation was refused.
+        (Status::Discarded | Status::Ambiguous, _) => "its status has just changed; try again",
+        (_, _) => "it has not finished; wait for its outcome, or cancel it",
+    };
+    write!(f, "the request is {status}, and {rule}; {advice}")
 }
 
 impl fmt::Display for Kind {
@@ -446,7 +516,7 @@ impl fmt::Display for Kind {
                 "the request was delivered and answered with {status}, but the response body \
                  exceeds the limit; see max_response_body"
             ),
-            Self::Database(_) => f.write_str("database error"),
+            Self::Database(error) => write!(f, "database error: {}", database_text(error)),
             Self::Migrations(MigrationState::Missing) => f.write_str(
                 "requeuest's schema is not in this database; call requeuest::migrate(&pool) first",
             ),
@@ -477,13 +547,23 @@ impl fmt::Display for Kind {
             Self::Cancelled { superseded: true } => {
                 f.write_str("the request was cancelled: a newer request superseded it")
             }
-            Self::KeyConflict => f.write_str(
-                "invalid request: key: already belongs to a request with a different method, URL \
-                 or body; use another key",
+            Self::KeyConflict { key, channel } => write!(
+                f,
+                "invalid request: key: {key:?} of channel {channel:?} already belongs to this \
+                 request, which has a different method, URL or body; use another key"
             ),
-            Self::OrderConflict => f.write_str(
-                "ordered: unfinished requests of another channel have this ordering key; retry \
-                 once they have finished, or use a different key in each channel",
+            Self::OrderConflict {
+                key,
+                holder: Some(holder),
+            } => write!(
+                f,
+                "ordered: unfinished requests of channel {holder:?} have the ordering key {key:?}; \
+                 retry once they have finished, or use a different key in each channel"
+            ),
+            Self::OrderConflict { key, holder: None } => write!(
+                f,
+                "ordered: requests of another channel had the ordering key {key:?} and have just \
+                 finished; retry"
             ),
             Self::Ambiguous(fault) => {
                 f.write_str("the request may have been sent")?;
@@ -494,25 +574,21 @@ impl fmt::Display for Kind {
                 )
             }
             Self::WrongState {
+                operation,
                 status,
-                replayed_as: None,
-            } => write!(
-                f,
-                "the request is {status}; only discarded or ambiguous requests can be replayed, \
-                 and only ambiguous ones can be resolved"
-            ),
-            Self::WrongState {
-                status,
-                replayed_as: Some(id),
-            } => write!(
-                f,
-                "the request is {status} and was already replayed as request {id}"
-            ),
+                replayed_as,
+            } => wrong_state(f, *operation, *status, *replayed_as),
             Self::ResponseUnknown => f.write_str(
                 "the request was resolved as sent, so it was delivered but its response is unknown",
             ),
-            Self::UnknownId => f.write_str("no such request, or its outcome has expired"),
-            Self::Closed => f.write_str("the handle was shut down or its pool was closed"),
+            Self::UnknownId => f.write_str(
+                "there is no such request, or its outcome has expired; see \
+                 DurableBuilder::retention",
+            ),
+            Self::Closed => f.write_str(
+                "the handle was shut down or its pool was closed; build a new handle on an open \
+                 pool",
+            ),
             Self::Corrupt(reason) => write!(f, "a stored request can't be used: {reason}"),
             Self::PassThrough(_) => f.write_str("pass-through request failed"),
         }
@@ -539,6 +615,12 @@ impl fmt::Debug for Error {
                 Some(source),
             ) => {
                 debug.field(&redact_urls(&chain(source)));
+            }
+            // Its Debug shows DETAIL, which may contain whole rows.
+            (Kind::Database(error) | Kind::Indeterminate(Some(error)), _)
+                if error.as_database_error().is_some() =>
+            {
+                debug.field(&database_text(error));
             }
             (_, Some(source)) => {
                 debug.field(&source);
@@ -603,6 +685,210 @@ mod tests {
             format!("{error:?}"),
             r#"requeuest::Error(pass-through request failed, "no answer from http://c")"#
         );
+    }
+
+    /// An error as Postgres sends it.
+    #[derive(Debug)]
+    struct Refusal;
+
+    impl fmt::Display for Refusal {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(sqlx::error::DatabaseError::message(self))
+        }
+    }
+
+    impl StdError for Refusal {}
+
+    impl sqlx::error::DatabaseError for Refusal {
+        fn message(&self) -> &'static str {
+            "no room\nDETAIL: a secret row"
+        }
+
+        fn code(&self) -> Option<Cow<'_, str>> {
+            Some("53100".into())
+        }
+
+        fn as_error(&self) -> &(dyn StdError + Send + Sync + 'static) {
+            self
+        }
+
+        fn as_error_mut(&mut self) -> &mut (dyn StdError + Send + Sync + 'static) {
+            self
+        }
+
+        fn into_error(self: Box<Self>) -> Box<dyn StdError + Send + Sync + 'static> {
+            self
+        }
+
+        fn kind(&self) -> sqlx::error::ErrorKind {
+            sqlx::error::ErrorKind::Other
+        }
+    }
+
+    /// What each kind must say. The match makes a new kind a compile error here.
+    fn wanted(kind: &Kind) -> &'static [&'static str] {
+        match kind {
+            Kind::Request { .. } => &["invalid request", "url", "is relative"],
+            Kind::Config { .. } => &["invalid configuration", "lease", "too short"],
+            Kind::BodyTooLarge { .. } => &["body", "17 bytes", "raise max_request_body"],
+            Kind::Body(_) => &["body"],
+            Kind::ResponseTooLarge { .. } => &["200 OK", "max_response_body"],
+            Kind::Database(_) => &["database error", "no room", "53100"],
+            Kind::Migrations(MigrationState::Missing) => &["call requeuest::migrate"],
+            Kind::Migrations(MigrationState::SettingsDropped) => &["connect_options"],
+            Kind::Migrations(MigrationState::Older { .. }) => &["1", "2", "requeuest::migrate"],
+            Kind::Migrations(MigrationState::Newer { .. }) => &["2", "1", "upgrade requeuest"],
+            Kind::Indeterminate(_) => &["may or may not be persisted", "check its status"],
+            Kind::Discarded { .. } => &["given up", "refused by the receiver"],
+            Kind::Cancelled { superseded: false } => &["cancelled"],
+            Kind::Cancelled { superseded: true } => &["cancelled", "newer request superseded it"],
+            Kind::Ambiguous(_) => &["may have been sent", "Durable::resolve"],
+            Kind::KeyConflict { .. } => &["key", "\"k-1\"", "\"billing\"", "use another key"],
+            Kind::OrderConflict {
+                holder: Some(_), ..
+            } => &["ordered", "\"o-1\"", "\"billing\"", "retry once they"],
+            Kind::OrderConflict { holder: None, .. } => &["ordered", "\"o-1\"", "retry"],
+            Kind::WrongState {
+                replayed_as: Some(_),
+                ..
+            } => &["already replayed as request 0", "use that id"],
+            Kind::WrongState {
+                operation: Operation::Replay,
+                ..
+            } => &["only discarded or ambiguous requests can be replayed; "],
+            Kind::WrongState {
+                operation: Operation::Resolve,
+                ..
+            } => &["only ambiguous requests can be resolved; "],
+            Kind::ResponseUnknown => &["resolved as sent", "response is unknown"],
+            Kind::UnknownId => &["no such request", "DurableBuilder::retention"],
+            Kind::Closed => &["shut down", "pool was closed", "build a new handle"],
+            Kind::Corrupt(_) => &["a stored request can't be used", "its payload is gone"],
+            Kind::PassThrough(_) => &["pass-through"],
+        }
+    }
+
+    #[test]
+    fn every_error_says_what_failed_and_what_to_do() {
+        let id = RequestId::from(uuid::Uuid::nil());
+        let state = |operation, status, replayed_as| Kind::WrongState {
+            operation,
+            status,
+            replayed_as,
+        };
+        let conflict = |holder: Option<&str>| Kind::OrderConflict {
+            key: "o-1".into(),
+            holder: holder.map(Into::into),
+        };
+        let discarded = crate::outcome::Outcome::discarded(
+            id,
+            Fault::new("connect", "refused by the receiver".to_owned()),
+        );
+        let (found, wanted_version) = (1, 2);
+        let mut errors = vec![
+            Error::request("url", "is relative").0.kind,
+            Error::config("lease", "too short").0.kind,
+            Kind::BodyTooLarge { limit: 17 },
+            Kind::Body("cut".into()),
+            Kind::ResponseTooLarge {
+                status: StatusCode::OK,
+                headers: Box::default(),
+            },
+            Kind::Database(sqlx::Error::Database(Box::new(Refusal))),
+            Kind::Indeterminate(Some(sqlx::Error::PoolTimedOut)),
+            discarded.into_result().unwrap_err().0.kind,
+            Kind::Cancelled { superseded: false },
+            Kind::Cancelled { superseded: true },
+            Kind::Ambiguous(Box::default()),
+            Kind::KeyConflict {
+                key: "k-1".into(),
+                channel: "billing".into(),
+            },
+            conflict(Some("billing")),
+            conflict(None),
+            state(Operation::Replay, Status::Discarded, Some(id)),
+            Kind::ResponseUnknown,
+            Kind::UnknownId,
+            Kind::Closed,
+            Kind::Corrupt("its payload is gone".into()),
+            Kind::PassThrough("cut".into()),
+        ];
+        for state in [
+            MigrationState::Missing,
+            MigrationState::SettingsDropped,
+            MigrationState::Older {
+                found,
+                wanted: wanted_version,
+            },
+            MigrationState::Newer {
+                found: wanted_version,
+                wanted: found,
+            },
+        ] {
+            errors.push(Kind::Migrations(state));
+        }
+        for operation in [Operation::Replay, Operation::Resolve] {
+            errors.push(state(operation, Status::Completed, None));
+        }
+        for kind in errors {
+            let parts = wanted(&kind);
+            let text = Error::new(kind).with_id(id).to_string();
+            assert!(text.starts_with(&format!("request {id}: ")), "{text}");
+            for part in parts {
+                assert!(text.contains(part), "{part} is not in: {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_advice_fits_the_status_and_the_operation() {
+        use Operation::{Replay, Resolve};
+        for (operation, status, advice) in [
+            (Replay, Status::Scheduled, "wait for its outcome, or cancel"),
+            (
+                Replay,
+                Status::Running,
+                "wait for its outcome, or cancel it",
+            ),
+            (Replay, Status::Completed, "it was delivered"),
+            (Replay, Status::Cancelled, "enqueue a new request"),
+            (Replay, Status::Discarded, "try again"),
+            (Resolve, Status::Discarded, "to send it again, replay it"),
+            (Resolve, Status::Retryable, "wait for its outcome"),
+            (Resolve, Status::Ambiguous, "try again"),
+        ] {
+            let error = Error::new(Kind::WrongState {
+                operation,
+                status,
+                replayed_as: None,
+            });
+            let text = error.to_string();
+            assert!(text.contains(status.as_str()), "{text}");
+            assert!(text.ends_with(advice) || text.contains(advice), "{text}");
+        }
+    }
+
+    #[test]
+    fn only_the_first_line_of_a_database_error_is_shown() {
+        let error = Error::from(sqlx::Error::Database(Box::new(Refusal)));
+        let shared = error.share();
+        for error in [error, shared] {
+            assert_eq!(
+                error.to_string(),
+                "database error: no room (SQLSTATE 53100)"
+            );
+            assert!(!format!("{error:?}").contains("secret"), "{error:?}");
+            assert!(
+                error
+                    .source()
+                    .is_some_and(|source| source.is::<sqlx::Error>())
+            );
+        }
+        let endless = Error::from(sqlx::Error::Protocol("x".repeat(10_000)));
+        assert!(endless.to_string().len() < 400);
+        let refused = std::io::Error::new(std::io::ErrorKind::ConnectionRefused, "refused (h:1)");
+        let refused = Error::from(sqlx::Error::Io(refused));
+        assert_eq!(refused.to_string(), "database error: refused (h:1)");
     }
 
     #[test]

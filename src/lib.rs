@@ -105,6 +105,7 @@ mod id;
 mod idempotency_header;
 mod into_request;
 mod layer;
+mod metadata;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
 mod options;
@@ -136,6 +137,7 @@ pub use id::RequestId;
 pub use idempotency_header::IdempotencyHeader;
 pub use into_request::IntoRequest;
 pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
+pub use metadata::MAX_METADATA_LEN;
 pub use migrate::migrate;
 pub use options::{Guarantee, Options};
 pub use outcome::Outcome;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::classify::AcceptedResponse;
 use crate::error::Error;
 use crate::idempotency_header::IdempotencyHeader;
+use crate::metadata::Metadata;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 
 /// sqlxmq listens on `mq_` + channel, and Postgres truncates names over 63 bytes.
@@ -81,6 +82,7 @@ pub struct Options {
     pub(crate) idempotency_header: Option<IdempotencyHeader>,
     pub(crate) halt_on_discard: bool,
     pub(crate) ordered_by_channel: bool,
+    pub(crate) metadata: Option<Metadata>,
 }
 
 impl Options {
@@ -239,6 +241,36 @@ impl Options {
         self
     }
 
+    /// A JSON value of the application's own, for example the id of the order that the request is
+    /// about. It is stored with the request and with its outcome, and is never sent.
+    /// [`Outcome::metadata`](crate::Outcome::metadata) and
+    /// [`DeadLetter::metadata`](crate::DeadLetter::metadata) return it, in any process. A replay
+    /// keeps it.
+    ///
+    /// Takes a [`serde_json::Value`] or anything that converts into one: a string, a number, a
+    /// list. [`serde_json::to_value`] makes one of a type that implements `Serialize`. Up to
+    /// [`MAX_METADATA_LEN`](crate::MAX_METADATA_LEN) bytes of JSON and 100 levels deep, without NUL
+    /// characters. Logs and `Debug` show its length only. Defaults to none, which `null` means too.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use requeuest::{Options, Outcome};
+    /// use serde_json::json;
+    ///
+    /// let simple = Options::default().metadata("order-42");
+    /// let more = Options::default().metadata(json!({"order": 42, "customer": "c-7"}));
+    ///
+    /// fn order_of(outcome: &Outcome) -> Option<u64> {
+    ///     outcome.metadata()?["order"].as_u64()
+    /// }
+    /// ```
+    #[must_use]
+    pub fn metadata(mut self, metadata: impl Into<serde_json::Value>) -> Self {
+        self.metadata = Metadata::new(metadata.into());
+        self
+    }
+
     pub(crate) fn validate(&self) -> Result<(), Error> {
         if let Some(channel) = &self.channel {
             validate_channel(channel).map_err(|reason| Error::request("channel", reason))?;
@@ -258,6 +290,11 @@ impl Options {
                     return Err(Error::request(field, "must not contain a NUL character"));
                 }
             }
+        }
+        if let Some(metadata) = &self.metadata {
+            metadata
+                .check()
+                .map_err(|reason| Error::request("metadata", reason))?;
         }
         if self.delay.is_some_and(|delay| delay > MAX_DURATION) {
             return Err(Error::request("delay", TOO_LONG));

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
+use crate::metadata::Metadata;
 use crate::response::Response;
 use crate::status::Status;
 
@@ -26,6 +27,7 @@ pub struct Outcome {
     pub(crate) attempts: u32,
     pub(crate) response: Option<Response>,
     pub(crate) fault: Option<Fault>,
+    pub(crate) metadata: Option<Metadata>,
     /// The claim that ended the request made no attempt, so the claim is not counted as one.
     pub(crate) without_attempt: bool,
 }
@@ -95,6 +97,13 @@ impl Outcome {
         self.fault.as_ref().map(|fault| &*fault.text)
     }
 
+    /// What the application attached to the request with
+    /// [`Options::metadata`](crate::Options::metadata). Parsed at the first call; outcomes are read
+    /// without parsing it.
+    pub fn metadata(&self) -> Option<&serde_json::Value> {
+        self.metadata.as_ref()?.value()
+    }
+
     /// An outcome with a response: a final one, or the last one of a request that is given up.
     pub(crate) fn answered(status: Status, response: Response) -> Self {
         Self {
@@ -103,6 +112,7 @@ impl Outcome {
             attempts: 0,
             response: Some(response),
             fault: None,
+            metadata: None,
             without_attempt: false,
         }
     }
@@ -140,6 +150,7 @@ impl Outcome {
             attempts: 0,
             response: None,
             fault: Some(fault),
+            metadata: None,
             without_attempt: false,
         }
     }

@@ -188,7 +188,7 @@ impl Durable {
             .store()
             .insert_for_caller(executor, &prepared.row)
             .await?
-            .persisted(prepared.id())
+            .persisted(&prepared.row)
     }
 
     /// Persists a request, delivers it and waits for its response: a final one, or the last one

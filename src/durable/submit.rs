@@ -79,6 +79,7 @@ impl Durable {
             delay: options.delay.unwrap_or_default(),
             head: codec::encode_request(&request, &uri, &delivery),
             body: request.body.clone(),
+            metadata: options.metadata.clone(),
             waiter: (mode == Mode::Awaited).then_some(self.engine().driver().instance),
             initial: Initial::Waiting,
         };
@@ -123,12 +124,6 @@ pub(crate) enum Mode {
 pub(crate) struct Prepared {
     pub(super) row: NewRequest,
     job: Job,
-}
-
-impl Prepared {
-    pub(super) fn id(&self) -> RequestId {
-        self.row.id
-    }
 }
 
 /// Waits for the response of a request that was submitted. Runs on any executor.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::attempt::Driver;
 use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
 use crate::dead_letter::{Resolution, Wanted};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, Operation};
 use crate::id::RequestId;
 use crate::store::Store;
 use crate::store::dead_letters::{ChangeResult, Page, Replayed};
@@ -33,7 +33,9 @@ pub(crate) async fn replay_one(driver: Arc<Driver>, old: RequestId) -> Result<Re
         match replayed.first() {
             Some((_, _, ChangeResult::Done)) => return Ok(new),
             Some((_, _, ChangeResult::Busy)) => pause.wait().await,
-            Some((_, _, result)) => return Err(not_changed(old, *result)),
+            Some((_, _, result)) => {
+                return Err(not_changed(Operation::Replay, old, result.clone()));
+            }
             None => return Err(Error::new(Kind::UnknownId).with_id(old)),
         }
     }
@@ -87,7 +89,7 @@ pub(crate) async fn replay_all(
                 },
                 // Another call was quicker, the stored request is gone, or its ordering key belongs
                 // to another channel for now.
-                ChangeResult::WrongState(_) | ChangeResult::Gone | ChangeResult::Elsewhere => {}
+                ChangeResult::WrongState(_) | ChangeResult::Gone | ChangeResult::Elsewhere(_) => {}
             }
         }
     }
@@ -156,21 +158,25 @@ pub(crate) async fn resolve(
         match store.resolve(id, resolution, finished_at).await? {
             ChangeResult::Done => return Ok(()),
             ChangeResult::Busy => pause.wait().await,
-            result => return Err(not_changed(id, result)),
+            result => return Err(not_changed(Operation::Resolve, id, result)),
         }
     }
 }
 
-fn not_changed(id: RequestId, result: ChangeResult) -> Error {
+fn not_changed(operation: Operation, id: RequestId, result: ChangeResult) -> Error {
     let kind = match result {
         ChangeResult::WrongState(state) => match state.status {
             None => Kind::UnknownId,
             Some(status) => Kind::WrongState {
+                operation,
                 status,
                 replayed_as: state.replayed_as,
             },
         },
-        ChangeResult::Elsewhere => Kind::OrderConflict,
+        ChangeResult::Elsewhere(key) => Kind::OrderConflict {
+            key: key.key,
+            holder: key.channel,
+        },
         ChangeResult::Gone => Kind::Corrupt("its payload is gone".into()),
         // The callers handle these two themselves.
         ChangeResult::Done | ChangeResult::Busy => Kind::Corrupt("the change had no result".into()),

@@ -327,7 +327,7 @@ async fn insert_when_free(
         store.verify().await?;
         match store.try_insert_locked(row, unknown_since.is_some()).await {
             Ok(Inserted::Busy) => {}
-            Ok(inserted) => return inserted.persisted(row.id),
+            Ok(inserted) => return inserted.persisted(row),
             Err(error) if error.is_unknown() || unknown_since.is_some() => {
                 let since = *unknown_since.get_or_insert_with(Instant::now);
                 let limit = RETRY_UNKNOWN_FOR.min(store.config().lease / 2);

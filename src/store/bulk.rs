@@ -1,5 +1,6 @@
 //! Persisting many requests in one transaction.
 
+use sqlx::postgres::PgRow;
 use sqlx::{Executor, PgConnection, Row};
 use uuid::Uuid;
 
@@ -128,35 +129,39 @@ async fn write(
     let rows = &chunk.rows;
     if let [row] = &**rows {
         let inserted = insert_one(connection, schema, row, how).await?;
-        return inserted.persisted(row.id).map(|id| vec![id]);
+        return inserted.persisted(row).map(|id| vec![id]);
     }
     match insert_many(connection, schema, rows, how).await? {
-        Some(_) => Err(Error::new(Kind::OrderConflict)),
+        Some((id, holder)) => {
+            let row = rows.iter().find(|row| row.id == id).unwrap_or(&rows[0]);
+            Err(row.order_conflict(holder))
+        }
         None => Ok(rows.iter().map(|row| row.id).collect()),
     }
 }
 
 /// Inserts requests without a key of the caller's, in order, through a function of the schema.
-/// Returns a request whose ordering key another channel has; then no row was inserted.
+/// Returns a request whose ordering key another channel has, and that channel; then no row was
+/// inserted.
 async fn insert_many(
     connection: &mut PgConnection,
     schema: &str,
     requests: &[NewRequest],
     how: Inserting,
-) -> Result<Option<RequestId>, sqlx::Error> {
+) -> Result<Option<(RequestId, String)>, sqlx::Error> {
     let call = format!(
-        "SELECT {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        "SELECT request_id, elsewhere FROM {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $9, $10, $11, $12, $8)",
         quoted(schema)
     );
     let notify = how.notify && requests.iter().any(NewRequest::needs_runner);
-    let row = bind_columns(sqlx::query(&call), requests)
+    let elsewhere = bind_columns(sqlx::query(&call), requests)
         .bind(requests.iter().map(|r| r.ordered).collect::<Vec<_>>())
         .bind(requests.iter().map(|r| r.halts).collect::<Vec<_>>())
         .bind(MESSAGE_NAME)
         .bind(notify)
         .persistent(how.prepared)
-        .fetch_one(connection)
+        .fetch_optional(connection)
         .await?;
-    let elsewhere: Option<Uuid> = row.try_get(0)?;
-    Ok(elsewhere.map(RequestId::from))
+    let conflict = |row: PgRow| Ok((RequestId::from(row.try_get::<Uuid, _>(0)?), row.try_get(1)?));
+    elsewhere.map(conflict).transpose()
 }

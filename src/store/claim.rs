@@ -13,6 +13,7 @@ use super::settle::Fence;
 use super::{Store, StoreError, millis};
 use crate::error::Error;
 use crate::id::RequestId;
+use crate::metadata::Metadata;
 
 /// What `mq_poll` returns for a claimed request.
 #[derive(Debug, Deserialize)]
@@ -32,6 +33,7 @@ pub(crate) struct PolledRow {
     pub(crate) fetch_body: bool,
     /// The request's stored head, or `None` if its payload is gone.
     head: Option<Box<RawValue>>,
+    metadata: Option<Box<RawValue>>,
 }
 
 impl PolledRow {
@@ -51,6 +53,11 @@ impl PolledRow {
 
     pub(crate) fn head(&self) -> Option<&str> {
         self.head.as_deref().map(RawValue::get)
+    }
+
+    pub(crate) fn metadata(&self) -> Option<Metadata> {
+        let metadata = self.metadata.as_deref()?;
+        Some(Metadata::stored(metadata.get()))
     }
 }
 

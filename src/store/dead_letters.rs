@@ -9,8 +9,10 @@ use uuid::Uuid;
 
 use super::{Store, StoreError, millis};
 use crate::dead_letter::{DeadLetter, HaltedKey, Resolution, Wanted};
+use crate::destination::ordering_key;
 use crate::error::Error;
 use crate::id::RequestId;
+use crate::metadata::Metadata;
 use crate::status::Status;
 
 /// Which dead letters the next statement is about.
@@ -147,7 +149,8 @@ const COLUMNS: &str = r#"
     (extract(epoch FROM o.created_at) * 1000000)::bigint AS created_at,
     (extract(epoch FROM o.finished_at) * 1000000)::bigint AS finished_at,
     request_destination(p.head) AS destination,
-    substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method"#;
+    substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method,
+    o.metadata::text AS metadata"#;
 
 /// Reads the partition's index by id, so a page costs what it shows and not what came before.
 const MATCHING: &str = "
@@ -195,13 +198,13 @@ async fn ids(connection: &mut PgConnection, page: &Page) -> Result<Vec<RequestId
 }
 
 /// What a change of a dead letter did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ChangeResult {
     Done,
     /// Nothing: a transaction holds the ordering key.
     Busy,
     /// Nothing: unfinished requests of another channel have the ordering key.
-    Elsewhere,
+    Elsewhere(KeyHolder),
     /// Nothing: the stored request is gone.
     Gone,
     /// Nothing: the request is no dead letter, or not of the right status.
@@ -216,14 +219,45 @@ pub(crate) struct CurrentState {
     pub(crate) replayed_as: Option<RequestId>,
 }
 
-fn change_result(verdict: Option<&str>, state: CurrentState) -> ChangeResult {
-    match verdict {
+/// An ordering key that a change needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct KeyHolder {
+    pub(crate) key: Box<str>,
+    /// The channel that has the key, unless its requests finished meanwhile.
+    pub(crate) channel: Option<Box<str>>,
+}
+
+/// What a function of the schema did with a request, by its verdict. Looks up why it did nothing.
+async fn change_result(
+    connection: &mut PgConnection,
+    verdict: Option<&str>,
+    id: RequestId,
+) -> Result<ChangeResult, sqlx::Error> {
+    Ok(match verdict {
         Some("busy") => ChangeResult::Busy,
-        Some("elsewhere") => ChangeResult::Elsewhere,
+        Some("elsewhere") => ChangeResult::Elsewhere(key_holder(connection, id).await?),
         Some("gone") => ChangeResult::Gone,
         Some(_) => ChangeResult::Done,
-        None => ChangeResult::WrongState(state),
-    }
+        None => ChangeResult::WrongState(current_state(connection, id).await?),
+    })
+}
+
+async fn key_holder(
+    connection: &mut PgConnection,
+    id: RequestId,
+) -> Result<KeyHolder, sqlx::Error> {
+    let found: Option<(String, Option<String>)> = sqlx::query_as(
+        "SELECT o.channel_args, ordered_elsewhere(o.channel_name, o.channel_args)
+         FROM outcomes o WHERE o.id = $1 LIMIT 1",
+    )
+    .bind(Uuid::from(id))
+    .fetch_optional(connection)
+    .await?;
+    let (group, channel) = found.unwrap_or_default();
+    Ok(KeyHolder {
+        key: ordering_key(&group).into(),
+        channel: channel.map(Into::into),
+    })
 }
 
 async fn current_state(
@@ -265,14 +299,7 @@ async fn replay(
     let mut replayed = Vec::with_capacity(rows.len());
     for (old, new, verdict) in rows {
         let old = RequestId::from(old);
-        let state = match verdict {
-            Some(_) => CurrentState {
-                status: None,
-                replayed_as: None,
-            },
-            None => current_state(connection, old).await?,
-        };
-        let result = change_result(verdict.as_deref(), state);
+        let result = change_result(&mut *connection, verdict.as_deref(), old).await?;
         replayed.push((old, new.into(), result));
     }
     Ok(replayed)
@@ -297,8 +324,7 @@ async fn resolve(
     .bind(millis(retention))
     .fetch_one(&mut *connection)
     .await?;
-    let state = current_state(connection, id).await?;
-    Ok(change_result(verdict.as_deref(), state))
+    change_result(connection, verdict.as_deref(), id).await
 }
 
 async fn purge(connection: &mut PgConnection, ids: &[RequestId]) -> Result<u64, sqlx::Error> {
@@ -432,6 +458,9 @@ fn dead_letter(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
         http_status: http_status.map(i16::unsigned_abs),
         error_class: row.try_get("error_class")?,
         error: row.try_get("error")?,
+        metadata: row
+            .try_get::<Option<String>, _>("metadata")?
+            .and_then(|json| Metadata::stored(json).value().cloned()),
     })
 }
 

@@ -10,8 +10,10 @@ use sqlx::{PgConnection, PgExecutor, Postgres};
 use uuid::Uuid;
 
 use super::{Store, StoreError, millis, quoted};
+use crate::destination::ordering_key;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
+use crate::metadata::Metadata;
 
 /// The longest time between two polls of a runner, as `mq_poll` returns it.
 pub(crate) const RUNNER_WAIT: Duration = Duration::from_secs(1);
@@ -32,6 +34,7 @@ pub(crate) struct NewRequest {
     pub(crate) deadline: Option<Duration>,
     pub(crate) head: String,
     pub(crate) body: Option<Bytes>,
+    pub(crate) metadata: Option<Metadata>,
     /// The instance that waits for the outcome.
     pub(crate) waiter: Option<Uuid>,
     pub(crate) key: Option<Key>,
@@ -86,7 +89,21 @@ impl NewRequest {
 
     /// How many bytes the row moves, about.
     pub(crate) fn size(&self) -> usize {
-        self.head.len() + self.body.as_ref().map_or(0, Bytes::len)
+        self.head.len()
+            + self.body.as_ref().map_or(0, Bytes::len)
+            + self.metadata().map_or(0, str::len)
+    }
+
+    /// The error if unfinished requests of this other channel have the ordering key.
+    pub(super) fn order_conflict(&self, holder: impl Into<Box<str>>) -> Error {
+        Error::new(Kind::OrderConflict {
+            key: ordering_key(&self.group).into(),
+            holder: Some(holder.into()),
+        })
+    }
+
+    fn metadata(&self) -> Option<&str> {
+        self.metadata.as_ref().map(Metadata::json)
     }
 }
 
@@ -98,15 +115,15 @@ macro_rules! insert_many {
             "WITH input AS MATERIALIZED (
                 SELECT i.* FROM unnest(
                     $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[],
-                    $8::uuid[], $9::smallint[]
+                    $8::text[], $9::uuid[], $10::smallint[]
                 ) WITH ORDINALITY AS i(
-                    id, channel_name, channel_args, delay_ms, deadline_ms, head, waiter, state,
-                    number
+                    id, channel_name, channel_args, delay_ms, deadline_ms, head, metadata, waiter,
+                    state, number
                 ) ",
             $only,
             "), payloads AS (
-                INSERT INTO mq_payloads (id, name, head, body)
-                SELECT i.id, $10, i.head, ($7::bytea[])[i.number] FROM input i
+                INSERT INTO mq_payloads (id, name, head, body, metadata)
+                SELECT i.id, $11, i.head, ($7::bytea[])[i.number], i.metadata::json FROM input i
             )
             INSERT INTO mq_msgs (
                 id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state,
@@ -115,7 +132,7 @@ macro_rules! insert_many {
             SELECT
                 i.id, i.channel_name, i.channel_args,
                 clock_timestamp()
-                    + (i.delay_ms + CASE WHEN i.state > 0 THEN $11 ELSE 0 END)
+                    + (i.delay_ms + CASE WHEN i.state > 0 THEN $12 ELSE 0 END)
                     * interval '1 millisecond',
                 i.waiter, (i.state > 0)::int, (i.state > 0)::int, i.state,
                 clock_timestamp() + i.deadline_ms * interval '1 millisecond'
@@ -138,16 +155,19 @@ const INSERT_AGAIN: &str = insert_many!(
 
 /// The same for one row: without arrays to unnest it takes half the time.
 const INSERT_ALONE: &str = "
-    WITH payload AS (INSERT INTO mq_payloads (id, name, head, body) VALUES ($1, $10, $6, $7))
+    WITH payload AS (
+        INSERT INTO mq_payloads (id, name, head, body, metadata)
+        VALUES ($1, $11, $6, $7, $8::text::json)
+    )
     INSERT INTO mq_msgs (
         id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline
     )
     VALUES (
         $1, $2, $3,
         clock_timestamp()
-            + ($4::bigint + CASE WHEN $9::smallint > 0 THEN $11::bigint ELSE 0 END)
+            + ($4::bigint + CASE WHEN $10::smallint > 0 THEN $12::bigint ELSE 0 END)
             * interval '1 millisecond',
-        $8, ($9 > 0)::int, ($9 > 0)::int, $9,
+        $9, ($10 > 0)::int, ($10 > 0)::int, $10,
         clock_timestamp() + $5::bigint * interval '1 millisecond'
     )";
 
@@ -252,7 +272,7 @@ async fn insert(
     Ok(())
 }
 
-/// Binds the first seven parameters, which every insert of many rows has.
+/// Binds the first eight parameters, which every insert of many rows has.
 pub(super) fn bind_columns<'q>(
     query: Query<'q, Postgres, PgArguments>,
     requests: &'q [NewRequest],
@@ -276,6 +296,7 @@ pub(super) fn bind_columns<'q>(
                 .map(|r| r.body.as_deref())
                 .collect::<Vec<_>>(),
         )
+        .bind(column.map(NewRequest::metadata).collect::<Vec<_>>())
 }
 
 async fn insert_alone(
@@ -291,6 +312,7 @@ async fn insert_alone(
         .bind(request.deadline.map(millis))
         .bind(&*request.head)
         .bind(request.body.as_deref())
+        .bind(request.metadata())
         .bind(request.waiter)
         .bind(request.initial.state())
         .bind(MESSAGE_NAME)
@@ -321,7 +343,7 @@ pub(super) struct Inserting {
 }
 
 /// What an insert did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Inserted {
     New,
     /// Nothing: this earlier request has the key, and is the same request.
@@ -330,19 +352,26 @@ pub(crate) enum Inserted {
     Conflict(RequestId),
     /// Nothing: another transaction holds one of the keys.
     Busy,
-    /// Nothing: unfinished requests of another channel have the ordering key.
-    Elsewhere,
+    /// Nothing: unfinished requests of this other channel have the ordering key.
+    Elsewhere(Box<str>),
 }
 
 impl Inserted {
-    /// The caller's result: the id of the persisted request, which is `id` or that of an earlier
-    /// request with the same key.
-    pub(crate) fn persisted(self, id: RequestId) -> Result<RequestId, Error> {
+    /// The caller's result: the id of the persisted request, which is `request` or an earlier one
+    /// with the same key.
+    pub(crate) fn persisted(self, request: &NewRequest) -> Result<RequestId, Error> {
         match self {
-            Self::New => Ok(id),
+            Self::New => Ok(request.id),
             Self::Attached(first) => Ok(first),
-            Self::Conflict(first) => Err(Error::new(Kind::KeyConflict).with_id(first)),
-            Self::Elsewhere => Err(Error::new(Kind::OrderConflict)),
+            Self::Conflict(first) => {
+                let key = request.key.as_ref();
+                let kind = Kind::KeyConflict {
+                    key: key.map(|key| Arc::clone(&key.key)).unwrap_or_default(),
+                    channel: Arc::clone(&request.channel),
+                };
+                Err(Error::new(kind).with_id(first))
+            }
+            Self::Elsewhere(holder) => Err(request.order_conflict(holder)),
             Self::Busy => Err(Error::new(Kind::Database(sqlx::Error::Protocol(
                 "the insert did not wait for a key that another transaction holds".to_owned(),
             )))),
@@ -359,18 +388,19 @@ pub(super) async fn insert_one<'c>(
 ) -> Result<Inserted, sqlx::Error> {
     // On a caller's connection nothing may depend on the search_path, not even an operator.
     let call = format!(
-        "SELECT verdict, request_id FROM {}.enqueue(
+        "SELECT verdict, request_id, elsewhere FROM {}.enqueue(
             $1, $2, $3, $4, $5,
             $6 OPERATOR(pg_catalog.*) interval '1 millisecond',
             $7 OPERATOR(pg_catalog.*) interval '1 millisecond',
             $8, $9, $10, $11, $12,
             $13 OPERATOR(pg_catalog.*) interval '1 millisecond', $14, $15, $16,
-            $17 OPERATOR(pg_catalog.*) interval '1 millisecond', $18, $19, $20
+            $17 OPERATOR(pg_catalog.*) interval '1 millisecond', $18, $19, $20,
+            $21::pg_catalog.text::pg_catalog.json
         )",
         quoted(schema)
     );
     let key = request.key.as_ref();
-    let (verdict, id): (String, Option<Uuid>) = sqlx::query_as(&call)
+    let (verdict, id, elsewhere): (String, Option<Uuid>, Option<String>) = sqlx::query_as(&call)
         .bind(Uuid::from(request.id))
         .bind(&*request.channel)
         .bind(&*request.group)
@@ -391,6 +421,7 @@ pub(super) async fn insert_one<'c>(
         .bind(how.notify && request.needs_runner())
         .bind(how.wait)
         .bind(how.again)
+        .bind(request.metadata())
         .persistent(how.prepared)
         .fetch_one(executor)
         .await?;
@@ -398,7 +429,7 @@ pub(super) async fn insert_one<'c>(
         ("attached", Some(id)) if id != Uuid::from(request.id) => Inserted::Attached(id.into()),
         ("conflict", Some(id)) => Inserted::Conflict(id.into()),
         ("busy", _) => Inserted::Busy,
-        ("elsewhere", _) => Inserted::Elsewhere,
+        ("elsewhere", _) => Inserted::Elsewhere(elsewhere.unwrap_or_default().into()),
         _ => Inserted::New,
     })
 }

@@ -8,6 +8,7 @@ use super::{Store, StoreError};
 use crate::codec;
 use crate::error::Error;
 use crate::id::RequestId;
+use crate::metadata::Metadata;
 use crate::outcome::{Fault, Outcome};
 use crate::status::Status;
 
@@ -87,6 +88,7 @@ async fn find(
         "SELECT
             i.id, m.claim_no IS NOT NULL AS queued,
             o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
+            o.metadata::text,
             CASE WHEN o.status IN ('discarded', 'ambiguous') THEN (
                 SELECT request_destination(p.head) FROM mq_payloads p WHERE p.id = i.id
             ) END AS destination
@@ -147,6 +149,9 @@ pub(super) fn outcome(
                 Ok::<_, sqlx::Error>(Fault::new(class, text.unwrap_or_default()))
             })
             .transpose()?,
+        metadata: row
+            .try_get::<Option<String>, _>("metadata")?
+            .map(Metadata::stored),
         without_attempt: false,
     })
 }

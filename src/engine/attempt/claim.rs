@@ -20,6 +20,7 @@ use crate::classify::FailureClass;
 use crate::codec;
 use crate::destination::Destination;
 use crate::engine::settle::{AttemptResult, Held, Settlement};
+use crate::metadata::Metadata;
 use crate::options::Guarantee;
 use crate::outcome::{Fault, Outcome};
 use crate::retry::Retry;
@@ -97,7 +98,8 @@ impl PolledClaim {
     /// Finishes the request without an attempt.
     pub(crate) fn finish(self, outcome: Outcome) {
         let destination = self.destination();
-        self.settle(finish(outcome.without_attempt(), || destination));
+        let metadata = self.head.metadata();
+        self.settle(finish(outcome.without_attempt(), metadata, || destination));
     }
 
     /// Puts the request back, without counting an attempt.
@@ -312,7 +314,7 @@ impl Claim {
 
     /// Finishes the request. The settle lane waits for the commit.
     pub(crate) fn finish(mut self, outcome: Outcome) {
-        let result = finish(outcome, || Some(self.job.destination().to_string()));
+        let result = self.finished(outcome);
         self.settle(result);
     }
 
@@ -355,6 +357,12 @@ impl Claim {
             || self.driver.waiters.contains(self.job.id)
     }
 
+    fn finished(&self, outcome: Outcome) -> AttemptResult {
+        let metadata = self.job.request.options.metadata.clone();
+        let destination = || Some(self.job.destination().to_string());
+        finish(outcome, metadata, destination)
+    }
+
     fn settle(&mut self, result: AttemptResult) {
         let urgent = self.is_urgent();
         if let Some(lease) = self.lease.take() {
@@ -379,7 +387,7 @@ impl Drop for Claim {
             Some(_) if self.is_once() => {
                 let outcome =
                     Outcome::ambiguous(id, Fault::new(class.as_str(), ABANDONED.to_owned()));
-                finish(outcome, || Some(self.job.destination().to_string()))
+                self.finished(outcome)
             }
             Some(began) => {
                 if let Some(delay) = self.next_delay(None) {
@@ -397,7 +405,7 @@ impl Drop for Claim {
                 } else {
                     let outcome =
                         Outcome::discarded(id, Fault::new(class.as_str(), ABANDONED.to_owned()));
-                    finish(outcome, || Some(self.job.destination().to_string()))
+                    self.finished(outcome)
                 }
             }
         };
@@ -406,7 +414,12 @@ impl Drop for Claim {
 }
 
 /// `destination` is only called for a dead letter, whose log line shows it.
-fn finish(outcome: Outcome, destination: impl FnOnce() -> Option<String>) -> AttemptResult {
+fn finish(
+    mut outcome: Outcome,
+    metadata: Option<Metadata>,
+    destination: impl FnOnce() -> Option<String>,
+) -> AttemptResult {
+    outcome.metadata = metadata;
     let is_dead_letter = matches!(outcome.status, Status::Discarded | Status::Ambiguous);
     let destination = is_dead_letter.then(destination).flatten();
     AttemptResult::Finish {

@@ -126,8 +126,9 @@ async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
     } else {
         claim.current().raw_bytes().map(Bytes::copy_from_slice)
     };
-    let (request, uri, delivery) =
+    let (mut request, uri, delivery) =
         codec::decode_request(stored, body).map_err(Unusable::Corrupt)?;
+    request.options.metadata = claim.head().metadata();
     Ok(Job::new(id, request, uri, delivery))
 }
 

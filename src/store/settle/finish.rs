@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::{Fence, SettledRow, settled_row, status_of};
 use crate::codec;
 use crate::id::RequestId;
+use crate::metadata::Metadata;
 use crate::outcome::Outcome;
 use crate::response::Response;
 use crate::status::Status;
@@ -59,24 +60,24 @@ macro_rules! finish {
             ), stored AS (
                 INSERT INTO outcomes (
                     slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
-                    expires_at, http_status, head, body, error_class, error
+                    expires_at, http_status, head, body, error_class, error, metadata
                 )
                 SELECT
                     CASE WHEN f.status IN ('completed', 'cancelled')
                         THEN (
-                            SELECT outcome_slot(clock_timestamp(), $10 * interval '1 millisecond')
+                            SELECT outcome_slot(clock_timestamp(), $11 * interval '1 millisecond')
                         )
                         ELSE -1 END,
                     f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at,
                     clock_timestamp(),
                     CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN clock_timestamp() + $10 * interval '1 millisecond' END,
+                        THEN clock_timestamp() + $11 * interval '1 millisecond' END,
                     CASE WHEN f.earlier THEN f.earlier_status ELSE f.http_status END,
                     CASE WHEN f.earlier THEN f.earlier_head ELSE f.head END,
                     CASE WHEN f.earlier THEN f.earlier_body ELSE ",
             $body,
             " END,
-                    f.error_class, f.error
+                    f.error_class, f.error, f.metadata::json
                 FROM finished f
             ), to_handle AS (
                 INSERT INTO unhandled (id, channel_name)
@@ -114,9 +115,12 @@ macro_rules! many {
     () => {
         "SELECT i.* FROM unnest(
             $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[],
-            $9::bool[]
+            $9::bool[], $10::text[]
         ) WITH ORDINALITY
-            AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)"
+            AS i(
+                id, claim_no, status, http_status, head, error_class, error, unmade, metadata,
+                number
+            )"
     };
 }
 
@@ -128,7 +132,7 @@ const FINISH_ALONE: &str = finish!(
     "SELECT
         $1::uuid AS id, $2::int AS claim_no, $3::text AS status, $4::smallint AS http_status,
         $5::text AS head,
-        $7::text AS error_class, $8::text AS error, $9::bool AS unmade",
+        $7::text AS error_class, $8::text AS error, $9::bool AS unmade, $10::text AS metadata",
     "$6::bytea"
 );
 
@@ -191,6 +195,10 @@ fn is_dead_letter(outcome: &Outcome) -> bool {
     matches!(outcome.status, Status::Discarded | Status::Ambiguous)
 }
 
+fn metadata_of(outcome: &Outcome) -> Option<&str> {
+    outcome.metadata.as_ref().map(Metadata::json)
+}
+
 fn bind_alone(fence: Fence, outcome: &Outcome) -> Query<'_, Postgres, PgArguments> {
     let response = outcome.response.as_ref();
     let fault = outcome.fault.as_ref();
@@ -204,6 +212,7 @@ fn bind_alone(fence: Fence, outcome: &Outcome) -> Query<'_, Postgres, PgArgument
         .bind(fault.map(|fault| &*fault.class))
         .bind(fault.map(|fault| &*fault.text))
         .bind(outcome.without_attempt)
+        .bind(metadata_of(outcome))
 }
 
 fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
@@ -250,9 +259,11 @@ fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
     )
     .bind(
         outcomes
+            .clone()
             .map(|outcome| outcome.without_attempt)
             .collect::<Vec<_>>(),
     )
+    .bind(outcomes.map(metadata_of).collect::<Vec<_>>())
 }
 
 fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Box<Response>>, sqlx::Error> {
