@@ -5,8 +5,8 @@ DROP TYPE mq_new_t;
 DROP FUNCTION cancel_channels(text[], interval, int);
 DROP FUNCTION cancel_request(uuid, interval);
 DROP FUNCTION enqueue_many(
-    uuid[], text[], text[], bigint[], bigint[], text[], bytea[], boolean[], boolean[], text, boolean,
-    text[]
+    uuid[], text[], text[], bigint[], bigint[], text[], bytea[], boolean[], boolean[], text,
+    boolean, text[]
 );
 DROP FUNCTION enqueue(
     uuid, text, text, boolean, boolean, interval, interval, text, text, bytea, uuid, smallint,

@@ -224,7 +224,7 @@ BEGIN
         EXISTS (SELECT FROM mq_payloads p WHERE p.id = p_id)
         OR EXISTS (SELECT FROM outcomes o WHERE o.id = p_id)
     ) THEN
-        RETURN QUERY SELECT 'inserted', p_id;
+        RETURN QUERY SELECT 'inserted', p_id, NULL;
         RETURN;
     END IF;
     IF p_key IS NOT NULL THEN
@@ -288,7 +288,7 @@ BEGIN
     IF p_notify THEN
         PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
     END IF;
-    RETURN QUERY SELECT 'inserted', p_id;
+    RETURN QUERY SELECT 'inserted', p_id, NULL;
 END;
 $$;
 

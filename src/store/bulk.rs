@@ -150,7 +150,8 @@ async fn insert_many(
     how: Inserting,
 ) -> Result<Option<(RequestId, String)>, sqlx::Error> {
     let call = format!(
-        "SELECT request_id, elsewhere FROM {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $9, $10, $11, $12, $8)",
+        "SELECT request_id, elsewhere
+         FROM {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $9, $10, $11, $12, $8)",
         quoted(schema)
     );
     let notify = how.notify && requests.iter().any(NewRequest::needs_runner);

@@ -12,6 +12,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
 
+use super::connect::located;
 use super::idle::{Checkout, IdleConnections};
 use super::quoted;
 use super::runner_pool::Uses;
@@ -191,6 +192,7 @@ impl Db {
                 Ok(result)
             }
             Err(error) => {
+                let error = located(error, &self.pool.connect_options());
                 let error = StoreError::new(operation, error);
                 if error.unknown {
                     drop(checkout.connection.detach());

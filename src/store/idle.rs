@@ -4,6 +4,7 @@
 //! and hands out the one that has been idle longest. Here the connection used last is reused at
 //! once, and the pool only gets back connections that weren't used for a while.
 
+use std::io::{Error as IoError, ErrorKind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::{PgPool, Postgres};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use super::connect::Connector;
 use super::db::{ACQUIRE_TIMEOUT, TRUSTED_FOR};
 
 /// The pool closes connections that have grown old, and must see them for that.
@@ -24,6 +26,7 @@ pub(super) struct IdleConnections {
     /// One permit for each of the pool's connections for statements, so that no statement waits in
     /// the pool for a connection that is idle here.
     permits: Semaphore,
+    connector: Connector,
 }
 
 #[derive(Debug)]
@@ -48,6 +51,7 @@ impl IdleConnections {
         Self {
             idle: Mutex::default(),
             permits: Semaphore::new(connections as usize),
+            connector: Connector::default(),
         }
     }
 
@@ -56,7 +60,7 @@ impl IdleConnections {
             Ok(permit) => permit,
             Err(_) => tokio::time::timeout(ACQUIRE_TIMEOUT, self.permits.acquire())
                 .await
-                .map_err(|_elapsed| sqlx::Error::PoolTimedOut)?
+                .map_err(|_elapsed| all_busy())?
                 .map_err(|_closed| sqlx::Error::PoolClosed)?,
         };
         let now = Instant::now();
@@ -67,7 +71,8 @@ impl IdleConnections {
         };
         let (connection, left_pool) = match latest {
             Some(latest) => (latest.connection, latest.left_pool),
-            None => (pool.acquire().await?, now),
+            // Boxed, because most statements don't take the room of it.
+            None => (Box::pin(self.connector.connect(pool)).await?, now),
         };
         Ok(Checkout {
             connection,
@@ -101,6 +106,14 @@ impl IdleConnections {
     fn lock(&self) -> MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn all_busy() -> sqlx::Error {
+    let text = format!(
+        "all of the handle's connections were busy for {} s; raise DurableBuilder::max_connections",
+        ACQUIRE_TIMEOUT.as_secs()
+    );
+    sqlx::Error::Io(IoError::new(ErrorKind::TimedOut, text))
 }
 
 fn drop_expired(idle: &mut Vec<Idle>, now: Instant) {

@@ -7,6 +7,7 @@
 pub(crate) mod bulk;
 pub(crate) mod cancel;
 pub(crate) mod claim;
+mod connect;
 mod db;
 pub(crate) mod dead_letters;
 pub(crate) mod enqueue;

@@ -70,7 +70,12 @@ async fn one_refused_request_keeps_all_from_being_persisted() {
     assert_eq!(error.unwrap_err().field(), Some("channel"));
     let other_channel = || Options::default().ordered("k").channel("other");
     let error = in_time(durable.fire_many(with_last(other_channel()))).await;
-    assert!(error.unwrap_err().is_order_conflict());
+    let error = error.unwrap_err();
+    assert!(error.is_order_conflict());
+    assert!(
+        error.to_string().contains(r#"the ordering key "k""#),
+        "{error}"
+    );
     let few = [
         post(url, "x").with(Options::default().ordered("k")),
         post(url, "x").with(other_channel()),

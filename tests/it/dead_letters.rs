@@ -239,7 +239,12 @@ async fn only_dead_letters_can_be_replayed_resolved_or_purged() {
 
     let discarded = ends(&durable, post(server.url("/"), "x"), Status::Discarded).await;
     let error = durable.resolve(discarded, Resolution::NotSent).await;
-    assert!(error.unwrap_err().is_wrong_state());
+    let error = error.unwrap_err();
+    assert!(error.is_wrong_state());
+    assert!(
+        error.to_string().contains("to send it again, replay it"),
+        "{error}"
+    );
     recovered.store(true, Ordering::SeqCst);
     let completed = ends(&durable, post(server.url("/"), "x"), Status::Completed).await;
     let later =
@@ -249,8 +254,10 @@ async fn only_dead_letters_can_be_replayed_resolved_or_purged() {
         let error = durable.replay(id).await.unwrap_err();
         assert!(error.is_wrong_state(), "{error}");
         assert!(error.to_string().contains(status.as_str()), "{error}");
+        assert!(error.to_string().contains("can be replayed"), "{error}");
         let error = durable.resolve(id, Resolution::Sent).await.unwrap_err();
         assert!(error.is_wrong_state(), "{error}");
+        assert!(error.to_string().contains("can be resolved"), "{error}");
         assert_eq!(durable.status(id).await.unwrap(), Some(status));
     }
     let all = DeadLetterFilter::default();

@@ -99,6 +99,10 @@ async fn reusing_a_key_for_a_different_request_is_an_error() {
         assert!(error.is_key_conflict(), "{error:?}");
         assert_eq!(error.request_id(), Some(first));
         assert_eq!(error.field(), Some("key"));
+        let text = error.to_string();
+        for part in [&*first.to_string(), r#"key: "k""#, r#"channel "default""#] {
+            assert!(text.contains(part), "{text}");
+        }
         let error = in_time(durable.await_response(&other)).await.unwrap_err();
         assert!(error.is_key_conflict(), "{error:?}");
         let error = durable.fire_in(database.pool(), &other).await.unwrap_err();
@@ -296,6 +300,11 @@ async fn an_ordering_key_belongs_to_one_channel_at_a_time() {
         ] {
             assert!(error.is_order_conflict(), "{error:?}");
             assert_eq!(error.field(), Some("ordered"));
+            let text = error.to_string();
+            assert!(
+                text.contains(r#"channel "m" have the ordering key "k""#),
+                "{text}"
+            );
         }
         // The same holds within a transaction that has not committed yet.
         let mut transaction = database.pool().begin().await.unwrap();
@@ -332,6 +341,11 @@ async fn a_replay_is_refused_while_another_channel_has_its_key() {
     let error = durable.replay(kept).await.unwrap_err();
     assert!(error.is_order_conflict(), "{error:?}");
     assert_eq!(error.request_id(), Some(kept));
+    let text = error.to_string();
+    assert!(
+        text.contains(r#"channel "a" have the ordering key "k""#),
+        "{text}"
+    );
     assert_eq!(durable.status(kept).await.unwrap(), Some(Status::Discarded));
     assert!(durable.cancel(holder).await.unwrap());
     let replayed = durable.replay(kept).await.unwrap();

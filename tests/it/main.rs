@@ -17,6 +17,7 @@ mod input;
 mod keys;
 mod layer;
 mod logs;
+mod metadata;
 mod middleware;
 mod migrations;
 mod outcomes;

@@ -1,17 +1,18 @@
 //! Calls on a database that is closed, stopped, or not at this version of the schema.
 
 use std::error::Error as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use requeuest::testkit::{Postgres, StopMode};
 use requeuest::{Durable, Error, Options, RequestId, Status, Uuid};
-use sqlx::Executor;
 use sqlx::postgres::PgPoolOptions;
+use sqlx::{Executor, PgPool};
 use tower::ServiceExt;
 
 use super::{get, into_error, layered, middleware};
 use crate::support::{
-    Server, assert_nothing_persisted, builder, count, in_time, migrated, outcome_of, post,
+    Server, assert_nothing_persisted, builder, closed_port, count, in_time, migrated, outcome_of,
+    post,
 };
 
 /// The error of every call that reaches the database through the handle.
@@ -46,6 +47,36 @@ async fn error_of_fire_in(durable: &Durable) -> Error {
     in_time(durable.fire_in(durable.pool(), request))
         .await
         .unwrap_err()
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_is_named_soon_and_without_credentials() {
+    let closed = closed_port().await;
+    let url = format!("postgres://hunter1:hunter2@{closed}/orders");
+    let durable = Durable::new(PgPool::connect_lazy(&url).unwrap());
+    let mut slowest = Duration::ZERO;
+    // The first call waits for a failover to end, the others don't.
+    for _ in 0..3 {
+        let began = Instant::now();
+        let error = in_time(durable.fire(get("http://example.com/"))).await;
+        slowest = slowest.max(began.elapsed());
+        let error = error.unwrap_err();
+        assert!(error.is_database(), "{error:?}");
+        assert_eq!(
+            error.to_string(),
+            format!("database error: connection refused ({closed})")
+        );
+        let source = error.source().unwrap().downcast_ref::<sqlx::Error>();
+        assert!(matches!(source, Some(sqlx::Error::Io(_))), "{source:?}");
+        assert!(!format!("{error:?}").contains("hunter"), "{error:?}");
+    }
+    assert!(slowest < Duration::from_secs(4), "{slowest:?}");
+    let began = Instant::now();
+    for (call, error) in errors_of_calls(&durable).await {
+        let refused = error.to_string().contains("connection refused");
+        assert!(error.is_database() && refused, "{call}: {error}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(1));
 }
 
 #[tokio::test]
@@ -170,6 +201,9 @@ async fn a_handle_works_once_its_database_starts() {
             source.is_some_and(<dyn std::error::Error>::is::<sqlx::Error>),
             "{call}"
         );
+        let names_cause = error.to_string().contains("connection refused");
+        // This call waits for the application's own pool.
+        assert!(names_cause || call == "fire_in", "{call}: {error}");
     }
     assert_eq!(server.count(), 0);
 

@@ -171,6 +171,7 @@ async fn an_unknown_id_has_its_own_error() {
     let error = in_time(durable.response(id)).await.unwrap_err();
     assert!(error.is_unknown_id(), "{error:?}");
     assert_eq!(error.request_id(), Some(id));
+    assert!(error.to_string().contains(&id.to_string()), "{error}");
     assert_eq!(durable.status(id).await.unwrap(), None);
 }
 

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use requeuest::retry::RetryPolicy;
-use requeuest::{AcceptedResponse, Body, Durable, DurableBuilder, Options, Request};
+use requeuest::{
+    AcceptedResponse, Body, Durable, DurableBuilder, MAX_METADATA_LEN, Options, Request,
+};
 use tower::ServiceExt;
 
 use super::{assert_refused, get, layered, middleware, of_middleware};
@@ -42,6 +44,8 @@ async fn options_are_checked_before_anything_is_persisted() {
             options().retry(RetryPolicy::none().base(Duration::ZERO)),
         ),
         ("accept", options().accept([] as [AcceptedResponse; 0])),
+        ("metadata", options().metadata("x".repeat(MAX_METADATA_LEN))),
+        ("metadata", options().metadata("a\0b")),
     ] {
         let url = "http://example.com/";
         let request = Request::try_from(get(url)).unwrap().with(refused.clone());
