@@ -12,6 +12,11 @@ use super::run_as::RunAs;
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
+/// Why nothing was downloaded.
+#[cfg(any(test, not(feature = "testkit-download")))]
+pub(super) const NO_DOWNLOAD: &str =
+    "needs requeuest's feature `testkit-download`, which is not enabled";
+
 /// Everything that the search reads from its environment. It is an argument, so that tests can
 /// replace it.
 #[derive(Clone, Debug)]
@@ -299,6 +304,22 @@ mod tests {
         }
         let cause = std::error::Error::source(&error).unwrap();
         assert_eq!(cause.to_string(), "no route to host");
+    }
+
+    #[tokio::test]
+    async fn without_the_downloader_the_error_names_its_feature() {
+        let run_as = RunAs::detect().unwrap();
+        let error = binaries(nowhere(), run_as, async { Err(NO_DOWNLOAD.into()) })
+            .await
+            .unwrap_err();
+        let message = error.to_string();
+        for part in [
+            "postgresql*",
+            "a download of the binaries: needs requeuest's feature `testkit-download`",
+            "set DATABASE_URL",
+        ] {
+            assert!(message.contains(part), "{part:?} is not in: {message}");
+        }
     }
 
     #[tokio::test]

@@ -25,9 +25,9 @@
 //!    so its user must be allowed to create them, and it must be Postgres 13 or newer;
 //! 2. installed server binaries: in `PATH`, in the directory that `pg_config` names, and in the
 //!    usual places of packages;
-//! 3. binaries downloaded once into the user's cache, by [`postgresql_embedded`].
+//! 3. with the feature `testkit-download`: binaries downloaded once into the user's cache.
 //!
-//! With 2 and 3, a private throwaway cluster is started. Postgres refuses to run as root, so if the
+//! Without that feature, no code of a downloader is compiled. With 2 and 3, a private throwaway cluster is started. Postgres refuses to run as root, so if the
 //! tests run as root, the cluster runs as the user `postgres` or `nobody`. If none of the three is
 //! available, the [`Error`] says what was tried and what to install. No test is silently skipped.
 //!
@@ -56,6 +56,7 @@ mod control;
 mod control;
 mod database;
 mod error;
+#[cfg(feature = "testkit-download")]
 mod fetch;
 mod given;
 mod locate;

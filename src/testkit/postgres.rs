@@ -10,7 +10,7 @@ use tokio::sync::OnceCell;
 use super::cluster::{Cluster, StopMode};
 use super::given::Given;
 use super::run_as::RunAs;
-use super::{Error, TestDatabase, fetch, locate};
+use super::{Error, TestDatabase, locate};
 
 /// A running Postgres; see the [module](super) for which one.
 ///
@@ -315,7 +315,10 @@ impl PostgresBuilder {
         let bin = if let Some(dir) = self.bin_dir {
             locate::from_dir(dir, run_as.clone()).await?
         } else {
-            let fetched = fetch::fetch(run_as.clone());
+            #[cfg(feature = "testkit-download")]
+            let fetched = super::fetch::fetch(run_as.clone());
+            #[cfg(not(feature = "testkit-download"))]
+            let fetched = async { Err(locate::NO_DOWNLOAD.into()) };
             let environment = locate::Environment::current();
             locate::binaries(environment, run_as.clone(), fetched).await?
         };
