@@ -342,7 +342,9 @@ BEGIN
         SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
             state = CASE WHEN m.state = 4 THEN 4 ELSE 1 END
         WHERE m.ctid = ANY (v_picked)
-        RETURNING m.id, m.claim_no, m.attempts, m.created_at, m.deadline, m.state = 4 AS lost
+        RETURNING
+            m.id, m.channel_name, m.claim_no, m.attempts, m.created_at, m.deadline,
+            m.state = 4 AS lost
     )
     SELECT
         c.id,
@@ -361,6 +363,7 @@ BEGIN
             ',"more":', (v_claimed = batch_size)::text,
             ',"fetch_body":',
             CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
+            ',"channel":', to_json(c.channel_name),
             ',"head":', coalesce(p.head, 'null'),
             ',"metadata":' || p.metadata::text,
             '}'

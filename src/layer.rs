@@ -368,8 +368,9 @@ where
 pub(crate) fn accepted(id: RequestId) -> http::Response<Body> {
     let mut response = http::Response::new(Body::empty());
     *response.status_mut() = StatusCode::ACCEPTED;
-    if let Ok(id) = HeaderValue::from_str(&id.to_string()) {
-        response.headers_mut().insert(REQUEST_ID_HEADER, id);
+    if let Ok(text) = HeaderValue::from_str(&id.to_string()) {
+        response.headers_mut().insert(REQUEST_ID_HEADER, text);
     }
+    response.extensions_mut().insert(id);
     response
 }

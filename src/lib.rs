@@ -96,6 +96,7 @@ pub mod testkit;
 
 mod body;
 mod codec;
+mod context;
 mod dead_letter;
 mod destination;
 mod durable;
@@ -121,6 +122,7 @@ pub use body::{Body, BodyError, IntoBody};
 pub use classify::{AcceptedResponse, Classify, FailureClass, Verdict};
 #[doc(no_inline)]
 pub use client::{Channels, Client};
+pub use context::{AttemptNumber, Channel};
 pub use dead_letter::{
     DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, Reconcile, Resolution,
 };

@@ -16,6 +16,7 @@ use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as M
 use url::Url;
 
 use crate::body::{Body, in_memory};
+use crate::context;
 use crate::durable::{Durable, Mode, RequestHead};
 use crate::engine::attempt::caller_client::CallerClient;
 use crate::engine::attempt::send::{KeptByCaller, Sender};
@@ -57,11 +58,13 @@ impl Middleware for Durable {
                 .map_err(refused)?;
             let submitted = self.submit(prepared, None).map_err(refused)?;
             let id = submitted.await.map_err(refused)?;
+            extensions.insert(id);
             return Ok(accepted(id).into());
         }
         let prepared = self
             .prepare(durable_request, Mode::Awaited)
             .map_err(refused)?;
+        let id = prepared.id();
         let (client, mut claims) = CallerClient::future();
         let response = self
             .submit_awaited(prepared, Some(client))
@@ -82,7 +85,13 @@ impl Middleware for Durable {
         // Outer middleware sees the extensions that inner middleware set during the last attempt.
         if let Some(latest) = sender.latest {
             *extensions = latest;
+            context::detach(extensions);
         }
+        // With a caller's key, the response may be that of an earlier request.
+        extensions.insert(match &response {
+            Ok(response) => response.id(),
+            Err(error) => error.request_id().unwrap_or(id),
+        });
         response
             .map(Into::into)
             .map_err(|error| match sender.failed {
@@ -181,6 +190,7 @@ impl Inner<'_> {
         // Each attempt gets fresh extensions, so that attempts don't see each other's.
         self.failed = None;
         let extensions = self.latest.insert(self.original.clone());
+        extensions.extend(head.extensions);
         match self.next.clone().run(attempt, extensions).await {
             Ok(response) => Ok(from_reqwest(response).map(Body::wrap)),
             Err(error) => Err(self.fails(error).into()),

@@ -14,7 +14,8 @@ use crate::id::RequestId;
 
 /// The answer to a persisted request. It is committed to the database before any caller sees it.
 ///
-/// It converts into an [`http::Response`] and into a [`reqwest::Response`].
+/// It converts into an [`http::Response`] and into a [`reqwest::Response`], with the [`RequestId`]
+/// in the extensions.
 ///
 /// # Examples
 ///
@@ -125,6 +126,7 @@ impl Response {
         *response.version_mut() = self.version;
         *response.headers_mut() = self.headers;
         *response.extensions_mut() = self.extensions;
+        response.extensions_mut().insert(self.id);
         response
     }
 }

@@ -83,7 +83,7 @@ impl Durable {
             waiter: (mode == Mode::Awaited).then_some(self.engine().driver().instance),
             initial: Initial::Waiting,
         };
-        let job = Job::new(id, request, uri, delivery);
+        let job = Job::new(id, Arc::clone(&row.channel), request, uri, delivery);
         Ok(Prepared { row, job })
     }
 
@@ -124,6 +124,12 @@ pub(crate) enum Mode {
 pub(crate) struct Prepared {
     pub(super) row: NewRequest,
     job: Job,
+}
+
+impl Prepared {
+    pub(crate) fn id(&self) -> RequestId {
+        self.row.id
+    }
 }
 
 /// Waits for the response of a request that was submitted. Runs on any executor.

@@ -1,9 +1,12 @@
 //! What a claim needs of the database while its attempt is made. The claiming itself is `mq_poll`,
 //! which sqlxmq's runner calls.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -31,9 +34,30 @@ pub(crate) struct PolledRow {
     pub(crate) more: bool,
     /// The body is too large to come with the claim.
     pub(crate) fetch_body: bool,
+    #[serde(deserialize_with = "shared")]
+    pub(crate) channel: Arc<str>,
     /// The request's stored head, or `None` if its payload is gone.
     head: Option<Box<RawValue>>,
     metadata: Option<Box<RawValue>>,
+}
+
+/// Text that is copied once. Serde's own way to an `Arc<str>` copies it twice.
+fn shared<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
+    struct Shared;
+
+    impl Visitor<'_> for Shared {
+        type Value = Arc<str>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string")
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<Arc<str>, E> {
+            Ok(text.into())
+        }
+    }
+
+    deserializer.deserialize_str(Shared)
 }
 
 impl PolledRow {

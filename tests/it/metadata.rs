@@ -7,10 +7,11 @@ use futures_util::future::join_all;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
-    DeadLetter, DeadLetterFilter, Durable, Guarantee, MAX_METADATA_LEN, Options, Request,
-    RequestId, Resolution, Status, outcome_fn,
+    DeadLetter, DeadLetterFilter, Durable, Guarantee, MAX_METADATA_LEN, Options, Outcome, Request,
+    RequestId, Resolution, Status, outcome_fn_with,
 };
 use serde_json::{Value, json};
+use sqlx::PgConnection;
 use tower::{Layer, ServiceExt};
 
 use crate::support::{
@@ -136,21 +137,25 @@ async fn metadata_of_a_batch_stays_with_its_requests() {
     }
 }
 
+type Handled = Arc<Mutex<Vec<Option<Value>>>>;
+
 #[tokio::test]
 async fn waiters_and_handlers_get_metadata_after_a_retry() {
     let database = migrated().await;
     // In this process the first outcome settles at once, the second after another claim.
     let server = Server::in_turn(&[200, 503, 200]).await;
     let durable = builder(&database).retry(quick()).build().unwrap();
-    let handled = Arc::new(Mutex::new(Vec::new()));
-    let record = Arc::clone(&handled);
+    let handled = Handled::default();
     let _subscription = durable
         .on_outcome(
             "default",
-            outcome_fn(move |_, outcome| {
-                record.lock().unwrap().push(outcome.metadata().cloned());
-                Box::pin(async { Ok(()) })
-            }),
+            outcome_fn_with(
+                Arc::clone(&handled),
+                async |handled: &Handled, _: &mut PgConnection, outcome: &Outcome| {
+                    handled.lock().unwrap().push(outcome.metadata().cloned());
+                    Ok::<_, sqlx::Error>(())
+                },
+            ),
         )
         .await
         .unwrap();

@@ -1,5 +1,7 @@
 //! `Durable` as reqwest middleware, in a `ClientWithMiddleware`.
 
+mod context;
+
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -48,7 +48,7 @@ pub(crate) fn drive(
                 return;
             }
             let max_response_body = claim.driver().store.config().max_response_body;
-            let exchange = exchange(claim.job(), sender, max_response_body).await;
+            let exchange = exchange(claim.job(), claim.attempts(), sender, max_response_body).await;
             match judge(exchange, &claim) {
                 Judgement::Finish(outcome) => return claim.finish(outcome),
                 Judgement::Retry { delay, failure } => {

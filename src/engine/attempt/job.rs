@@ -16,17 +16,25 @@ pub(crate) struct Job {
     pub(crate) request: Arc<Request>,
     pub(crate) uri: Uri,
     pub(crate) delivery: Arc<Delivery>,
+    pub(crate) channel: Arc<str>,
     /// What a waiting caller attached to the request. Each attempt gets its own copy.
     pub(crate) extensions: Extensions,
 }
 
 impl Job {
-    pub(crate) fn new(id: RequestId, request: Request, uri: Uri, delivery: Delivery) -> Self {
+    pub(crate) fn new(
+        id: RequestId,
+        channel: Arc<str>,
+        request: Request,
+        uri: Uri,
+        delivery: Delivery,
+    ) -> Self {
         Self {
             id,
             request: Arc::new(request),
             uri,
             delivery: Arc::new(delivery),
+            channel,
             extensions: Extensions::new(),
         }
     }

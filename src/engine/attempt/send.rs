@@ -18,6 +18,7 @@ use super::job::Job;
 use super::transport::{ResponseUrl, Transport};
 use crate::body::{Body, BodyError};
 use crate::classify::FailureClass;
+use crate::context;
 use crate::error::{BoxError, chain, without_url};
 use crate::outcome::{Cause, Fault, Outcome};
 use crate::redact::redact_urls;
@@ -215,9 +216,11 @@ impl Exchange {
     }
 }
 
-/// Sends a request and reads its response, within the attempt's timeout.
+/// Makes the attempt with this number: sends the request and reads its response, within the
+/// attempt's timeout.
 pub(super) async fn exchange(
     job: &Job,
+    number: u32,
     sender: &mut dyn Sender,
     max_response_body: usize,
 ) -> Exchange {
@@ -229,7 +232,10 @@ pub(super) async fn exchange(
             .await
             .map_err(Failed::with)?;
         called = true;
-        let response = sender.send(to_http(job)).await.map_err(Failed::with)?;
+        let response = sender
+            .send(to_http(job, number))
+            .await
+            .map_err(Failed::with)?;
         let answer = read(job, response, max_response_body).await;
         answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))))
     };
@@ -256,9 +262,11 @@ pub(super) async fn exchange(
 }
 
 /// The request for one attempt.
-fn to_http(job: &Job) -> http::Request<Body> {
+fn to_http(job: &Job, number: u32) -> http::Request<Body> {
     let mut request = job.request.to_http(job.uri.clone());
-    *request.extensions_mut() = job.extensions.clone();
+    let extensions = request.extensions_mut();
+    *extensions = job.extensions.clone();
+    context::attach(extensions, job.id, &job.channel, number);
     request
 }
 

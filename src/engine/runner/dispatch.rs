@@ -129,7 +129,8 @@ async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
     let (mut request, uri, delivery) =
         codec::decode_request(stored, body).map_err(Unusable::Corrupt)?;
     request.options.metadata = claim.head().metadata();
-    Ok(Job::new(id, request, uri, delivery))
+    let channel = Arc::clone(&claim.head().channel);
+    Ok(Job::new(id, channel, request, uri, delivery))
 }
 
 async fn fetch(driver: &Driver, id: RequestId) -> Result<Option<Bytes>, Unusable> {

@@ -1,6 +1,7 @@
 //! `DurableLayer` for tower, around HTTP clients, below and above other layers.
 
 mod bodies;
+pub mod context;
 mod senders;
 mod stack;
 
