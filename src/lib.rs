@@ -73,7 +73,9 @@
 //! | `runtime-actix-rustls`, `runtime-actix-native-tls` | | aliases: actix-rt runs on tokio |
 //! | `runtime-async-std-rustls`, `runtime-async-std-native-tls` | | for a pool on async-std |
 //! | `reqwest-middleware` | yes | `Durable` is a middleware |
+//! | `axum` | | converts between [`Body`] and axum's body |
 //! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
+//! | `testkit-download` | | `testkit`, and downloads a Postgres where none is installed |
 //! | `http` | | does nothing; kept for dependents of the older crate |
 //!
 //! async-std is discontinued (RUSTSEC-2025-0052) and supported for existing code only. Outside a
