@@ -462,14 +462,14 @@ fn database_text(error: &sqlx::Error) -> String {
         other => other.to_string(),
     };
     let line = text.lines().next().unwrap_or_default();
-    let mut shown: String = redact_urls(line).chars().take(MAX_DATABASE_TEXT).collect();
+    let shown: String = redact_urls(line).chars().take(MAX_DATABASE_TEXT).collect();
     let code = error
         .as_database_error()
         .and_then(sqlx::error::DatabaseError::code);
-    if let Some(code) = code {
-        shown.push_str(&format!(" (SQLSTATE {code})"));
+    match code {
+        Some(code) => format!("{shown} (SQLSTATE {code})"),
+        None => shown,
     }
-    shown
 }
 
 /// Says why a request's status does not permit an operation, and what can be done instead.
@@ -881,7 +881,7 @@ mod tests {
             assert!(
                 error
                     .source()
-                    .is_some_and(|source| source.is::<sqlx::Error>())
+                    .is_some_and(<dyn StdError>::is::<sqlx::Error>)
             );
         }
         let endless = Error::from(sqlx::Error::Protocol("x".repeat(10_000)));

@@ -89,7 +89,7 @@ async fn every_entry_point_stores_metadata() {
     .await
     .unwrap();
 
-    eventually_rows(&database, "outcomes", 11).await;
+    eventually_rows(&database, "outcomes", 12).await;
     assert_eq!(
         stored(&database).await,
         [
