@@ -17,7 +17,7 @@ async fn main() -> Result<()> {
     migrate(database.pool()).await?;
     let server = Server::start(answer).await?;
     let url = Url::parse(&server.url())?;
-    let client = Client::new(database.pool().clone(), Channels::List(&["shop"])).await?;
+    let mut client = Client::new(database.pool().clone(), Channels::List(&["shop"])).await?;
 
     say("any 2xx is accepted, every other response is retried, here a 404");
     let order = Request::post(url.clone(), b"order".to_vec(), HeaderMap::new());
@@ -35,7 +35,7 @@ async fn main() -> Result<()> {
     let hook = Request::post(url, b"hook".to_vec(), HeaderMap::new());
     let id = client
         .spawn_cfg("shop", &hook, |job| {
-            job.set_delay(Duration::from_millis(500)).set_retries(5)
+            job.set_delay(Duration::from_millis(500)).set_retries(5);
         })
         .await?;
     say(format!("spawned {id}"));
@@ -43,6 +43,11 @@ async fn main() -> Result<()> {
     assert_eq!(response.status(), StatusCode::OK);
     say(format!("its response: {:?}", response.text()?));
     assert_eq!(server.received(), ["order", "order", "conflict", "hook"]);
+
+    say("at the end, the listener waits for the attempts in flight");
+    if let Some(listener) = client.take_listener() {
+        listener.stop().await?;
+    }
     Ok(())
 }
 

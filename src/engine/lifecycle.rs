@@ -12,11 +12,21 @@ enum Phase {
     Stopping,
 }
 
+/// What this process does of itself while the engine is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claiming {
+    /// A runner claims here, so this process may make first attempts too.
+    On,
+    /// No runner claims here. Callers that wait keep the requests that are held for them.
+    Off,
+    /// As `Off`, and requests that are held for waiting callers go back to the queue.
+    Released,
+}
+
 #[derive(Debug)]
 pub(crate) struct Lifecycle {
     phase: watch::Sender<Phase>,
-    /// Whether a runner claims here, so that this process may make first attempts.
-    claiming: watch::Sender<bool>,
+    claiming: watch::Sender<Claiming>,
     /// Has a receiver for each runner that may still bring claims.
     runners: watch::Sender<()>,
 }
@@ -25,7 +35,7 @@ impl Lifecycle {
     pub(super) fn new() -> Self {
         Self {
             phase: watch::Sender::new(Phase::Open),
-            claiming: watch::Sender::new(false),
+            claiming: watch::Sender::new(Claiming::Off),
             runners: watch::Sender::new(()),
         }
     }
@@ -58,22 +68,54 @@ impl Lifecycle {
         let _ = phase.wait_for(|phase| *phase >= wanted).await;
     }
 
-    pub(super) fn set_claiming(&self, claiming: bool) {
-        self.claiming.send_replace(claiming);
+    pub(super) fn begin_claiming(&self) {
+        self.claiming.send_replace(Claiming::On);
+    }
+
+    /// Ends the claiming. Requests that are held for waiting callers stay here.
+    pub(super) fn end_claiming(&self) {
+        self.claiming.send_if_modified(|claiming| {
+            let was_on = *claiming == Claiming::On;
+            if was_on {
+                *claiming = Claiming::Off;
+            }
+            was_on
+        });
+    }
+
+    /// Ends the claiming and the holding: this process begins no attempt of its own any more.
+    pub(super) fn release(&self) {
+        self.claiming.send_replace(Claiming::Released);
     }
 
     /// Whether a request that is claimed now is sent from here.
     pub(crate) fn is_claiming(&self) -> bool {
-        *self.claiming.borrow() && !self.is_closing()
+        *self.claiming.borrow() == Claiming::On && !self.is_closing()
     }
 
     /// Waits until the claiming is to end: with the runner's guard, or with a shutdown.
     pub(super) async fn claiming_ends(&self) {
+        self.changes(|claiming| claiming != Claiming::On).await;
+    }
+
+    /// Whether a request may be held here for its next attempt.
+    pub(crate) fn may_hold(&self) -> bool {
+        *self.claiming.borrow() != Claiming::Released && !self.is_closing()
+    }
+
+    /// Waits until held requests are to go back to the queue.
+    pub(crate) async fn holding_ends(&self) {
+        self.changes(|claiming| claiming == Claiming::Released)
+            .await;
+    }
+
+    /// Waits for a shutdown, or for such a change of the claiming.
+    async fn changes(&self, wanted: impl Fn(Claiming) -> bool) {
         let mut claiming = self.claiming.subscribe();
         tokio::select! {
             () = self.closing() => {}
             // The sender lives as long as `self`.
-            _ = claiming.wait_for(|claiming| !claiming) => {}
+            _ = claiming.wait_for(|claiming| wanted(*claiming)) => {}
         }
     }
 

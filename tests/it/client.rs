@@ -1,6 +1,8 @@
 //! The API of the older crate: spawning, channels, and the listener.
 
 mod clear;
+mod listener;
+mod programs;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -44,8 +46,8 @@ async fn outcome(client: &Client, id: Uuid) -> requeuest::Outcome {
 }
 
 /// Retries without noticeable delays.
-fn quick_job(job: &mut JobConfig) -> &mut JobConfig {
-    job.set_retry_backoff(Duration::from_millis(1))
+fn quick_job(job: &mut JobConfig) {
+    job.set_retry_backoff(Duration::from_millis(1));
 }
 
 fn bodies(server: &Server) -> Vec<Bytes> {
@@ -189,7 +191,7 @@ async fn invalid_requests_and_settings_are_refused_by_field() {
     assert_eq!(error.field(), Some("channel"));
     let error = client
         .spawn_cfg("c", &post(server.url("/"), "x"), |job| {
-            job.set_retry_backoff(Duration::ZERO)
+            job.set_retry_backoff(Duration::ZERO);
         })
         .await
         .unwrap_err();
@@ -241,7 +243,9 @@ async fn a_request_in_a_transaction_takes_a_configuration() {
         .spawn_with_cfg(
             &mut *tx,
             "c",
-            |job| job.set_delay(hour),
+            |job| {
+                job.set_delay(hour);
+            },
             &post(server.url("/"), "x"),
         )
         .await
@@ -336,7 +340,8 @@ async fn retries_are_counted_after_the_first_attempt() {
     let client = serving_all(&database).await;
     let id = client
         .spawn_cfg("c", &post(server.url("/"), "x"), |job| {
-            quick_job(job).set_retries(2)
+            quick_job(job);
+            job.set_retries(2);
         })
         .await
         .unwrap();
@@ -346,7 +351,10 @@ async fn retries_are_counted_after_the_first_attempt() {
     assert_eq!(server.count(), 3);
 
     let request = post(server.url("/"), "x");
-    let returned = client.spawn_returning_cfg("c", &request, |job| quick_job(job).set_retries(0));
+    let returned = client.spawn_returning_cfg("c", &request, |job| {
+        quick_job(job);
+        job.set_retries(0);
+    });
     assert_eq!(in_time(returned).await.unwrap().status(), 500);
     assert_eq!(server.count(), 4);
 }
@@ -361,7 +369,7 @@ async fn the_retry_backoff_bounds_the_first_delay() {
     for _ in 0..REQUESTS {
         client
             .spawn_cfg("c", &post(server.url("/"), "x"), |job| {
-                job.set_retry_backoff(day)
+                job.set_retry_backoff(day);
             })
             .await
             .unwrap();
@@ -387,7 +395,9 @@ async fn a_delayed_request_waits_for_its_time() {
     let delay = Duration::from_millis(500);
     let began = Instant::now();
     let id = client
-        .spawn_cfg("c", &post(server.url("/"), "x"), |job| job.set_delay(delay))
+        .spawn_cfg("c", &post(server.url("/"), "x"), |job| {
+            job.set_delay(delay);
+        })
         .await
         .unwrap();
     outcome(&client, id).await;
@@ -412,7 +422,8 @@ async fn order_is_kept_per_channel_args() {
             let request = post(server.url("/"), format!("{args}{number}"));
             let id = client
                 .spawn_cfg("c", &request, |job| {
-                    quick_job(job).set_ordered(true).set_channel_args(args)
+                    quick_job(job);
+                    job.set_ordered(true).set_channel_args(args);
                 })
                 .await
                 .unwrap();
@@ -454,74 +465,6 @@ async fn only_listed_channels_are_delivered() {
 
     let _all = serving_all(&database).await;
     assert_eq!(outcome(&some, other).await.status(), Status::Completed);
-}
-
-#[tokio::test]
-async fn dropping_the_client_stops_its_delivery() {
-    let database = migrated().await;
-    let server = Server::always(200).await;
-    let client = serving_all(&database).await;
-    let id = client
-        .spawn("c", &post(server.url("/"), "before"))
-        .await
-        .unwrap();
-    outcome(&client, id).await;
-    // Other handles don't keep the runner alive.
-    let durable = client.durable().clone();
-    drop(client);
-
-    let id = durable.fire(post(server.url("/"), "after")).await.unwrap();
-    passing(&database, Duration::from_millis(1500)).await;
-    assert_eq!(durable.status(id).await.unwrap(), Some(Status::Available));
-    assert_eq!(bodies(&server), ["before"]);
-}
-
-#[tokio::test]
-async fn the_listener_keeps_delivering_without_the_client() {
-    let database = migrated().await;
-    let server = Server::always(200).await;
-    let durable = enqueue_only(&database);
-    let mut client = serving_all(&database).await;
-    assert!(!client.is_detached());
-    let listener = client.take_listener().unwrap();
-    assert!(client.is_detached());
-    assert!(client.take_listener().is_none());
-    let id = client
-        .spawn("c", &post(server.url("/"), "with"))
-        .await
-        .unwrap();
-    outcome(&client, id).await;
-
-    drop(client);
-    let id = durable
-        .fire(post(server.url("/"), "without"))
-        .await
-        .unwrap();
-    testkit::outcome(&durable, id, LONG).await.unwrap();
-    drop(listener);
-    let id = durable.fire(post(server.url("/"), "never")).await.unwrap();
-    passing(&database, Duration::from_millis(1500)).await;
-    assert_eq!(durable.status(id).await.unwrap(), Some(Status::Available));
-    assert_eq!(bodies(&server), ["with", "without"]);
-}
-
-#[tokio::test]
-async fn a_client_without_its_listener_still_spawns_and_waits() {
-    let database = migrated().await;
-    let server = Server::always(200).await;
-    let mut client = serving_all(&database).await;
-    drop(client.take_listener());
-    let request = post(server.url("/"), "x");
-    let waiting = client.spawn_returning("c", &request);
-    let serving = async {
-        eventually("the request is persisted", || async {
-            rows(&database, "mq_msgs").await == 1
-        })
-        .await;
-        serving_all(&database).await
-    };
-    let (response, _serving) = in_time(futures_util::future::join(waiting, serving)).await;
-    assert_eq!(response.unwrap().status(), 200);
 }
 
 #[tokio::test]

@@ -364,7 +364,9 @@ async fn the_older_api_orders_each_channel_separately() {
     let request = ordered("http://127.0.0.1:9/", "unused");
     for channel in ["a", "b"] {
         client
-            .spawn_cfg(channel, &request, |job| job.set_ordered(true))
+            .spawn_cfg(channel, &request, |job| {
+                job.set_ordered(true);
+            })
             .await
             .unwrap();
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use http::StatusCode;
 use requeuest::testkit::{Postgres, TestDatabase};
-use requeuest::{Durable, RequestId, Status};
+use requeuest::{Channels, Client, Durable, RequestId, Status};
 use sqlx::postgres::PgPoolOptions;
 
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, post, reply, rows};
@@ -156,6 +156,16 @@ async fn every_call(elsewhere: &Elsewhere) {
     let response = third.response(id).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
     drop(third);
+
+    let mut client = Client::new(pool.clone(), Channels::All).await.unwrap();
+    let mut listener = client.take_listener().unwrap();
+    let request = post("spawned");
+    let response = client.spawn_returning("older", &request).await.unwrap();
+    assert_eq!(response.text().await.unwrap(), "spawned");
+    listener.abort();
+    assert!((&mut listener).await.unwrap_err().is_cancelled());
+    listener.stop().await.unwrap();
+    drop(client);
     pool.close().await;
 }
 

@@ -119,6 +119,22 @@ async fn a_poll_that_outlives_its_listener_releases_its_claims() {
 }
 
 #[tokio::test]
+async fn a_poll_that_outlives_an_aborted_listener_releases_its_claims() {
+    let database = migrated().await;
+    let mut client = Client::new(database.pool().clone(), Channels::All)
+        .await
+        .unwrap();
+    let held = Held::poll_of(client.durable(), &database).await;
+    let mut listener = client.take_listener().unwrap();
+    listener.abort();
+    let ended = in_time(&mut listener).await;
+    assert!(ended.is_err_and(|error| error.is_cancelled()));
+    let held = held.release().await;
+    eventually("the request is released", || is_released(&database)).await;
+    assert_deliverable(&database, held).await;
+}
+
+#[tokio::test]
 async fn a_shutdown_releases_the_claims_of_a_poll_in_flight() {
     let database = migrated().await;
     let durable = serving(&database);

@@ -206,9 +206,9 @@ impl Claim {
         self
     }
 
-    /// Whether a caller of this process waits for the outcome.
+    /// Whether a caller of this process waits for the outcome, and retries are made here.
     pub(super) fn is_awaited(&self) -> bool {
-        !self.driver.lifecycle.is_closing() && self.driver.waiters.contains(self.job.id)
+        self.driver.lifecycle.may_hold() && self.driver.waiters.contains(self.job.id)
     }
 
     /// Begins an attempt: takes a slot and marks the lease for renewal. Returns `false` if no
@@ -303,12 +303,12 @@ impl Claim {
         before > 0 && !self.job.delivery.retry.allows_after(before)
     }
 
-    /// Waits until the attempt is due. `false` if a shutdown begins first; dropping the claim then
+    /// Waits until the attempt is due. `false` if the holding ends first; dropping the claim then
     /// gives the request back at once.
     pub(super) async fn wait_until_due(&self) -> bool {
         tokio::select! {
             () = tokio::time::sleep_until(self.due.into()) => true,
-            () = self.driver.lifecycle.closing() => false,
+            () = self.driver.lifecycle.holding_ends() => false,
         }
     }
 

@@ -11,14 +11,19 @@ mod dispatch;
 pub(crate) mod polls;
 
 use std::future::Future;
-use std::sync::{Arc, Weak};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use sqlxmq::{JobRunnerHandle, JobRunnerOptions};
 use tokio::sync::watch;
+use tokio::task::{JoinError, JoinHandle};
 
+use crate::engine::DRAIN_POLL;
 use crate::engine::attempt::Driver;
 use crate::engine::telemetry::OwnCondition;
+use crate::error::Error;
 use crate::store::runner_pool::RunnerPool;
 
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
@@ -35,25 +40,63 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Keeps the runner running. Dropping it stops the claiming, not the attempts in flight.
 #[derive(Debug)]
 pub(crate) struct RunnerGuard {
-    driver: Weak<Driver>,
+    driver: Arc<Driver>,
+    supervisor: JoinHandle<()>,
 }
 
 impl RunnerGuard {
     pub(crate) fn start(driver: &Arc<Driver>) -> Self {
-        driver.lifecycle.set_claiming(true);
+        driver.lifecycle.begin_claiming();
         // Counted from here on, so that a shutdown right after this waits for the runner.
         let counted = driver.lifecycle.count_runner();
-        driver.spawn(supervise(Arc::clone(driver), counted));
         Self {
-            driver: Arc::downgrade(driver),
+            driver: Arc::clone(driver),
+            supervisor: driver.spawn(supervise(Arc::clone(driver), counted)),
         }
     }
 
     /// Stops the claiming. Requests that a poll brings from now on go back at once.
     pub(crate) fn stop(&self) {
-        if let Some(driver) = self.driver.upgrade() {
-            driver.lifecycle.set_claiming(false);
-        }
+        self.driver.lifecycle.end_claiming();
+    }
+
+    /// Stops the claiming, and gives the requests back that are held for waiting callers.
+    pub(crate) fn release(&self) {
+        self.driver.lifecycle.release();
+    }
+
+    /// As [`release`](Self::release), without waiting for the last poll. Its requests still go
+    /// back.
+    pub(crate) fn abort(&self) {
+        self.release();
+        self.supervisor.abort();
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.supervisor.is_finished()
+    }
+
+    /// Ready once the claiming has ended and its last requests are known. An error says that it was
+    /// aborted, panicked, or ended with its runtime. Must not be polled again after that.
+    pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), JoinError>> {
+        Pin::new(&mut self.supervisor).poll(cx)
+    }
+
+    /// Waits, on any executor, until no runner claims and everything that was claimed is settled or
+    /// given back.
+    pub(crate) fn drained(&self) -> impl Future<Output = Result<(), Error>> + use<> {
+        let driver = Arc::clone(&self.driver);
+        self.driver.run(async move {
+            driver.lifecycle.runners_ended().await;
+            while !driver.leases.is_empty() {
+                tokio::time::sleep(DRAIN_POLL).await;
+            }
+            Ok(())
+        })
+    }
+
+    pub(crate) fn driver(&self) -> &Arc<Driver> {
+        &self.driver
     }
 }
 
@@ -82,18 +125,18 @@ async fn supervise(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
             channels = ?driver.config.deliver,
             "the runner has started"
         );
+        let mut runner = StopOnDrop::new(runner, &driver);
         if unless_ended(&driver, runner.fails(&mut database))
             .await
             .is_none()
         {
-            runner.stop(&driver).await;
+            runner.stop().await;
             tracing::info!("the runner has stopped");
             return;
         }
-        // Not awaited: its connections may hang. Claims that it still brings are as valid as those
-        // of the new runner.
-        let old = Arc::clone(&driver);
-        driver.spawn(async move { runner.stop(&old).await });
+        // Its stop isn't awaited: its connections may hang. Claims that it still brings are as
+        // valid as those of the new runner.
+        drop(runner);
         if unless_ended(&driver, database.up()).await.is_none() {
             return;
         }
@@ -161,6 +204,47 @@ impl Runner {
     }
 }
 
+/// Stops a runner in a task of its own, also if the supervisor is aborted: a poll that is cut off
+/// would leave its claims to their leases.
+struct StopOnDrop {
+    runner: Option<Runner>,
+    driver: Arc<Driver>,
+}
+
+impl StopOnDrop {
+    fn new(runner: Runner, driver: &Arc<Driver>) -> Self {
+        Self {
+            runner: Some(runner),
+            driver: Arc::clone(driver),
+        }
+    }
+
+    async fn fails(&self, database: &mut Database<'_>) {
+        if let Some(runner) = &self.runner {
+            runner.fails(database).await;
+        }
+    }
+
+    /// Waits until the runner has stopped.
+    async fn stop(&mut self) {
+        if let Some(stopping) = self.begin_stop() {
+            let _ = stopping.await;
+        }
+    }
+
+    fn begin_stop(&mut self) -> Option<JoinHandle<()>> {
+        let runner = self.runner.take()?;
+        let driver = Arc::clone(&self.driver);
+        Some(self.driver.spawn(async move { runner.stop(&driver).await }))
+    }
+}
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.begin_stop();
+    }
+}
+
 /// Starts a runner, however long the database or its schema takes to appear.
 async fn start(driver: &Arc<Driver>) -> Runner {
     let mut pause = START_RETRY_MIN;
@@ -177,7 +261,7 @@ async fn start(driver: &Arc<Driver>) -> Runner {
                             _counted: driver.lifecycle.count_runner(),
                         };
                     }
-                    Err(error) => crate::Error::from(error),
+                    Err(error) => Error::from(error),
                 }
             }
             Err(error) => error,

@@ -32,7 +32,9 @@ async fn clearing_cancels_waiting_requests_and_tells_callers() {
         let (client, request) = (Arc::clone(&client), post(server.url("/"), channel));
         tokio::spawn(async move {
             let hour = Duration::from_secs(3600);
-            let delayed = client.spawn_returning_cfg(channel, &request, |job| job.set_delay(hour));
+            let delayed = client.spawn_returning_cfg(channel, &request, |job| {
+                job.set_delay(hour);
+            });
             delayed.await
         })
     };
@@ -64,8 +66,9 @@ async fn clearing_tells_callers_between_two_attempts() {
         let (client, request) = (Arc::clone(&client), post(server.url("/"), "x"));
         async move {
             let minute = Duration::from_secs(60);
-            let slow =
-                client.spawn_returning_cfg("c", &request, |job| job.set_retry_backoff(minute));
+            let slow = client.spawn_returning_cfg("c", &request, |job| {
+                job.set_retry_backoff(minute);
+            });
             slow.await
         }
     });
@@ -93,8 +96,9 @@ async fn a_request_cleared_between_attempts_is_not_sent_again() {
     let caller = tokio::spawn({
         let (client, request) = (Arc::clone(&client), post(server.url("/"), "x"));
         async move {
-            let slow =
-                client.spawn_returning_cfg("c", &request, |job| job.set_retry_backoff(bound));
+            let slow = client.spawn_returning_cfg("c", &request, |job| {
+                job.set_retry_backoff(bound);
+            });
             slow.await
         }
     });

@@ -1,5 +1,14 @@
 //! For code written against the older crate of the same name; new code uses [`Durable`].
 //!
+//! The older crate is `requeuest` 0.1.1 to 0.6.0 on crates.io, licensed AGPL-3.0-only. This crate
+//! shares its name and the shape of its API, but none of its code.
+//!
+//! - [`Request`]'s constructors, `Request::get(url, headers)` and so on, are those of its 0.2 and
+//!   0.3. The builder of 0.4 to 0.6 is [`Request::builder`].
+//! - [`Client`] has the methods of all releases: `spawn_with` and `spawn_with_cfg` of 0.2, which
+//!   later releases have not, and `clear` of 0.4. It has no `spawn_returning_with`, because waiting
+//!   inside an uncommitted transaction would never end.
+//!
 //! Users of that API expect that a request is retried for ever, until an accepted response (any 2xx
 //! by default) comes. This module does the same, with a cap on delays and a timeout for attempts.
 //!
@@ -19,7 +28,105 @@
 //! println!("{}", response.status());
 //! # Ok(()) }
 //! ```
+//!
+//! # Coming from 0.6
+//!
+//! Requests:
+//!
+//! | 0.6 | here |
+//! |---|---|
+//! | `Request::builder()` with its setters | the same: [`RequestBuilder`] |
+//! | `Request::get(url)?.build()` | `Request::get(url.parse()?, HeaderMap::new())` |
+//! | `Request::head(url)?.build()` | `Request::head(url.parse()?, HeaderMap::new())` |
+//! | `Request::delete(url)?.build()` | `Request::delete(url.parse()?, None, HeaderMap::new())` |
+//! | `Request::post(url, body)?.build()` | `Request::post(url.parse()?, body, HeaderMap::new())` |
+//! | `Request::put(url, body)?.build()` | `Request::put(url.parse()?, body, HeaderMap::new())` |
+//! | `.headers(headers)` after these | the constructor's last argument |
+//! | `.accept_responses(set)` after these | [`Request::accept_responses`] |
+//! | fields of `Request` | methods: [`url`](Request::url), [`headers`](Request::headers), … |
+//! | `Request::from_reqwest(request)` | the same, with `?`: streams are refused |
+//! | `Request::from_http_body(request)` | the same |
+//! | `Request::from_http_builder(builder, Some(body))` | the same, without the `Some` |
+//! | `Request::from_http_builder(builder, None)` | `Request::from_http_empty(builder.body(())?)` |
+//! | `Request::from_http_empty(request)` | the same, for `http::Request<()>` |
+//! | `request::AcceptedResponse` | [`requeuest::AcceptedResponse`](AcceptedResponse) |
+//! | `AcceptedResponse::Single(404)` | `AcceptedResponse::Status(404)` |
+//! | `AcceptedResponse::Informational` | `AcceptedResponse::Range(100, 199)` |
+//! | `AcceptedResponse::Redirection` | `AcceptedResponse::Range(300, 399)` |
+//! | `AcceptedResponse::ClientError` | `AcceptedResponse::Range(400, 499)` |
+//! | `AcceptedResponse::ServerError` | `AcceptedResponse::Range(500, 599)` |
+//! | `accepted.accepts(status)` | [`accepted.matches(status)`](AcceptedResponse::matches) |
+//!
+//! The client:
+//!
+//! | 0.6 | here |
+//! |---|---|
+//! | `Client::new(pool, channels)` | the same; it fails for a bad name, not for a lost database |
+//! | `spawn(channel, &request)` | the same |
+//! | `spawn_cfg(channel, &request, …)` | the same; the closure's argument is a [`JobConfig`] |
+//! | up to 100,000 retries, delays doubling | no limit of retries, delays of up to five minutes |
+//! | ordering is disabled, says 0.6 | [`set_ordered`](JobConfig::set_ordered) works |
+//! | `spawn_returning(channel, &request)` | the same, with the [`reqwest::Response`] of 0.13 |
+//! | `take_listener()`, a `JoinHandle` | a [`Listener`], with the same methods |
+//! | dropping that handle lets it run on | [`Listener::detach`]; dropping it stops the delivery |
+//! | `clear(channels)` | the same; waiting callers get an error |
+//!
+//! Errors, features and versions:
+//!
+//! | 0.6 | here |
+//! |---|---|
+//! | `SpawnError::Sqlx(error)` | [`Error::is_database`], with the `sqlx::Error` as its source |
+//! | `SpawnError::Receive(_)` | [`Error::is_closed`], [`Error::is_cancelled`] |
+//! | `SpawnError::Serde(_)` | none: [`Error::is_request`] is a request that is refused |
+//! | `sqlx::Error` of `Client::new` and `clear` | [`Error`] |
+//! | `MigrateError` of `migrate` | [`Error`] |
+//! | `error::JobError` | none: attempts are in the log, and in [`Durable::dead_letters`] |
+//! | `error::ConvertError` | [`Error`], with the name of the [`field`](Error::field) |
+//! | `requeuest::{Pool, Postgres}` | `requeuest::sqlx::{Pool, Postgres}` |
+//! | `requeuest::ParseError` | `url::ParseError` |
+//! | features `runtime-…` | the same names |
+//! | feature `http` | does nothing: it is always on |
+//! | sqlx 0.6, reqwest 0.11, http 0.2 | sqlx 0.8, reqwest 0.13, http 1 |
+//!
+//! # What still waits in its tables
+//!
+//! The older crate's queue is the tables `mq_msgs` and `mq_payloads`, with functions `mq_…`, in the
+//! first schema of the `search_path`, mostly `public`. This crate's are in a schema of their own,
+//! `requeuest`. Neither touches the other, so both can run on one database at the same time, also
+//! with the same names of channels. This crate doesn't read the older queue: its requests are in
+//! the older crate's own encoding. So the older version drains it:
+//!
+//! 1. Release your program with this crate. Keep one process of the old program, or a small one
+//!    that only makes a client of the old crate for `Channels::All` and waits. It must spawn
+//!    nothing. Requests of the two queues are not ordered among each other: where order matters,
+//!    drain before the new program spawns.
+//! 2. Wait until the old queue has no rows but its own first one:
+//!
+//!    ```sql
+//!    SELECT channel_name, count(*), max(attempt_at) AS last_due FROM public.mq_msgs
+//!    WHERE id <> '00000000-0000-0000-0000-000000000000' GROUP BY channel_name;
+//!    ```
+//!
+//!    A request that has failed often is due late, because its delays double without a cap. This
+//!    makes the old process try all of them now:
+//!
+//!    ```sql
+//!    UPDATE public.mq_msgs SET attempt_at = now()
+//!    WHERE id <> '00000000-0000-0000-0000-000000000000' AND attempt_at > now();
+//!    ```
+//! 3. What remains will not end by itself: requests that their receiver never accepts, and requests
+//!    of `spawn_returning` whose process has ended, for which the old crate has the error
+//!    `JobError::MissingSender`. They may have arrived already, many times. Spawn here what is
+//!    still wanted, from your own data, and delete them from the old queue with the old client's
+//!    `clear`, or in SQL: `SELECT public.mq_clear(ARRAY['my_service'])`.
+//! 4. Stop the old process. Unless another program uses plain sqlxmq in that schema, drop the two
+//!    tables and the functions `mq_…`, and delete the old crate's four rows from
+//!    `_sqlx_migrations`: 20210316025847, 20210921125434, 20211013151757 and 20220208120856.
 
+mod listener;
+mod request_builder;
+
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::{PgExecutor, PgPool};
@@ -31,6 +138,9 @@ use crate::engine::runner::RunnerGuard;
 use crate::error::{Error, SpawnError};
 use crate::request::Request;
 use crate::retry::RetryPolicy;
+
+pub use self::listener::Listener;
+pub use self::request_builder::RequestBuilder;
 
 /// The channels that a [`Client`] delivers or clears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,19 +164,12 @@ impl Channels<'_> {
 
 /// For code written against the older crate of the same name; new code uses [`Durable`].
 ///
-/// Spawns requests, and delivers the requests of its channels for as long as it, or its
-/// [`Listener`], lives.
+/// Spawns requests, and delivers the requests of its channels until it is dropped, or its
+/// [`Listener`] once that was taken.
 #[derive(Debug)]
 pub struct Client {
     durable: Durable,
     listener: Option<Listener>,
-}
-
-/// Delivers the requests of a [`Client`]'s channels until the listener is dropped.
-#[derive(Debug)]
-pub struct Listener {
-    _runner: RunnerGuard,
-    _durable: Durable,
 }
 
 impl Client {
@@ -93,10 +196,7 @@ impl Client {
     }
 
     fn from_durable(durable: Durable) -> Self {
-        let listener = Listener {
-            _runner: RunnerGuard::start(durable.engine().driver()),
-            _durable: durable.clone(),
-        };
+        let listener = Listener::new(RunnerGuard::start(durable.engine().driver()));
         Self {
             durable,
             listener: Some(listener),
@@ -112,8 +212,12 @@ impl Client {
     /// # Cancel safety
     ///
     /// As for [`Durable::fire`].
-    pub async fn spawn(&self, channel: &str, request: &Request) -> Result<Uuid, SpawnError> {
-        self.spawn_cfg(channel, request, |job| job).await
+    pub async fn spawn(
+        &self,
+        channel: impl Into<Arc<str>>,
+        request: &Request,
+    ) -> Result<Uuid, SpawnError> {
+        self.spawn_cfg(channel, request, |_| {}).await
     }
 
     /// As [`spawn`](Self::spawn), with a configuration for this request.
@@ -136,16 +240,16 @@ impl Client {
     /// # ) -> Result<(), requeuest::Error> {
     /// client
     ///     .spawn_cfg("my_service", &request, |job| {
-    ///         job.set_delay(Duration::from_secs(60)).set_retries(5)
+    ///         job.set_delay(Duration::from_secs(60)).set_retries(5);
     ///     })
     ///     .await?;
     /// # Ok(()) }
     /// ```
     pub async fn spawn_cfg(
         &self,
-        channel: &str,
+        channel: impl Into<Arc<str>>,
         request: &Request,
-        configure: impl for<'j> FnOnce(&'j mut JobConfig) -> &'j mut JobConfig,
+        configure: impl FnOnce(&mut JobConfig),
     ) -> Result<Uuid, SpawnError> {
         let id = self
             .durable
@@ -167,10 +271,10 @@ impl Client {
     pub async fn spawn_with<'c>(
         &self,
         executor: impl PgExecutor<'c>,
-        channel: &str,
+        channel: impl Into<Arc<str>>,
         request: &Request,
     ) -> Result<Uuid, SpawnError> {
-        self.spawn_with_cfg(executor, channel, |job| job, request)
+        self.spawn_with_cfg(executor, channel, |_| {}, request)
             .await
     }
 
@@ -186,8 +290,8 @@ impl Client {
     pub async fn spawn_with_cfg<'c>(
         &self,
         executor: impl PgExecutor<'c>,
-        channel: &str,
-        configure: impl for<'j> FnOnce(&'j mut JobConfig) -> &'j mut JobConfig,
+        channel: impl Into<Arc<str>>,
+        configure: impl FnOnce(&mut JobConfig),
         request: &Request,
     ) -> Result<Uuid, SpawnError> {
         let id = self
@@ -224,10 +328,10 @@ impl Client {
     /// As for [`Durable::await_response`]: once persisted, the request is delivered anyway.
     pub async fn spawn_returning(
         &self,
-        channel: &str,
+        channel: impl Into<Arc<str>>,
         request: &Request,
     ) -> Result<reqwest::Response, Error> {
-        self.spawn_returning_cfg(channel, request, |job| job).await
+        self.spawn_returning_cfg(channel, request, |_| {}).await
     }
 
     /// As [`spawn_returning`](Self::spawn_returning), with a configuration for this request.
@@ -242,16 +346,30 @@ impl Client {
     /// As for [`Durable::await_response`]: once persisted, the request is delivered anyway.
     pub async fn spawn_returning_cfg(
         &self,
-        channel: &str,
+        channel: impl Into<Arc<str>>,
         request: &Request,
-        configure: impl for<'j> FnOnce(&'j mut JobConfig) -> &'j mut JobConfig,
+        configure: impl FnOnce(&mut JobConfig),
     ) -> Result<reqwest::Response, Error> {
         let request = configured(channel, request, configure);
         Ok(self.durable.await_response(request).await?.into())
     }
 
-    /// Takes the listener out. Delivery then continues for as long as the listener lives, with or
-    /// without the client. `None` if the listener was taken before.
+    /// Takes the handle of the background delivery, which then continues without the client, until
+    /// the [`Listener`] is stopped, aborted or dropped. `None` if the listener was taken before.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut client: requeuest::Client) -> Result<(), requeuest::Error> {
+    /// let listener = client.take_listener();
+    /// drop(client); // its channels are still delivered
+    ///
+    /// if let Some(listener) = listener {
+    ///     listener.stop().await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[must_use = "dropping the listener stops the delivery"]
     pub fn take_listener(&mut self) -> Option<Listener> {
         self.listener.take()
     }
@@ -288,9 +406,9 @@ impl Client {
 }
 
 fn configured(
-    channel: &str,
+    channel: impl Into<Arc<str>>,
     request: &Request,
-    configure: impl for<'j> FnOnce(&'j mut JobConfig) -> &'j mut JobConfig,
+    configure: impl FnOnce(&mut JobConfig),
 ) -> Request {
     let mut job = JobConfig::default();
     configure(&mut job);
