@@ -27,9 +27,10 @@
 //!    usual places of packages;
 //! 3. with the feature `testkit-download`: binaries downloaded once into the user's cache.
 //!
-//! Without that feature, no code of a downloader is compiled. With 2 and 3, a private throwaway cluster is started. Postgres refuses to run as root, so if the
-//! tests run as root, the cluster runs as the user `postgres` or `nobody`. If none of the three is
-//! available, the [`Error`] says what was tried and what to install. No test is silently skipped.
+//! Without that feature, no code of a downloader is compiled. With 2 and 3, a private throwaway
+//! cluster is started. Postgres refuses to run as root, so if the tests run as root, the cluster
+//! runs as the user `postgres` or `nobody`. If none of the three is available, the [`Error`] says
+//! what was tried and what to install. No test is silently skipped.
 //!
 //! # Cleanup
 //!
