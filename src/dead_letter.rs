@@ -282,8 +282,8 @@ pub enum Resolution {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a reconcile hook",
     label = "expected an async function of `(DeadLetter, Request)`",
-    note = "the function returns `Result<Option<Resolution>, Box<dyn Error + Send + Sync>>`, and its \
-            future must be `Send`"
+    note = "the function returns `Result<Option<Resolution>, Box<dyn Error + Send + Sync>>`",
+    note = "its future must be `Send`"
 )]
 pub trait Reconcile: Send + Sync + 'static {
     /// Returns what became of the request, or `None` if the receiver can't tell yet. After `None`
