@@ -79,8 +79,9 @@ impl RunAs {
         }
     }
 
-    /// Where to install for that user, if the home directory is unsuitable: other users can't read
+    /// Where to download to for that user, if the home directory is unsuitable: other users can't read
     /// root's.
+    #[cfg(feature = "testkit-download")]
     pub(super) fn installation_dir(&self) -> Option<PathBuf> {
         // Not in /tmp, where any user could plant a program in advance.
         self.user
@@ -114,6 +115,7 @@ impl RunAs {
         std::path::absolute(&temp).unwrap_or(temp)
     }
 
+    #[cfg(feature = "testkit-download")]
     #[expect(clippy::unused_self, reason = "the signature is the same as on Unix")]
     pub(super) fn installation_dir(&self) -> Option<PathBuf> {
         None
