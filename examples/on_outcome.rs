@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use requeuest::testkit::Postgres;
-use requeuest::{Durable, Response, Uuid, migrate, outcome_fn};
-use sqlx::PgPool;
+use requeuest::{Durable, Outcome, Uuid, migrate, outcome_fn_with};
+use sqlx::{PgConnection, PgPool};
 
 mod support;
 use support::{Result, Server, say};
@@ -26,29 +26,7 @@ async fn main() -> Result<()> {
 
     // Keep the subscription: the handler stops when it is dropped. Each process that may handle
     // outcomes subscribes when it starts.
-    let failed = AtomicBool::new(false);
-    let handler = outcome_fn(move |transaction, outcome| {
-        let status = outcome.response().map(Response::status);
-        let state = match status {
-            Some(status) if status.is_success() => "accepted",
-            _ => "refused",
-        };
-        let request = Uuid::from(outcome.id());
-        let fails = !failed.swap(true, Ordering::Relaxed);
-        Box::pin(async move {
-            sqlx::query("UPDATE orders SET state = $1 WHERE request = $2")
-                .bind(state)
-                .bind(request)
-                .execute(transaction)
-                .await?;
-            say(format!("handler: {request} is {state}"));
-            if fails {
-                say("handler: something else fails, so nothing is written");
-                return Err("called again later".into());
-            }
-            Ok(())
-        })
-    });
+    let handler = outcome_fn_with(AtomicBool::new(false), book);
     let _subscription = durable.on_outcome("orders", handler).await?;
 
     // The order and its request are one transaction, so the handler always finds the order.
@@ -71,6 +49,30 @@ async fn main() -> Result<()> {
     // The handler failed once and was called again; nothing was sent again.
     assert_eq!(received, ["order 1", "order 2"]);
     say(format!("the orders are {states:?}, and each was sent once"));
+    Ok(())
+}
+
+/// Writes what became of an order. The first call fails after its write.
+async fn book(
+    failed: &AtomicBool,
+    transaction: &mut PgConnection,
+    outcome: &Outcome,
+) -> Result<()> {
+    let accepted = outcome
+        .response()
+        .is_some_and(|response| response.status().is_success());
+    let state = if accepted { "accepted" } else { "refused" };
+    let request = Uuid::from(outcome.id());
+    sqlx::query("UPDATE orders SET state = $1 WHERE request = $2")
+        .bind(state)
+        .bind(request)
+        .execute(transaction)
+        .await?;
+    say(format!("handler: {request} is {state}"));
+    if !failed.swap(true, Ordering::Relaxed) {
+        say("handler: something else fails, so nothing is written");
+        return Err("called again later".into());
+    }
     Ok(())
 }
 

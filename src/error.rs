@@ -21,7 +21,7 @@ use crate::status::Status;
 pub type SpawnError = Error;
 
 /// A text is not the name of a value: the error of `FromStr` for [`Status`] and
-/// [`FailureClass`](crate::FailureClass).
+/// [`FailureClass`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseNameError {
     what: &'static str,
