@@ -32,14 +32,13 @@ async fn main() -> Result<()> {
         .reconcile(move |letter: DeadLetter, request: Request| {
             let charge = request.body().cloned().unwrap_or_default();
             let charge = String::from_utf8_lossy(&charge).into_owned();
-            let became = match booked.lock().unwrap().contains(&charge) {
-                true => Resolution::Sent,
-                false => Resolution::NotSent,
+            let is_booked = booked.lock().unwrap().contains(&charge);
+            let became = if is_booked {
+                Resolution::Sent
+            } else {
+                Resolution::NotSent
             };
-            let attempts = letter.attempts;
-            say(format!(
-                "hook: {charge} after {attempts} attempt: {became:?}"
-            ));
+            say(format!("hook: {charge} is {}: {became:?}", letter.status));
             async move { Ok(Some(became)) }
         })
         .build()?;
