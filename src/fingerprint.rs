@@ -22,6 +22,13 @@ pub(crate) fn fingerprint(request: &Request, uri: &Uri) -> [u8; 32] {
     hasher.finalize().into()
 }
 
+impl Request {
+    /// Whether the fingerprints of both requests would be equal.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.method == other.method && self.body == other.body && self.url() == other.url()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,15 +18,17 @@ use pin_project::pin_project;
 use sqlx::PgPool;
 use tower::util::Oneshot;
 use tower::{Layer, Service, ServiceExt};
+use tracing::Span;
 
 use crate::body::Body;
-use crate::durable::{AwaitResponse, Durable, DurableBuilder, Mode, RequestHead};
+use crate::durable::{Awaiting, Durable, DurableBuilder, Mode, RequestHead};
 use crate::engine::attempt::caller_client::CallerClient;
 use crate::engine::attempt::transport::{HttpClient, erase};
 use crate::engine::enqueue::Submitted;
 use crate::error::{BoxError, Error};
 use crate::id::RequestId;
 use crate::into_request::body_error;
+use crate::repetition::Marker;
 use crate::request::Request;
 
 /// The header that carries a fired request's id in the `202 Accepted` of the layer and the
@@ -34,6 +36,20 @@ use crate::request::Request;
 pub const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("requeuest-id");
 
 /// Makes every request through a service durable.
+///
+/// Each attempt's request carries its [`RequestId`], its [`AttemptNumber`](crate::AttemptNumber)
+/// and its [`Channel`](crate::Channel) in its extensions. Responses carry the [`RequestId`] in
+/// theirs.
+///
+/// While its caller waits, the attempts of a request run in the [`tracing`] span that was current
+/// when the service was called, although other tasks make them. So does the first attempt of a
+/// fired request. Other attempts have no span. Task-locals of the caller are not carried: inner
+/// layers find what they need in the request's extensions, which each attempt gets a copy of.
+///
+/// Make it the outermost layer, and remove layers that retry. For a layer above that retries, such
+/// as tower's `Retry`, each try is a new request with an idempotency key of its own; the first such
+/// repetition is logged as a warning. Only if its policy copies the extensions of the response to
+/// the next try, that try attaches to the request that was persisted.
 ///
 /// # Examples
 ///
@@ -232,6 +248,7 @@ where
                 absent,
                 inner,
                 durable: self.durable.clone(),
+                span: Span::current(),
             }),
         })
     }
@@ -261,7 +278,10 @@ where
         rest: Option<Rest<S>>,
     },
     Firing(Submitted),
-    Awaiting(AwaitResponse),
+    Awaiting {
+        waiting: Awaiting,
+        marker: Marker,
+    },
 }
 
 /// A request without its body, and how it is sent.
@@ -270,6 +290,8 @@ struct Rest<S> {
     absent: bool,
     inner: S,
     durable: Durable,
+    /// The caller's span.
+    span: Span,
 }
 
 impl<S: HttpClient> Rest<S> {
@@ -283,21 +305,28 @@ impl<S: HttpClient> Rest<S> {
         B::Error: Into<BoxError>,
     {
         let Self {
-            parts,
+            mut parts,
             absent,
             inner,
             durable,
+            span,
         } = self;
+        // Not for the attempts: an inner layer of the same handle would attach to this request.
+        let marker = parts.extensions.remove();
         let extensions = parts.extensions.clone();
         let request = Request::from_parts(parts, (!absent).then_some(data), trailers)?;
         let fire = request.options.fire;
         let mode = if fire { Mode::Fired } else { Mode::Awaited };
-        let prepared = durable.prepare(request, mode)?;
-        let client = Some(CallerClient::service(erase(inner), extensions));
+        let prepared = durable.prepare_call(request, mode, marker)?;
+        let marker = durable.marker(&prepared);
+        let client = Some(CallerClient::service(erase(inner), extensions, span));
         Ok(if fire {
             State::Firing(durable.submit(prepared, client)?)
         } else {
-            State::Awaiting(durable.submit_awaited(prepared, client)?)
+            State::Awaiting {
+                waiting: durable.submit_awaited(prepared, client)?,
+                marker,
+            }
         })
     }
 }
@@ -344,8 +373,17 @@ where
                 StateProj::Firing(submitted) => {
                     return Pin::new(submitted).poll(cx).map_ok(accepted);
                 }
-                StateProj::Awaiting(waiting) => {
-                    return Pin::new(waiting).poll(cx).map_ok(Into::into);
+                StateProj::Awaiting { waiting, marker } => {
+                    let outcome = ready!(Pin::new(&mut *waiting).poll(cx));
+                    let (response, marker) = waiting.durable().end_call(marker.clone(), outcome);
+                    return Poll::Ready(response.map(|response| {
+                        let mut response = http::Response::from(response);
+                        // A retry layer may take the response's extensions for its next try.
+                        if let Some(marker) = marker {
+                            response.extensions_mut().insert(marker);
+                        }
+                        response
+                    }));
                 }
             };
             state.set(next);

@@ -114,6 +114,7 @@ mod middleware;
 mod options;
 mod outcome;
 mod redact;
+mod repetition;
 mod request;
 mod response;
 mod runtime;

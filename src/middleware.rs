@@ -22,10 +22,13 @@ use crate::engine::attempt::caller_client::CallerClient;
 use crate::engine::attempt::send::{KeptByCaller, Sender};
 use crate::engine::attempt::transport::from_reqwest;
 use crate::error::{BoxError, Error};
+use crate::id::RequestId;
 use crate::into_request::body_error;
 use crate::layer::accepted;
 use crate::options::Options;
+use crate::repetition::Marker;
 use crate::request::Request;
+use crate::response::Response;
 use crate::runtime::BoxFuture;
 
 /// How much later than reqwest an attempt gives up, if both have the same timeout.
@@ -50,36 +53,37 @@ impl Middleware for Durable {
             Some(body) => buffer(body, limit).await.map_err(refused)?,
         };
         let fire = options.fire;
+        let mode = if fire { Mode::Fired } else { Mode::Awaited };
         let durable_request =
             Request::from_reqwest_head(&request, body, trailers).with_over_timeout(options);
-        if fire {
-            let prepared = self
-                .prepare(durable_request, Mode::Fired)
-                .map_err(refused)?;
-            let submitted = self.submit(prepared, None).map_err(refused)?;
-            let id = submitted.await.map_err(refused)?;
-            extensions.insert(id);
-            return Ok(accepted(id).into());
-        }
         let prepared = self
-            .prepare(durable_request, Mode::Awaited)
+            .prepare_call(durable_request, mode, extensions.remove())
             .map_err(refused)?;
-        let id = prepared.id();
+        let (id, marker) = (prepared.id(), self.marker(&prepared));
+        let original = extensions.clone();
+        // From here on, because the call may be dropped.
+        extensions.insert(marker.clone());
+        if fire {
+            let submitted = self.submit(prepared, None).map_err(refused)?.await;
+            let marker = submitted.is_err().then(|| marker.ended());
+            leave(extensions, id, submitted.as_ref().copied(), marker);
+            return submitted.map(|id| accepted(id).into()).map_err(refused);
+        }
         let (client, mut claims) = CallerClient::future();
-        let response = self
+        let outcome = self
             .submit_awaited(prepared, Some(client))
             .map_err(refused)?;
         let mut sender = Inner {
             next,
             template: request,
-            original: extensions.clone(),
+            original,
             latest: None,
             failed: None,
         };
-        let response = tokio::select! {
+        let outcome = tokio::select! {
             // First, because it also ends the wait between two attempts.
             biased;
-            response = response => response,
+            outcome = outcome => outcome,
             never = claims.drive(&mut sender) => match never {},
         };
         // Outer middleware sees the extensions that inner middleware set during the last attempt.
@@ -87,11 +91,8 @@ impl Middleware for Durable {
             *extensions = latest;
             context::detach(extensions);
         }
-        // With a caller's key, the response may be that of an earlier request.
-        extensions.insert(match &response {
-            Ok(response) => response.id(),
-            Err(error) => error.request_id().unwrap_or(id),
-        });
+        let (response, marker) = self.end_call(marker, outcome);
+        leave(extensions, id, response.as_ref().map(Response::id), marker);
         response
             .map(Into::into)
             .map_err(|error| match sender.failed {
@@ -99,6 +100,22 @@ impl Middleware for Durable {
                 Some(own) if error.is_with_caller() => own,
                 _ => refused(error),
             })
+    }
+}
+
+/// Leaves the id of the call's request in the caller's extensions, and the call's marker if a
+/// repetition should attach to the request.
+fn leave(
+    extensions: &mut Extensions,
+    id: RequestId,
+    ended: Result<RequestId, &Error>,
+    marker: Option<Marker>,
+) {
+    // With a caller's key, it may be an earlier request.
+    extensions.insert(ended.unwrap_or_else(|error| error.request_id().unwrap_or(id)));
+    match marker {
+        Some(marker) => drop(extensions.insert(marker)),
+        None => drop(extensions.remove::<Marker>()),
     }
 }
 

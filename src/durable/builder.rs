@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{validate_channel, validate_timeout};
+use crate::repetition::FailedRequests;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 use crate::runtime::Runtime;
 use crate::store::{Store, StoreConfig};
@@ -332,6 +333,7 @@ impl DurableBuilder {
                 _reconciler: reconciler,
                 pass_through: self.pass_through,
                 plain_transport,
+                failed: FailedRequests::default(),
             }),
         })
     }

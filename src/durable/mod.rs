@@ -1,5 +1,6 @@
 //! [`Durable`], the handle behind every entry point.
 
+mod again;
 mod builder;
 mod bulk;
 mod dead_letters;
@@ -20,6 +21,7 @@ use crate::error::Error;
 use crate::id::RequestId;
 use crate::into_request::IntoRequest;
 use crate::outcome::Outcome;
+use crate::repetition::FailedRequests;
 use crate::request::Request;
 use crate::response::Response;
 use crate::status::Status;
@@ -31,7 +33,7 @@ pub use self::builder::{
 };
 pub use self::outcomes::OutcomeSubscription;
 pub use self::pass_through::RequestHead;
-pub(crate) use self::submit::{AwaitResponse, Mode};
+pub(crate) use self::submit::{Awaiting, Mode};
 
 use self::pass_through::PassThrough;
 
@@ -74,6 +76,8 @@ struct Inner {
     pass_through: Option<PassThrough>,
     /// Background attempts go through a plain client that the crate built.
     plain_transport: bool,
+    /// The last requests of the fronts that were given up.
+    failed: FailedRequests,
 }
 
 impl Durable {
@@ -219,7 +223,7 @@ impl Durable {
     {
         let request = self.read(request).await?;
         let prepared = self.prepare(request, Mode::Awaited)?;
-        self.submit_awaited(prepared, None)?.await
+        self.submit_awaited(prepared, None)?.await?.into_result()
     }
 
     /// Waits for the response of a request that was persisted earlier, by any process and before

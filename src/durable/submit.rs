@@ -19,13 +19,22 @@ use crate::fingerprint::fingerprint;
 use crate::id::RequestId;
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
+use crate::repetition::Marker;
 use crate::request::Request;
-use crate::response::Response;
 use crate::store::enqueue::{Initial, Key, NewRequest};
 
 impl Durable {
     /// Checks a request and encodes it.
-    pub(crate) fn prepare(&self, mut request: Request, mode: Mode) -> Result<Prepared, Error> {
+    pub(crate) fn prepare(&self, request: Request, mode: Mode) -> Result<Prepared, Error> {
+        self.prepare_as(RequestId::generate(), request, mode)
+    }
+
+    pub(super) fn prepare_as(
+        &self,
+        id: RequestId,
+        mut request: Request,
+        mode: Mode,
+    ) -> Result<Prepared, Error> {
         let config = self.engine().config();
         let options = &request.options;
         options.validate()?;
@@ -47,7 +56,6 @@ impl Durable {
             accept: options.accept.as_ref().map(|accept| accept.to_vec()),
             guarantee: options.guarantee,
         };
-        let id = RequestId::generate();
         if options.guarantee == Guarantee::AtLeastOnce {
             let header = options.idempotency_header.as_ref();
             header.unwrap_or(&config.idempotency_header).apply(
@@ -84,7 +92,11 @@ impl Durable {
             initial: Initial::Waiting,
         };
         let job = Job::new(id, Arc::clone(&row.channel), request, uri, delivery);
-        Ok(Prepared { row, job })
+        Ok(Prepared {
+            row,
+            job,
+            earlier: None,
+        })
     }
 
     /// Enqueues a request that no caller waits for. `client` is the one that the request came
@@ -94,21 +106,21 @@ impl Durable {
         prepared: Prepared,
         client: Option<CallerClient>,
     ) -> Result<Submitted, Error> {
-        let Prepared { row, job } = prepared;
-        self.engine().submit(row, job, client)
+        let Prepared { row, job, earlier } = prepared;
+        self.engine().submit(row, job, client, earlier)
     }
 
-    /// Enqueues a request and waits for its response. While the caller waits, every attempt that
+    /// Enqueues a request and waits for its outcome. While the caller waits, every attempt that
     /// this process makes goes through `client`, if there is one.
     pub(crate) fn submit_awaited(
         &self,
         prepared: Prepared,
         client: Option<CallerClient>,
-    ) -> Result<AwaitResponse, Error> {
-        let Prepared { row, job } = prepared;
-        Ok(AwaitResponse {
-            outcome: self.engine().submit_awaited(row, job, client)?,
-            _durable: self.clone(),
+    ) -> Result<Awaiting, Error> {
+        let Prepared { row, job, earlier } = prepared;
+        Ok(Awaiting {
+            outcome: self.engine().submit_awaited(row, job, client, earlier)?,
+            durable: self.clone(),
         })
     }
 }
@@ -124,28 +136,43 @@ pub(crate) enum Mode {
 pub(crate) struct Prepared {
     pub(super) row: NewRequest,
     job: Job,
+    /// The call that made the same request before. It may have persisted it.
+    pub(super) earlier: Option<Marker>,
 }
 
 impl Prepared {
     pub(crate) fn id(&self) -> RequestId {
         self.row.id
     }
+
+    pub(super) fn request(&self) -> Arc<Request> {
+        Arc::clone(&self.job.request)
+    }
+
+    pub(super) fn fingerprint(&self) -> [u8; 32] {
+        fingerprint(&self.job.request, &self.job.uri)
+    }
 }
 
-/// Waits for the response of a request that was submitted. Runs on any executor.
-pub(crate) struct AwaitResponse {
+/// Waits for the outcome of a request that was submitted. Runs on any executor.
+pub(crate) struct Awaiting {
     outcome: AwaitOutcome,
     /// While a caller waits, the handle's runner keeps running.
-    _durable: Durable,
+    durable: Durable,
 }
 
-impl Future for AwaitResponse {
-    type Output = Result<Response, Error>;
+impl Awaiting {
+    /// The handle that the request was submitted to.
+    pub(crate) fn durable(&self) -> &Durable {
+        &self.durable
+    }
+}
+
+impl Future for Awaiting {
+    type Output = Result<Outcome, Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.outcome)
-            .poll(cx)
-            .map(|outcome| outcome.and_then(Outcome::into_result))
+        Pin::new(&mut self.outcome).poll(cx)
     }
 }
 

@@ -9,6 +9,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
 
 use super::Engine;
 use super::attempt::Driver;
@@ -24,6 +25,7 @@ use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
+use crate::repetition::Marker;
 use crate::runtime::BoxFuture;
 use crate::store::enqueue::{Initial, Inserted, NewRequest};
 use crate::store::{Store, StoreError};
@@ -50,35 +52,41 @@ struct Start {
     job: Job,
     /// The client that a fired request came through.
     client: Option<CallerClient>,
+    /// The caller's span, for a call without a client of its own.
+    span: Span,
 }
 
 impl Engine {
     /// Enqueues a request that no caller waits for. If a slot is free, this process makes the first
-    /// attempt at once, through `client` or the default transport.
+    /// attempt at once, through `client` or the default transport. If an `earlier` call has
+    /// persisted the request already, it stays as it is.
     pub(crate) fn submit(
         &self,
         row: NewRequest,
         job: Job,
         client: Option<CallerClient>,
+        earlier: Option<Marker>,
     ) -> Result<Submitted, Error> {
         let has_client = client.is_some();
-        self.hand_in(row, job, client, has_client)
+        self.hand_in(row, job, client, has_client, earlier)
     }
 
     /// Enqueues a request and waits for its outcome. While the caller waits, every attempt that
-    /// this process makes goes through `client`, if there is one.
+    /// this process makes goes through `client`, if there is one. `earlier` is as for
+    /// [`submit`](Self::submit).
     pub(crate) fn submit_awaited(
         self: &Arc<Self>,
         row: NewRequest,
         job: Job,
         client: Option<CallerClient>,
+        earlier: Option<Marker>,
     ) -> Result<AwaitOutcome, Error> {
         let has_client = client.is_some();
         let id = row.id;
         let waiter = self.driver().waiters.subscribe(id, client);
         Ok(AwaitOutcome {
             id,
-            submitted: Some(self.hand_in(row, job, None, has_client)?),
+            submitted: Some(self.hand_in(row, job, None, has_client, earlier)?),
             waiter,
             attached: None,
             engine: Arc::clone(self),
@@ -91,8 +99,10 @@ impl Engine {
         job: Job,
         client: Option<CallerClient>,
         has_client: bool,
+        earlier: Option<Marker>,
     ) -> Result<Submitted, Error> {
-        let may_start = !row.ordered && row.delay.is_zero();
+        // What an earlier call persisted may have a claim already.
+        let may_start = earlier.is_none() && !row.ordered && row.delay.is_zero();
         let slot = may_start
             .then(|| self.driver().try_inline(&row.channel, has_client))
             .flatten();
@@ -107,10 +117,15 @@ impl Engine {
             slot,
             job,
             client,
+            span: Span::current(),
         });
         let (id, inline) = (row.id, start.is_some());
         let (done, enqueued) = oneshot::channel();
-        self.enqueue(Submission { row, start, done })?;
+        let submission = Submission { row, start, done };
+        match earlier {
+            Some(earlier) => self.enqueue_again(submission, earlier)?,
+            None => self.enqueue(submission)?,
+        }
         Ok(Submitted {
             id,
             enqueued,
@@ -122,12 +137,31 @@ impl Engine {
         self.ensure_open()?;
         if submission.row.needs_lock() {
             let store = self.store().clone();
-            self.driver().spawn(insert_locked(store, submission));
+            self.driver().spawn(insert_locked(store, submission, false));
             return Ok(());
         }
         self.submissions
             .send(submission)
             .map_err(|_| Error::new(Kind::Closed))
+    }
+
+    /// Enqueues a request unless an earlier call has.
+    fn enqueue_again(&self, submission: Submission, earlier: Marker) -> Result<(), Error> {
+        self.ensure_open()?;
+        let driver = Arc::clone(self.driver());
+        self.driver().spawn(async move {
+            // If its caller was dropped, the first insert may still be under way, to begin an
+            // attempt at once. The request must not be inserted for another one in between.
+            let began = Instant::now();
+            while earlier.may_start()
+                && !driver.leases.is_driven(earlier.id())
+                && began.elapsed() < RETRY_UNKNOWN_FOR
+            {
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+            insert_locked(driver.store.clone(), submission, true).await;
+        });
+        Ok(())
     }
 }
 
@@ -290,7 +324,8 @@ fn begin(id: RequestId, start: Option<Start>, done: Done) {
     // A caller that is gone cancels nothing.
     let _ = done.send(Ok(id));
     if let Some(start) = start {
-        let claim = Claim::inline(&start.driver, start.job, start.slot);
+        let mut claim = Claim::inline(&start.driver, start.job, start.slot);
+        claim.set_span(start.span);
         if let Some((claim, transport)) = caller_client::assign(claim, start.client) {
             start.driver.spawn(drive_by_engine(claim, transport));
         }
@@ -299,14 +334,14 @@ fn begin(id: RequestId, start: Option<Start>, done: Done) {
 
 /// Inserts a request that takes locks. Such requests have a task each instead of a shared lane,
 /// because a caller's transaction may hold the lock for long. No connection is kept and no other
-/// request waits meanwhile.
-async fn insert_locked(store: Store, submission: Submission) {
+/// request waits meanwhile. With `again`, a request that exists stays as it is.
+async fn insert_locked(store: Store, submission: Submission, again: bool) {
     let Submission {
         row,
         start,
         mut done,
     } = submission;
-    match insert_when_free(&store, &row, &mut done).await {
+    match insert_when_free(&store, &row, &mut done, again).await {
         Ok(id) if id == row.id => begin(id, start, done),
         attached_or_refused => {
             let _ = done.send(attached_or_refused);
@@ -320,14 +355,19 @@ async fn insert_when_free(
     store: &Store,
     row: &NewRequest,
     done: &mut Done,
+    again: bool,
 ) -> Result<RequestId, Error> {
     let mut pause = BusyPause::new();
+    // Another insert of the same request may commit first, once.
+    let mut may_collide = again;
     let mut unknown_since: Option<Instant> = None;
     loop {
         store.verify().await?;
-        match store.try_insert_locked(row, unknown_since.is_some()).await {
+        let again = again || unknown_since.is_some();
+        match store.try_insert_locked(row, again).await {
             Ok(Inserted::Busy) => {}
             Ok(inserted) => return inserted.persisted(row),
+            Err(error) if may_collide && error.is_data() => may_collide = false,
             Err(error) if error.is_unknown() || unknown_since.is_some() => {
                 let since = *unknown_since.get_or_insert_with(Instant::now);
                 let limit = RETRY_UNKNOWN_FOR.min(store.config().lease / 2);

@@ -3,14 +3,18 @@
 use std::time::Duration;
 
 use http::HeaderValue;
+use http_body_util::Full;
 use requeuest::retry::RetryPolicy;
 use requeuest::{Durable, Options};
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
+use tower::retry::Retry;
+use tower::{Layer, ServiceExt};
 
-use crate::support::{LONG, Server, in_time, migrated, part, plays, post};
+use crate::layer::repetition::Tries;
+use crate::support::{LONG, Server, hyper_client, in_time, migrated, part, plays, post, quick};
 
 /// What a copy of this binary prints and logs while it plays a part.
 struct Output {
@@ -110,6 +114,57 @@ async fn give_up_a_request() {
     in_time(durable.outcome(id)).await.unwrap();
     println!("\nid: {id}");
     durable.shutdown(LONG).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_retry_layer_above_the_layer_is_one_warning() {
+    let database = migrated().await;
+    let server = Server::always(503).await;
+    let variables = [
+        ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
+        ("REQUEUEST_TEST_SERVER", server.url("")),
+    ];
+    let run = move || Output::of("call_below_a_retry_layer", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    let retried = |line: &&&str| line.contains("remove the retry layer");
+    assert_eq!(warnings.iter().filter(retried).count(), 1, "{warnings:#?}");
+    // Two calls of three tries of two attempts, after two calls without a retry layer.
+    assert_eq!(server.count(), 2 * 3 * 2 + 2 * 2);
+    let first = warnings.iter().position(|line| retried(&line)).unwrap();
+    // The first two calls are different requests, so neither repeats the other.
+    assert!(first >= 2, "{warnings:#?}");
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn call_below_a_retry_layer() {
+    if !plays("call_below_a_retry_layer") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let builder = Durable::builder(pool).retry(quick().max_attempts(2));
+    let layer = builder.build_layer().unwrap();
+    let call = |path| {
+        let url = format!("{}{path}", variable("REQUEUEST_TEST_SERVER"));
+        http::Request::post(url).body(Full::from("x")).unwrap()
+    };
+    for path in ["/1", "/2"] {
+        let client = layer.layer(hyper_client());
+        in_time(client.oneshot(call(path))).await.unwrap();
+    }
+    let tries = Tries {
+        left: 2,
+        passes_on: false,
+    };
+    let client = Retry::new(tries, layer.layer(hyper_client()));
+    for _ in 0..2 {
+        let response = in_time(client.clone().oneshot(call("/"))).await.unwrap();
+        assert_eq!(response.status(), 503);
+    }
 }
 
 #[tokio::test]

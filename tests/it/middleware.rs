@@ -1,6 +1,7 @@
 //! `Durable` as reqwest middleware, in a `ClientWithMiddleware`.
 
 mod context;
+mod repetition;
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use http::Extensions;
 use tokio::sync::mpsc;
+use tracing::Span;
 
 use super::claim::Claim;
 use super::transport::Transport;
@@ -29,19 +30,21 @@ pub(crate) enum CallerClient {
     Service(CallerService),
 }
 
-/// A caller's service, and what the caller attached to the request.
+/// A caller's service, what the caller attached to the request, and the span of the call.
 #[derive(Clone, Debug)]
 pub(crate) struct CallerService {
     // `BoxCloneService` isn't `Sync`.
     transport: Arc<Mutex<Transport>>,
     extensions: Extensions,
+    span: Span,
 }
 
 impl CallerClient {
-    pub(crate) fn service(transport: Transport, extensions: Extensions) -> Self {
+    pub(crate) fn service(transport: Transport, extensions: Extensions, span: Span) -> Self {
         Self::Service(CallerService {
             transport: Arc::new(Mutex::new(transport)),
             extensions,
+            span,
         })
     }
 }
@@ -86,7 +89,7 @@ pub(crate) fn assign(mut claim: Claim, client: Option<CallerClient>) -> Option<(
             }
         },
         Some(CallerClient::Service(service)) => {
-            claim.attach(service.extensions);
+            claim.attach(service.extensions, service.span);
             let transport = service.transport.lock();
             Some(transport.unwrap_or_else(PoisonError::into_inner).clone())
         }

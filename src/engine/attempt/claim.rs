@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use http::Extensions;
 use sqlxmq::CurrentJob;
 use tokio::sync::oneshot;
+use tracing::Span;
 
 use super::Driver;
 use super::job::Job;
@@ -129,6 +130,8 @@ pub(crate) struct Claim {
     /// `None` once the claim was handed to the settle lane.
     lease: Option<Arc<Lease>>,
     job: Job,
+    /// The span of the call that the engine's attempts belong to.
+    span: Span,
     /// Attempts begun, including this claim's if it is counted.
     attempts: u32,
     /// The database has counted this claim's attempt already.
@@ -174,6 +177,7 @@ impl Claim {
             driver: Arc::clone(driver),
             lease: Some(lease),
             job,
+            span: Span::none(),
             attempts,
             counted: true,
             unconfirmed: false,
@@ -193,9 +197,19 @@ impl Claim {
         &self.job
     }
 
-    /// Adds what a waiting caller attached to its request.
-    pub(super) fn attach(&mut self, extensions: Extensions) {
+    /// Adds what a waiting caller attached to its request, and the span of its call.
+    pub(super) fn attach(&mut self, extensions: Extensions, span: Span) {
         self.job.extensions = extensions;
+        self.span = span;
+    }
+
+    /// Has the engine's attempts made in this span.
+    pub(crate) fn set_span(&mut self, span: Span) {
+        self.span = span;
+    }
+
+    pub(super) fn take_span(&mut self) -> Span {
+        std::mem::replace(&mut self.span, Span::none())
     }
 
     /// Prepares the claim for a caller that may never come for it.

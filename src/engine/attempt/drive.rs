@@ -6,6 +6,8 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tracing::Instrument as _;
+
 use super::claim::Claim;
 use super::judge::{Judgement, judge};
 use super::send::{ByEngine, Sender, exchange};
@@ -15,17 +17,19 @@ use crate::store::settle::Failure;
 /// A retry after a longer delay than this goes back to the queue instead of being held.
 const MAX_HOLD: Duration = Duration::from_secs(60);
 
-/// As [`drive`], with a client that belongs to the engine, and until a shutdown gives attempts up.
+/// As [`drive`], with a client that belongs to the engine, in the span of the call, and until a
+/// shutdown gives attempts up.
 #[expect(clippy::manual_async_fn, reason = "as for `drive`")]
 pub(crate) fn drive_by_engine(
-    claim: Claim,
+    mut claim: Claim,
     transport: Transport,
 ) -> impl Future<Output = ()> + Send {
     async move {
         let driver = Arc::clone(claim.driver());
+        let span = claim.take_span();
         let mut sender = ByEngine::new(transport);
         // Pinned here, or the future would take its room twice.
-        let mut driven = pin!(drive(claim, &mut sender));
+        let mut driven = pin!(drive(claim, &mut sender).instrument(span));
         tokio::select! {
             () = &mut driven => {}
             () = driver.lifecycle.stopping() => {}

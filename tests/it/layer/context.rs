@@ -8,11 +8,13 @@ use bytes::Bytes;
 use futures_util::future;
 use http::{Extensions, Request, Response};
 use http_body_util::Empty;
-use requeuest::{AttemptNumber, Body, Channel, Options, RequestId};
-use tower::{Layer, Service, ServiceExt, service_fn};
+use requeuest::{AttemptNumber, Body, Channel, HttpClient, Options, RequestId};
+use tower::{Layer, ServiceExt, service_fn};
 
 use super::{http_post, id_of, quick_layer, with_options};
-use crate::support::{builder, in_time, migrated, other_process, outcome_of, post, quick};
+use crate::support::{
+    builder, eventually_rows, in_time, migrated, other_process, outcome_of, post, quick,
+};
 
 /// An attempt's id, number and channel.
 pub type Seen = (RequestId, u32, String);
@@ -28,25 +30,17 @@ pub fn context_of(extensions: &Extensions) -> Seen {
 }
 
 /// A client that answers with these statuses in turn, and notes what each attempt carries.
-fn noting(
-    statuses: &'static [u16],
-) -> (
-    impl Service<Request<Body>, Response = Response<Empty<Bytes>>, Error = Infallible, Future: Send>
-    + Clone
-    + Send
-    + 'static,
-    Arc<Mutex<Vec<Seen>>>,
-) {
+fn noting(statuses: &'static [u16]) -> (impl HttpClient, Arc<Mutex<Vec<Seen>>>) {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&seen);
     let service = service_fn(move |mut request: Request<Body>| {
         let mut noted = noted.lock().unwrap();
-        let mut response = Response::new(Empty::new());
+        let mut response = Response::new(Empty::<Bytes>::new());
         *response.status_mut() = statuses[noted.len()].try_into().unwrap();
         noted.push(context_of(request.extensions()));
         // The next attempt doesn't see this.
         request.extensions_mut().clear();
-        future::ok(response)
+        future::ok::<_, Infallible>(response)
     });
     (service, seen)
 }
@@ -86,13 +80,13 @@ async fn a_polled_request_continues_the_count_of_its_attempts() {
         .build_layer()
         .unwrap();
     let client = layer.layer(inner);
-    // Without a caller, each retry goes back to the queue and is claimed by a poll.
+    // Nothing waits for the outcome, so each retry goes back to the queue and is claimed by a poll.
     let options = Options::default().fire().channel("billing");
     let request = with_options(http_post("http://localhost/", "x"), options);
     let response = in_time(client.oneshot(request)).await.unwrap();
     let id = *response.extensions().get::<RequestId>().unwrap();
     assert_eq!(id, id_of(&response));
-    outcome_of(layer.durable(), id).await;
+    eventually_rows(&database, "outcomes", 1).await;
     assert_eq!(*seen.lock().unwrap(), attempts(id, "billing", 3));
 }
 

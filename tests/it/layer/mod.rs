@@ -2,7 +2,9 @@
 
 mod bodies;
 pub mod context;
+pub mod repetition;
 mod senders;
+mod spans;
 mod stack;
 
 use std::convert::Infallible;
