@@ -68,6 +68,11 @@ pub(crate) fn attach(extensions: &mut Extensions, id: RequestId, channel: &Arc<s
     extensions.insert(Channel(Arc::clone(channel)));
 }
 
+/// Whether these are the extensions of an attempt, so that its request is persisted already.
+pub(crate) fn is_attempt(extensions: &Extensions) -> bool {
+    extensions.get::<AttemptNumber>().is_some()
+}
+
 /// Removes what is true of a single attempt only. The id stays.
 #[cfg(feature = "reqwest-middleware")]
 pub(crate) fn detach(extensions: &mut Extensions) {

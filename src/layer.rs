@@ -21,6 +21,7 @@ use tower::{Layer, Service, ServiceExt};
 use tracing::Span;
 
 use crate::body::Body;
+use crate::context;
 use crate::durable::{Awaiting, Durable, DurableBuilder, Mode, RequestHead};
 use crate::engine::attempt::caller_client::CallerClient;
 use crate::engine::attempt::transport::{HttpClient, erase};
@@ -230,7 +231,9 @@ where
 
     fn call(&mut self, request: http::Request<B>) -> ResponseFuture<S, B> {
         let inner = self.inner.clone();
-        if self.durable.passes_through(&RequestHead::of_http(&request)) {
+        // An attempt comes here if a transport contains this or another durable service.
+        let is_attempt = context::is_attempt(request.extensions());
+        if is_attempt || self.durable.passes_through(&RequestHead::of_http(&request)) {
             let passing = inner.oneshot(request.map(Body::wrap));
             return ResponseFuture(State::Passing(passing));
         }

@@ -42,7 +42,10 @@ impl Middleware for Durable {
         extensions: &mut Extensions,
         next: Next<'_>,
     ) -> MiddlewareResult<reqwest::Response> {
-        if self.passes_through(&RequestHead::of_reqwest(&request)) {
+        // An attempt comes here if a transport contains this or another handle.
+        if context::is_attempt(extensions)
+            || self.passes_through(&RequestHead::of_reqwest(&request))
+        {
             return next.run(request, extensions).await;
         }
         self.warn_of_plain_transport();

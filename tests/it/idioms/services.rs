@@ -189,6 +189,28 @@ async fn a_client_with_middleware_is_a_transport() -> Result<(), BoxError> {
     Ok(())
 }
 
+#[tokio::test]
+async fn attempts_pass_a_handle_that_their_transport_contains() -> Result<(), BoxError> {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let nested = builder(&database).runner(false).build()?;
+    let inner = ServiceBuilder::new()
+        .layer(nested.layer())
+        .service(MiddlewareTransport::new(
+            ClientBuilder::new(reqwest::Client::new())
+                .with(nested.clone())
+                .build(),
+        ));
+    let durable = builder(&database).transport(inner).build()?;
+    let id = durable
+        .fire(Request::post(server.url("/")).body("x")?)
+        .await?;
+    outcome_of(&durable, id).await;
+    assert_eq!(server.count(), 1);
+    assert_eq!(rows(&database, "outcomes").await, 1);
+    Ok(())
+}
+
 struct Stamp;
 
 #[async_trait::async_trait]

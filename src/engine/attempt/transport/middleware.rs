@@ -15,8 +15,8 @@ use crate::error::BoxError;
 /// [`DurableBuilder::transport`](crate::DurableBuilder::transport): background attempts run through
 /// its middleware too.
 ///
-/// Leave [`Durable`](crate::Durable) and any retry middleware out of that client. Each middleware
-/// sees the extensions of the attempt.
+/// Leave any retry middleware out of that client. Each middleware sees the extensions of the
+/// attempt, and a [`Durable`](crate::Durable) among them lets attempts pass.
 ///
 /// # Examples
 ///
