@@ -79,8 +79,8 @@ impl RunAs {
         }
     }
 
-    /// Where to download to for that user, if the home directory is unsuitable: other users can't read
-    /// root's.
+    /// Where to download to for that user, if the home directory is unsuitable: other users can't
+    /// read root's.
     #[cfg(feature = "testkit-download")]
     pub(super) fn installation_dir(&self) -> Option<PathBuf> {
         // Not in /tmp, where any user could plant a program in advance.
