@@ -5,3 +5,4 @@ mod errors;
 mod handlers;
 mod requests;
 mod services;
+mod stacks;
