@@ -58,6 +58,10 @@ impl Fault {
 pub(crate) enum Cause {
     Error(Arc<dyn StdError + Send + Sync>),
     /// The caller made the attempt through its own stack, and has the error.
+    #[cfg_attr(
+        not(feature = "reqwest-middleware"),
+        expect(dead_code, reason = "only the middleware's callers send by themselves")
+    )]
     WithCaller,
 }
 

@@ -85,6 +85,7 @@ impl Body {
     }
 
     /// Whether there is a body, even an empty one.
+    #[cfg(feature = "reqwest-middleware")]
     pub(crate) fn is_present(&self) -> bool {
         !matches!(
             &self.0,

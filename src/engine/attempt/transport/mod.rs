@@ -17,8 +17,10 @@ use crate::error::BoxError;
 pub use self::map_body::MapBody;
 #[cfg(feature = "reqwest-middleware")]
 pub use self::middleware::MiddlewareTransport;
+pub(crate) use self::reqwest::ResponseUrl;
+#[cfg(feature = "reqwest-middleware")]
+pub(crate) use self::reqwest::from_reqwest;
 pub use self::reqwest::{ReqwestFuture, ReqwestTransport};
-pub(crate) use self::reqwest::{ResponseUrl, from_reqwest};
 
 /// The services that send for this crate: an alias of the bound in its `where` clause, which holds
 /// for every type that meets it. It can't be implemented otherwise.
