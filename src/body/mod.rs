@@ -7,6 +7,7 @@
 mod convert;
 mod error;
 
+use std::any::Any;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
@@ -61,13 +62,22 @@ impl Body {
         Self::buffered(None, None)
     }
 
-    /// Wraps any body that is `Send`, without reading it.
+    /// Wraps any body that is `Send`, without reading it. A [`Body`] stays as it is.
     pub fn wrap<B>(body: B) -> Self
     where
         B: HttpBody + Send + 'static,
         B::Data: Send,
         B::Error: Into<BoxError>,
     {
+        let mut body = Some(body);
+        // As a stream, a body in memory could not be sent again, nor be taken as bytes.
+        let own = (&mut body as &mut dyn Any).downcast_mut::<Option<Self>>();
+        if let Some(own) = own.and_then(Option::take) {
+            return own;
+        }
+        let Some(body) = body else {
+            return Self::empty();
+        };
         let body = body
             .map_frame(|frame| frame.map_data(|mut data| data.copy_to_bytes(data.remaining())))
             .map_err(Into::into)

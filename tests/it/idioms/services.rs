@@ -15,7 +15,7 @@ use requeuest::{
 };
 use reqwest_middleware::ClientBuilder;
 use tower::util::BoxCloneService;
-use tower::{Service, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
 use crate::support::{Server, builder, hyper_client, in_time, migrated, outcome_of, rows};
 
@@ -208,6 +208,30 @@ async fn attempts_pass_a_handle_that_their_transport_contains() -> Result<(), Bo
     outcome_of(&durable, id).await;
     assert_eq!(server.count(), 1);
     assert_eq!(rows(&database, "outcomes").await, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_body_in_memory_passes_a_nested_layer_as_one() -> Result<(), BoxError> {
+    let database = migrated().await;
+    let server = Server::echo().await;
+    let nested = builder(&database)
+        .runner(false)
+        .pass_through(|head| head.path() == "/passing")
+        .build()?;
+    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let client = MapBody::new(client, |body: Body| {
+        Full::new(Bytes::copy_from_slice(body.as_bytes().unwrap()))
+    });
+    let inner = nested.layer().layer(client);
+    let passing = Request::post(server.url("/passing")).body(Body::from("passing"))?;
+    let response = in_time(inner.clone().oneshot(passing)).await?;
+    assert_eq!(text(response).await, "passing");
+
+    let durable = builder(&database).transport(inner).build()?;
+    let attempt = Request::post(server.url("/")).body("attempt")?;
+    let response = in_time(durable.await_response(attempt)).await?;
+    assert_eq!(response.text()?, "attempt");
     Ok(())
 }
 

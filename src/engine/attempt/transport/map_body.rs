@@ -14,22 +14,26 @@ use crate::body::Body;
 ///
 /// ```
 /// use bytes::Bytes;
-/// use http_body_util::Full;
+/// use http_body_util::BodyExt;
+/// use http_body_util::combinators::BoxBody;
 /// use hyper_util::client::legacy::Client;
 /// use hyper_util::rt::TokioExecutor;
-/// use requeuest::{Body, Durable, MapBody};
+/// use requeuest::{Body, BodyError, Durable, MapBody};
 ///
 /// # fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
-/// let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
-/// // An attempt's body is in memory, unless its request passes through without being persisted.
-/// let client = MapBody::new(client, |body: Body| {
-///     Full::new(Bytes::copy_from_slice(body.as_bytes().unwrap_or_default()))
-/// });
+/// type Boxed = BoxBody<Bytes, BodyError>;
+///
+/// let client: Client<_, Boxed> = Client::builder(TokioExecutor::new()).build_http();
+/// let client = MapBody::new(client, Body::boxed);
 /// let durable = Durable::builder(pool).transport(client).build()?;
 /// # Ok(()) }
 /// ```
 ///
 /// For a client over axum's body, the conversion is `axum::body::Body::new`.
+///
+/// An attempt's body is in memory, so [`Body::as_bytes`] has all of it. The body of a request that
+/// passes through without being persisted may be a stream: a conversion that ignores streams would
+/// send such a request with an empty body.
 #[derive(Clone, Copy)]
 pub struct MapBody<S, F> {
     inner: S,
