@@ -11,9 +11,10 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use requeuest::{
-    Body, Durable, DurableLayer, DurableService, MapBody, MiddlewareTransport, ReqwestTransport,
+    AttemptNumber, Body, Durable, DurableLayer, DurableService, MapBody, MiddlewareTransport,
+    ReqwestTransport,
 };
-use reqwest_middleware::ClientBuilder;
+use reqwest_middleware::{ClientBuilder, Extension};
 use tower::util::BoxCloneService;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
@@ -233,6 +234,50 @@ async fn a_body_in_memory_passes_a_nested_layer_as_one() -> Result<(), BoxError>
     let response = in_time(durable.await_response(attempt)).await?;
     assert_eq!(response.text()?, "attempt");
     Ok(())
+}
+
+#[tokio::test]
+async fn initialisers_of_a_client_with_middleware_reach_its_middleware() -> Result<(), BoxError> {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let inner = ClientBuilder::new(reqwest::Client::new())
+        .with_init(Extension(Note("from the initialiser")))
+        .with(Noting)
+        .build();
+    let durable = builder(&database)
+        .transport(MiddlewareTransport::from(inner))
+        .build()?;
+    let request = Request::post(server.url("/")).body("x")?;
+    let id = durable.fire(request).await?;
+    outcome_of(&durable, id).await;
+    assert_eq!(server.seen()[0].headers["x-note"], "from the initialiser");
+    assert_eq!(server.seen()[0].headers["x-attempt"], "1");
+    Ok(())
+}
+
+#[derive(Clone)]
+struct Note(&'static str);
+
+/// Sends what it finds in the extensions.
+struct Noting;
+
+#[async_trait::async_trait]
+impl reqwest_middleware::Middleware for Noting {
+    async fn handle(
+        &self,
+        mut request: reqwest::Request,
+        extensions: &mut http::Extensions,
+        next: reqwest_middleware::Next<'_>,
+    ) -> reqwest_middleware::Result<reqwest::Response> {
+        let headers = request.headers_mut();
+        if let Some(Note(note)) = extensions.get() {
+            headers.insert("x-note", http::HeaderValue::from_static(note));
+        }
+        if let Some(number) = extensions.get::<AttemptNumber>() {
+            headers.insert("x-attempt", number.get().into());
+        }
+        next.run(request, extensions).await
+    }
 }
 
 struct Stamp;

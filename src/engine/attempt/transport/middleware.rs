@@ -61,7 +61,7 @@ impl Service<http::Request<Body>> for MiddlewareTransport {
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let client = self.client.clone();
-        let (mut parts, body) = request.into_parts();
+        let (parts, body) = request.into_parts();
         Box::pin(async move {
             // The builder turns credentials in the URL into a header.
             let mut builder = client
@@ -71,9 +71,12 @@ impl Service<http::Request<Body>> for MiddlewareTransport {
             if !body.is_end_stream() {
                 builder = builder.body(body);
             }
+            // What the client's initialisers attached. The attempt's own extensions go first.
+            let mut extensions = std::mem::take(builder.extensions());
+            extensions.extend(parts.extensions);
             let request = builder.build()?;
             client
-                .execute_with_extensions(request, &mut parts.extensions)
+                .execute_with_extensions(request, &mut extensions)
                 .await
                 .map(from_reqwest)
                 .map_err(unwrapped)
