@@ -99,12 +99,15 @@ async fn read(mut request: Request, stream: Body, limit: usize) -> Result<Reques
     if http_body::Body::size_hint(&stream).lower() > limit as u64 {
         return Err(Error::body_too_large(limit));
     }
+    // As for the layer: a stream that has ended already, such as the body of a received GET, is no
+    // body. With a caller's key, the two are different requests.
+    let absent = http_body::Body::is_end_stream(&stream);
     let collected = Limited::new(stream, limit)
         .collect()
         .await
         .map_err(|error| body_error(error, limit))?;
     request.trailers = collected.trailers().cloned();
-    request.body = Some(collected.to_bytes());
+    request.body = (!absent).then(|| collected.to_bytes());
     Ok(request)
 }
 

@@ -73,6 +73,21 @@ async fn fire_takes_what_each_stack_calls_a_request() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn an_empty_stream_is_no_body_in_any_stack() -> anyhow::Result<()> {
+    let database = migrated().await;
+    let durable = builder(&database).runner(false).build()?;
+    let url = "http://localhost/";
+    let options = Options::default().key("once");
+    let with = || Request::get(url).extension(options.clone());
+    let first = durable.fire(with().body(())?).await?;
+    let axum = with().body(axum::body::Body::empty())?;
+    assert_eq!(durable.fire(axum).await?, first);
+    let boxed = with().body(Empty::<Bytes>::new().boxed())?;
+    assert_eq!(durable.fire(boxed).await?, first);
+    Ok(())
+}
+
 trait Frames: futures_util::Stream<Item = Result<Bytes, Infallible>> + Sized {
     fn map_ok_frames(
         self,
