@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::Engine;
 use crate::error::{Error, Kind};
@@ -32,8 +32,7 @@ impl Engine {
         let (mut done, written) = oneshot::channel();
         let (driver, permits) = (Arc::clone(self.driver()), Arc::clone(&self.bulk_permits));
         self.driver().spawn(async move {
-            let _permit = permits.acquire().await;
-            let written = run(&driver.store, incoming, &mut done).await;
+            let written = run(&driver.store, &permits, incoming, &mut done).await;
             let _ = done.send(written);
         });
         BulkTransaction { chunks, written }
@@ -57,11 +56,12 @@ impl BulkTransaction {
 
 async fn run(
     store: &Store,
+    permits: &Semaphore,
     incoming: mpsc::Receiver<Option<Chunk>>,
     done: &mut oneshot::Sender<Result<Vec<RequestId>, Error>>,
 ) -> Result<Vec<RequestId>, Error> {
     tokio::select! {
-        written = write(store, incoming) => written,
+        written = write(store, permits, incoming) => written,
         // The caller was dropped, perhaps while this waits for a key. The transaction rolls back.
         () = done.closed() => Err(Error::new(Kind::Closed)),
     }
@@ -69,16 +69,22 @@ async fn run(
 
 async fn write(
     store: &Store,
+    permits: &Semaphore,
     mut incoming: mpsc::Receiver<Option<Chunk>>,
 ) -> Result<Vec<RequestId>, Error> {
+    // Begun for the first chunk, and not before: the caller may be reading slow streams for it, and
+    // Postgres ends a transaction that is idle for long.
+    let mut next = incoming.recv().await;
+    let _permit = permits.acquire().await;
     let mut bulk = store.begin_bulk().await?;
     let mut ids = Vec::new();
-    while let Some(chunk) = incoming.recv().await {
+    while let Some(chunk) = next {
         let Some(chunk) = chunk else {
             bulk.commit().await?;
             return Ok(ids);
         };
         ids.append(&mut bulk.write(&chunk).await?);
+        next = incoming.recv().await;
     }
     // The caller was dropped before it asked for the commit.
     Err(Error::new(Kind::Closed))

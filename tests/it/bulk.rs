@@ -1,10 +1,17 @@
 //! `fire_many`: all requests or none are persisted, and they keep their order.
 
+use std::convert::Infallible;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream;
 use requeuest::{Durable, Error, Options, Request};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::support::{
-    Server, builder, count, eventually, eventually_rows, in_time, migrated, outcome_of, post, rows,
+    Server, builder, count, eventually, eventually_rows, in_time, migrated, outcome_of, passing,
+    post, rows,
 };
 
 #[tokio::test]
@@ -185,4 +192,29 @@ async fn fire_many_with_keys_in_opposite_order_never_deadlocks() {
         fired.unwrap();
     }
     assert_eq!(rows(&database, "mq_msgs").await, 800);
+}
+
+#[tokio::test]
+async fn no_transaction_is_open_before_the_first_streams_are_read() {
+    let database = migrated().await;
+    let durable = builder(&database).runner(false).build().unwrap();
+    let (parts, stream) = mpsc::unbounded_channel::<Result<Bytes, Infallible>>();
+    let stream = stream::unfold(stream, |mut parts| async {
+        Some((parts.recv().await?, parts))
+    });
+    let request = reqwest::Client::new()
+        .post("http://localhost/")
+        .body(reqwest::Body::wrap_stream(stream));
+    let firing = tokio::spawn({
+        let durable = durable.clone();
+        async move { durable.fire_many([request]).await }
+    });
+    parts.send(Ok(Bytes::from("slow "))).unwrap();
+    passing(&database, Duration::from_millis(200)).await;
+    let open = "SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND state = 'idle in transaction'";
+    assert_eq!(count(&database, open).await, 0);
+    parts.send(Ok(Bytes::from("stream"))).unwrap();
+    drop(parts);
+    assert_eq!(in_time(firing).await.unwrap().unwrap().len(), 1);
 }
