@@ -271,6 +271,18 @@ impl Options {
         self
     }
 
+    /// Whether two calls for the same request may be tries of one. A retry layer changes no option;
+    /// these are the ones by which an application tells its calls apart.
+    pub(crate) fn mean_the_same(&self, other: &Self) -> bool {
+        self.fire == other.fire
+            && self.channel == other.channel
+            && self.key == other.key
+            && self.supersede == other.supersede
+            && self.ordered == other.ordered
+            && self.metadata.as_ref().map(Metadata::json)
+                == other.metadata.as_ref().map(Metadata::json)
+    }
+
     pub(crate) fn validate(&self) -> Result<(), Error> {
         if let Some(channel) = &self.channel {
             validate_channel(channel).map_err(|reason| Error::request("channel", reason))?;

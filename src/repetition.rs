@@ -44,7 +44,9 @@ impl Marker {
 
     /// Whether this request of this handle is the marked one.
     pub(crate) fn is_of(&self, instance: Uuid, request: &Request) -> bool {
-        self.instance == instance && self.request.is_same(request)
+        self.instance == instance
+            && self.request.is_same(request)
+            && self.request.options.mean_the_same(&request.options)
     }
 
     pub(crate) fn ended(self) -> Self {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use http::Extensions;
 use requeuest::testkit::{Postgres, TestDatabase};
-use requeuest::{Durable, RequestId};
+use requeuest::{Durable, Options, RequestId};
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware, Error, Middleware, Next};
 use reqwest_retry::RetryTransientMiddleware;
 use reqwest_retry::policies::ExponentialBackoff;
@@ -24,6 +24,8 @@ struct Twice {
     between: Arc<dyn Fn() -> futures_util::future::BoxFuture<'static, ()> + Send + Sync>,
     /// The body of the second call, if it differs.
     body: Option<&'static str>,
+    /// The options of the second call, if they differ.
+    options: Option<Options>,
     first: Arc<Mutex<Option<Call>>>,
     second: Arc<Mutex<Option<RequestId>>>,
 }
@@ -36,6 +38,7 @@ impl Twice {
         Self {
             between: Arc::new(move || Box::pin(between())),
             body: None,
+            options: None,
             first: Arc::default(),
             second: Arc::default(),
         }
@@ -75,6 +78,9 @@ impl Middleware for Twice {
         request = again;
         if let Some(body) = self.body {
             *request.body_mut() = Some(body.into());
+        }
+        if let Some(options) = &self.options {
+            extensions.insert(options.clone());
         }
         let second = next.run(request, extensions).await;
         *self.second.lock().unwrap() = extensions.get().copied();
@@ -143,6 +149,37 @@ async fn another_request_after_a_failed_one_is_a_new_request() {
     assert_eq!(twice.first().0.unwrap().status(), 503);
     assert_eq!(server.bodies(), ["x", "y"]);
     assert_eq!(keys(&server), 2);
+}
+
+#[tokio::test]
+async fn a_call_that_is_told_apart_by_its_options_is_a_new_request() {
+    let first = Options::default().key("a").metadata("a");
+    for (options, status) in [
+        (first.clone().key("b"), 200),
+        (first.clone().metadata("b"), 503),
+        (first.clone().channel("b").key("a"), 200),
+        (Options::default().fire(), 202),
+    ] {
+        let database = migrated().await;
+        let server = Server::in_turn(&[503, 200]).await;
+        let twice = Twice {
+            options: Some(options.clone()),
+            ..Twice::new(|| async {})
+        };
+        let durable = quick_builder(&database)
+            .retry(quick().max_attempts(1))
+            .deliver_all();
+        let client = twice.in_front_of(durable.build().unwrap());
+        let request = client.post(server.url("/")).body("x");
+        let response = in_time(request.with_extension(first.clone()).send())
+            .await
+            .unwrap();
+        assert_eq!(twice.first().0.unwrap().status(), 503);
+        assert_eq!(response.status(), status, "{options:?}");
+        let expected = if status == 503 { 1 } else { 2 };
+        server.wait_for(expected).await;
+        assert_eq!(keys(&server), expected, "{options:?}");
+    }
 }
 
 #[tokio::test]
