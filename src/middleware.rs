@@ -6,8 +6,11 @@
 //!
 //! If the last attempt went through the caller's stack and brought no response, the caller gets the
 //! stack's own error, as it would without this middleware.
+//!
+//! A retry middleware outside makes the same call again with the same extensions. Such a call, up
+//! to five minutes after one that failed, attaches to the request that is persisted already.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Extensions;
 use http_body::Body as _;
@@ -68,7 +71,7 @@ impl Middleware for Durable {
         extensions.insert(marker.clone());
         if fire {
             let submitted = self.submit(prepared, None).map_err(refused)?.await;
-            let marker = submitted.is_err().then(|| marker.ended());
+            let marker = submitted.is_err().then(|| marker.ended(Instant::now()));
             leave(extensions, id, submitted.as_ref().copied(), marker);
             return submitted.map(|id| accepted(id).into()).map_err(refused);
         }

@@ -20,8 +20,8 @@ pub(crate) struct Marker {
     /// The handle that made the request. Another one may have another database.
     instance: Uuid,
     request: Arc<Request>,
-    /// The call has ended, so its insert has ended too.
-    ended: bool,
+    /// When the call ended, and its insert with it.
+    ended: Option<Instant>,
 }
 
 impl Marker {
@@ -30,7 +30,7 @@ impl Marker {
             id,
             instance,
             request,
-            ended: false,
+            ended: None,
         }
     }
 
@@ -42,16 +42,21 @@ impl Marker {
         &self.request
     }
 
-    /// Whether this request of this handle is the marked one.
-    pub(crate) fn is_of(&self, instance: Uuid, request: &Request) -> bool {
-        self.instance == instance
+    /// Whether this request of this handle is the marked one. Long after the call ended it is not: a
+    /// caller that keeps its extensions for many calls would get that call's error for ever.
+    pub(crate) fn is_of(&self, instance: Uuid, request: &Request, now: Instant) -> bool {
+        let recent = self
+            .ended
+            .is_none_or(|ended| now.saturating_duration_since(ended) < RETRIED_WITHIN);
+        recent
+            && self.instance == instance
             && self.request.is_same(request)
             && self.request.options.mean_the_same(&request.options)
     }
 
-    pub(crate) fn ended(self) -> Self {
+    pub(crate) fn ended(self, now: Instant) -> Self {
         Self {
-            ended: true,
+            ended: Some(now),
             ..self
         }
     }
@@ -59,10 +64,12 @@ impl Marker {
     /// Whether the first attempt of the marked call may be waiting for its insert. That attempt and
     /// the call's end are the only other holders of the request.
     pub(crate) fn may_start(&self) -> bool {
-        !self.ended && Arc::strong_count(&self.request) > 1
+        self.ended.is_none() && Arc::strong_count(&self.request) > 1
     }
 }
 
+/// How long after a call ended a retry layer may make it again.
+const RETRIED_WITHIN: Duration = Duration::from_secs(5 * 60);
 /// How soon after a failure a repetition is taken for that of a retry layer.
 const SOON: Duration = Duration::from_secs(10);
 /// How many failed requests are remembered.

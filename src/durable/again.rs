@@ -23,7 +23,7 @@ impl Durable {
         marker: Option<Marker>,
     ) -> Result<Prepared, Error> {
         let instance = self.engine().driver().instance;
-        let earlier = marker.filter(|marker| marker.is_of(instance, &request));
+        let earlier = marker.filter(|marker| marker.is_of(instance, &request, Instant::now()));
         let id = earlier
             .as_ref()
             .map_or_else(RequestId::generate, Marker::id);
@@ -62,7 +62,7 @@ impl Durable {
         }
         let result = outcome.and_then(Outcome::into_result);
         let leaves = !(completed && result.is_ok());
-        (result, leaves.then(|| marker.ended()))
+        (result, leaves.then(|| marker.ended(Instant::now())))
     }
 
     fn remember_failed(&self, request: &Request) {

@@ -19,7 +19,7 @@ use super::db::ACQUIRE_TIMEOUT;
 
 /// How long a server may refuse connections before the first caller is told: a failover should not
 /// show. Later callers are told at once, until the server accepts a connection again.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Takes connections from a pool.
 #[derive(Debug, Default)]
@@ -46,9 +46,11 @@ impl Connector {
         options: &PgConnectOptions,
     ) -> Result<PoolConnection<Postgres>, sqlx::Error> {
         if self.away.load(Ordering::Relaxed) && !pool.is_closed() {
-            let probed = tokio::time::timeout(PATIENCE, failure(options)).await;
-            if let Some(refused) = probed.ok().flatten().filter(is_refused) {
-                return Err(refused);
+            match tokio::time::timeout(PATIENCE, failure(options)).await {
+                Ok(Some(refused)) if is_refused(&refused) => return Err(refused),
+                Ok(_) => {}
+                // Not worth the pool's timeout on top.
+                Err(_elapsed) => return Err(sqlx::Error::Io(ErrorKind::TimedOut.into())),
             }
         }
         let mut acquiring = pin!(pool.acquire());
@@ -116,6 +118,7 @@ fn server(options: &PgConnectOptions) -> String {
     let port = options.get_port();
     match options.get_socket() {
         Some(socket) => format!("{}:{port}", socket.display()),
+        None if options.get_host().contains(':') => format!("[{}]:{port}", options.get_host()),
         None => format!("{}:{port}", options.get_host()),
     }
 }

@@ -124,8 +124,15 @@ impl Failed {
         // Clients put URLs into their errors, also those of redirects, with the secrets in them.
         let error = without_url(error);
         let failed = Self::of(&*error);
+        let shown = chain(&*error);
+        let cause: Arc<dyn StdError + Send + Sync> = if redact_urls(&shown) == shown {
+            Arc::from(error)
+        } else {
+            // Only the text of it is safe to hand out.
+            Arc::new(Redacted(failed.text.clone()))
+        };
         Self {
-            cause: Some(Cause::Error(Arc::from(error))),
+            cause: Some(Cause::Error(cause)),
             ..failed
         }
     }
@@ -147,6 +154,18 @@ impl Failed {
         }
     }
 }
+
+/// Stands for an error with a secret in it.
+#[derive(Debug)]
+struct Redacted(String);
+
+impl fmt::Display for Redacted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl StdError for Redacted {}
 
 /// Stands for the error of a caller's own stack, which the caller keeps.
 #[derive(Debug)]

@@ -70,7 +70,8 @@ async fn a_database_that_is_away_is_named_soon_and_without_credentials() {
         assert!(matches!(source, Some(sqlx::Error::Io(_))), "{source:?}");
         assert!(!format!("{error:?}").contains("hunter"), "{error:?}");
     }
-    assert!(slowest < Duration::from_secs(4), "{slowest:?}");
+    // The pool's own timeout is five seconds.
+    assert!(slowest < Duration::from_secs(5), "{slowest:?}");
     let began = Instant::now();
     for (call, error) in errors_of_calls(&durable).await {
         let refused = error.to_string().contains("connection refused");
