@@ -356,7 +356,7 @@ impl FromStr for FailureClass {
             "lost" => Self::Lost,
             "unusable" => Self::Unusable,
             "deadline" => Self::Deadline,
-            _ => return Err(ParseNameError::new("a failure class")),
+            _ => return Err(ParseNameError::new("the name of a failure class")),
         })
     }
 }

@@ -20,7 +20,7 @@ use crate::status::Status;
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
 
-/// A text is not the name of a value: the error of `FromStr` for [`Status`] and
+/// A text is not the name of a value: the error of `FromStr` for [`RequestId`], [`Status`] and
 /// [`FailureClass`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseNameError {
@@ -35,7 +35,7 @@ impl ParseNameError {
 
 impl fmt::Display for ParseNameError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "not the name of {}", self.what)
+        write!(f, "not {}", self.what)
     }
 }
 
@@ -139,6 +139,8 @@ pub(crate) enum Operation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MigrationState {
     Missing,
+    /// The schema exists, and the session's role may not use it.
+    Forbidden,
     /// The session's `search_path` is not the one that this crate set.
     SettingsDropped,
     Older {
@@ -263,8 +265,9 @@ impl Error {
         matches!(self.0.kind, Kind::Database(_))
     }
 
-    /// Whether the schema is missing, or its version is not the one that this crate needs: see
-    /// [`migrate`](crate::migrate()). Also if a pooler dropped the connection's `search_path`.
+    /// Whether the schema is missing, the role may not use it, or its version is not the one that
+    /// this crate needs: see [`migrate`](crate::migrate()). Also if a pooler dropped the
+    /// connection's `search_path`.
     pub fn is_not_migrated(&self) -> bool {
         matches!(self.0.kind, Kind::Migrations(_))
     }
@@ -520,6 +523,10 @@ impl fmt::Display for Kind {
             Self::Migrations(MigrationState::Missing) => f.write_str(
                 "requeuest's schema is not in this database; call requeuest::migrate(&pool) first",
             ),
+            Self::Migrations(MigrationState::Forbidden) => f.write_str(
+                "the role may not use requeuest's schema; grant it USAGE on the schema, and the \
+                 rights on its tables that the guide names",
+            ),
             Self::Migrations(MigrationState::SettingsDropped) => f.write_str(
                 "the connection did not keep its search_path, probably because of a pooler; \
                  connect directly with DurableBuilder::connect_options",
@@ -735,6 +742,7 @@ mod tests {
             Kind::ResponseTooLarge { .. } => &["200 OK", "max_response_body"],
             Kind::Database(_) => &["database error", "no room", "53100"],
             Kind::Migrations(MigrationState::Missing) => &["call requeuest::migrate"],
+            Kind::Migrations(MigrationState::Forbidden) => &["grant it USAGE on the schema"],
             Kind::Migrations(MigrationState::SettingsDropped) => &["connect_options"],
             Kind::Migrations(MigrationState::Older { .. }) => &["1", "2", "requeuest::migrate"],
             Kind::Migrations(MigrationState::Newer { .. }) => &["2", "1", "upgrade requeuest"],
@@ -815,6 +823,7 @@ mod tests {
         ];
         for state in [
             MigrationState::Missing,
+            MigrationState::Forbidden,
             MigrationState::SettingsDropped,
             MigrationState::Older {
                 found,

@@ -9,6 +9,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::error::ParseNameError;
+
 /// Identifies a persisted request, from [`Durable::fire`](crate::Durable::fire) to its outcome.
 ///
 /// Store it as text or as a [`Uuid`] and use it later, from any process, with
@@ -47,10 +49,12 @@ impl fmt::Debug for RequestId {
 }
 
 impl FromStr for RequestId {
-    type Err = uuid::Error;
+    type Err = ParseNameError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        text.parse().map(Self)
+        let id = text.parse();
+        id.map(Self)
+            .map_err(|_| ParseNameError::new("a request id, which is a UUID"))
     }
 }
 

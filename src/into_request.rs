@@ -184,9 +184,12 @@ impl sealed::IntoRequest for reqwest_middleware::RequestBuilder {
 /// The builder's error, without the URL that it may show.
 fn not_built(error: reqwest::Error) -> Error {
     let error = error.without_url();
-    let reason = std::error::Error::source(&error)
-        .map_or_else(|| error.to_string(), std::string::ToString::to_string);
-    Error::request("request", reason)
+    let Some(cause) = std::error::Error::source(&error) else {
+        return Error::request("request", error.to_string());
+    };
+    let is_url = cause.is::<url::ParseError>();
+    let field = if is_url { "url" } else { "request" };
+    Error::request(field, cause.to_string())
 }
 
 impl TryFrom<&Request> for Request {

@@ -20,7 +20,8 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 ///
 /// Running it again, or from several processes at once, is harmless. It needs no extension and
 /// works on Postgres 14 and later. Its role needs the right to create a schema in the database,
-/// unless the schema exists and belongs to that role.
+/// unless the schema exists and belongs to that role. Where there is nothing to migrate, any role
+/// that may use the schema can run it.
 ///
 /// # Errors
 ///
@@ -101,7 +102,11 @@ impl Migrator {
                 transaction.execute(&*create).await?;
             }
             transaction.commit().await?;
-            MIGRATIONS.run(&mut connection).await?;
+            if may_create(&mut connection, &schema).await? {
+                MIGRATIONS.run(&mut connection).await?;
+            } else if newest(&mut connection).await? < Some(wanted_version()) {
+                return Err(MigrateError::Execute(forbidden(&schema)));
+            }
             connection.close().await?;
             Ok(())
         })
@@ -190,6 +195,35 @@ async fn exists(connection: &mut PgConnection, schema: &str) -> Result<bool, sql
         .bind(schema)
         .fetch_one(connection)
         .await
+}
+
+/// Whether the session's role may create objects in the schema.
+async fn may_create(connection: &mut PgConnection, schema: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT has_schema_privilege(to_regnamespace($1)::oid, 'CREATE')")
+        .bind(schema)
+        .fetch_one(connection)
+        .await
+}
+
+/// The newest migration in the ledger, if the session's role can see a ledger.
+async fn newest(connection: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
+    let ledger: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
+        .fetch_one(&mut *connection)
+        .await?;
+    if !ledger {
+        return Ok(None);
+    }
+    sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
+        .fetch_one(connection)
+        .await
+}
+
+fn forbidden(schema: &str) -> sqlx::Error {
+    let text = format!(
+        "the role may not create objects in the schema {schema}, which has migrations to run; run \
+         migrate as the schema's owner"
+    );
+    sqlx::Error::Configuration(text.into())
 }
 
 #[cfg(test)]

@@ -301,6 +301,11 @@ impl Options {
                 if key.contains('\0') {
                     return Err(Error::request(field, "must not contain a NUL character"));
                 }
+                // An empty text is mostly a default by mistake, and would make many calls one. The
+                // older API orders its requests by an empty group.
+                if key.is_empty() && field != "group" && !self.ordered_by_channel {
+                    return Err(Error::request(field, "must not be empty"));
+                }
             }
         }
         if let Some(metadata) = &self.metadata {

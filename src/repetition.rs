@@ -42,8 +42,8 @@ impl Marker {
         &self.request
     }
 
-    /// Whether this request of this handle is the marked one. Long after the call ended it is not: a
-    /// caller that keeps its extensions for many calls would get that call's error for ever.
+    /// Whether this request of this handle is the marked one. Long after the call ended it is not:
+    /// a caller that keeps its extensions for many calls would get that call's error for ever.
     pub(crate) fn is_of(&self, instance: Uuid, request: &Request, now: Instant) -> bool {
         let recent = self
             .ended

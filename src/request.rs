@@ -3,6 +3,7 @@
 use std::fmt;
 
 use bytes::Bytes;
+use http::uri::Authority;
 use http::{HeaderMap, Method, Uri, Version};
 use url::Url;
 
@@ -259,6 +260,12 @@ fn check_uri(uri: &Uri) -> Result<(), Error> {
     if uri.host().is_none_or(str::is_empty) {
         return Err(Error::request("url", "must have a host"));
     }
+    if uri.authority().is_some_and(has_invalid_port) {
+        return Err(Error::request(
+            "url",
+            "its port must be a number up to 65535",
+        ));
+    }
     let len = uri
         .authority()
         .map_or(0, |authority| authority.as_str().len())
@@ -269,6 +276,15 @@ fn check_uri(uri: &Uri) -> Result<(), Error> {
     } else {
         Ok(())
     }
+}
+
+/// `Uri` takes any digits for a port, and then has none.
+fn has_invalid_port(authority: &Authority) -> bool {
+    let host_and_port = authority.as_str().rsplit('@').next().unwrap_or_default();
+    let port = host_and_port
+        .strip_prefix(authority.host())
+        .and_then(|rest| rest.strip_prefix(':'));
+    port.is_some_and(|port| !port.is_empty() && port.parse::<u16>().is_err())
 }
 
 impl fmt::Debug for Request {
@@ -330,8 +346,19 @@ mod tests {
 
     #[test]
     fn a_url_must_be_absolute_http() {
-        for url in ["/path", "example.com", "ftp://example.com/", "*"] {
+        for url in [
+            "/path",
+            "example.com",
+            "ftp://example.com/",
+            "*",
+            "http://a:99999/",
+            "http://u:p@[::1]:99999/",
+        ] {
             assert_eq!(refused(url).field(), Some("url"), "{url}");
+        }
+        for url in ["http://a:65535/", "http://u:p@[::1]/", "http://u:99999@a:/"] {
+            let request = http::Request::get(url).body("").unwrap();
+            assert!(Request::try_from(request).is_ok(), "{url}");
         }
         let mail = Request::get(
             Url::parse("mailto:a@example.com").unwrap(),

@@ -82,7 +82,7 @@ impl FromStr for Status {
             "discarded" => Self::Discarded,
             "cancelled" => Self::Cancelled,
             "ambiguous" => Self::Ambiguous,
-            _ => return Err(ParseNameError::new("a status")),
+            _ => return Err(ParseNameError::new("the name of a status")),
         })
     }
 }

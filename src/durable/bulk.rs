@@ -18,8 +18,9 @@ impl Durable {
     /// long iterator needs no long list. This is many times as fast as calling [`fire`](Self::fire)
     /// for each.
     ///
-    /// Bodies that are streams are read while the transaction is open, except for those of the first
-    /// chunk, and Postgres ends a transaction that is idle for 30 seconds. Read slow streams first.
+    /// Bodies that are streams are read while the transaction is open, except for those of the
+    /// first chunk, and Postgres ends a transaction that is idle for 30 seconds. Read slow streams
+    /// first.
     ///
     /// A key that another transaction holds is waited for, for up to five seconds. Two calls of
     /// more than a thousand requests each that take two keys in opposite order deadlock, and

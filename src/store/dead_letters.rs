@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use http::StatusCode;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
@@ -441,10 +442,18 @@ async fn ask_again(
     Ok(())
 }
 
+/// The sentence for a request that was given up because of its last response.
+fn answered(status: u16) -> Option<String> {
+    let status = StatusCode::from_u16(status).ok()?;
+    Some(format!("answered with {status}"))
+}
+
 fn dead_letter(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
     let status: String = row.try_get("status")?;
     let attempts: i32 = row.try_get("attempts")?;
     let http_status: Option<i16> = row.try_get("http_status")?;
+    let http_status = http_status.map(i16::unsigned_abs);
+    let error: Option<String> = row.try_get("error")?;
     Ok(DeadLetter {
         id: row.try_get::<Uuid, _>("id")?.into(),
         channel: row.try_get("channel_name")?,
@@ -455,9 +464,9 @@ fn dead_letter(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
         attempts: attempts.unsigned_abs(),
         created_at: at(row.try_get("created_at")?),
         finished_at: at(row.try_get("finished_at")?),
-        http_status: http_status.map(i16::unsigned_abs),
+        http_status,
         error_class: row.try_get("error_class")?,
-        error: row.try_get("error")?,
+        error: error.or_else(|| answered(http_status?)),
         metadata: row
             .try_get::<Option<String>, _>("metadata")?
             .and_then(|json| Metadata::stored(json).value().cloned()),

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use sqlx::PgConnection;
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, quoted};
 use crate::error::{Error, Kind, MigrationState};
 use crate::migrate::wanted_version;
 
@@ -12,6 +12,8 @@ use crate::migrate::wanted_version;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Schema {
     Missing,
+    /// It exists, and the session's role may not use it.
+    Forbidden,
     /// The session looks into another schema than it was told to: a pooler dropped its settings.
     Elsewhere,
     Version(i64),
@@ -32,6 +34,7 @@ impl Store {
         let wanted = wanted_version();
         let state = match found {
             Schema::Missing => MigrationState::Missing,
+            Schema::Forbidden => MigrationState::Forbidden,
             Schema::Elsewhere => MigrationState::SettingsDropped,
             Schema::Version(found) if found < wanted => MigrationState::Older { found, wanted },
             Schema::Version(found) if found > wanted => MigrationState::Newer { found, wanted },
@@ -62,7 +65,18 @@ async fn schema_version(
         .fetch_one(&mut *connection)
         .await?;
     match current {
-        None => return Ok(Schema::Missing),
+        None => {
+            // A schema that the role may not use is in no search path.
+            let exists: bool = sqlx::query_scalar("SELECT to_regnamespace($1) IS NOT NULL")
+                .bind(quoted(schema))
+                .fetch_one(connection)
+                .await?;
+            return Ok(if exists {
+                Schema::Forbidden
+            } else {
+                Schema::Missing
+            });
+        }
         Some(current) if current != schema => return Ok(Schema::Elsewhere),
         Some(_) => {}
     }

@@ -106,6 +106,8 @@ async fn dead_letters_are_listed_without_secrets() {
     );
     assert_eq!(letters[0].method.as_deref(), Some("POST"));
     assert_eq!(letters[0].http_status, Some(503));
+    let error = letters[0].error.as_deref();
+    assert_eq!(error, Some("answered with 503 Service Unavailable"));
     assert_eq!(
         (letters[0].attempts, letters[0].status),
         (1, Status::Discarded)

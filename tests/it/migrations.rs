@@ -401,6 +401,28 @@ impl<'a> Role<'a> {
 }
 
 #[tokio::test]
+async fn a_role_without_rights_is_told_which_it_needs() {
+    let database = migrated().await;
+    let role = Role::create(&database).await;
+    let refused = requeuest::migrate(&role.pool()).await.unwrap_err();
+    let shown = format!("{refused:?}");
+    assert!(
+        shown.contains("run migrate as the schema's owner"),
+        "{shown}"
+    );
+    let durable = Durable::builder(role.pool()).build().unwrap();
+    let refused = in_time(durable.fire(post("http://localhost/", "x"))).await;
+    let refused = refused.unwrap_err();
+    assert!(refused.is_not_migrated(), "{refused:?}");
+    assert!(
+        refused.to_string().contains("grant it USAGE on the schema"),
+        "{refused}"
+    );
+    durable.shutdown(Duration::ZERO).await.unwrap();
+    role.dropped().await;
+}
+
+#[tokio::test]
 async fn a_role_that_cannot_change_the_schema_can_run_a_handle() {
     let database = migrated().await;
     let role = Role::create(&database).await;
@@ -415,6 +437,9 @@ async fn a_role_that_cannot_change_the_schema_can_run_a_handle() {
     let mut connection = role.options().connect().await.unwrap();
     let denied = connection.execute("CREATE TABLE requeuest.more ()").await;
     denied.unwrap_err();
+
+    // There is nothing to migrate.
+    requeuest::migrate(&role.pool()).await.unwrap();
 
     let server = Server::in_turn(&[503, 200]).await;
     let durable = Durable::builder(role.pool())

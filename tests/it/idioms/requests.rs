@@ -133,7 +133,7 @@ async fn a_builder_with_an_error_names_it() {
     let durable = builder(&database).build().unwrap();
     let request = reqwest::Client::new().post("not a url?token=hunter2");
     let refused = durable.fire(request).await.unwrap_err();
-    assert!(refused.is_request(), "{refused:?}");
+    assert_eq!(refused.field(), Some("url"), "{refused:?}");
     assert!(
         !format!("{refused} {refused:?}").contains("hunter2"),
         "{refused:?}"

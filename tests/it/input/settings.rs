@@ -20,6 +20,9 @@ async fn options_are_checked_before_anything_is_persisted() {
     let options = Options::default;
     for (field, refused) in [
         ("channel", options().channel("")),
+        ("key", options().key("")),
+        ("ordered", options().ordered("")),
+        ("supersede", options().supersede("")),
         ("channel", options().channel("x".repeat(56))),
         ("channel", options().channel("a\0b")),
         ("ordered", options().ordered("x".repeat(256))),
