@@ -143,7 +143,7 @@ async fn a_password_in_a_url_is_used_and_never_shown() {
         let mut shown = format!("{error} {error:?}");
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
-            shown.push_str(&format!("{cause} {cause:?}"));
+            shown = format!("{shown} {cause} {cause:?}");
             source = cause.source();
         }
         assert!(!shown.contains("hunter"), "{shown}");
