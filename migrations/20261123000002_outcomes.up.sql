@@ -158,7 +158,8 @@ BEGIN
 END;
 $$;
 
--- Failed attempts only: a request that is answered at once needs no history.
+-- Failed attempts only: a request that is answered at once needs no history. A request keeps its
+-- first 3 and its last 20.
 CREATE TABLE attempts (
     id uuid NOT NULL,
     number int NOT NULL,

@@ -4,6 +4,7 @@
 
 #![allow(unreachable_pub)] // a test crate has no outside
 
+mod bounds;
 mod bulk;
 mod client;
 mod dead_letters;

@@ -38,6 +38,9 @@ impl Store {
     }
 }
 
+/// A request keeps its first 3 and its last 20 failed attempts, so one that fails for days stays
+/// small. Earlier ones are found by the primary key. The range has more than one row only after an
+/// attempt that was never recorded, because its process died.
 const PUT_BACK: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
@@ -62,6 +65,10 @@ const PUT_BACK: &str = "
         SELECT l.id, l.attempts, l.duration_ms, l.http_status, l.error_class, l.error
         FROM locked l WHERE l.error_class IS NOT NULL
         ON CONFLICT DO NOTHING
+    ), forgotten AS (
+        DELETE FROM attempts a USING locked l
+        WHERE l.attempts > 23 AND l.error_class IS NOT NULL
+            AND a.id = ANY (ARRAY[l.id]) AND a.number > 3 AND a.number <= l.attempts - 20
     )
     UPDATE mq_msgs m
     SET attempt_at = clock_timestamp()
