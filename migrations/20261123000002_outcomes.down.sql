@@ -1,4 +1,5 @@
 DROP TABLE destinations;
+DROP TABLE claimed_keys;
 DROP TABLE request_keys;
 DROP TABLE attempts;
 DROP FUNCTION prune_outcomes(interval);

@@ -185,6 +185,16 @@ CREATE INDEX request_keys_created_at ON request_keys (created_at);
 -- Used when a replay takes over a key, and to find keys of requests that no longer exist.
 CREATE INDEX request_keys_id ON request_keys (id);
 
+-- Ordering and supersede keys that a transaction with many keys has claimed; claim_keys explains.
+-- Always empty for a reader: a transaction deletes its own rows before it ends.
+CREATE UNLOGGED TABLE claimed_keys (
+    lock bigint PRIMARY KEY
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
 -- What the whole fleet knows about an origin.
 CREATE TABLE destinations (
     origin text COLLATE "C" PRIMARY KEY,

@@ -1,21 +1,133 @@
 -- How requests enter the queue, and how they leave it without a response.
 
--- Locks a caller's key until the end of the transaction. Returns false if another transaction holds
--- the lock and p_wait is not set.
+-- Ordering keys and supersede keys are locked until the end of the transaction. A transaction takes
+-- up to 64 advisory locks, one for each key. The server's lock table is shared by all databases and
+-- has room for some thousand locks, so a transaction with more keys claims the rest of them by
+-- rows:
+--
+-- 1. It takes the schema's bulk lock, shared, which tells others that there may be claims.
+-- 2. It waits until no other transaction has the advisory lock of the key.
+-- 3. It inserts a row into claimed_keys. Another transaction that inserts the same row waits for
+--    the end of this one. The row is deleted at once, which changes nothing for the other.
+--
+-- A transaction that takes the advisory lock of a key looks next whether the bulk lock is taken. If
+-- it is, the transaction inserts the row too. If it isn't, a claim that begins later waits in
+-- step 2.
+
+CREATE FUNCTION bulk_lock() RETURNS bigint
+LANGUAGE sql
+STABLE
+SET search_path FROM CURRENT
+AS $$ SELECT hashtextextended(concat_ws('/', 'requeuest', current_schema(), 'bulk'), 0) $$;
+
+-- The advisory lock of a key.
+CREATE FUNCTION key_lock(p_kind text, p_channel text, p_key text) RETURNS bigint
+LANGUAGE sql
+STABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT hashtextextended(
+        concat_ws('/', 'requeuest', current_schema(), p_kind, p_channel, p_key), 0
+    )
+$$;
+
+-- Claims keys by rows. Waits for transactions that have one of the keys.
+CREATE FUNCTION claim_keys(p_locks bigint[]) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+AS $$
+DECLARE
+    c_at_once CONSTANT int := 64;
+    v_locks bigint[] :=
+        ARRAY(SELECT DISTINCT l.lock FROM unnest(p_locks) AS l(lock) ORDER BY l.lock);
+    v_held bigint[];
+    v_lock bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(bulk_lock());
+    FOR v_from IN 1..coalesce(cardinality(v_locks), 0) BY c_at_once LOOP
+        -- The only way to release a lock before the end of the transaction is an error. Nothing is
+        -- written in these blocks, so they cost no transaction ids.
+        BEGIN
+            v_held := ARRAY(
+                SELECT l.lock FROM unnest(v_locks[v_from:v_from + c_at_once - 1]) AS l(lock)
+                WHERE NOT pg_try_advisory_xact_lock(l.lock)
+            );
+            RAISE SQLSTATE 'RQ000';
+        EXCEPTION WHEN SQLSTATE 'RQ000' THEN
+            NULL;
+        END;
+        FOREACH v_lock IN ARRAY v_held LOOP
+            BEGIN
+                PERFORM pg_advisory_xact_lock(v_lock);
+                RAISE SQLSTATE 'RQ000';
+            EXCEPTION WHEN SQLSTATE 'RQ000' THEN
+                NULL;
+            END;
+        END LOOP;
+    END LOOP;
+    -- In sorted order, so that two such calls don't deadlock.
+    INSERT INTO claimed_keys (lock) SELECT l.lock FROM unnest(v_locks) AS l(lock);
+    DELETE FROM claimed_keys c WHERE c.lock = ANY (v_locks);
+END;
+$$;
+
+-- As claim_keys for one key, without a wait. Returns false if another transaction has the key.
+CREATE FUNCTION try_claim_key(p_lock bigint) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET lock_timeout = '1ms'
+AS $$
+BEGIN
+    INSERT INTO claimed_keys (lock) VALUES (p_lock);
+    DELETE FROM claimed_keys c WHERE c.lock = p_lock;
+    RETURN true;
+EXCEPTION WHEN lock_not_available THEN
+    RETURN false;
+END;
+$$;
+
+-- How many advisory locks of keys the transaction may still take.
+CREATE FUNCTION key_locks_left() RETURNS int
+LANGUAGE sql
+STABLE
+AS $$
+    SELECT 64 OPERATOR(pg_catalog.-) coalesce(
+        nullif(pg_catalog.current_setting('requeuest.key_locks', true), ''), '0'
+    )::pg_catalog.int4
+$$;
+
+-- Locks a key until the end of the transaction. Returns false if another transaction holds the lock
+-- and p_wait is not set.
 CREATE FUNCTION lock_key(p_kind text, p_channel text, p_key text, p_wait boolean) RETURNS boolean
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_lock bigint := hashtextextended(
-        concat_ws('/', 'requeuest', current_schema(), p_kind, p_channel, p_key), 0
-    );
+    v_lock bigint := key_lock(p_kind, p_channel, p_key);
+    v_left int := key_locks_left();
+    v_bulk bigint := bulk_lock();
 BEGIN
-    IF p_wait THEN
-        PERFORM pg_advisory_xact_lock(v_lock);
+    IF v_left <= 0 AND p_wait THEN
+        PERFORM claim_keys(ARRAY[v_lock]);
         RETURN true;
     END IF;
-    RETURN pg_try_advisory_xact_lock(v_lock);
+    IF p_wait THEN
+        PERFORM pg_advisory_xact_lock(v_lock);
+    ELSIF NOT pg_try_advisory_xact_lock(v_lock) THEN
+        RETURN false;
+    END IF;
+    PERFORM set_config('requeuest.key_locks', (65 - v_left)::text, true);
+    -- Free, unless a transaction has claims or another session looks at this very moment.
+    IF pg_try_advisory_lock(v_bulk) AND pg_advisory_unlock(v_bulk) THEN
+        RETURN true;
+    END IF;
+    IF NOT p_wait THEN
+        RETURN try_claim_key(v_lock);
+    END IF;
+    INSERT INTO claimed_keys (lock) VALUES (v_lock);
+    DELETE FROM claimed_keys c WHERE c.lock = v_lock;
+    RETURN true;
 END;
 $$;
 
@@ -34,14 +146,54 @@ IMMUTABLE
 SET search_path FROM CURRENT
 AS $$ SELECT substr(p_group, 5, 3) IN ('|o|', '|c|') $$;
 
+-- The channel within which an ordering key orders: none for a key that all channels share.
+CREATE FUNCTION order_scope(p_channel text, p_group text) RETURNS text
+LANGUAGE sql
+IMMUTABLE
+SET search_path FROM CURRENT
+AS $$ SELECT CASE WHEN substr(p_group, 5, 3) = '|o|' THEN '' ELSE p_channel END $$;
+
 -- Locks an ordering key, in the same way as lock_key.
 CREATE FUNCTION lock_order(p_channel text, p_group text, p_wait boolean) RETURNS boolean
 LANGUAGE sql
 SET search_path FROM CURRENT
+AS $$ SELECT lock_key('order', order_scope(p_channel, p_group), p_group, p_wait) $$;
+
+-- Locks the ordering keys of many requests, and waits for transactions that have one of them.
+CREATE FUNCTION lock_orders(p_channels text[], p_groups text[], p_ordered boolean[]) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
 AS $$
-    SELECT lock_key(
-        'order', CASE WHEN substr(p_group, 5, 3) = '|o|' THEN '' ELSE p_channel END, p_group, p_wait
-    )
+DECLARE
+    v_channels text[];
+    v_groups text[];
+BEGIN
+    -- In sorted order, so that two such calls don't deadlock.
+    SELECT array_agg(k.channel), array_agg(k.key_group) INTO v_channels, v_groups FROM (
+        SELECT min(i.channel) AS channel, i.key_group
+        FROM unnest(p_channels, p_groups, p_ordered) AS i(channel, key_group, ordered)
+        WHERE i.ordered
+        GROUP BY i.key_group, order_scope(i.channel, i.key_group)
+        ORDER BY i.key_group, order_scope(i.channel, i.key_group)
+    ) k;
+    IF cardinality(v_groups) <= key_locks_left() THEN
+        PERFORM lock_order(k.channel, k.key_group, true)
+        FROM unnest(v_channels, v_groups) AS k(channel, key_group);
+        RETURN;
+    END IF;
+    -- A key whose last request is this transaction's own is locked or claimed already. It must not
+    -- be claimed again: a transaction that has the advisory lock may wait for this one.
+    PERFORM claim_keys(ARRAY(
+        SELECT key_lock('order', order_scope(k.channel, k.key_group), k.key_group)
+        FROM unnest(v_channels, v_groups) AS k(channel, key_group)
+        WHERE NOT coalesce((
+            SELECT m.xmin = pg_current_xact_id_if_assigned()::xid FROM mq_msgs m
+            WHERE m.channel_args = k.key_group AND m.channel_name = k.channel
+                AND m.seq IS NOT NULL
+            ORDER BY m.seq DESC LIMIT 1
+        ), false)
+    ));
+END;
 $$;
 
 -- Another channel that has unfinished requests with this ordering key, or NULL. Call it while
@@ -211,8 +363,7 @@ DECLARE
 BEGIN
     -- Take all locks first, always in this order: if a later lock is not available, nothing may
     -- have been done yet.
-    IF p_key IS NOT NULL AND NOT lock_key('key', p_channel, p_key, p_wait)
-        OR p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait)
+    IF p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait)
         OR p_ordered AND NOT lock_order(p_channel, p_group, p_wait)
     THEN
         RETURN QUERY SELECT 'busy', NULL::uuid, NULL;
@@ -227,34 +378,44 @@ BEGIN
         RETURN QUERY SELECT 'inserted', p_id, NULL;
         RETURN;
     END IF;
-    IF p_key IS NOT NULL THEN
-        SELECT k.id, k.fingerprint = p_fingerprint AS same INTO v_first
-        FROM request_keys k
-        WHERE k.channel_name = p_channel AND k.key = p_key
-            -- Both lookups are in one statement: a request that ends between two statements would
-            -- look as if it had never existed.
-            AND (
-                EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
-                OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0)
-            );
-        IF FOUND THEN
-            RETURN QUERY SELECT
-                CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id, NULL;
-            RETURN;
-        END IF;
-    END IF;
     IF p_ordered THEN
         v_elsewhere := ordered_elsewhere(p_channel, p_group);
-        IF v_elsewhere IS NOT NULL THEN
-            RETURN QUERY SELECT 'elsewhere', NULL::uuid, v_elsewhere;
-            RETURN;
-        END IF;
     END IF;
     IF p_key IS NOT NULL THEN
-        INSERT INTO request_keys AS k (channel_name, key, id, fingerprint)
-        VALUES (p_channel, p_key, p_id, p_fingerprint)
-        ON CONFLICT (channel_name, key) DO UPDATE
-        SET id = excluded.id, fingerprint = excluded.fingerprint, created_at = excluded.created_at;
+        IF NOT p_wait THEN
+            -- A statement that ends with lock_not_available counts as `busy`.
+            PERFORM set_config('lock_timeout', '1ms', true);
+        END IF;
+        -- The primary key makes a second transaction with the key wait for the first one. The loop
+        -- ends when the key is either taken or seen to belong to another request.
+        LOOP
+            SELECT
+                k.id, k.fingerprint = p_fingerprint AS same,
+                -- Both lookups are in one statement: a request that ends between two statements
+                -- would look as if it had never existed.
+                EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
+                    OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0) AS present
+            INTO v_first
+            FROM request_keys k
+            WHERE k.channel_name = p_channel AND k.key = p_key;
+            IF v_first.present THEN
+                RETURN QUERY SELECT
+                    CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id, NULL;
+                RETURN;
+            END IF;
+            EXIT WHEN v_elsewhere IS NOT NULL;
+            INSERT INTO request_keys AS k (channel_name, key, id, fingerprint)
+            VALUES (p_channel, p_key, p_id, p_fingerprint)
+            ON CONFLICT (channel_name, key) DO UPDATE
+            SET id = excluded.id, fingerprint = excluded.fingerprint,
+                created_at = excluded.created_at
+            WHERE k.id = v_first.id;
+            EXIT WHEN FOUND;
+        END LOOP;
+    END IF;
+    IF v_elsewhere IS NOT NULL THEN
+        RETURN QUERY SELECT 'elsewhere', NULL::uuid, v_elsewhere;
+        RETURN;
     END IF;
     IF p_supersede IS NOT NULL THEN
         -- Skips a row that a runner is claiming right now, because that request is being sent.
@@ -292,9 +453,70 @@ BEGIN
 END;
 $$;
 
--- Persists many requests that have no caller's key, in the caller's transaction and in their order.
--- Returns no row on success. If another channel has unfinished requests with the ordering key of
--- one of them, does nothing and returns the id of that one and the channel.
+-- Takes the callers' keys of many requests, in the same way as enqueue. Of several requests with
+-- the same key, the first one gets it. Afterwards each key belongs to one of these requests, or to
+-- an earlier request that is in the queue or has ended.
+CREATE FUNCTION take_keys(
+    p_ids uuid[], p_channels text[], p_keys text[], p_fingerprints bytea[]
+) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+AS $$
+DECLARE
+    v_ids uuid[];
+    v_channels text[];
+    v_keys text[];
+    v_fingerprints bytea[];
+    v_absent uuid[];
+    v_settled boolean;
+BEGIN
+    -- In sorted order, so that two such calls don't deadlock.
+    SELECT array_agg(f.id), array_agg(f.channel), array_agg(f.key), array_agg(f.fingerprint)
+    INTO v_ids, v_channels, v_keys, v_fingerprints
+    FROM (
+        SELECT DISTINCT ON (i.channel, i.key) i.id, i.channel, i.key, i.fingerprint
+        FROM unnest(p_ids, p_channels, p_keys, p_fingerprints) WITH ORDINALITY
+            AS i(id, channel, key, fingerprint, number)
+        WHERE i.key IS NOT NULL
+        ORDER BY i.channel, i.key, i.number
+    ) f;
+    LOOP
+        SELECT array_agg(k.id) INTO v_absent
+        FROM unnest(v_ids, v_channels, v_keys) AS f(id, channel, key)
+        JOIN request_keys k ON k.channel_name = f.channel AND k.key = f.key
+        WHERE k.id <> f.id
+            AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
+            AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0);
+        INSERT INTO request_keys AS k (channel_name, key, id, fingerprint)
+        SELECT f.channel, f.key, f.id, f.fingerprint
+        FROM unnest(v_ids, v_channels, v_keys, v_fingerprints) AS f(id, channel, key, fingerprint)
+        ON CONFLICT (channel_name, key) DO UPDATE
+        SET id = excluded.id, fingerprint = excluded.fingerprint, created_at = excluded.created_at
+        WHERE k.id = ANY (v_absent);
+        -- A key that another transaction took meanwhile belongs to its request now.
+        SELECT coalesce(bool_and(
+            k.id IS NOT NULL AND (
+                k.id = f.id
+                OR EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
+                OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0)
+            )
+        ), true) INTO v_settled
+        FROM unnest(v_ids, v_channels, v_keys) AS f(id, channel, key)
+        LEFT JOIN request_keys k ON k.channel_name = f.channel AND k.key = f.key;
+        EXIT WHEN v_settled;
+    END LOOP;
+END;
+$$;
+
+-- Persists many requests in the caller's transaction and in their order. Returns a row for each
+-- request that it did not insert, with a verdict of enqueue:
+--
+-- - `attached`, with the id of the earlier request. The other requests are inserted.
+-- - `conflict`, with the id of the earlier request, or `elsewhere`, with the channel. Then nothing
+--   was done, and this is the only row.
 CREATE FUNCTION enqueue_many(
     p_ids uuid[],
     p_channels text[],
@@ -307,50 +529,80 @@ CREATE FUNCTION enqueue_many(
     p_halts boolean[],
     p_name text,
     p_notify boolean,
-    p_metadata text[] DEFAULT NULL
-) RETURNS TABLE (request_id uuid, elsewhere text)
+    p_metadata text[] DEFAULT NULL,
+    p_keys text[] DEFAULT NULL,
+    p_fingerprints bytea[] DEFAULT NULL
+) RETURNS TABLE (request_id uuid, verdict text, earlier uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 -- A plan made for one call's arrays is not worth the time it takes.
 SET plan_cache_mode = force_generic_plan
 AS $$
 DECLARE
+    v_keyed boolean := EXISTS (SELECT FROM unnest(p_keys) AS i(key) WHERE i.key IS NOT NULL);
+    -- Requests whose keys belong to others.
+    v_attached uuid[] := '{}';
+    v_earlier uuid[];
+    v_same boolean[];
+    v_first int;
     v_id uuid;
     v_elsewhere text;
     v_now timestamptz;
 BEGIN
     IF true = ANY (p_ordered) THEN
-        -- The keys are locked in sorted order, so that two such calls don't deadlock, and before
-        -- the statement that takes the sequence numbers.
-        PERFORM lock_order(k.channel, k.key_group, true)
-        FROM (
-            SELECT DISTINCT i.channel, i.key_group
-            FROM unnest(p_channels, p_groups, p_ordered) AS i(channel, key_group, ordered)
-            WHERE i.ordered ORDER BY i.key_group, i.channel
-        ) k;
+        -- Before the statement that takes the sequence numbers.
+        PERFORM lock_orders(p_channels, p_groups, p_ordered);
+    END IF;
+    IF v_keyed THEN
+        PERFORM take_keys(p_ids, p_channels, p_keys, p_fingerprints);
+        SELECT
+            coalesce(array_agg(i.id), '{}'), array_agg(k.id),
+            array_agg(k.fingerprint = i.fingerprint)
+        INTO v_attached, v_earlier, v_same
+        FROM unnest(p_ids, p_channels, p_keys, p_fingerprints)
+            AS i(id, channel, key, fingerprint)
+        JOIN request_keys k ON k.channel_name = i.channel AND k.key = i.key
+        WHERE k.id <> i.id;
+        v_first := array_position(v_same, false);
+        IF v_first IS NOT NULL THEN
+            DELETE FROM request_keys k WHERE k.id = ANY (p_ids);
+            RETURN QUERY SELECT v_attached[v_first], 'conflict', v_earlier[v_first], NULL;
+            RETURN;
+        END IF;
+    END IF;
+    IF true = ANY (p_ordered) THEN
         SELECT c.id, c.holder INTO v_id, v_elsewhere
         FROM (
-            SELECT i.id, coalesce(ordered_elsewhere(i.channel, i.key_group), (
-                SELECT o.channel
-                FROM unnest(p_channels, p_groups, p_ordered) AS o(channel, key_group, ordered)
-                WHERE o.ordered AND o.key_group = i.key_group AND o.channel <> i.channel
-                    AND substr(i.key_group, 5, 3) = '|o|'
-                LIMIT 1
-            )) AS holder
-            FROM unnest(p_ids, p_channels, p_groups, p_ordered)
-                AS i(id, channel, key_group, ordered)
-            WHERE i.ordered
+            SELECT i.id, coalesce(
+                ordered_elsewhere(i.channel, i.key_group),
+                -- Another channel of this call.
+                CASE WHEN order_scope(i.channel, i.key_group) = '' THEN
+                    nullif(CASE WHEN i.low = i.channel THEN i.high ELSE i.low END, i.channel)
+                END
+            ) AS holder
+            FROM (
+                SELECT
+                    r.*, min(r.channel) OVER same_key AS low, max(r.channel) OVER same_key AS high
+                FROM unnest(p_ids, p_channels, p_groups, p_ordered)
+                    AS r(id, channel, key_group, ordered)
+                WHERE r.ordered AND r.id <> ALL (v_attached)
+                WINDOW same_key AS (PARTITION BY r.key_group)
+            ) i
         ) c
         WHERE c.holder IS NOT NULL LIMIT 1;
         IF FOUND THEN
-            RETURN QUERY SELECT v_id, v_elsewhere;
+            IF v_keyed THEN
+                DELETE FROM request_keys k WHERE k.id = ANY (p_ids);
+            END IF;
+            RETURN QUERY SELECT v_id, 'elsewhere', NULL::uuid, v_elsewhere;
             RETURN;
         END IF;
     END IF;
     v_now := clock_timestamp();
     INSERT INTO mq_payloads (id, name, head, body, metadata)
     SELECT i.id, p_name, i.head, i.body, i.metadata::json
-    FROM unnest(p_ids, p_heads, p_bodies, p_metadata) AS i(id, head, body, metadata);
+    FROM unnest(p_ids, p_heads, p_bodies, p_metadata) AS i(id, head, body, metadata)
+    WHERE i.id <> ALL (v_attached);
     INSERT INTO mq_msgs (
         id, channel_name, channel_args, attempt_at, created_at, seq, deadline, halts
     )
@@ -360,11 +612,15 @@ BEGIN
         CASE WHEN i.ordered THEN nextval('mq_seq') END,
         v_now + i.deadline_ms * interval '1 millisecond', i.halts
     FROM unnest(p_ids, p_channels, p_groups, p_ordered, p_halts, p_delays_ms, p_deadlines_ms)
-        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms);
+        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms)
+    WHERE i.id <> ALL (v_attached);
     IF p_notify THEN
         PERFORM tell_runners(told.channel)
         FROM (SELECT DISTINCT i.channel FROM unnest(p_channels) AS i(channel)) told;
     END IF;
+    RETURN QUERY
+    SELECT i.id, 'attached', i.earlier, NULL::text FROM unnest(v_attached, v_earlier)
+        AS i(id, earlier);
 END;
 $$;
 

@@ -1,11 +1,10 @@
 //! Persisting many requests in one transaction.
 
-use sqlx::postgres::PgRow;
 use sqlx::{Executor, PgConnection, Row};
 use uuid::Uuid;
 
 use super::db::within;
-use super::enqueue::{Inserting, MESSAGE_NAME, NewRequest, bind_columns, insert_one};
+use super::enqueue::{Inserted, Inserting, MESSAGE_NAME, NewRequest, bind_columns, insert_one};
 use super::idle::Checkout;
 use super::{Store, StoreError, quoted};
 use crate::error::{Error, Kind};
@@ -15,7 +14,7 @@ use crate::id::RequestId;
 const MAX_ROWS: usize = 1000;
 const MAX_BYTES: usize = 4 * 1024 * 1024;
 
-/// Rows for one statement: many without keys, or one with a key.
+/// Rows for one statement: many, or one with a supersede key.
 #[derive(Default)]
 pub(crate) struct Chunk {
     rows: Vec<NewRequest>,
@@ -26,7 +25,7 @@ impl Chunk {
     /// Adds a row. Returns the chunk that must be written before it, if this one was full.
     pub(crate) fn push(&mut self, row: NewRequest) -> Option<Self> {
         let bytes = row.size();
-        let alone = |row: &NewRequest| row.key.is_some() || row.supersede.is_some();
+        let alone = |row: &NewRequest| row.supersede.is_some();
         let full = self.rows.len() >= MAX_ROWS
             || self.bytes + bytes > MAX_BYTES
             || alone(&row)
@@ -131,38 +130,53 @@ async fn write(
         let inserted = insert_one(connection, schema, row, how).await?;
         return inserted.persisted(row).map(|id| vec![id]);
     }
-    match insert_many(connection, schema, rows, how).await? {
-        Some((id, holder)) => {
-            let row = rows.iter().find(|row| row.id == id).unwrap_or(&rows[0]);
-            Err(row.order_conflict(holder))
+    let mut ids: Vec<RequestId> = rows.iter().map(|row| row.id).collect();
+    for (id, inserted) in insert_many(connection, schema, rows, how).await? {
+        if let Some(number) = rows.iter().position(|row| row.id == id) {
+            ids[number] = inserted.persisted(&rows[number])?;
         }
-        None => Ok(rows.iter().map(|row| row.id).collect()),
     }
+    Ok(ids)
 }
 
-/// Inserts requests without a key of the caller's, in order, through a function of the schema.
-/// Returns a request whose ordering key another channel has, and that channel; then no row was
-/// inserted.
+/// Inserts requests in order, through a function of the schema. Returns those that were not
+/// inserted, and why. Unless they are attached to earlier requests, no row was inserted.
 async fn insert_many(
     connection: &mut PgConnection,
     schema: &str,
     requests: &[NewRequest],
     how: Inserting,
-) -> Result<Option<(RequestId, String)>, sqlx::Error> {
+) -> Result<Vec<(RequestId, Inserted)>, sqlx::Error> {
     let call = format!(
-        "SELECT request_id, elsewhere
-         FROM {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $9, $10, $11, $12, $8)",
+        "SELECT request_id, verdict, earlier, elsewhere
+         FROM {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $9, $10, $11, $12, $8, $13, $14)",
         quoted(schema)
     );
     let notify = how.notify && requests.iter().any(NewRequest::needs_runner);
-    let elsewhere = bind_columns(sqlx::query(&call), requests)
+    let keys = requests.iter().map(|r| r.key.as_ref());
+    let refused = bind_columns(sqlx::query(&call), requests)
         .bind(requests.iter().map(|r| r.ordered).collect::<Vec<_>>())
         .bind(requests.iter().map(|r| r.halts).collect::<Vec<_>>())
         .bind(MESSAGE_NAME)
         .bind(notify)
+        .bind(
+            keys.clone()
+                .map(|key| key.map(|key| &*key.key))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            keys.map(|key| key.map(|key| &key.fingerprint[..]))
+                .collect::<Vec<_>>(),
+        )
         .persistent(how.prepared)
-        .fetch_optional(connection)
+        .fetch_all(connection)
         .await?;
-    let conflict = |row: PgRow| Ok((RequestId::from(row.try_get::<Uuid, _>(0)?), row.try_get(1)?));
-    elsewhere.map(conflict).transpose()
+    refused
+        .iter()
+        .map(|row| {
+            let id: Uuid = row.try_get(0)?;
+            let (verdict, earlier, elsewhere) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
+            Ok((id.into(), Inserted::read(id, verdict, earlier, elsewhere)))
+        })
+        .collect()
 }

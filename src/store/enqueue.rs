@@ -199,9 +199,14 @@ impl Store {
             ..self.inserting()
         };
         let schema = &self.config().schema;
-        self.run_large("enqueue.locked", request.size(), async |connection| {
-            insert_one(connection, schema, request, how).await
-        })
+        self.run_large(
+            "enqueue.locked",
+            request.size(),
+            async |connection| match insert_one(connection, schema, request, how).await {
+                Err(error) if is_lock_timeout(&error) => Ok(Inserted::Busy),
+                inserted => inserted,
+            },
+        )
         .await
     }
 
@@ -243,6 +248,13 @@ impl Store {
             ..self.inserting()
         }
     }
+}
+
+/// Whether the statement met a lock of another transaction (`lock_not_available`), and did nothing.
+fn is_lock_timeout(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(|error| error.code().as_deref() == Some("55P03"))
 }
 
 async fn insert(
@@ -357,6 +369,22 @@ pub(crate) enum Inserted {
 }
 
 impl Inserted {
+    /// The verdict of a function of the schema about the request of this id.
+    pub(super) fn read(
+        id: Uuid,
+        verdict: &str,
+        persisted: Option<Uuid>,
+        elsewhere: Option<String>,
+    ) -> Self {
+        match (verdict, persisted) {
+            ("attached", Some(first)) if first != id => Self::Attached(first.into()),
+            ("conflict", Some(first)) => Self::Conflict(first.into()),
+            ("busy", _) => Self::Busy,
+            ("elsewhere", _) => Self::Elsewhere(elsewhere.unwrap_or_default().into()),
+            _ => Self::New,
+        }
+    }
+
     /// The caller's result: the id of the persisted request, which is `request` or an earlier one
     /// with the same key.
     pub(crate) fn persisted(self, request: &NewRequest) -> Result<RequestId, Error> {
@@ -425,13 +453,7 @@ pub(super) async fn insert_one<'c>(
         .persistent(how.prepared)
         .fetch_one(executor)
         .await?;
-    Ok(match (&*verdict, id) {
-        ("attached", Some(id)) if id != Uuid::from(request.id) => Inserted::Attached(id.into()),
-        ("conflict", Some(id)) => Inserted::Conflict(id.into()),
-        ("busy", _) => Inserted::Busy,
-        ("elsewhere", _) => Inserted::Elsewhere(elsewhere.unwrap_or_default().into()),
-        _ => Inserted::New,
-    })
+    Ok(Inserted::read(request.id.into(), &verdict, id, elsewhere))
 }
 
 pub(super) async fn notify_runners(

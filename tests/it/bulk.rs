@@ -21,7 +21,7 @@ async fn many_requests_are_delivered_once_each() {
     let durable = Durable::new(database.pool().clone());
     let requests = (0..2500).map(|number: usize| {
         let request = post(server.url("/"), number.to_string());
-        // A request with a key is inserted alone. One in a hundred has a key.
+        // One in a hundred has a key.
         match number % 100 {
             0 => request.with(Options::default().key(number.to_string())),
             _ => request,

@@ -17,6 +17,7 @@ mod idioms;
 mod input;
 mod keys;
 mod layer;
+mod locks;
 mod logs;
 mod metadata;
 mod middleware;
