@@ -1,9 +1,12 @@
 -- How requests ended: outcomes, their handover, failed attempts, and keys.
 
 -- One row per finished request, in a ring of partitions by time. A partition whose rows have all
--- outlived their retention is truncated. So there are no row-by-row deletes and no vacuum debt, no
--- partition is missing when it is needed, and no right to change the schema is needed at run time.
--- Dead letters (discarded and ambiguous requests) are in slot -1, because they must not expire.
+-- outlived their retention is truncated. So there are few row-by-row deletes and little vacuum
+-- debt, no partition is missing when it is needed, and no right to change the schema is needed at
+-- run time. Two slots are not part of the ring:
+--
+-- - -1: dead letters (discarded and ambiguous requests), which must not expire;
+-- - -2: outcomes that outlived the retention before a handler took them.
 CREATE TABLE outcomes (
     slot smallint NOT NULL,
     id uuid NOT NULL,
@@ -29,6 +32,7 @@ ALTER TABLE outcomes ALTER COLUMN body SET STORAGE EXTERNAL;
 DO $$
 BEGIN
     EXECUTE 'CREATE TABLE outcomes_kept PARTITION OF outcomes FOR VALUES IN (-1)';
+    EXECUTE 'CREATE TABLE outcomes_late PARTITION OF outcomes FOR VALUES IN (-2)';
     FOR slot IN 0..15 LOOP
         EXECUTE format(
             'CREATE TABLE outcomes_%s PARTITION OF outcomes FOR VALUES IN (%s)', slot, slot
@@ -37,6 +41,8 @@ BEGIN
 END;
 $$;
 CREATE INDEX outcomes_id ON outcomes (id);
+-- Whether a slot has rows that have expired, and rows that have not, without reading the slot.
+CREATE INDEX outcomes_expires_at ON outcomes (expires_at) WHERE expires_at IS NOT NULL;
 
 -- Channels whose outcomes are handed to an application in a transaction.
 CREATE TABLE handled_channels (
@@ -47,47 +53,29 @@ CREATE TABLE handled_channels (
 CREATE TABLE unhandled (
     id uuid PRIMARY KEY,
     channel_name text COLLATE "C" NOT NULL,
+    -- The slot of the outcome.
+    slot smallint NOT NULL,
     due_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- How many times handing the outcome over has failed.
     failures int NOT NULL DEFAULT 0,
     error text
 );
 CREATE INDEX unhandled_due ON unhandled (channel_name, due_at);
+CREATE INDEX unhandled_slot ON unhandled (slot);
 
--- Takes one outcome that is due. It counts as handled once the transaction commits. A concurrent
--- transaction takes a different outcome. The status is NULL if the outcome no longer exists.
-CREATE FUNCTION take_unhandled(p_channel text)
-RETURNS TABLE (
-    id uuid,
-    status text,
-    attempts int,
-    http_status smallint,
-    head text,
-    body bytea,
-    error_class text,
-    error text,
-    metadata text
-)
-LANGUAGE plpgsql
+-- Takes one outcome that is due, and returns its id. It counts as handled once the transaction
+-- commits. A concurrent transaction takes a different outcome. The outcome itself must be read in
+-- another transaction: a lock on its partition until the end of this one would delay pruning.
+CREATE FUNCTION take_unhandled(p_channel text) RETURNS uuid
+LANGUAGE sql
 SET search_path FROM CURRENT
 AS $$
-#variable_conflict use_column
-DECLARE
-    v_id uuid;
-BEGIN
     DELETE FROM unhandled d WHERE d.id = (
         SELECT u.id FROM unhandled u
         WHERE u.channel_name = p_channel AND u.due_at <= clock_timestamp()
         ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED
     )
-    RETURNING d.id INTO v_id;
-    RETURN QUERY
-    SELECT
-        t.id, o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
-        o.metadata::text
-    FROM (SELECT v_id AS id) t LEFT JOIN outcomes o ON o.id = t.id
-    WHERE t.id IS NOT NULL;
-END;
+    RETURNING d.id
 $$;
 
 -- The slot of an outcome that ends at p_at. Twelve slots span the retention; the remaining four
@@ -108,53 +96,170 @@ AS $$
     );
 $$;
 
--- Empties the slots that no outcome will enter soon and whose rows have all expired. Returns the
--- number of slots it emptied.
-CREATE FUNCTION prune_outcomes(p_retention interval) RETURNS int
+-- Pruning. A slot is truncated once all of its rows have expired. Rows that wait for a handler are
+-- moved out first. Where a slot can't be truncated, its expired rows are deleted: because of rows
+-- of a longer retention, or a transaction that has read the slot and doesn't end, or a role without
+-- the right to truncate. Each step is a statement of its own, and holds locks for a short time.
+
+-- The slots of the ring that have expired rows. `live`: the slot has other rows too. `overdue`: a
+-- row should have gone by now, because its slot of the ring was full long ago.
+CREATE FUNCTION expired_slots() RETURNS TABLE (slot int, live boolean, overdue boolean)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
+SET enable_seqscan = off
 AS $$
 DECLARE
-    v_current int := outcome_slot(clock_timestamp(), p_retention);
-    v_slot int;
-    v_live boolean;
-    v_emptied int := 0;
+    v_expired timestamptz;
+    v_retention interval;
 BEGIN
-    -- One process prunes at a time; the others need not wait.
+    FOR v_slot IN 0..15 LOOP
+        EXECUTE format(
+            'SELECT o.expires_at, o.expires_at - o.finished_at FROM outcomes_%s o
+             WHERE o.expires_at <= clock_timestamp() ORDER BY o.expires_at LIMIT 1', v_slot
+        ) INTO v_expired, v_retention;
+        CONTINUE WHEN v_expired IS NULL;
+        slot := v_slot;
+        overdue := v_expired + v_retention / 10 < clock_timestamp();
+        EXECUTE format(
+            'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
+        ) INTO live;
+        RETURN NEXT;
+    END LOOP;
+END;
+$$;
+
+-- Moves expired outcomes that wait for a handler out of a slot. Those of channels that have no
+-- handler any more don't wait. Returns how many it moved, up to p_limit.
+CREATE FUNCTION move_unhandled(p_slot int, p_limit int) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_ids uuid[];
+    v_outcome outcomes%ROWTYPE;
+BEGIN
+    -- A settle that raced with the end of a subscription left these.
+    DELETE FROM unhandled d WHERE d.id = ANY (ARRAY(
+        SELECT u.id FROM unhandled u
+        WHERE u.slot = p_slot AND NOT EXISTS (
+            SELECT FROM handled_channels h WHERE h.channel_name = u.channel_name
+        )
+        LIMIT p_limit FOR UPDATE SKIP LOCKED
+    ));
+    EXECUTE format(
+        'SELECT array_agg(late.id) FROM (
+            SELECT u.id FROM unhandled u JOIN outcomes_%s o ON o.id = ANY (ARRAY[u.id])
+            WHERE u.slot = $1 AND o.expires_at <= clock_timestamp() LIMIT $2
+         ) late', p_slot
+    ) INTO v_ids USING p_slot, p_limit;
+    FOR v_outcome IN EXECUTE format(
+        'DELETE FROM outcomes_%s o WHERE o.id = ANY ($1) RETURNING o.*', p_slot
+    ) USING v_ids LOOP
+        v_outcome.slot := -2;
+        INSERT INTO outcomes_late SELECT v_outcome.*;
+    END LOOP;
+    -- A row that a handler has at this moment is left alone; only its outcome is moved.
+    UPDATE unhandled u SET slot = -2 WHERE u.id = ANY (ARRAY(
+        SELECT w.id FROM unhandled w WHERE w.id = ANY (v_ids) FOR UPDATE SKIP LOCKED
+    ));
+    RETURN coalesce(cardinality(v_ids), 0);
+END;
+$$;
+
+-- Truncates a slot whose rows have all expired. Returns:
+--
+-- - `emptied`
+-- - `live`: nothing was done, because a row has not expired or waits for a handler.
+-- - `locked`: nothing was done, because a transaction has used the slot and has not ended.
+-- - `denied`: nothing was done, because the role may not truncate the slot.
+CREATE FUNCTION empty_slot(p_slot int) RETURNS text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+-- While this waits for a lock, every session that needs the slot waits behind it.
+SET lock_timeout = '50ms'
+AS $$
+DECLARE
+    v_live boolean;
+BEGIN
+    IF NOT has_table_privilege(format('outcomes_%s', p_slot)::regclass, 'TRUNCATE') THEN
+        RETURN 'denied';
+    END IF;
+    -- One process at a time; the others need not wait.
     IF NOT pg_try_advisory_xact_lock(
         hashtextextended(concat_ws('/', 'requeuest', current_schema(), 'prune'), 0)
     ) THEN
-        RETURN 0;
+        RETURN 'locked';
     END IF;
-    FOR ahead IN 1..3 LOOP
-        v_slot := (v_current + ahead) % 16;
-        CONTINUE WHEN pg_relation_size(format('outcomes_%s', v_slot)::regclass) = 0;
-        EXECUTE format(
-            'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
-        ) INTO v_live;
-        CONTINUE WHEN v_live;
-        BEGIN
-            EXECUTE format('LOCK TABLE outcomes_%s IN ACCESS EXCLUSIVE MODE NOWAIT', v_slot);
-        EXCEPTION WHEN lock_not_available THEN
-            -- A session is reading the slot. Try again next time, rather than make all sessions
-            -- queue behind this lock.
-            CONTINUE;
-        END;
-        -- Check again: processes with a different retention may have added rows before the lock was
-        -- taken.
-        EXECUTE format(
-            'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
-        ) INTO v_live;
-        CONTINUE WHEN v_live;
-        EXECUTE format(
-            'SELECT EXISTS (SELECT FROM unhandled u JOIN outcomes_%s o ON o.id = ANY (ARRAY[u.id]))'
-            , v_slot
-        ) INTO v_live;
-        CONTINUE WHEN v_live;
-        EXECUTE format('TRUNCATE outcomes_%s', v_slot);
-        v_emptied := v_emptied + 1;
-    END LOOP;
-    RETURN v_emptied;
+    BEGIN
+        EXECUTE format('LOCK TABLE outcomes_%s IN ACCESS EXCLUSIVE MODE', p_slot);
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN 'locked';
+    END;
+    -- Rows may have come before the lock was taken. Both checks read indexes only.
+    EXECUTE format(
+        'SELECT EXISTS (SELECT FROM outcomes_%1$s WHERE expires_at > clock_timestamp())
+            OR EXISTS (
+                SELECT FROM unhandled u JOIN outcomes_%1$s o ON o.id = ANY (ARRAY[u.id])
+                WHERE u.slot = $1
+            )', p_slot
+    ) INTO v_live USING p_slot;
+    IF v_live THEN
+        RETURN 'live';
+    END IF;
+    EXECUTE format('TRUNCATE outcomes_%s', p_slot);
+    RETURN 'emptied';
+END;
+$$;
+
+-- Deletes up to p_limit expired rows of a slot, the oldest first. Returns how many it deleted.
+CREATE FUNCTION delete_expired(p_slot int, p_limit int) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_deleted int;
+BEGIN
+    EXECUTE format(
+        'DELETE FROM outcomes_%1$s d WHERE d.ctid = ANY (ARRAY(
+            SELECT o.ctid FROM outcomes_%1$s o
+            WHERE o.expires_at <= clock_timestamp()
+                AND NOT EXISTS (SELECT FROM unhandled u WHERE u.id = o.id OFFSET 0)
+            ORDER BY o.expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+         ))', p_slot
+    ) USING p_limit;
+    GET DIAGNOSTICS v_deleted = ROW_COUNT;
+    RETURN v_deleted;
+END;
+$$;
+
+-- Looks at p_limit outcomes that waited for a handler beyond the retention, those after the id
+-- p_after, and deletes those that have been handled. Returns the last id, or NULL at the end, and
+-- how many of them still wait.
+CREATE FUNCTION delete_handled(p_after uuid, p_limit int)
+RETURNS TABLE (last uuid, waiting bigint)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_ids uuid[] := ARRAY(
+        SELECT o.id FROM outcomes_late o
+        WHERE o.id > coalesce(p_after, '00000000-0000-0000-0000-000000000000')
+        ORDER BY o.id LIMIT p_limit
+    );
+BEGIN
+    waiting := 0;
+    IF cardinality(v_ids) > 0 THEN
+        SELECT count(*) INTO waiting FROM unhandled u WHERE u.id = ANY (v_ids);
+        DELETE FROM outcomes_late o
+        WHERE o.id = ANY (v_ids)
+            AND NOT EXISTS (SELECT FROM unhandled u WHERE u.id = o.id OFFSET 0);
+    END IF;
+    last := CASE WHEN cardinality(v_ids) = p_limit THEN v_ids[p_limit] END;
+    RETURN NEXT;
 END;
 $$;
 

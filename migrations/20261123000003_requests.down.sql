@@ -18,6 +18,7 @@ DROP FUNCTION expire_requests(int);
 DROP FUNCTION end_requests(uuid[], text, text, text, interval);
 DROP FUNCTION ordered_elsewhere(text, text);
 DROP FUNCTION tell_runners(text);
+DROP FUNCTION is_known(uuid);
 DROP FUNCTION lock_orders(text[], text[], boolean[]);
 DROP FUNCTION lock_order(text, text, boolean);
 DROP FUNCTION order_scope(text, text);

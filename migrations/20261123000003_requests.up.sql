@@ -131,6 +131,18 @@ BEGIN
 END;
 $$;
 
+-- Whether a request is in the queue or has ended. Both lookups are in one statement: a request that
+-- ends between two statements would look as if it had never existed. In a function of its own,
+-- because a statement locks all partitions that it may read until the end of the transaction.
+CREATE FUNCTION is_known(p_id uuid) RETURNS boolean
+LANGUAGE sql
+STABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT EXISTS (SELECT FROM mq_msgs m WHERE m.id = p_id)
+        OR EXISTS (SELECT FROM outcomes o WHERE o.id = p_id)
+$$;
+
 CREATE FUNCTION tell_runners(p_channel text) RETURNS void
 LANGUAGE sql
 SET search_path FROM CURRENT
@@ -263,8 +275,10 @@ BEGIN
             p_class, p_error, p.metadata
         FROM locked l LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[l.id])
     ), to_handle AS (
-        INSERT INTO unhandled (id, channel_name)
-        SELECT l.id, l.channel_name
+        INSERT INTO unhandled (id, channel_name, slot)
+        SELECT
+            l.id, l.channel_name,
+            CASE WHEN v_kept THEN -1 ELSE outcome_slot(v_now, p_retention) END
         FROM locked l JOIN handled_channels h ON h.channel_name = l.channel_name
     )
     SELECT
@@ -371,10 +385,7 @@ BEGIN
     END IF;
     -- From here on, all reads are in later statements than the locks. The snapshot of a single
     -- statement that did both could be older than the wait for the lock.
-    IF p_again AND (
-        EXISTS (SELECT FROM mq_payloads p WHERE p.id = p_id)
-        OR EXISTS (SELECT FROM outcomes o WHERE o.id = p_id)
-    ) THEN
+    IF p_again AND is_known(p_id) THEN
         RETURN QUERY SELECT 'inserted', p_id, NULL;
         RETURN;
     END IF;
@@ -390,11 +401,7 @@ BEGIN
         -- ends when the key is either taken or seen to belong to another request.
         LOOP
             SELECT
-                k.id, k.fingerprint = p_fingerprint AS same,
-                -- Both lookups are in one statement: a request that ends between two statements
-                -- would look as if it had never existed.
-                EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
-                    OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0) AS present
+                k.id, k.fingerprint = p_fingerprint AS same, is_known(k.id) AS present
             INTO v_first
             FROM request_keys k
             WHERE k.channel_name = p_channel AND k.key = p_key;
@@ -487,9 +494,7 @@ BEGIN
         SELECT array_agg(k.id) INTO v_absent
         FROM unnest(v_ids, v_channels, v_keys) AS f(id, channel, key)
         JOIN request_keys k ON k.channel_name = f.channel AND k.key = f.key
-        WHERE k.id <> f.id
-            AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
-            AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0);
+        WHERE k.id <> f.id AND NOT is_known(k.id);
         INSERT INTO request_keys AS k (channel_name, key, id, fingerprint)
         SELECT f.channel, f.key, f.id, f.fingerprint
         FROM unnest(v_ids, v_channels, v_keys, v_fingerprints) AS f(id, channel, key, fingerprint)
@@ -497,13 +502,7 @@ BEGIN
         SET id = excluded.id, fingerprint = excluded.fingerprint, created_at = excluded.created_at
         WHERE k.id = ANY (v_absent);
         -- A key that another transaction took meanwhile belongs to its request now.
-        SELECT coalesce(bool_and(
-            k.id IS NOT NULL AND (
-                k.id = f.id
-                OR EXISTS (SELECT FROM mq_msgs m WHERE m.id = k.id OFFSET 0)
-                OR EXISTS (SELECT FROM outcomes o WHERE o.id = k.id OFFSET 0)
-            )
-        ), true) INTO v_settled
+        SELECT bool_and(k.id IS NOT NULL AND (k.id = f.id OR is_known(k.id))) INTO v_settled
         FROM unnest(v_ids, v_channels, v_keys) AS f(id, channel, key)
         LEFT JOIN request_keys k ON k.channel_name = f.channel AND k.key = f.key;
         EXIT WHEN v_settled;

@@ -122,6 +122,7 @@ BEGIN
     v_kept.expires_at := v_now + p_retention;
     v_kept.replayed_as := p_new;
     INSERT INTO outcomes SELECT v_kept.*;
+    UPDATE unhandled u SET slot = v_kept.slot WHERE u.id = p_id;
     PERFORM tell_runners(v_kept.channel_name);
     RETURN 'replayed';
 END;
@@ -179,10 +180,11 @@ BEGIN
         v_kept.error := 'it was sent, and its response is not known';
         INSERT INTO outcomes SELECT v_kept.*;
         -- The outcome changed, so it is handed over again.
-        INSERT INTO unhandled AS u (id, channel_name)
-        SELECT p_id, h.channel_name FROM handled_channels h
+        INSERT INTO unhandled AS u (id, channel_name, slot)
+        SELECT p_id, h.channel_name, v_kept.slot FROM handled_channels h
         WHERE h.channel_name = v_kept.channel_name
-        ON CONFLICT (id) DO UPDATE SET due_at = excluded.due_at, failures = 0, error = NULL;
+        ON CONFLICT (id) DO UPDATE
+        SET slot = excluded.slot, due_at = excluded.due_at, failures = 0, error = NULL;
         IF v_in_place THEN
             PERFORM tell_runners(v_kept.channel_name);
         END IF;

@@ -1,62 +1,229 @@
-//! Removing rows that have outlived the retention.
+//! Removing rows that have outlived the retention: the steps of a sweep. Each is a short statement
+//! that looks at a bounded number of rows. The engine's sweep task decides which step is next.
 
-use sqlx::PgConnection;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
 
 use super::{Store, StoreError, millis};
 
-/// How many attempts or keys one statement deletes. A delete of everything at once would hold back
-/// vacuum and the write-ahead log.
-const BATCH: u64 = 1000;
+/// How many rows one statement looks at. A statement over everything at once would hold back vacuum
+/// and the write-ahead log.
+const BATCH: i32 = 1000;
+/// How many expired outcomes one statement deletes.
+const DELETES: i32 = 5000;
+
+/// A slot of the ring of outcomes that has expired rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExpiredSlot {
+    slot: i32,
+    /// The slot has other rows too.
+    pub(crate) live: bool,
+    /// A row should have gone by now.
+    pub(crate) overdue: bool,
+}
+
+/// What an attempt to truncate a slot did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Emptied {
+    Now,
+    /// Nothing: a row has not expired or waits for a handler.
+    Live,
+    /// Nothing: a transaction has used the slot and has not ended.
+    Locked,
+    /// Nothing: the role may not truncate.
+    Denied,
+}
+
+/// Rows that belong to requests, and are deleted some time after them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Old {
+    /// Failed attempts.
+    Attempts,
+    /// Callers' keys.
+    Keys,
+}
+
+/// Where a pass over old rows stands, by a time in microseconds since 1970. It begins at `None`.
+pub(crate) type Position = Option<i64>;
+
+/// What one step of a pass did.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Step {
+    /// Where the next step begins. `None` once there are no more old rows.
+    pub(crate) next: Position,
+    /// Most rows of the step were deleted, so more of its kind are likely.
+    pub(crate) fruitful: bool,
+}
 
 impl Store {
-    /// Gives up requests past their deadline, in case no runner polls; empties outcome partitions
-    /// that have outlived the retention; and deletes a batch of failed attempts and keys whose
-    /// requests are gone. Returns whether the batch was full, so that there may be more.
-    pub(crate) async fn sweep(&self) -> Result<bool, StoreError> {
-        let retention = millis(self.config().retention);
-        let deleted = self
-            .run("sweep", async |connection| {
-                sweep(connection, retention).await
+    /// Gives up requests past their deadline, in case no runner polls. Returns whether there may be
+    /// more.
+    pub(crate) async fn sweep_deadlines(&self) -> Result<bool, StoreError> {
+        self.run("sweep.deadlines", async |connection| {
+            let ended: i32 = sqlx::query_scalar("SELECT expire_requests($1)")
+                .bind(BATCH)
+                .fetch_one(connection)
+                .await?;
+            Ok(ended >= BATCH)
+        })
+        .await
+    }
+
+    /// The slots that have expired rows.
+    pub(crate) async fn expired_slots(&self) -> Result<Vec<ExpiredSlot>, StoreError> {
+        self.run("sweep.slots", async |connection| {
+            expired_slots(connection).await
+        })
+        .await
+    }
+
+    /// Moves expired outcomes that wait for a handler out of a slot. Returns whether there may be
+    /// more.
+    pub(crate) async fn move_unhandled(&self, slot: ExpiredSlot) -> Result<bool, StoreError> {
+        self.run("sweep.move", async |connection| {
+            let moved: i32 = sqlx::query_scalar("SELECT move_unhandled($1, $2)")
+                .bind(slot.slot)
+                .bind(BATCH)
+                .fetch_one(connection)
+                .await?;
+            Ok(moved >= BATCH)
+        })
+        .await
+    }
+
+    /// Truncates a slot, unless a row of it is needed.
+    pub(crate) async fn empty_slot(&self, slot: ExpiredSlot) -> Result<Emptied, StoreError> {
+        self.run("sweep.truncate", async |connection| {
+            let verdict: String = sqlx::query_scalar("SELECT empty_slot($1)")
+                .bind(slot.slot)
+                .fetch_one(connection)
+                .await?;
+            Ok(match &*verdict {
+                "emptied" => Emptied::Now,
+                "locked" => Emptied::Locked,
+                "denied" => Emptied::Denied,
+                _ => Emptied::Live,
             })
-            .await?;
-        Ok(deleted >= BATCH)
+        })
+        .await
+    }
+
+    /// Deletes expired outcomes of a slot that can't be truncated. Returns whether there may be
+    /// more.
+    pub(crate) async fn delete_expired(&self, slot: ExpiredSlot) -> Result<bool, StoreError> {
+        self.run("sweep.delete", async |connection| {
+            let deleted: i32 = sqlx::query_scalar("SELECT delete_expired($1, $2)")
+                .bind(slot.slot)
+                .bind(DELETES)
+                .fetch_one(connection)
+                .await?;
+            Ok(deleted >= DELETES)
+        })
+        .await
+    }
+
+    /// Deletes outcomes after this id that had to wait for their handlers and were handled. Returns
+    /// where to continue, and how many still wait.
+    pub(crate) async fn delete_handled(
+        &self,
+        after: Option<Uuid>,
+    ) -> Result<(Option<Uuid>, i64), StoreError> {
+        self.run("sweep.handled", async |connection| {
+            sqlx::query_as("SELECT last, waiting FROM delete_handled($1, $2)")
+                .bind(after)
+                .bind(BATCH)
+                .fetch_one(connection)
+                .await
+        })
+        .await
+    }
+
+    /// Deletes a batch of old rows whose requests are gone.
+    pub(crate) async fn sweep_old(&self, rows: Old, from: Position) -> Result<Step, StoreError> {
+        let retention = millis(self.config().retention);
+        let (operation, statement, age) = match rows {
+            Old::Attempts => ("sweep.attempts", ATTEMPTS, retention),
+            // An outcome may stay for some slots longer than the retention. A pass that came by
+            // before would have to come again.
+            Old::Keys => ("sweep.keys", KEYS, retention / 4 * 5),
+        };
+        self.run(operation, async |connection| {
+            step(connection, statement, from, age).await
+        })
+        .await
     }
 }
 
-async fn sweep(connection: &mut PgConnection, retention: i64) -> Result<u64, sqlx::Error> {
-    sqlx::query("SELECT expire_requests(1000)")
-        .execute(&mut *connection)
+async fn expired_slots(connection: &mut PgConnection) -> Result<Vec<ExpiredSlot>, sqlx::Error> {
+    let rows = sqlx::query("SELECT slot, live, overdue FROM expired_slots()")
+        .fetch_all(connection)
         .await?;
-    sqlx::query("SELECT prune_outcomes($1 * interval '1 millisecond')")
-        .bind(retention)
-        .execute(&mut *connection)
+    rows.iter()
+        .map(|row| {
+            Ok(ExpiredSlot {
+                slot: row.try_get(0)?,
+                live: row.try_get(1)?,
+                overdue: row.try_get(2)?,
+            })
+        })
+        .collect()
+}
+
+/// Rows with the same time as the last one of a step are looked at again by the next one.
+const ATTEMPTS: &str = "
+    WITH seen AS MATERIALIZED (
+        SELECT a.id, a.number, a.ended_at AS at FROM attempts a
+        WHERE a.ended_at >= coalesce('epoch'::timestamptz + $1 * interval '1 us', '-infinity')
+            AND a.ended_at < clock_timestamp() - $2 * interval '1 millisecond'
+        ORDER BY a.ended_at LIMIT $3
+    ), gone AS (
+        DELETE FROM attempts a USING seen s
+        WHERE a.id = ANY (ARRAY[s.id]) AND a.number = s.number
+            AND NOT EXISTS (SELECT FROM mq_payloads p WHERE p.id = s.id OFFSET 0)
+        RETURNING a.id
+    )
+    SELECT
+        (SELECT count(*) FROM seen), (SELECT count(*) FROM gone),
+        (SELECT (extract(epoch FROM max(s.at)) * 1000000)::bigint FROM seen s)";
+
+/// The key of a request that is just being inserted is too young to look abandoned. The time is
+/// checked again for the row that is deleted, because a new request may have taken the key over.
+const KEYS: &str = "
+    WITH seen AS MATERIALIZED (
+        SELECT k.channel_name, k.key, k.id, k.created_at AS at FROM request_keys k
+        WHERE k.created_at >= coalesce('epoch'::timestamptz + $1 * interval '1 us', '-infinity')
+            AND k.created_at < clock_timestamp() - $2 * interval '1 millisecond'
+        ORDER BY k.created_at LIMIT $3
+    ), gone AS (
+        DELETE FROM request_keys k USING seen s
+        WHERE k.channel_name = s.channel_name AND k.key = ANY (ARRAY[s.key]) AND k.id = s.id
+            AND k.created_at < clock_timestamp() - $2 * interval '1 millisecond'
+            AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = s.id OFFSET 0)
+            AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = s.id OFFSET 0)
+        RETURNING k.id
+    )
+    SELECT
+        (SELECT count(*) FROM seen), (SELECT count(*) FROM gone),
+        (SELECT (extract(epoch FROM max(s.at)) * 1000000)::bigint FROM seen s)";
+
+async fn step(
+    connection: &mut PgConnection,
+    statement: &'static str,
+    from: Position,
+    older_than: i64,
+) -> Result<Step, sqlx::Error> {
+    let batch = i64::from(BATCH);
+    let (seen, gone, last): (i64, i64, Position) = sqlx::query_as(statement)
+        .bind(from)
+        .bind(older_than)
+        .bind(batch)
+        .fetch_one(connection)
         .await?;
-    let pruned = sqlx::query(
-        "DELETE FROM attempts a USING (
-            SELECT old.id, old.number FROM attempts old
-            WHERE old.ended_at < clock_timestamp() - $1 * interval '1 millisecond'
-                AND NOT EXISTS (SELECT FROM mq_payloads p WHERE p.id = old.id OFFSET 0)
-            ORDER BY old.ended_at LIMIT 1000
-        ) gone
-        WHERE a.id = gone.id AND a.number = gone.number",
-    )
-    .bind(retention)
-    .execute(&mut *connection)
-    .await?;
-    // The key of a request that is just being inserted is too young to look abandoned.
-    let keys = sqlx::query(
-        "DELETE FROM request_keys k USING (
-            SELECT old.channel_name, old.key FROM request_keys old
-            WHERE old.created_at < clock_timestamp() - $1 * interval '1 millisecond'
-                AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = old.id OFFSET 0)
-                AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = old.id OFFSET 0)
-            ORDER BY old.created_at LIMIT 1000
-        ) gone
-        WHERE k.channel_name = gone.channel_name AND k.key = gone.key
-            AND k.created_at < clock_timestamp() - $1 * interval '1 millisecond'",
-    )
-    .bind(retention)
-    .execute(connection)
-    .await?;
-    Ok(pruned.rows_affected().max(keys.rows_affected()))
+    Ok(Step {
+        next: match last {
+            Some(last) if seen >= batch => Some(if from == Some(last) { last + 1 } else { last }),
+            _ => None,
+        },
+        fruitful: gone * 2 > seen,
+    })
 }

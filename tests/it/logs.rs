@@ -6,15 +6,17 @@ use http::HeaderValue;
 use http_body_util::Full;
 use requeuest::retry::RetryPolicy;
 use requeuest::{Durable, Options};
-use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
+use sqlx::{Executor, PgPool};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tower::retry::Retry;
 use tower::{Layer, ServiceExt};
 
 use crate::layer::repetition::Tries;
-use crate::support::{LONG, Server, hyper_client, in_time, migrated, part, plays, post, quick};
+use crate::support::{
+    LONG, Server, eventually, hyper_client, in_time, migrated, part, plays, post, quick,
+};
 
 /// What a copy of this binary prints and logs while it plays a part.
 struct Output {
@@ -205,4 +207,53 @@ async fn look_for_a_database() {
     };
     in_time(tries).await;
     drop(durable);
+}
+
+#[tokio::test]
+async fn a_sweep_that_keeps_failing_is_one_warning_for_each_part() {
+    let database = migrated().await;
+    database
+        .pool()
+        .execute("ALTER TABLE requeuest.attempts RENAME TO renamed")
+        .await
+        .unwrap();
+    let variables = [("REQUEUEST_TEST_DATABASE", database.url().to_owned())];
+    let run = move || Output::of("sweep_without_attempts", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    let [warning] = &*warnings else {
+        panic!("{warnings:#?}");
+    };
+    let expected = "the sweep of old rows fails part=\"attempts\"";
+    assert!(warning.contains(expected), "{warning}");
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn sweep_without_attempts() {
+    if !plays("sweep_without_attempts") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let durable = Durable::builder(pool.clone())
+        .retention(Duration::from_secs(60))
+        .runner(false)
+        .build()
+        .unwrap();
+    for sweep in 0..3 {
+        let key = "INSERT INTO requeuest.request_keys
+                       (channel_name, key, id, fingerprint, created_at)
+                   VALUES ('c', 'k', gen_random_uuid(), '', now() - interval '1 day')";
+        pool.execute(key).await.unwrap();
+        eventually(&format!("sweep {sweep}"), || async {
+            let keys = "SELECT count(*) FROM requeuest.request_keys";
+            let keys: i64 = sqlx::query_scalar(keys).fetch_one(&pool).await.unwrap();
+            keys == 0
+        })
+        .await;
+    }
+    durable.shutdown(LONG).await.unwrap();
 }

@@ -27,6 +27,7 @@ mod plans;
 mod poll;
 mod processes;
 mod proxy;
+mod retention;
 mod retry;
 mod runtimes;
 mod stopping;

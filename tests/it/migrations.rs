@@ -10,7 +10,9 @@ use requeuest::{Durable, Options, RequestId, Status, Uuid};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, Executor, PgPool};
 
-use crate::support::{LONG, Server, builder, count, in_time, migrated, post, quick};
+use crate::support::{
+    LONG, Server, add_outcomes, builder, count, eventually_rows, in_time, migrated, post, quick,
+};
 
 /// A database without the schema.
 async fn empty() -> TestDatabase {
@@ -466,15 +468,39 @@ async fn a_role_that_cannot_change_the_schema_can_run_a_handle() {
         .execute("UPDATE requeuest.outcomes SET expires_at = now() - interval '1 second'")
         .await
         .unwrap();
-    let emptied: i32 = sqlx::query_scalar(
-        "SELECT sum(requeuest.prune_outcomes(r * interval '1 second'))::int
-         FROM generate_series(60, 600) AS r",
-    )
-    .fetch_one(&mut connection)
-    .await
-    .unwrap();
+    let emptied = "SELECT count(*) FROM (
+            SELECT requeuest.move_unhandled(slot, 1000), requeuest.empty_slot(slot) AS verdict,
+                requeuest.delete_expired(slot, 1000)
+            FROM requeuest.expired_slots()
+        ) pruned, requeuest.delete_handled(NULL, 1000)
+        WHERE pruned.verdict = 'emptied'";
+    let emptied: i64 = sqlx::query_scalar(emptied)
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
     assert!(emptied > 0);
     connection.close().await.unwrap();
+    durable.shutdown(LONG).await.unwrap();
+    role.dropped().await;
+}
+
+#[tokio::test]
+async fn outcomes_expire_without_the_right_to_truncate() {
+    let database = migrated().await;
+    let role = Role::create(&database).await;
+    role.granted(
+        "GRANT USAGE ON SCHEMA requeuest TO ROLE;
+         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA requeuest TO ROLE;
+         GRANT USAGE ON ALL SEQUENCES IN SCHEMA requeuest TO ROLE",
+    )
+    .await;
+    add_outcomes(&database, 4, 7000, 100, 60).await;
+    let durable = Durable::builder(role.pool())
+        .retention(Duration::from_secs(60))
+        .runner(false)
+        .build()
+        .unwrap();
+    eventually_rows(&database, "outcomes", 0).await;
     durable.shutdown(LONG).await.unwrap();
     role.dropped().await;
 }

@@ -7,7 +7,7 @@ use requeuest::{Durable, Status};
 use sqlx::{Executor, Row};
 use uuid::Uuid;
 
-use crate::support::{LONG, count, migrated, rows};
+use crate::support::{LONG, migrated, rows};
 
 /// Inserts rows as the crate does.
 async fn enqueue(database: &TestDatabase, group: &str, ordered: bool, delay: &str, rows: i32) {
@@ -220,43 +220,6 @@ async fn a_row_without_a_payload_reaches_a_terminal_status() {
     let durable = Durable::new(database.pool().clone());
     let outcome = testkit::outcome(&durable, id.into(), LONG).await.unwrap();
     assert_eq!(outcome.status(), Status::Discarded);
-}
-
-#[tokio::test]
-async fn outcomes_are_pruned_once_their_retention_is_over() {
-    let database = migrated().await;
-    let next_slot = "(requeuest.outcome_slot(clock_timestamp(), '1 day') + 1) % 16";
-    for (slot, expires) in [
-        (next_slot, "- interval '1 hour'"),
-        (next_slot, "+ interval '1 hour'"),
-        ("-1", "- interval '1 hour'"),
-    ] {
-        sqlx::query(&format!(
-            "INSERT INTO requeuest.outcomes
-                 (slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
-                  expires_at)
-             VALUES ({slot}, gen_random_uuid(), 'c', 'g', 'completed', 1, now(), now(),
-                     now() {expires})"
-        ))
-        .execute(database.pool())
-        .await
-        .unwrap();
-    }
-    let prune = "SELECT requeuest.prune_outcomes('1 day')::bigint";
-    assert_eq!(
-        count(&database, prune).await,
-        0,
-        "one of the slot's rows has not expired"
-    );
-    assert_eq!(rows(&database, "outcomes").await, 3);
-    sqlx::query(
-        "UPDATE requeuest.outcomes SET expires_at = now() - interval '1 second' WHERE slot >= 0",
-    )
-    .execute(database.pool())
-    .await
-    .unwrap();
-    assert_eq!(count(&database, prune).await, 1);
-    assert_eq!(rows(&database, "outcomes").await, 1, "dead letters stay");
 }
 
 #[tokio::test]

@@ -296,6 +296,19 @@ pub async fn count(database: &TestDatabase, query: &str) -> i64 {
         .unwrap()
 }
 
+/// Adds outcomes to a slot that ended this many seconds ago, with a retention in seconds.
+pub async fn add_outcomes(database: &TestDatabase, slot: i32, number: i32, ago: i32, kept: i32) {
+    let add = format!(
+        "INSERT INTO requeuest.outcomes
+             (slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+              expires_at)
+         SELECT {slot}, gen_random_uuid(), 'c', 'g', 'completed', 1, t.at, t.at,
+             t.at + {kept} * interval '1 second'
+         FROM (SELECT now() - {ago} * interval '1 second' AS at) t, generate_series(1, {number})"
+    );
+    sqlx::query(&add).execute(database.pool()).await.unwrap();
+}
+
 /// Tells a copy of this test binary which part to play.
 const PART: &str = "REQUEUEST_TEST_PART";
 

@@ -4,15 +4,14 @@ mod handler;
 
 use std::time::Duration;
 
-use sqlx::{PgConnection, PgExecutor, Postgres, Row, Transaction};
+use sqlx::{PgConnection, PgExecutor, Postgres, Transaction};
 use uuid::Uuid;
 
-use super::outcome::outcome;
+use super::outcome::Found;
 use super::{Store, StoreError, millis, quoted};
 use crate::error::{BoxError, Error};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
-use crate::status::Status;
 
 pub use self::handler::{OutcomeFn, OutcomeFnWith, OutcomeHandler, outcome_fn, outcome_fn_with};
 
@@ -71,17 +70,32 @@ impl Store {
         let due = take(&mut *transaction, schema, channel, prepared)
             .await
             .map_err(failed)?;
-        Ok(match due {
-            None => Taken::Nothing,
-            Some(None) => {
-                transaction.commit().await.map_err(failed)?;
-                Taken::Expired
-            }
-            Some(Some(outcome)) => Taken::HandOver(Box::new(HandOver {
+        let Some(id) = due else {
+            return Ok(Taken::Nothing);
+        };
+        // On one of the crate's own connections: the handler may work for long, and a lock on the
+        // outcome's partition until then would delay pruning.
+        match self.find_finished(id).await? {
+            Some(outcome) => Ok(Taken::HandOver(Box::new(HandOver {
                 transaction,
                 outcome,
-            })),
-        })
+            }))),
+            None => {
+                transaction.commit().await.map_err(failed)?;
+                Ok(Taken::Expired)
+            }
+        }
+    }
+
+    async fn find_finished(&self, id: RequestId) -> Result<Option<Outcome>, StoreError> {
+        Ok(self
+            .find(&[id])
+            .await?
+            .into_iter()
+            .find_map(|(_, found)| match found {
+                Found::Finished(outcome) => Some(*outcome),
+                Found::Pending | Found::Unknown => None,
+            }))
     }
 
     /// Makes an outcome due again after a delay that doubles with each failure, from one second up
@@ -118,30 +132,21 @@ async fn unregister(connection: &mut PgConnection, channel: &str) -> Result<(), 
     Ok(())
 }
 
-/// The outcome that is due, `Some(None)` if it has expired. The row stays locked until the
-/// transaction ends.
+/// The outcome that is due. Its row stays locked until the transaction ends.
 async fn take<'c>(
     executor: impl PgExecutor<'c>,
     schema: &str,
     channel: &str,
     prepared: bool,
-) -> Result<Option<Option<Outcome>>, sqlx::Error> {
+) -> Result<Option<RequestId>, sqlx::Error> {
     // On the caller's connection nothing may depend on the search_path.
-    let call = format!("SELECT * FROM {}.take_unhandled($1)", quoted(schema));
-    let row = sqlx::query(&call)
+    let call = format!("SELECT {}.take_unhandled($1)", quoted(schema));
+    let id: Option<Uuid> = sqlx::query_scalar(&call)
         .bind(channel)
         .persistent(prepared)
-        .fetch_optional(executor)
+        .fetch_one(executor)
         .await?;
-    let Some(row) = row else {
-        return Ok(None);
-    };
-    let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
-    let status: Option<String> = row.try_get("status")?;
-    Ok(Some(match status.as_deref().and_then(Status::from_name) {
-        Some(status) => Some(outcome(&row, id, status)?),
-        None => None,
-    }))
+    Ok(id.map(RequestId::from))
 }
 
 async fn put_off(

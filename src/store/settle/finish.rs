@@ -45,14 +45,16 @@ impl Store {
 /// The statement by which requests leave the queue, in three forms. `$finished` selects the rows of
 /// `$input` whose claim is the latest.
 ///
-/// Bodies are picked by number, as in the insert. The partition is computed once, in a subselect,
-/// and not for each row.
+/// Bodies are picked by number, as in the insert. The partition is computed once, and not for each
+/// row.
 macro_rules! finish {
     ($input:expr, $body:literal, $finished:literal) => {
         concat!(
             "WITH input AS MATERIALIZED (",
             $input,
-            "), ",
+            "), ring AS MATERIALIZED (
+                SELECT outcome_slot(clock_timestamp(), $11 * interval '1 millisecond') AS slot
+            ), ",
             $finished,
             ", payloads AS (
                 DELETE FROM mq_payloads p USING finished f
@@ -64,10 +66,7 @@ macro_rules! finish {
                 )
                 SELECT
                     CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN (
-                            SELECT outcome_slot(clock_timestamp(), $11 * interval '1 millisecond')
-                        )
-                        ELSE -1 END,
+                        THEN (SELECT r.slot FROM ring r) ELSE -1 END,
                     f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at,
                     clock_timestamp(),
                     CASE WHEN f.status IN ('completed', 'cancelled')
@@ -80,8 +79,11 @@ macro_rules! finish {
                     f.error_class, f.error, f.metadata::json
                 FROM finished f
             ), to_handle AS (
-                INSERT INTO unhandled (id, channel_name)
-                SELECT f.id, f.channel_name
+                INSERT INTO unhandled (id, channel_name, slot)
+                SELECT
+                    f.id, f.channel_name,
+                    CASE WHEN f.status IN ('completed', 'cancelled')
+                        THEN (SELECT r.slot FROM ring r) ELSE -1 END
                 FROM finished f JOIN handled_channels h ON h.channel_name = f.channel_name
             )
             SELECT

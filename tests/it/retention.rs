@@ -1,0 +1,214 @@
+//! Outcomes, attempts and keys go when their retention is over, whatever else happens.
+
+use std::time::{Duration, Instant};
+
+use requeuest::testkit::TestDatabase;
+use requeuest::{Durable, Options, Outcome, outcome_fn};
+use sqlx::{Executor, PgConnection};
+
+use crate::support::{
+    add_outcomes, builder, count, eventually, eventually_rows, migrated, post, rows,
+};
+
+const URL: &str = "http://127.0.0.1:9/";
+/// The shortest retention, which is swept every few seconds.
+const RETENTION: Duration = Duration::from_secs(60);
+
+fn sweeping(database: &TestDatabase) -> Durable {
+    let sweeping = builder(database).retention(RETENTION).runner(false);
+    sweeping.build().unwrap()
+}
+
+async fn size_of_slot(database: &TestDatabase, slot: i32) -> i64 {
+    let size = format!("SELECT pg_relation_size('requeuest.outcomes_{slot}')");
+    count(database, &size).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_are_truncated_while_transactions_and_handlers_work() {
+    let database = migrated().await;
+    let durable = sweeping(&database);
+    let _handlers = [(); 4].map(|()| {
+        let url = database.url().to_owned();
+        tokio::spawn(async move {
+            let pool = sqlx::PgPool::connect(&url).await.unwrap();
+            let handling = Durable::builder(pool).runner(false).build().unwrap();
+            let slow = outcome_fn(async |_: &mut PgConnection, _: &Outcome| {
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                Ok::<_, sqlx::Error>(())
+            });
+            let handler = handling.on_outcome("c", slow).await.unwrap();
+            (handling, handler)
+        })
+    });
+    // Outcomes for the handlers, and expired ones.
+    add_outcomes(&database, 0, 200, 1, 3600).await;
+    database
+        .pool()
+        .execute(
+            "INSERT INTO requeuest.unhandled (id, channel_name, slot)
+             SELECT id, 'c', 0 FROM requeuest.outcomes",
+        )
+        .await
+        .unwrap();
+    add_outcomes(&database, 3, 50_000, 100, 60).await;
+    let working: Vec<_> = (0..20)
+        .map(|number| {
+            let (durable, url) = (durable.clone(), database.url().to_owned());
+            tokio::spawn(async move {
+                let pool = sqlx::PgPool::connect(&url).await.unwrap();
+                let mut slowest = Duration::ZERO;
+                let until = Instant::now() + Duration::from_secs(10);
+                while Instant::now() < until {
+                    let mut transaction = pool.begin().await.unwrap();
+                    let key = Options::default().key(number.to_string());
+                    let began = Instant::now();
+                    durable
+                        .fire_in(&mut *transaction, post(URL, "x").with(key))
+                        .await
+                        .unwrap();
+                    slowest = slowest.max(began.elapsed());
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    transaction.commit().await.unwrap();
+                }
+                slowest
+            })
+        })
+        .collect();
+    let began = Instant::now();
+    eventually("the expired slot is truncated", || async {
+        size_of_slot(&database, 3).await == 0
+    })
+    .await;
+    let took = began.elapsed();
+    // Two slots of a minute's retention.
+    assert!(took < RETENTION / 6, "{took:?}");
+    for working in working {
+        let slowest = working.await.unwrap();
+        assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    }
+}
+
+#[tokio::test]
+async fn outcomes_without_a_handler_are_moved_and_pin_nothing() {
+    let database = migrated().await;
+    let durable = sweeping(&database);
+    let refusing = outcome_fn(async |_: &mut PgConnection, _: &Outcome| Err(std::fmt::Error));
+    let handler = durable.on_outcome("c", refusing).await.unwrap();
+    add_outcomes(&database, 5, 1, 100, 60).await;
+    let unhandled = "INSERT INTO requeuest.unhandled (id, channel_name, slot)
+                     SELECT id, 'c', slot FROM requeuest.outcomes";
+    database.pool().execute(unhandled).await.unwrap();
+    // Left behind by a subscription that ended.
+    add_outcomes(&database, 5, 1, 100, 60).await;
+    let orphans = unhandled.replace("'c'", "'gone'") + " ON CONFLICT DO NOTHING";
+    database.pool().execute(&*orphans).await.unwrap();
+    add_outcomes(&database, 5, 1000, 100, 60).await;
+    eventually("the slot is truncated", || async {
+        size_of_slot(&database, 5).await == 0
+    })
+    .await;
+    assert_eq!(rows(&database, "outcomes WHERE slot = -2").await, 1);
+    drop(handler);
+    database
+        .pool()
+        .execute("UPDATE requeuest.unhandled SET due_at = now()")
+        .await
+        .unwrap();
+    let taking = outcome_fn(async |tx: &mut PgConnection, outcome: &Outcome| {
+        let taken = format!(
+            "CREATE TABLE taken AS SELECT '{}'::uuid AS id",
+            outcome.id()
+        );
+        tx.execute(&*taken).await?;
+        Ok::<_, sqlx::Error>(())
+    });
+    let _handler = durable.on_outcome("c", taking).await.unwrap();
+    eventually_rows(&database, "unhandled", 0).await;
+    assert_eq!(count(&database, "SELECT count(*) FROM taken").await, 1);
+    eventually_rows(&database, "outcomes", 0).await;
+}
+
+#[tokio::test]
+async fn outcomes_of_different_retentions_go_each_at_its_time() {
+    let database = migrated().await;
+    let _durable = sweeping(&database);
+    add_outcomes(&database, 7, 7000, 100, 60).await;
+    add_outcomes(&database, 7, 100, 100, 3600).await;
+    // A slot that can be truncated soon is left alone until then.
+    add_outcomes(&database, 8, 10, 3600, 3599).await;
+    add_outcomes(&database, 8, 10, 3599, 3699).await;
+    eventually_rows(
+        &database,
+        "outcomes WHERE expires_at < now() AND slot = 7",
+        0,
+    )
+    .await;
+    assert_eq!(rows(&database, "outcomes WHERE slot = 7").await, 100);
+    assert_eq!(rows(&database, "outcomes WHERE slot = 8").await, 20);
+}
+
+#[tokio::test]
+async fn expired_outcomes_go_although_a_transaction_holds_their_slot() {
+    let database = migrated().await;
+    let _durable = sweeping(&database);
+    add_outcomes(&database, 2, 12_000, 100, 60).await;
+    let mut long = database.pool().begin().await.unwrap();
+    long.execute("SELECT count(*) FROM requeuest.outcomes_2")
+        .await
+        .unwrap();
+    eventually_rows(&database, "outcomes", 0).await;
+    long.rollback().await.unwrap();
+}
+
+#[tokio::test]
+async fn old_attempts_and_keys_go_from_between_those_that_stay() {
+    let database = migrated().await;
+    // Every third of them belongs to a request that is still there.
+    let fill = "
+        CREATE TEMPORARY TABLE old AS SELECT
+            gen_random_uuid() AS id, n % 3 = 0 AS stays,
+            now() - interval '1 day' + n * interval '1 millisecond' AS at
+        FROM generate_series(1, 30000) AS n;
+        INSERT INTO requeuest.attempts (id, number, ended_at, duration_ms, error_class, error)
+        SELECT id, 1, at, 1, 'connect', 'refused' FROM old;
+        INSERT INTO requeuest.request_keys (channel_name, key, id, fingerprint, created_at)
+        SELECT 'c', id::text, id, '', at FROM old;
+        INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+        SELECT id, 'c', 'g', 'infinity' FROM old WHERE stays;
+        INSERT INTO requeuest.mq_payloads (id, name, head)
+        SELECT id, 'n', '{}' FROM old WHERE stays";
+    database.pool().execute(fill).await.unwrap();
+    let _durable = sweeping(&database);
+    eventually_rows(&database, "attempts", 10_000).await;
+    eventually_rows(&database, "request_keys", 10_000).await;
+    // Their requests end.
+    let end = "DELETE FROM requeuest.mq_msgs; DELETE FROM requeuest.mq_payloads";
+    database.pool().execute(end).await.unwrap();
+    eventually_rows(&database, "attempts", 0).await;
+    eventually_rows(&database, "request_keys", 0).await;
+}
+
+#[tokio::test]
+async fn a_part_of_the_sweep_that_fails_stops_no_other() {
+    let database = migrated().await;
+    let _durable = sweeping(&database);
+    for broken in [
+        "expire_requests(int)",
+        "expired_slots()",
+        "delete_handled(uuid, int)",
+    ] {
+        let drop = format!("DROP FUNCTION requeuest.{broken} CASCADE");
+        database.pool().execute(&*drop).await.unwrap();
+    }
+    database
+        .pool()
+        .execute(
+            "ALTER TABLE requeuest.attempts RENAME TO renamed;
+             INSERT INTO requeuest.request_keys (channel_name, key, id, fingerprint, created_at)
+             VALUES ('c', 'k', gen_random_uuid(), '', now() - interval '1 day')",
+        )
+        .await
+        .unwrap();
+    eventually_rows(&database, "request_keys", 0).await;
+}
