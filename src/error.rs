@@ -122,6 +122,11 @@ pub(crate) enum Kind {
     UnknownId,
     /// The pool was closed or the handle shut down.
     Closed,
+    /// Too much waits in this process to be persisted: so many requests and bytes.
+    Overloaded {
+        requests: usize,
+        bytes: usize,
+    },
     /// A stored row can't be decoded.
     Corrupt(Cow<'static, str>),
     /// A request that passed through without being persisted failed in the wrapped service.
@@ -339,6 +344,15 @@ impl Error {
     /// Whether the handle was shut down or its pool was closed.
     pub fn is_closed(&self) -> bool {
         matches!(self.0.kind, Kind::Closed)
+    }
+
+    /// Whether too many requests of this handle wait to be persisted, because they come faster than
+    /// the database takes them. Nothing was persisted. Retry later, or pass the refusal on.
+    ///
+    /// The limits are [`max_queued_requests`](crate::DurableBuilder::max_queued_requests) and
+    /// [`max_queued_bytes`](crate::DurableBuilder::max_queued_bytes).
+    pub fn is_overloaded(&self) -> bool {
+        matches!(self.0.kind, Kind::Overloaded { .. })
     }
 
     /// How many attempts were made of a request that was given up.
@@ -596,6 +610,11 @@ impl fmt::Display for Kind {
                 "the handle was shut down or its pool was closed; build a new handle on an open \
                  pool",
             ),
+            Self::Overloaded { requests, bytes } => write!(
+                f,
+                "{requests} requests with {bytes} bytes wait to be persisted, and this one was \
+                 not; retry later, or see max_queued_requests and max_queued_bytes"
+            ),
             Self::Corrupt(reason) => write!(f, "a stored request can't be used: {reason}"),
             Self::PassThrough(_) => f.write_str("pass-through request failed"),
         }
@@ -771,6 +790,7 @@ mod tests {
             Kind::ResponseUnknown => &["resolved as sent", "response is unknown"],
             Kind::UnknownId => &["no such request", "DurableBuilder::retention"],
             Kind::Closed => &["shut down", "pool was closed", "build a new handle"],
+            Kind::Overloaded { .. } => &["5 requests", "70 bytes", "retry later"],
             Kind::Corrupt(_) => &["a stored request can't be used", "its payload is gone"],
             Kind::PassThrough(_) => &["pass-through"],
         }
@@ -818,6 +838,10 @@ mod tests {
             Kind::ResponseUnknown,
             Kind::UnknownId,
             Kind::Closed,
+            Kind::Overloaded {
+                requests: 5,
+                bytes: 70,
+            },
             Kind::Corrupt("its payload is gone".into()),
             Kind::PassThrough("cut".into()),
         ];

@@ -36,6 +36,10 @@ pub const DEFAULT_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 pub const DEFAULT_MAX_REQUEST_BODY: usize = 8 * 1024 * 1024;
 /// The largest response body that is kept: 8 MiB.
 pub const DEFAULT_MAX_RESPONSE_BODY: usize = 8 * 1024 * 1024;
+/// How many requests may wait in a handle to be persisted: 100,000.
+pub const DEFAULT_MAX_QUEUED_REQUESTS: usize = 100_000;
+/// How many bytes of requests may wait in a handle to be persisted: 256 MiB.
+pub const DEFAULT_MAX_QUEUED_BYTES: usize = 256 * 1024 * 1024;
 /// How long outcomes are kept: 24 hours.
 pub const DEFAULT_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
 /// How many connections requeuest's own pool has at most: 8.
@@ -102,6 +106,8 @@ impl DurableBuilder {
                 channel: DEFAULT_CHANNEL.into(),
                 deliver: None,
                 concurrency: DEFAULT_CONCURRENCY,
+                max_queued_requests: DEFAULT_MAX_QUEUED_REQUESTS,
+                max_queued_bytes: DEFAULT_MAX_QUEUED_BYTES,
                 attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
                 retry_awaited: RetryPolicy::awaited(),
                 retry_fired: RetryPolicy::fired(),
@@ -228,6 +234,23 @@ impl DurableBuilder {
     /// headers. Defaults to [`DEFAULT_MAX_RESPONSE_BODY`].
     pub fn max_response_body(mut self, bytes: usize) -> Self {
         self.store.max_response_body = bytes;
+        self
+    }
+
+    /// How many requests may wait in this handle to be persisted, at least 1. Further ones are
+    /// refused with [`Error::is_overloaded`] until the database has caught up. Requests inside
+    /// [`fire_many`](Durable::fire_many) or a transaction of the caller don't count: they wait in
+    /// their call. Defaults to [`DEFAULT_MAX_QUEUED_REQUESTS`].
+    pub fn max_queued_requests(mut self, requests: usize) -> Self {
+        self.config.max_queued_requests = requests;
+        self
+    }
+
+    /// How many bytes of requests may wait in this handle to be persisted, at least 1: bodies,
+    /// URLs, headers and metadata. Works like [`max_queued_requests`](Self::max_queued_requests).
+    /// A larger request is taken while no other waits. Defaults to [`DEFAULT_MAX_QUEUED_BYTES`].
+    pub fn max_queued_bytes(mut self, bytes: usize) -> Self {
+        self.config.max_queued_bytes = bytes;
         self
     }
 
@@ -373,6 +396,16 @@ impl DurableBuilder {
             (1..=100_000).contains(&config.concurrency),
             "concurrency",
             "must be from 1 to 100,000",
+        )?;
+        ensure(
+            config.max_queued_requests > 0,
+            "max_queued_requests",
+            "must be at least 1",
+        )?;
+        ensure(
+            config.max_queued_bytes > 0,
+            "max_queued_bytes",
+            "must be at least 1",
         )?;
         let lease = Duration::from_secs(1)..=Duration::from_secs(3600);
         ensure(

@@ -28,8 +28,8 @@ use crate::status::Status;
 
 pub use self::builder::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
-    DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
-    DEFAULT_RETENTION, DurableBuilder,
+    DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS,
+    DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY, DEFAULT_RETENTION, DurableBuilder,
 };
 pub use self::outcomes::OutcomeSubscription;
 pub use self::pass_through::RequestHead;
@@ -113,7 +113,8 @@ impl Durable {
     /// # Errors
     ///
     /// If the request is refused, or can't be persisted. Then it will not be sent, except after
-    /// [`Error::is_indeterminate`], when it may be.
+    /// [`Error::is_indeterminate`], when it may be. With [`Error::is_overloaded`] if too many
+    /// requests wait to be persisted.
     ///
     /// # Cancel safety
     ///

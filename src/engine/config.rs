@@ -14,6 +14,9 @@ pub(crate) struct Config {
     /// The channels that the runner delivers. `None` for every channel.
     pub(crate) deliver: Option<Vec<Arc<str>>>,
     pub(crate) concurrency: usize,
+    /// How many requests, and bytes of them, may wait to be persisted.
+    pub(crate) max_queued_requests: usize,
+    pub(crate) max_queued_bytes: usize,
     pub(crate) attempt_timeout: Duration,
     pub(crate) retry_awaited: RetryPolicy,
     pub(crate) retry_fired: RetryPolicy,

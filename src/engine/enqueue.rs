@@ -20,6 +20,7 @@ use super::attempt::job::Job;
 use super::attempt::slots::Slot;
 use super::attempt::waiters::Waiter;
 use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
+use super::budget::Share;
 use super::lane;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
@@ -43,7 +44,18 @@ pub(crate) struct Submission {
 }
 
 /// Gets the id of the persisted request: the new one, or an earlier one with the same key.
-type Done = oneshot::Sender<Result<RequestId, Error>>;
+struct Done {
+    sender: oneshot::Sender<Result<RequestId, Error>>,
+    /// Given back once the request is persisted or refused.
+    _share: Share,
+}
+
+impl Done {
+    /// A caller that is gone cancels nothing.
+    fn send(self, persisted: Result<RequestId, Error>) {
+        let _ = self.sender.send(persisted);
+    }
+}
 
 /// What the first attempt needs, which follows the insert at once.
 struct Start {
@@ -101,6 +113,7 @@ impl Engine {
         has_client: bool,
         earlier: Option<Marker>,
     ) -> Result<Submitted, Error> {
+        let share = self.budget.take(row.size())?;
         // What an earlier call persisted may have a claim already.
         let may_start = earlier.is_none() && !row.ordered && row.delay.is_zero();
         let slot = may_start
@@ -120,7 +133,11 @@ impl Engine {
             span: Span::current(),
         });
         let (id, inline) = (row.id, start.is_some());
-        let (done, enqueued) = oneshot::channel();
+        let (sender, enqueued) = oneshot::channel();
+        let done = Done {
+            sender,
+            _share: share,
+        };
         let submission = Submission { row, start, done };
         match earlier {
             Some(earlier) => self.enqueue_again(submission, earlier)?,
@@ -240,10 +257,15 @@ pub(crate) async fn run(store: Store, incoming: mpsc::UnboundedReceiver<Submissi
 
 type Parts = (Option<Start>, Done);
 
-async fn write(store: &Store, batch: Vec<Submission>) {
+async fn write(store: &Store, mut batch: Vec<Submission>) {
+    // Callers that left while their requests waited here don't expect them to be persisted.
+    batch.retain(|submission| !submission.done.sender.is_closed());
+    if batch.is_empty() {
+        return;
+    }
     if let Err(error) = store.verify().await {
         for submission in batch {
-            let _ = submission.done.send(Err(error.share()));
+            submission.done.send(Err(error.share()));
         }
         return;
     }
@@ -282,7 +304,7 @@ async fn write(store: &Store, batch: Vec<Submission>) {
                     } else {
                         error
                     };
-                    let _ = done.send(Err(error));
+                    done.send(Err(error));
                 }
             }
         }
@@ -321,8 +343,7 @@ async fn insert(store: &Store, rows: &[NewRequest]) -> Result<(), StoreError> {
 
 /// The request is persisted, so its first attempt may begin.
 fn begin(id: RequestId, start: Option<Start>, done: Done) {
-    // A caller that is gone cancels nothing.
-    let _ = done.send(Ok(id));
+    done.send(Ok(id));
     if let Some(start) = start {
         let mut claim = Claim::inline(&start.driver, start.job, start.slot);
         claim.set_span(start.span);
@@ -344,7 +365,7 @@ async fn insert_locked(store: Store, submission: Submission, again: bool) {
     match insert_when_free(&store, &row, &mut done, again).await {
         Ok(id) if id == row.id => begin(id, start, done),
         attached_or_refused => {
-            let _ = done.send(attached_or_refused);
+            done.send(attached_or_refused);
         }
     }
 }
@@ -380,7 +401,7 @@ async fn insert_when_free(
         tokio::select! {
             () = pause.wait() => {}
             // The caller was dropped.
-            () = done.closed() => return Err(Error::new(Kind::Closed)),
+            () = done.sender.closed() => return Err(Error::new(Kind::Closed)),
         }
     }
 }

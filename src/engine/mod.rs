@@ -12,6 +12,7 @@
 
 pub(crate) mod attempt;
 mod backoff;
+mod budget;
 mod bulk;
 mod config;
 pub(crate) mod dead_letters;
@@ -33,6 +34,7 @@ use uuid::Uuid;
 
 use self::attempt::transport::Transport;
 use self::attempt::{Driver, Parts};
+use self::budget::Budget;
 use self::bulk::BULK_INSERTS;
 use self::enqueue::Submission;
 use self::settle::Settler;
@@ -57,6 +59,8 @@ const DRAIN_POLL: Duration = Duration::from_millis(5);
 pub(crate) struct Engine {
     driver: Arc<Driver>,
     submissions: mpsc::UnboundedSender<Submission>,
+    /// What bounds the submissions.
+    budget: Arc<Budget>,
     bulk_permits: Arc<Semaphore>,
 }
 
@@ -92,6 +96,7 @@ impl Engine {
             )),
             spawn.spawn(tasks::sweep::run(store.clone())),
         ];
+        let budget = Budget::new(config.max_queued_requests, config.max_queued_bytes);
         let parts = Parts {
             store,
             instance,
@@ -106,6 +111,7 @@ impl Engine {
         Arc::new(Self {
             driver: Arc::new(Driver::new(config, parts)),
             submissions,
+            budget: Arc::new(budget),
             bulk_permits: Arc::new(Semaphore::new(BULK_INSERTS)),
         })
     }

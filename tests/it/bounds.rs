@@ -1,8 +1,19 @@
 //! Nothing grows without a bound: attempts, locks, old rows, memory.
 
-use requeuest::Status;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Waker};
 
-use crate::support::{Server, builder, migrated, outcome_of, post, quick};
+use futures_util::future::join_all;
+use requeuest::testkit::TestDatabase;
+use requeuest::{Durable, Error, Options, Request, RequestId, Status};
+use sqlx::{Executor, Postgres, Transaction};
+
+use crate::support::{
+    Server, builder, count, eventually, in_time, migrated, outcome_of, post, quick, rows,
+};
+
+const URL: &str = "http://127.0.0.1:9/";
 
 #[tokio::test]
 async fn a_failing_request_keeps_its_first_and_last_attempts() {
@@ -28,4 +39,126 @@ async fn a_failing_request_keeps_its_first_and_last_attempts() {
         numbers.iter().copied().eq((1..=3).chain(40..=59)),
         "{numbers:?}"
     );
+}
+
+/// Keeps inserts waiting until the transaction ends.
+async fn blocked(database: &TestDatabase) -> Transaction<'static, Postgres> {
+    let mut transaction = database.pool().begin().await.unwrap();
+    transaction
+        .execute("LOCK TABLE requeuest.mq_msgs IN SHARE MODE")
+        .await
+        .unwrap();
+    transaction
+}
+
+type Firing = Pin<Box<dyn Future<Output = Result<RequestId, Error>> + Send>>;
+
+/// A request that has been handed in and waits to be persisted.
+fn queued(durable: &Durable, request: Request) -> Firing {
+    let durable = durable.clone();
+    let mut firing: Firing = Box::pin(async move { durable.fire(request).await });
+    let polled = firing
+        .as_mut()
+        .poll(&mut Context::from_waker(Waker::noop()));
+    assert!(polled.is_pending(), "{polled:?}");
+    firing
+}
+
+async fn assert_persisted(firing: impl IntoIterator<Item = Firing>) {
+    for fired in in_time(join_all(firing)).await {
+        fired.unwrap();
+    }
+}
+
+async fn assert_overloaded(durable: &Durable, request: Request) {
+    let error = in_time(durable.fire(request)).await.unwrap_err();
+    assert!(error.is_overloaded(), "{error}");
+    assert_eq!(error.request_id(), None);
+}
+
+#[tokio::test]
+async fn requests_beyond_the_queue_are_refused_until_it_drains() {
+    let database = migrated().await;
+    let small = builder(&database).runner(false).max_queued_requests(20);
+    let durable = small.build().unwrap();
+    let lock = blocked(&database).await;
+    let firing: Vec<_> = (0..20).map(|_| queued(&durable, post(URL, "x"))).collect();
+    assert_overloaded(&durable, post(URL, "too many")).await;
+    let keyed = post(URL, "too many").with(Options::default().key("k"));
+    assert_overloaded(&durable, keyed).await;
+    let awaited = in_time(durable.await_response(post(URL, "too many"))).await;
+    assert!(awaited.unwrap_err().is_overloaded());
+    lock.rollback().await.unwrap();
+    assert_persisted(firing).await;
+    in_time(durable.fire(post(URL, "x"))).await.unwrap();
+    assert_eq!(rows(&database, "mq_msgs").await, 21);
+    assert_eq!(
+        rows(&database, "mq_payloads WHERE body = 'too many'").await,
+        0
+    );
+}
+
+#[tokio::test]
+async fn requests_that_wait_for_a_key_count_too() {
+    let database = migrated().await;
+    let small = builder(&database).runner(false).max_queued_requests(20);
+    let durable = small.build().unwrap();
+    let ordered = || post(URL, "x").with(Options::default().ordered("k"));
+    let mut holder = database.pool().begin().await.unwrap();
+    durable.fire_in(&mut *holder, ordered()).await.unwrap();
+    let firing: Vec<_> = (0..20).map(|_| queued(&durable, ordered())).collect();
+    assert_overloaded(&durable, ordered()).await;
+    holder.commit().await.unwrap();
+    assert_persisted(firing).await;
+    assert_eq!(rows(&database, "mq_msgs").await, 21);
+}
+
+#[tokio::test]
+async fn queued_bytes_are_bounded() {
+    let database = migrated().await;
+    let small = builder(&database)
+        .runner(false)
+        .max_queued_bytes(1024 * 1024);
+    let durable = small.build().unwrap();
+    let lock = blocked(&database).await;
+    let large = queued(&durable, post(URL, vec![0; 900_000]));
+    assert_overloaded(&durable, post(URL, vec![0; 200_000])).await;
+    let little = queued(&durable, post(URL, "x"));
+    lock.rollback().await.unwrap();
+    assert_persisted([large, little]).await;
+    // Larger than the budget, but alone.
+    let huge = post(URL, vec![0; 2_000_000]);
+    in_time(durable.fire(huge)).await.unwrap();
+    assert_eq!(rows(&database, "mq_msgs").await, 3);
+}
+
+#[tokio::test]
+async fn what_no_caller_waits_for_any_more_is_not_written() {
+    let database = migrated().await;
+    let durable = builder(&database).runner(false).build().unwrap();
+    let lock = blocked(&database).await;
+    let first = queued(&durable, post(URL, "x"));
+    let waiting = "SELECT count(*) FROM pg_stat_activity
+                   WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    eventually("the first insert waits", || async {
+        count(&database, waiting).await == 1
+    })
+    .await;
+    for _ in 0..10 {
+        drop(queued(&durable, post(URL, "left")));
+    }
+    let last = queued(&durable, post(URL, "x"));
+    lock.rollback().await.unwrap();
+    assert_persisted([first, last]).await;
+    assert_eq!(rows(&database, "mq_msgs").await, 2);
+}
+
+#[tokio::test]
+async fn a_queue_of_nothing_is_refused() {
+    let database = migrated().await;
+    let builder = || builder(&database).runner(false);
+    let error = builder().max_queued_requests(0).build().unwrap_err();
+    assert_eq!(error.field(), Some("max_queued_requests"));
+    let error = builder().max_queued_bytes(0).build().unwrap_err();
+    assert_eq!(error.field(), Some("max_queued_bytes"));
 }

@@ -75,16 +75,14 @@ impl Store {
         };
         // On one of the crate's own connections: the handler may work for long, and a lock on the
         // outcome's partition until then would delay pruning.
-        match self.find_finished(id).await? {
-            Some(outcome) => Ok(Taken::HandOver(Box::new(HandOver {
-                transaction,
-                outcome,
-            }))),
-            None => {
-                transaction.commit().await.map_err(failed)?;
-                Ok(Taken::Expired)
-            }
-        }
+        let Some(outcome) = self.find_finished(id).await? else {
+            transaction.commit().await.map_err(failed)?;
+            return Ok(Taken::Expired);
+        };
+        Ok(Taken::HandOver(Box::new(HandOver {
+            transaction,
+            outcome,
+        })))
     }
 
     async fn find_finished(&self, id: RequestId) -> Result<Option<Outcome>, StoreError> {
