@@ -72,7 +72,7 @@ SET search_path FROM CURRENT
 AS $$
     DELETE FROM unhandled d WHERE d.id = (
         SELECT u.id FROM unhandled u
-        WHERE u.channel_name = p_channel AND u.due_at <= clock_timestamp()
+        WHERE u.channel_name = p_channel AND u.due_at <= statement_timestamp()
         ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED
     )
     RETURNING d.id
@@ -100,6 +100,9 @@ $$;
 -- moved out first. Where a slot can't be truncated, its expired rows are deleted: because of rows
 -- of a longer retention, or a transaction that has read the slot and doesn't end, or a role without
 -- the right to truncate. Each step is a statement of its own, and holds locks for a short time.
+--
+-- Statements get the time as a parameter. With clock_timestamp(), which is volatile, they would
+-- read whole indexes.
 
 -- The slots of the ring that have expired rows. `live`: the slot has other rows too. `overdue`: a
 -- row should have gone by now, because its slot of the ring was full long ago.
@@ -109,20 +112,21 @@ SET search_path FROM CURRENT
 SET enable_seqscan = off
 AS $$
 DECLARE
+    v_now timestamptz := clock_timestamp();
     v_expired timestamptz;
     v_retention interval;
 BEGIN
     FOR v_slot IN 0..15 LOOP
         EXECUTE format(
             'SELECT o.expires_at, o.expires_at - o.finished_at FROM outcomes_%s o
-             WHERE o.expires_at <= clock_timestamp() ORDER BY o.expires_at LIMIT 1', v_slot
-        ) INTO v_expired, v_retention;
+             WHERE o.expires_at <= $1 ORDER BY o.expires_at LIMIT 1', v_slot
+        ) INTO v_expired, v_retention USING v_now;
         CONTINUE WHEN v_expired IS NULL;
         slot := v_slot;
-        overdue := v_expired + v_retention / 10 < clock_timestamp();
+        overdue := v_expired + v_retention / 10 < v_now;
         EXECUTE format(
-            'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > clock_timestamp())', v_slot
-        ) INTO live;
+            'SELECT EXISTS (SELECT FROM outcomes_%s WHERE expires_at > $1)', v_slot
+        ) INTO live USING v_now;
         RETURN NEXT;
     END LOOP;
 END;
@@ -149,8 +153,12 @@ BEGIN
     ));
     EXECUTE format(
         'SELECT array_agg(late.id) FROM (
-            SELECT u.id FROM unhandled u JOIN outcomes_%s o ON o.id = ANY (ARRAY[u.id])
-            WHERE u.slot = $1 AND o.expires_at <= clock_timestamp() LIMIT $2
+            SELECT u.id FROM unhandled u
+            WHERE u.slot = $1 AND EXISTS (
+                SELECT FROM outcomes_%s o
+                WHERE o.id = u.id AND o.expires_at <= statement_timestamp() OFFSET 0
+            )
+            LIMIT $2
          ) late', p_slot
     ) INTO v_ids USING p_slot, p_limit;
     FOR v_outcome IN EXECUTE format(
@@ -199,12 +207,13 @@ BEGIN
     END;
     -- Rows may have come before the lock was taken. Both checks read indexes only.
     EXECUTE format(
-        'SELECT EXISTS (SELECT FROM outcomes_%1$s WHERE expires_at > clock_timestamp())
+        'SELECT EXISTS (SELECT FROM outcomes_%1$s WHERE expires_at > $2)
             OR EXISTS (
-                SELECT FROM unhandled u JOIN outcomes_%1$s o ON o.id = ANY (ARRAY[u.id])
+                SELECT FROM unhandled u
                 WHERE u.slot = $1
+                    AND EXISTS (SELECT FROM outcomes_%1$s o WHERE o.id = u.id OFFSET 0)
             )', p_slot
-    ) INTO v_live USING p_slot;
+    ) INTO v_live USING p_slot, clock_timestamp();
     IF v_live THEN
         RETURN 'live';
     END IF;
@@ -225,11 +234,11 @@ BEGIN
     EXECUTE format(
         'DELETE FROM outcomes_%1$s d WHERE d.ctid = ANY (ARRAY(
             SELECT o.ctid FROM outcomes_%1$s o
-            WHERE o.expires_at <= clock_timestamp()
+            WHERE o.expires_at <= $2
                 AND NOT EXISTS (SELECT FROM unhandled u WHERE u.id = o.id OFFSET 0)
             ORDER BY o.expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
          ))', p_slot
-    ) USING p_limit;
+    ) USING p_limit, clock_timestamp();
     GET DIAGNOSTICS v_deleted = ROW_COUNT;
     RETURN v_deleted;
 END;

@@ -169,12 +169,13 @@ async fn expired_slots(connection: &mut PgConnection) -> Result<Vec<ExpiredSlot>
         .collect()
 }
 
-/// Rows with the same time as the last one of a step are looked at again by the next one.
+/// Rows with the same time as the last one of a step are looked at again by the next one. `now()`
+/// can bound the index; `clock_timestamp()`, which is volatile, can't.
 const ATTEMPTS: &str = "
     WITH seen AS MATERIALIZED (
         SELECT a.id, a.number, a.ended_at AS at FROM attempts a
         WHERE a.ended_at >= coalesce('epoch'::timestamptz + $1 * interval '1 us', '-infinity')
-            AND a.ended_at < clock_timestamp() - $2 * interval '1 millisecond'
+            AND a.ended_at < now() - $2 * interval '1 millisecond'
         ORDER BY a.ended_at LIMIT $3
     ), gone AS (
         DELETE FROM attempts a USING seen s
@@ -192,12 +193,12 @@ const KEYS: &str = "
     WITH seen AS MATERIALIZED (
         SELECT k.channel_name, k.key, k.id, k.created_at AS at FROM request_keys k
         WHERE k.created_at >= coalesce('epoch'::timestamptz + $1 * interval '1 us', '-infinity')
-            AND k.created_at < clock_timestamp() - $2 * interval '1 millisecond'
+            AND k.created_at < now() - $2 * interval '1 millisecond'
         ORDER BY k.created_at LIMIT $3
     ), gone AS (
         DELETE FROM request_keys k USING seen s
         WHERE k.channel_name = s.channel_name AND k.key = ANY (ARRAY[s.key]) AND k.id = s.id
-            AND k.created_at < clock_timestamp() - $2 * interval '1 millisecond'
+            AND k.created_at < now() - $2 * interval '1 millisecond'
             AND NOT EXISTS (SELECT FROM mq_msgs m WHERE m.id = s.id OFFSET 0)
             AND NOT EXISTS (SELECT FROM outcomes o WHERE o.id = s.id OFFSET 0)
         RETURNING k.id

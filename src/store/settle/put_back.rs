@@ -39,8 +39,8 @@ impl Store {
 }
 
 /// A request keeps its first 3 and its last 20 failed attempts, so one that fails for days stays
-/// small. Earlier ones are found by the primary key. The range has more than one row only after an
-/// attempt that was never recorded, because its process died.
+/// small. Earlier ones are found by the primary key, for one request after the other. The range has
+/// more than one row only after an attempt that was never recorded, because its process died.
 const PUT_BACK: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
@@ -66,9 +66,13 @@ const PUT_BACK: &str = "
         FROM locked l WHERE l.error_class IS NOT NULL
         ON CONFLICT DO NOTHING
     ), forgotten AS (
-        DELETE FROM attempts a USING locked l
-        WHERE l.attempts > 23 AND l.error_class IS NOT NULL
-            AND a.id = ANY (ARRAY[l.id]) AND a.number > 3 AND a.number <= l.attempts - 20
+        DELETE FROM attempts a WHERE a.ctid = ANY (ARRAY(
+            SELECT early.ctid FROM locked l, LATERAL (
+                SELECT o.ctid FROM attempts o
+                WHERE o.id = l.id AND o.number > 3 AND o.number <= l.attempts - 20 OFFSET 0
+            ) early
+            WHERE l.attempts > 23 AND l.error_class IS NOT NULL
+        ))
     )
     UPDATE mq_msgs m
     SET attempt_at = clock_timestamp()
