@@ -1,6 +1,7 @@
 //! What a backlog costs: polls and inserts while many other requests wait.
 //!
-//! `cargo bench --bench backlog -- --rows 1000000`; `--only` takes `polls`, `inserts` or `pinned`.
+//! `cargo bench --bench backlog -- --rows 1000000`; `--only` takes `polls`, `inserts`, `pinned` or
+//! `blocked`.
 //!
 //! Each poll asks for 256 requests. Its time is compared with the time of a poll among a thousand
 //! ready requests in the same run.
@@ -12,11 +13,12 @@ mod common;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use requeuest::Durable;
 use requeuest::sqlx::{self, PgPool};
 use requeuest::testkit::{Postgres, TestDatabase};
+use requeuest::{Durable, Options};
 
 use common::poll::{BATCH, poll, session};
+use common::receiver::Receiver;
 use common::{AnyError, arguments, server};
 
 const POLLS: usize = 21;
@@ -76,8 +78,22 @@ async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
             pinned(&postgres, &few, dead, base).await?;
         }
     }
+    if only.is_none_or(|only| only == "blocked") {
+        for (name, first) in [
+            ("few, retrying keys", "now() + interval '1 day', 0"),
+            ("few, halted keys", "'9999-12-31 UTC', 3"),
+        ] {
+            blocked(&postgres, &few, rows, name, first, base).await?;
+        }
+    }
     if only.is_some_and(|only| only != "polls") {
         return Ok(());
+    }
+    for (name, channels) in [
+        ("ready, polls of all, 1 channel", 1),
+        ("ready, 5,000 channels", 5000),
+    ] {
+        in_channels(&postgres, &backlog(name, 1000, ready), channels, base).await?;
     }
     for backlog in [
         backlog("ready, in 8 groups", 8, ready),
@@ -162,6 +178,87 @@ async fn pinned(
     Ok(())
 }
 
+/// Ordering keys are blocked: a request waits behind the first one of each, and a hundred behind
+/// that of each hundredth key. Times the delivery of new requests, from the moment that the keys
+/// were blocked on, and then polls beside a few ready requests.
+async fn blocked(
+    postgres: &Postgres,
+    few: &Backlog,
+    keys: i64,
+    name: &str,
+    first: &str,
+    base: Duration,
+) -> Result<(), AnyError> {
+    let later = Backlog {
+        due: "interval '1 day'",
+        ..*few
+    };
+    let database = filled(postgres, &later).await?;
+    let insert = |due_and_state: &str, series: &str| {
+        format!(
+            "INSERT INTO requeuest.mq_msgs
+                (id, channel_name, channel_args, attempt_at, state, seq)
+             SELECT gen_random_uuid(), 'c',
+                lpad(to_hex(n * 7919 % 65536), 4, '0') || '|c|' || n, {due_and_state},
+                nextval('requeuest.mq_seq')
+             FROM {series};"
+        )
+    };
+    let behind = "now() - interval '1 second', 0";
+    let fill = [
+        insert(first, &format!("generate_series(1, {keys}) n")),
+        insert(behind, &format!("generate_series(1, {keys}) n")),
+        insert(
+            behind,
+            &format!("generate_series(1, 99), generate_series(1, {keys}, 100) n"),
+        ),
+    ];
+    delivered(&database, name, &fill.concat()).await?;
+    sqlx::query("VACUUM ANALYZE")
+        .execute(database.pool())
+        .await?;
+    sqlx::query("UPDATE requeuest.mq_msgs SET attempt_at = now() WHERE seq IS NULL")
+        .execute(database.pool())
+        .await?;
+    timed(&database, few, name, Some(base)).await?;
+    Ok(())
+}
+
+/// How long new requests take beside the blocked ones, which `fill` inserts, from their commit to
+/// their response.
+async fn delivered(database: &TestDatabase, name: &str, fill: &str) -> Result<(), AnyError> {
+    const EACH: usize = 50;
+    let receiver = Receiver::start()?;
+    let pool = database.pool();
+    let durable = Durable::builder(pool.clone()).channel(CHANNEL).build()?;
+    let deliver = async |options: Options| -> Result<Duration, AnyError> {
+        let request = http::Request::post(&receiver.url).body(Bytes::new())?;
+        let request = requeuest::Request::try_from(request)?.with(options);
+        let began = Instant::now();
+        // Not sent by the process that inserts it, but claimed by a poll.
+        let id = durable.fire_in(pool, request).await?;
+        durable.response(id).await?;
+        Ok(began.elapsed())
+    };
+    // The runner has started, and listens.
+    deliver(Options::default()).await?;
+    sqlx::raw_sql(fill).execute(pool).await?;
+    let mut times = Vec::new();
+    for number in 0..EACH {
+        times.push(deliver(Options::default()).await?);
+        times.push(deliver(Options::default().ordered(format!("new {number}"))).await?);
+    }
+    durable.shutdown(Duration::from_secs(5)).await?;
+    times.sort_unstable();
+    println!(
+        "{name}: {} new ones in {:.1} ms each (median), {:.1} ms at most",
+        times.len(),
+        millis(times[EACH]),
+        millis(times[2 * EACH - 1])
+    );
+    Ok(())
+}
+
 async fn polls(
     postgres: &Postgres,
     backlog: &Backlog,
@@ -171,8 +268,39 @@ async fn polls(
     timed(&database, backlog, backlog.name, base).await
 }
 
+/// Polls of all channels while each of them has a share of the backlog.
+async fn in_channels(
+    postgres: &Postgres,
+    backlog: &Backlog,
+    channels: i64,
+    base: Duration,
+) -> Result<(), AnyError> {
+    let database = filled(postgres, backlog).await?;
+    let spread = "UPDATE requeuest.mq_msgs
+                  SET channel_name = 'c' || ('x' || right(id::text, 8))::bit(32)::bigint % $1";
+    sqlx::query(spread)
+        .bind(channels)
+        .execute(database.pool())
+        .await?;
+    sqlx::query("VACUUM ANALYZE requeuest.mq_msgs")
+        .execute(database.pool())
+        .await?;
+    timed_of(&database, None, backlog, backlog.name, Some(base)).await?;
+    Ok(())
+}
+
 async fn timed(
     database: &TestDatabase,
+    backlog: &Backlog,
+    name: &str,
+    base: Option<Duration>,
+) -> Result<Duration, AnyError> {
+    timed_of(database, Some(CHANNEL), backlog, name, base).await
+}
+
+async fn timed_of(
+    database: &TestDatabase,
+    channel: Option<&str>,
     backlog: &Backlog,
     name: &str,
     base: Option<Duration>,
@@ -181,7 +309,7 @@ async fn timed(
     let mut times = Vec::new();
     let mut left = backlog.ready;
     for _ in 0..POLLS {
-        let (claimed, took) = poll(&mut connection, CHANNEL).await?;
+        let (claimed, took) = poll(&mut connection, channel).await?;
         if claimed != left.min(i64::from(BATCH)) {
             return Err(
                 format!("a poll claimed {claimed} requests while {left} were ready").into(),

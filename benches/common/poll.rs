@@ -27,14 +27,16 @@ pub(crate) async fn session(database: &TestDatabase) -> Result<PgConnection, Any
     Ok(options.connect().await?)
 }
 
-/// Polls once. Returns how many requests the poll claimed and how long it took.
+/// Polls this channel, or all of them, once. Returns how many requests the poll claimed and how
+/// long it took.
 pub(crate) async fn poll(
     connection: &mut PgConnection,
-    channel: &str,
+    channel: impl Into<Option<&str>>,
 ) -> Result<(i64, Duration), AnyError> {
+    let channels = channel.into().map(|channel| vec![channel]);
     let began = Instant::now();
-    let claimed: i64 = sqlx::query_scalar("SELECT count(id) FROM mq_poll(ARRAY[$1], $2)")
-        .bind(channel)
+    let claimed: i64 = sqlx::query_scalar("SELECT count(id) FROM mq_poll($1, $2)")
+        .bind(channels)
         .bind(BATCH)
         .fetch_one(connection)
         .await?;
