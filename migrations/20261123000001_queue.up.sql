@@ -35,6 +35,7 @@ CREATE TABLE mq_msgs (
     -- - 2: held for the next attempt by the process that made the last one
     -- - 3: halted, that is, ended without success and holding up its ordering key
     -- - 4: being sent, and not to be sent again
+    -- - 5: behind, that is, waiting, and known not to be the first of its ordering key
     state smallint NOT NULL DEFAULT 0,
     -- When the request is given up, whether or not it has been sent.
     deadline timestamptz,
@@ -56,7 +57,8 @@ CREATE TABLE mq_msgs (
     autovacuum_vacuum_cost_delay = 0
 );
 
--- Waiting requests: which are due, and when the next one will be.
+-- Waiting requests: which are due, and when the next one will be. Requests behind others of their
+-- ordering key are not in here, because polls would have to step over them: see `move_behind`.
 CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, attempt_at) WHERE state = 0;
 -- For skipping from group to group, and for finding the due requests of one group.
 CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, channel_args, attempt_at) WHERE state = 0;
@@ -68,6 +70,9 @@ CREATE INDEX mq_msgs_leases ON mq_msgs (channel_name, attempt_at) WHERE state IN
 CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_args, channel_name, seq)
     WHERE seq IS NOT NULL;
 
+-- Requests behind the first one of their ordering key.
+CREATE INDEX mq_msgs_behind ON mq_msgs (channel_name, channel_args) WHERE state = 5;
+
 -- Requests that are given up at a deadline.
 CREATE INDEX mq_msgs_deadline ON mq_msgs (deadline) WHERE deadline IS NOT NULL;
 -- Requests that a newer request may replace.
@@ -75,6 +80,18 @@ CREATE INDEX mq_msgs_supersede ON mq_msgs (channel_name, supersede_key)
     WHERE supersede_key IS NOT NULL;
 
 CREATE SEQUENCE mq_seq;
+
+-- Ordering keys whose first request was removed while the next one could not be looked at. Empty
+-- most of the time. Without a constraint, so that an insert never waits.
+CREATE TABLE mq_freed_keys (
+    channel_name text COLLATE "C" NOT NULL,
+    channel_args text COLLATE "C" NOT NULL
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
+CREATE INDEX mq_freed_keys_channel ON mq_freed_keys (channel_name);
 
 -- The content of requests. Read once per attempt, so it is kept out of the hot table.
 CREATE TABLE mq_payloads (
@@ -98,7 +115,277 @@ CREATE TABLE mq_payloads (
 ALTER TABLE mq_payloads ALTER COLUMN body SET STORAGE EXTERNAL;
 ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
 
+-- How requests leave and enter the index of what is due.
+--
+-- Requests are inserted as waiting. A poll that meets one behind the first request of its ordering
+-- key moves it to state 5, and whatever removes the first request makes the next one waiting again.
+-- No request is left in state 5 without one ahead of it, because:
+--
+-- - A poll moves requests only while it holds a lock on the first one of their key. A transaction
+--   that removes that one waits for the poll, and then sees what the poll has moved.
+-- - The next request is looked for by a statement that begins after the first one was deleted. A
+--   request that is inserted too late to be found there can't be moved, because the poll can't lock
+--   the deleted one.
+-- - If the next request is locked, it may be about to be removed itself. Waiting for that lock
+--   could take as long as a caller's transaction, so the key is noted in mq_freed_keys instead, and
+--   later polls look at it until the lock is gone.
+
+-- Moves those of these requests that wait and are not the first ones of their ordering keys to
+-- state 5. Skips those that are locked. Returns how many it moved.
+CREATE FUNCTION move_behind(p_rows tid[]) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_blocked tid[];
+BEGIN
+    SELECT array_agg(blocked.ctid) INTO v_blocked FROM (
+        SELECT m.ctid
+        FROM mq_msgs m, LATERAL (
+            SELECT ahead.id FROM mq_msgs ahead
+            WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
+                AND ahead.seq IS NOT NULL
+            ORDER BY ahead.seq LIMIT 1
+        ) head JOIN mq_msgs first ON first.id = ANY (ARRAY[head.id])
+        -- Not `first.seq < m.seq`, for which a plan might scan the index of all ordering keys.
+        WHERE m.ctid = ANY (p_rows) AND m.state <= 0 AND first.id <> m.id
+        FOR NO KEY UPDATE OF m SKIP LOCKED
+        -- Conflicts with the removal of the first request, and not with its claim.
+        FOR KEY SHARE OF first SKIP LOCKED
+    ) blocked;
+    UPDATE mq_msgs m SET state = 5 WHERE m.ctid = ANY (v_blocked);
+    RETURN coalesce(cardinality(v_blocked), 0);
+END;
+$$;
+
+-- Makes the request after a removed one of its ordering key claimable.
+CREATE FUNCTION free_next() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_next uuid;
+    v_state smallint;
+BEGIN
+    -- At a higher isolation level, this statement could not see the newest requests. The setting
+    -- `requeuest.free_later` keeps a caller's transaction from holding the lock of a request that
+    -- the caller doesn't know of.
+    IF current_setting('transaction_isolation') = 'read committed'
+        AND coalesce(current_setting('requeuest.free_later', true), '') = ''
+    THEN
+        SELECT m.id INTO v_next FROM mq_msgs m
+        WHERE m.channel_name = OLD.channel_name AND m.channel_args = OLD.channel_args
+            AND m.seq > OLD.seq
+        ORDER BY m.seq LIMIT 1;
+        IF NOT FOUND THEN
+            RETURN NULL;
+        END IF;
+        SELECT m.state INTO v_state FROM mq_msgs m WHERE m.id = v_next
+        FOR NO KEY UPDATE SKIP LOCKED;
+        IF v_state <> 5 THEN
+            RETURN NULL;
+        END IF;
+        IF v_state = 5 THEN
+            UPDATE mq_msgs m SET state = 0 WHERE m.id = v_next;
+            RETURN NULL;
+        END IF;
+    END IF;
+    INSERT INTO mq_freed_keys (channel_name, channel_args)
+    VALUES (OLD.channel_name, OLD.channel_args);
+    RETURN NULL;
+END;
+$$;
+CREATE TRIGGER mq_msgs_free_next AFTER DELETE ON mq_msgs
+    FOR EACH ROW WHEN (OLD.seq IS NOT NULL) EXECUTE FUNCTION free_next();
+
+-- Makes the first request of an ordering key claimable. Returns 1 if it wasn't, 0 if it was or if
+-- there is none, and NULL if the request is locked.
+CREATE FUNCTION free_first(p_channel text, p_group text) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_first uuid;
+    v_state smallint;
+BEGIN
+    SELECT m.id INTO v_first FROM mq_msgs m
+    WHERE m.channel_name = p_channel AND m.channel_args = p_group AND m.seq IS NOT NULL
+    ORDER BY m.seq LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    SELECT m.state INTO v_state FROM mq_msgs m WHERE m.id = v_first FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF v_state <> 5 THEN
+        RETURN 0;
+    END IF;
+    UPDATE mq_msgs m SET state = 0 WHERE m.id = v_first;
+    RETURN 1;
+END;
+$$;
+
+-- Looks at up to p_limit of the noted keys.
+CREATE FUNCTION free_noted(p_channels text[], p_limit int) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_noted record;
+BEGIN
+    FOR v_noted IN
+        SELECT f.ctid, f.channel_name, f.channel_args FROM mq_freed_keys f
+        WHERE p_channels IS NULL OR f.channel_name = ANY (p_channels)
+        -- At random, so that keys whose requests stay locked don't keep the others from being
+        -- looked at.
+        ORDER BY random() LIMIT p_limit FOR UPDATE SKIP LOCKED
+    LOOP
+        IF free_first(v_noted.channel_name, v_noted.channel_args) IS NOT NULL THEN
+            DELETE FROM mq_freed_keys f WHERE f.ctid = v_noted.ctid;
+        END IF;
+    END LOOP;
+END;
+$$;
+
+-- Looks for ordering keys whose first request is in state 5, among up to p_keys of them from a
+-- random one on, and makes those requests claimable. There are none, unless rows were changed by
+-- hand. Returns how many it found.
+CREATE FUNCTION mend_behind(p_keys int) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_start text := lpad(to_hex((random() * 65535)::int), 4, '0');
+    v_left int := p_keys;
+    v_looked int;
+    v_channels text[];
+    v_groups text[];
+    v_mended int := 0;
+BEGIN
+    IF NOT EXISTS (SELECT FROM mq_msgs m WHERE m.state = 5) THEN
+        RETURN 0;
+    END IF;
+    -- From the random start to the end, and then from the beginning.
+    FOR pass IN 1..2 LOOP
+        WITH RECURSIVE looked(number, key_group, channel, state) AS (
+            SELECT 0, v_start COLLATE "C", '' COLLATE "C", 0::smallint
+            UNION ALL
+            SELECT l.number + 1, first.channel_args, first.channel_name, first.state
+            FROM looked l, LATERAL (
+                SELECT m.channel_args, m.channel_name, m.state FROM mq_msgs m
+                WHERE m.seq IS NOT NULL
+                    AND (m.channel_args, m.channel_name) > (l.key_group, l.channel)
+                ORDER BY m.channel_args, m.channel_name, m.seq LIMIT 1
+            ) first
+            WHERE l.number < v_left
+        )
+        SELECT
+            max(l.number), array_agg(l.channel) FILTER (WHERE stuck),
+            array_agg(l.key_group) FILTER (WHERE stuck)
+        INTO v_looked, v_channels, v_groups
+        FROM looked l, LATERAL (
+            SELECT l.state = 5 AND NOT EXISTS (
+                SELECT FROM mq_freed_keys f
+                WHERE f.channel_name = l.channel AND f.channel_args = l.key_group
+            ) AS stuck
+        ) checked;
+        SELECT v_mended + coalesce(sum(free_first(k.channel, k.key_group)), 0) INTO v_mended
+        FROM unnest(v_channels, v_groups) AS k(channel, key_group);
+        v_left := v_left - v_looked;
+        v_start := '';
+    END LOOP;
+    RETURN v_mended;
+END;
+$$;
+
+-- Up to p_limit channels with waiting requests, in order: those after p_after, up to p_until or, if
+-- it is NULL, to the last one.
+CREATE FUNCTION waiting_channels(p_after text, p_until text, p_limit int) RETURNS text[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN (
+        WITH RECURSIVE waiting(number, channel) AS (
+            SELECT 0, p_after COLLATE "C"
+            UNION ALL
+            SELECT w.number + 1, (
+                SELECT m.channel_name FROM mq_msgs m
+                WHERE m.state = 0 AND m.channel_name > w.channel
+                ORDER BY m.channel_name LIMIT 1
+            )
+            FROM waiting w
+            WHERE w.number < p_limit AND w.channel IS NOT NULL
+                AND (p_until IS NULL OR w.channel < p_until)
+        )
+        SELECT coalesce(array_agg(w.channel ORDER BY w.number), '{}')
+        FROM waiting w
+        WHERE w.number > 0 AND w.channel IS NOT NULL
+            AND (p_until IS NULL OR w.channel <= p_until)
+    );
+END;
+$$;
+
+-- All channels with owned requests.
+CREATE FUNCTION leased_channels() RETURNS text[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN (
+        WITH RECURSIVE leased(channel) AS (
+            (
+                SELECT m.channel_name FROM mq_msgs m
+                WHERE m.state IN (1, 2, 4) ORDER BY m.channel_name LIMIT 1
+            )
+            UNION ALL
+            SELECT (
+                SELECT m.channel_name FROM mq_msgs m
+                WHERE m.state IN (1, 2, 4) AND m.channel_name > leased.channel
+                ORDER BY m.channel_name LIMIT 1
+            )
+            FROM leased WHERE leased.channel IS NOT NULL
+        )
+        SELECT coalesce(array_agg(l.channel), '{}') FROM leased l WHERE l.channel IS NOT NULL
+    );
+END;
+$$;
+
+-- The requests that have been due for longest, up to p_limit of each channel. By ctid, for mq_poll.
+CREATE FUNCTION due_rows(p_channels text[], p_now timestamptz, p_limit int) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN coalesce(array_agg(due.ctid ORDER BY due.attempt_at), '{}')
+    FROM unnest(p_channels) AS wanted(channel), LATERAL (
+        SELECT m.ctid, m.attempt_at FROM mq_msgs m
+        WHERE m.channel_name = wanted.channel AND m.state = 0 AND m.attempt_at <= p_now
+        ORDER BY m.attempt_at LIMIT p_limit
+    ) due;
+END;
+$$;
+
+-- The requests that fell due last, up to p_limit of each channel, the latest first.
+CREATE FUNCTION latest_rows(p_channels text[], p_now timestamptz, p_limit int) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN coalesce(array_agg(due.ctid ORDER BY due.attempt_at DESC), '{}')
+    FROM unnest(p_channels) AS wanted(channel), LATERAL (
+        SELECT m.ctid, m.attempt_at FROM mq_msgs m
+        WHERE m.channel_name = wanted.channel AND m.state = 0 AND m.attempt_at <= p_now
+        ORDER BY m.attempt_at DESC LIMIT p_limit
+    ) due;
+END;
+$$;
+
 -- Claims up to batch_size due requests. The lease is the session's `requeuest.lease`.
+--
+-- Requests behind the first one of their ordering key are moved out of the way, a bounded number by
+-- one poll: the rows it reads are then rows that it can claim.
 --
 -- The cost doesn't grow with the backlog. A poll reads a bounded number of due rows by due time. If
 -- more are due, it also skips from group to group from a random start, so that one destination's
@@ -131,13 +418,28 @@ DECLARE
     v_lease interval :=
         coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
     v_window int := 4 * batch_size;
+    -- How many requests one poll moves out of the way at most, about 10 µs each, and how few may
+    -- stay, because meeting them costs less than moving them.
+    c_move_max CONSTANT int := 4096;
+    v_move_min int := greatest(batch_size / 4, 16);
     v_channels text[] := channel_names;
+    -- How many channels are looked at in one step, and how many rows of each.
+    c_channels CONSTANT int := 64;
+    v_limit int := v_window;
+    v_more text[];
+    v_until text;
     -- Rows by ctid, which saves another index lookup for each row. No other row can take over one
     -- of these ctids while the function runs, because its snapshot is older. A row that is updated
     -- meanwhile moves to a new ctid, and the next poll finds it there. A locked row keeps its ctid.
-    v_candidates tid[];
+    v_candidates tid[] := '{}';
     v_backlog boolean;
     v_picked tid[] := '{}';
+    -- Rows that were met behind the first request of their ordering key.
+    v_blocked tid[] := '{}';
+    v_met tid[];
+    v_moving int;
+    v_moved int := 0;
+    v_step int;
     v_some tid[];
     -- Groups with rows picked by age: in one step, and in all steps so far.
     v_groups text[];
@@ -160,42 +462,43 @@ BEGIN
     IF EXISTS (SELECT FROM mq_msgs m WHERE m.deadline <= v_now) THEN
         PERFORM expire_requests(batch_size);
     END IF;
-
-    IF v_channels IS NULL THEN
-        WITH RECURSIVE waiting(channel) AS (
-            (SELECT m.channel_name FROM mq_msgs m WHERE m.state = 0 ORDER BY m.channel_name LIMIT 1)
-            UNION ALL
-            SELECT (
-                SELECT m.channel_name FROM mq_msgs m
-                WHERE m.state = 0 AND m.channel_name > waiting.channel
-                ORDER BY m.channel_name LIMIT 1
-            )
-            FROM waiting WHERE waiting.channel IS NOT NULL
-        ), leased(channel) AS (
-            (
-                SELECT m.channel_name FROM mq_msgs m
-                WHERE m.state IN (1, 2, 4) ORDER BY m.channel_name LIMIT 1
-            )
-            UNION ALL
-            SELECT (
-                SELECT m.channel_name FROM mq_msgs m
-                WHERE m.state IN (1, 2, 4) AND m.channel_name > leased.channel
-                ORDER BY m.channel_name LIMIT 1
-            )
-            FROM leased WHERE leased.channel IS NOT NULL
-        )
-        SELECT array_agg(present.channel) INTO v_channels
-        FROM (SELECT channel FROM waiting UNION SELECT channel FROM leased) present
-        WHERE present.channel IS NOT NULL;
+    IF EXISTS (SELECT FROM mq_freed_keys) THEN
+        PERFORM free_noted(channel_names, batch_size);
     END IF;
 
-    SELECT array_agg(due.ctid ORDER BY due.attempt_at) INTO v_candidates
-    FROM unnest(v_channels) AS wanted(channel), LATERAL (
-        SELECT m.ctid, m.attempt_at FROM mq_msgs m
-        WHERE m.channel_name = wanted.channel AND m.state = 0 AND m.attempt_at <= v_now
-        ORDER BY m.attempt_at LIMIT v_window
-    ) due;
-    v_backlog := coalesce(cardinality(v_candidates), 0) >= v_window;
+    IF channel_names IS NULL THEN
+        -- Goes through the channels until the window is full, from where this session's last poll
+        -- left off. Each channel has an equal share of the window, and more if others need less.
+        v_start := coalesce(current_setting('requeuest.polled', true), '');
+        v_cursor := v_start;
+        v_channels := '{}';
+        LOOP
+            v_more := waiting_channels(v_cursor, v_until, c_channels);
+            v_limit := ceil(v_window::float8 / greatest(cardinality(v_more), 1));
+            LOOP
+                v_met := due_rows(v_more, v_now, v_limit);
+                EXIT WHEN cardinality(v_candidates) + cardinality(v_met) >= v_window
+                    OR cardinality(v_met) < v_limit OR v_limit >= v_window;
+                v_limit := least(4 * v_limit, v_window);
+            END LOOP;
+            v_channels := v_channels || v_more;
+            v_candidates := v_candidates || v_met;
+            EXIT WHEN cardinality(v_candidates) >= v_window;
+            IF cardinality(v_more) = c_channels THEN
+                v_cursor := v_more[c_channels];
+            ELSE
+                EXIT WHEN v_start = '' OR v_until IS NOT NULL;
+                v_cursor := '';
+                v_until := v_start;
+            END IF;
+        END LOOP;
+        PERFORM set_config(
+            'requeuest.polled', coalesce(v_channels[cardinality(v_channels)], ''), false
+        );
+    ELSE
+        v_candidates := due_rows(v_channels, v_now, v_limit);
+    END IF;
+    v_backlog := cardinality(v_candidates) >= v_window;
 
     -- The session setting `requeuest.looked` holds the time of the last look for expired leases.
     IF NOT v_backlog
@@ -205,14 +508,14 @@ BEGIN
         PERFORM set_config('requeuest.looked', v_now::text, false);
         SELECT array_agg(locked.ctid) INTO v_some FROM (
             SELECT m.ctid
-            FROM unnest(v_channels) AS wanted(channel), LATERAL (
+            FROM unnest(coalesce(channel_names, leased_channels())) AS wanted(channel), LATERAL (
                 SELECT l.id FROM mq_msgs l
                 WHERE l.channel_name = wanted.channel AND l.state IN (1, 2, 4)
                     AND l.attempt_at <= v_now
                 ORDER BY l.attempt_at LIMIT batch_size
             ) lapsed JOIN mq_msgs m ON m.id = ANY (ARRAY[lapsed.id])
-            WHERE m.state NOT IN (0, 3) AND m.attempt_at <= v_now
-            LIMIT batch_size FOR UPDATE OF m SKIP LOCKED
+            WHERE m.state NOT IN (0, 3, 5) AND m.attempt_at <= v_now
+            LIMIT batch_size FOR NO KEY UPDATE OF m SKIP LOCKED
         ) locked;
         v_picked := coalesce(v_some, '{}');
     END IF;
@@ -231,25 +534,58 @@ BEGIN
         -- go; a leased head still holds back the rest.
         LOOP
             v_open := v_room - cardinality(v_picked);
-            EXIT WHEN v_open <= 0 OR v_from > coalesce(cardinality(v_candidates), 0);
+            EXIT WHEN v_open <= 0;
+            IF v_from > cardinality(v_candidates) THEN
+                -- Moves what blocks the view, and looks at what comes after. If that is too much
+                -- for one poll, looks at what came last, so that new requests don't wait for the
+                -- rest.
+                EXIT WHEN NOT v_backlog OR v_moved >= c_move_max OR cardinality(v_blocked) = 0;
+                v_moving := move_behind(v_blocked);
+                EXIT WHEN v_moving = 0;
+                v_moved := v_moved + v_moving;
+                v_blocked := '{}';
+                IF v_moved < c_move_max THEN
+                    v_candidates := due_rows(v_channels, v_now, v_limit);
+                    v_backlog := cardinality(v_candidates) >= v_window;
+                ELSE
+                    v_candidates := latest_rows(v_channels, v_now, batch_size);
+                END IF;
+                v_from := 1;
+                CONTINUE;
+            END IF;
+            -- Fewer and larger steps where rows are blocked, or the last ones would be single rows.
+            v_step := CASE WHEN v_blocked = '{}' THEN v_open ELSE greatest(v_open, 64) END;
+            v_met := v_candidates[v_from:v_from + v_step - 1];
             SELECT
                 array_agg(locked.ctid),
                 array_agg(DISTINCT locked.channel_name || ' ' || locked.channel_args)
                     FILTER (WHERE v_backlog)
             INTO v_some, v_groups FROM (
                 SELECT m.ctid, m.channel_name, m.channel_args FROM mq_msgs m
-                WHERE m.ctid = ANY (v_candidates[v_from:v_from + v_open - 1])
+                WHERE m.ctid = ANY (v_met)
                     AND m.state <= 0 AND m.attempt_at <= v_now AND NOT m.ctid = ANY (v_picked)
                     AND (m.seq IS NULL OR NOT EXISTS (
                         SELECT FROM mq_msgs ahead
                         WHERE ahead.channel_name = m.channel_name
                             AND ahead.channel_args = m.channel_args AND ahead.seq < m.seq
                     ))
-                FOR UPDATE OF m SKIP LOCKED
+                FOR NO KEY UPDATE OF m SKIP LOCKED
             ) locked;
-            v_picked := v_picked || coalesce(v_some, '{}');
+            v_picked := v_picked || coalesce(v_some[1:v_open], '{}');
             v_served := v_served || coalesce(v_groups, '{}');
-            v_from := v_from + v_open;
+            v_from := v_from + v_step;
+            -- Notes which of the others are behind the first one of their key, without a lock.
+            -- Written so that no plan scans the index of all ordering keys.
+            CONTINUE WHEN cardinality(v_some) = cardinality(v_met);
+            SELECT v_blocked || coalesce(array_agg(m.ctid), '{}') INTO v_blocked FROM mq_msgs m
+            WHERE m.ctid = ANY (v_met) AND m.state <= 0 AND coalesce(m.seq, 0) > 0
+                AND NOT m.ctid = ANY (v_picked)
+                AND EXISTS (
+                    SELECT FROM mq_msgs ahead
+                    WHERE ahead.channel_name = m.channel_name
+                        AND ahead.channel_args = m.channel_args AND ahead.seq < m.seq
+                    OFFSET 0
+                );
         END LOOP;
 
         IF v_backlog AND cardinality(v_picked) < batch_size THEN
@@ -288,7 +624,7 @@ BEGIN
                                 ORDER BY head.seq LIMIT 1
                             ) AND m.state <= 0 AND m.attempt_at <= v_now
                                 AND NOT m.ctid = ANY (v_picked)
-                            FOR UPDATE SKIP LOCKED
+                            FOR NO KEY UPDATE SKIP LOCKED
                         ) locked;
                     ELSE
                         -- A range over a single group, sorted by the group as well. With an
@@ -302,7 +638,7 @@ BEGIN
                                 AND NOT m.ctid = ANY (v_picked)
                             ORDER BY m.channel_args, m.attempt_at
                             LIMIT least(v_share, batch_size - cardinality(v_picked))
-                            FOR UPDATE SKIP LOCKED
+                            FOR NO KEY UPDATE SKIP LOCKED
                         ) locked;
                     END IF;
                     v_picked := v_picked || coalesce(v_some, '{}');
@@ -312,8 +648,15 @@ BEGIN
         END IF;
     END LOOP;
     v_claimed := cardinality(v_picked);
+    IF cardinality(v_blocked) >= v_move_min THEN
+        v_moved := v_moved + move_behind(v_blocked);
+    END IF;
 
-    IF v_claimed < batch_size THEN
+    IF v_claimed = batch_size THEN
+        v_wait := '0';
+    ELSIF v_moved >= c_move_max THEN
+        v_wait := c_wait_min;
+    ELSE
         -- Looks no further ahead than the longest wait. A later row doesn't change the wait, and
         -- may be gone by the time it is due.
         SELECT min(upcoming.attempt_at) INTO v_next
@@ -324,8 +667,6 @@ BEGIN
             ORDER BY m.attempt_at LIMIT 1
         ) upcoming;
         v_wait := least(greatest(coalesce(v_next - v_now, c_wait_max), c_wait_min), c_wait_max);
-    ELSE
-        v_wait := '0';
     END IF;
 
     IF v_claimed = 0 THEN
@@ -360,7 +701,7 @@ BEGIN
             coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
             ',"lost":', c.lost::text,
             -- Whether more requests may be due than this poll took.
-            ',"more":', (v_claimed = batch_size)::text,
+            ',"more":', (v_claimed = batch_size OR v_moved >= c_move_max)::text,
             ',"fetch_body":',
             CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
             ',"channel":', to_json(c.channel_name),

@@ -325,7 +325,8 @@ DECLARE
 BEGIN
     SELECT array_agg(due.id) INTO v_ids FROM (
         SELECT m.id FROM mq_msgs m
-        WHERE m.deadline <= v_now AND (m.state = 0 OR m.state IN (1, 2) AND m.attempt_at <= v_now)
+        WHERE m.deadline <= v_now
+            AND (m.state IN (0, 5) OR m.state IN (1, 2) AND m.attempt_at <= v_now)
         ORDER BY m.deadline LIMIT p_limit FOR UPDATE SKIP LOCKED
     ) due;
     IF v_ids IS NULL THEN
@@ -437,13 +438,24 @@ BEGIN
         SELECT array_agg(older.id) INTO v_older FROM (
             SELECT m.id FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede
-                AND m.attempts = 0 AND m.state <= 0
-            FOR UPDATE SKIP LOCKED
+                AND m.attempts = 0 AND m.state IN (0, 5)
+            FOR NO KEY UPDATE SKIP LOCKED
+        ) older;
+        -- An ordered one may be locked by a poll that moves it behind others, and not be sent.
+        SELECT nullif(coalesce(v_older, '{}') || array_agg(older.id), '{}') INTO v_older FROM (
+            SELECT m.id FROM mq_msgs m
+            WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede
+                AND m.attempts = 0 AND m.state IN (0, 5) AND coalesce(m.seq, 0) > 0
+                AND (v_older IS NULL OR NOT m.id = ANY (v_older))
+            FOR NO KEY UPDATE
         ) older;
         IF v_older IS NOT NULL THEN
+            -- The requests behind the older one are not locked until the caller commits.
+            PERFORM set_config('requeuest.free_later', 'on', true);
             PERFORM end_requests(
                 v_older, 'cancelled', 'superseded', 'a newer request took its place', p_retention
             );
+            PERFORM set_config('requeuest.free_later', '', true);
         END IF;
     END IF;
     IF p_ordered THEN
@@ -666,7 +678,7 @@ BEGIN
             SELECT m.id FROM mq_msgs m ORDER BY m.id LIMIT p_limit FOR UPDATE
         ) found;
     ELSE
-        -- Uses the indexes of waiting rows and of owned rows.
+        -- Uses the indexes of waiting rows, of owned rows and of rows behind others.
         SELECT array_agg(locked.id) INTO v_ids FROM (
             SELECT m.id FROM (
                 SELECT w.id FROM mq_msgs w
@@ -674,6 +686,9 @@ BEGIN
                 UNION ALL
                 SELECT l.id FROM mq_msgs l
                 WHERE l.channel_name = ANY (channel_names) AND l.state IN (1, 2, 4)
+                UNION ALL
+                SELECT b.id FROM mq_msgs b
+                WHERE b.channel_name = ANY (channel_names) AND b.state = 5
                 LIMIT p_limit
             ) found JOIN mq_msgs m ON m.id = ANY (ARRAY[found.id])
             ORDER BY found.id FOR UPDATE OF m

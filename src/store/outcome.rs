@@ -220,7 +220,7 @@ pub(super) async fn status(
              WHEN m.state = 2
                  AND m.attempt_at - current_setting('requeuest.lease')::interval > clock_timestamp()
                  THEN 'retryable'
-             WHEN m.state > 0 AND m.attempt_at > clock_timestamp() THEN 'running'
+             WHEN m.state IN (1, 2, 4) AND m.attempt_at > clock_timestamp() THEN 'running'
              WHEN m.attempt_at <= clock_timestamp() THEN 'available'
              WHEN m.attempts = 0 THEN 'scheduled'
              ELSE 'retryable'

@@ -69,6 +69,19 @@ impl Store {
         .await
     }
 
+    /// Makes the first requests of ordering keys claimable if they are not, which only happens when
+    /// rows were changed by hand. Looks at a bounded number of keys, from a random one on. Returns
+    /// how many it found.
+    pub(crate) async fn mend_order(&self) -> Result<i32, StoreError> {
+        self.run("sweep.order", async |connection| {
+            sqlx::query_scalar("SELECT mend_behind($1)")
+                .bind(BATCH)
+                .fetch_one(connection)
+                .await
+        })
+        .await
+    }
+
     /// The slots that have expired rows.
     pub(crate) async fn expired_slots(&self) -> Result<Vec<ExpiredSlot>, StoreError> {
         self.run("sweep.slots", async |connection| {

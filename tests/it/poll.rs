@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use requeuest::testkit::{self, TestDatabase};
 use requeuest::{Durable, Status};
-use sqlx::{Executor, Row};
+use sqlx::pool::PoolConnection;
+use sqlx::{Executor, Postgres, Row};
 use uuid::Uuid;
 
 use crate::support::{LONG, migrated, rows};
@@ -259,6 +260,89 @@ async fn under_backlog_lapsed_leases_are_checked_once_a_second() {
     assert!(looked.elapsed() > Duration::from_millis(900));
 }
 
+/// A session whose plans are made for an empty table, and kept.
+async fn planned_while_empty(database: &TestDatabase) -> PoolConnection<Postgres> {
+    let mut session = database.pool().acquire().await.unwrap();
+    for statement in [
+        // The crate's own sessions have these settings.
+        "SET plan_cache_mode = force_generic_plan",
+        "SET enable_seqscan = off",
+        "SET enable_hashjoin = off",
+        "SET enable_mergejoin = off",
+        "ALTER TABLE requeuest.mq_msgs SET (autovacuum_enabled = false)",
+        "VACUUM ANALYZE requeuest.mq_msgs",
+    ] {
+        session.execute(statement).await.unwrap();
+    }
+    session
+}
+
+#[tokio::test]
+async fn what_is_behind_is_not_read_again() {
+    let database = migrated().await;
+    let mut session = planned_while_empty(&database).await;
+    let poll = "SELECT count(*) FROM requeuest.mq_poll(ARRAY['c'], 64)";
+    let mend = "SELECT requeuest.mend_behind(1000)";
+    let end = "SELECT requeuest.mq_delete(ARRAY(
+                   SELECT id FROM requeuest.mq_msgs WHERE state = 0 AND attempt_at > now() LIMIT 50
+               ))";
+    let key = |keys: &str, rows: i32, due: &str| {
+        format!(
+            "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at, seq)
+             SELECT gen_random_uuid(), 'c', lpad(to_hex(n), 4, '0') || '|c|x', {due},
+                 nextval('requeuest.mq_seq')
+             FROM generate_series(1, {rows}), generate_series({keys}) n"
+        )
+    };
+    let first = "now() + interval '1 hour'";
+    let (one, many) = ("0, 0", "1, 500");
+    let fills = [one, many].map(|keys| {
+        let behind = if keys == one { 50 } else { 40 };
+        key(keys, 1, first) + ";" + &key(keys, behind, "now()")
+    });
+    // With one key, all statements are planned.
+    for statement in [&*fills[0], poll, mend, end, poll, &fills[1]] {
+        sqlx::raw_sql(statement)
+            .execute(&mut *session)
+            .await
+            .unwrap();
+    }
+    let mut read = async |statement: &str| -> i64 {
+        // Within a transaction the counters only rise.
+        let counters = "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables
+                        WHERE schemaname = 'requeuest' AND relname = 'mq_msgs'";
+        session.execute("BEGIN").await.unwrap();
+        let before: i64 = sqlx::query_scalar(counters)
+            .fetch_one(&mut *session)
+            .await
+            .unwrap();
+        session.execute(statement).await.unwrap();
+        let after: i64 = sqlx::query_scalar(counters)
+            .fetch_one(&mut *session)
+            .await
+            .unwrap();
+        session.execute("COMMIT").await.unwrap();
+        // Leaves no dead rows to step over.
+        session.execute("VACUUM requeuest.mq_msgs").await.unwrap();
+        after - before
+    };
+    let due = "SELECT count(*) FROM requeuest.mq_msgs WHERE state = 0 AND attempt_at <= now()";
+    let mut left = count(&database, due).await;
+    while left > 16 {
+        let read = read(poll).await;
+        let now_left = count(&database, due).await;
+        let moved = left - now_left;
+        assert!(moved > 500, "{moved} rows were moved");
+        assert!(read < 8 * moved, "{read} rows were read to move {moved}");
+        left = now_left;
+    }
+    for (statement, most) in [(poll, 300), (mend, 2000), (end, 1000), (poll, 2000)] {
+        let read = read(statement).await;
+        assert!(read < most, "{read} rows were read by {statement}");
+    }
+    assert_eq!(rows(&database, "mq_msgs WHERE state = 1").await, 1 + 50);
+}
+
 /// How many rows a poll of 64 reads, of 20,000 rows in a thousand groups, if its plan was made for
 /// what the statements `before` left in the table.
 async fn read_when_planned_after(before: &[&str]) -> i64 {
@@ -317,4 +401,86 @@ async fn a_poll_skips_through_many_groups_whatever_its_plan() {
         read < 3000,
         "a new table: {read} rows were read to claim 64"
     );
+}
+
+#[tokio::test]
+async fn a_poll_of_all_channels_reads_few_rows_and_reaches_each_channel() {
+    const CHANNELS: i64 = 300;
+    const POLLS: i64 = 15;
+    let database = migrated().await;
+    database
+        .pool()
+        .execute(
+            "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+             SELECT gen_random_uuid(), 'c' || n % 300, '0000|d|x',
+                 now() - (30000 - n) * interval '1 millisecond'
+             FROM generate_series(1, 30000) n",
+        )
+        .await
+        .unwrap();
+    let mut session = database.pool().acquire().await.unwrap();
+    for statement in [
+        "SET enable_seqscan = off",
+        "SET plan_cache_mode = force_generic_plan",
+        "BEGIN",
+    ] {
+        session.execute(statement).await.unwrap();
+    }
+    // Each poll looks at 64 channels.
+    for _ in 0..POLLS {
+        let claimed: i64 = sqlx::query_scalar("SELECT count(id) FROM requeuest.mq_poll(NULL, 64)")
+            .fetch_one(&mut *session)
+            .await
+            .unwrap();
+        assert_eq!(claimed, 64);
+    }
+    let read: i64 = sqlx::query_scalar(
+        "SELECT idx_tup_fetch FROM pg_stat_xact_user_tables
+         WHERE schemaname = 'requeuest' AND relname = 'mq_msgs'",
+    )
+    .fetch_one(&mut *session)
+    .await
+    .unwrap();
+    assert!(read < POLLS * 3000, "{read} rows were read");
+    let reached = "SELECT count(DISTINCT channel_name) FROM requeuest.mq_msgs WHERE state = 1";
+    let reached: i64 = sqlx::query_scalar(reached)
+        .fetch_one(&mut *session)
+        .await
+        .unwrap();
+    assert_eq!(reached, CHANNELS);
+    session.execute("ROLLBACK").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_poll_of_all_channels_finds_the_few_rows_that_are_due() {
+    let database = migrated().await;
+    database
+        .pool()
+        .execute(
+            "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+             SELECT gen_random_uuid(), 'c' || n, '0000|d|x', now() + interval '1 hour'
+             FROM generate_series(1, 300) n",
+        )
+        .await
+        .unwrap();
+    let mut session = database.pool().acquire().await.unwrap();
+    for channel in ["c7", "c150", "c299", "c1", "c8"] {
+        for rows in [1, 100] {
+            sqlx::query(
+                "INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+                 SELECT gen_random_uuid(), $1, '0000|d|x', now() FROM generate_series(1, $2)",
+            )
+            .bind(channel)
+            .bind(rows)
+            .execute(database.pool())
+            .await
+            .unwrap();
+            let poll = "SELECT count(id) FROM requeuest.mq_poll(NULL, 128)";
+            let claimed: i64 = sqlx::query_scalar(poll)
+                .fetch_one(&mut *session)
+                .await
+                .unwrap();
+            assert_eq!(claimed, i64::from(rows), "{channel}");
+        }
+    }
 }

@@ -42,6 +42,7 @@ struct Sweep {
     late: Part,
     attempts: Part,
     keys: Part,
+    order: Part,
     old_attempts: Cursor,
     old_keys: Cursor,
     late_after: Option<Uuid>,
@@ -63,6 +64,7 @@ impl Sweep {
             late: Part::new("handled outcomes"),
             attempts: Part::new("attempts"),
             keys: Part::new("keys"),
+            order: Part::new("ordering keys"),
             old_attempts: Cursor::new(Old::Attempts),
             old_keys: Cursor::new(Old::Keys),
             late_after: None,
@@ -84,6 +86,19 @@ impl Sweep {
         self.attempts.note(&swept);
         let swept = self.old_keys.advance(&self.store).await;
         self.keys.note(&swept);
+        let mended = self.mend_order().await;
+        self.order.note(&mended);
+    }
+
+    async fn mend_order(&self) -> Result<(), StoreError> {
+        let mended = self.store.mend_order().await?;
+        if mended > 0 {
+            tracing::warn!(
+                mended,
+                "ordering keys were stuck: their first requests could not be claimed"
+            );
+        }
+        Ok(())
     }
 
     async fn end_requests(&self) -> Result<(), StoreError> {
