@@ -8,7 +8,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::{Executor, Postgres, Row};
 use uuid::Uuid;
 
-use crate::support::{LONG, migrated, rows};
+use crate::support::{LONG, count, migrated, rows};
 
 /// Inserts rows as the crate does.
 async fn enqueue(database: &TestDatabase, group: &str, ordered: bool, delay: &str, rows: i32) {
