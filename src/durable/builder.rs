@@ -74,6 +74,7 @@ pub struct DurableBuilder {
     runner: bool,
     pass_through: Option<PassThrough>,
     reconcile: Option<Arc<dyn Reconcile>>,
+    max_queued_bytes: Option<usize>,
     config: Config,
     store: StoreConfig,
 }
@@ -102,6 +103,7 @@ impl DurableBuilder {
             runner: true,
             pass_through: None,
             reconcile: None,
+            max_queued_bytes: None,
             config: Config {
                 channel: DEFAULT_CHANNEL.into(),
                 deliver: None,
@@ -248,9 +250,10 @@ impl DurableBuilder {
 
     /// How many bytes of requests may wait in this handle to be persisted, at least 1: bodies,
     /// URLs, headers and metadata. Works like [`max_queued_requests`](Self::max_queued_requests).
-    /// A larger request is taken while no other waits. Defaults to [`DEFAULT_MAX_QUEUED_BYTES`].
+    /// A larger request is taken while no other waits. Defaults to [`DEFAULT_MAX_QUEUED_BYTES`], or
+    /// to four times [`max_request_body`](Self::max_request_body) if that is more.
     pub fn max_queued_bytes(mut self, bytes: usize) -> Self {
-        self.config.max_queued_bytes = bytes;
+        self.max_queued_bytes = Some(bytes);
         self
     }
 
@@ -321,6 +324,7 @@ impl DurableBuilder {
     pub fn build(self) -> Result<Durable, Error> {
         self.check()?;
         let mut config = self.config;
+        config.max_queued_bytes = queued_bytes(self.max_queued_bytes, self.store.max_request_body);
         config.deliver = match self.deliver {
             Subscription::Own => Some(vec![Arc::clone(&config.channel)]),
             Subscription::All => None,
@@ -403,7 +407,7 @@ impl DurableBuilder {
             "must be at least 1",
         )?;
         ensure(
-            config.max_queued_bytes > 0,
+            self.max_queued_bytes != Some(0),
             "max_queued_bytes",
             "must be at least 1",
         )?;
@@ -444,5 +448,26 @@ impl fmt::Debug for DurableBuilder {
             .field("schema", &self.store.schema)
             .field("runner", &self.runner)
             .finish_non_exhaustive()
+    }
+}
+
+/// The limit of queued bytes. By default no single request takes all of it, or requests of a usual
+/// size would be refused while a large one is written.
+fn queued_bytes(wanted: Option<usize>, max_request_body: usize) -> usize {
+    wanted.unwrap_or_else(|| DEFAULT_MAX_QUEUED_BYTES.max(max_request_body.saturating_mul(4)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_request_leaves_room_for_others() {
+        assert_eq!(
+            queued_bytes(None, DEFAULT_MAX_REQUEST_BODY),
+            DEFAULT_MAX_QUEUED_BYTES
+        );
+        assert_eq!(queued_bytes(None, 1 << 29), 1 << 31);
+        assert_eq!(queued_bytes(Some(7), 1 << 29), 7);
     }
 }
