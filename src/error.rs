@@ -398,7 +398,8 @@ impl Error {
         matches!(cause, Some(Cause::WithCaller))
     }
 
-    /// Finds this crate's error inside one that reqwest-middleware returned.
+    /// Finds this crate's error inside one that reqwest-middleware returned. `None` if the caller's
+    /// own stack made the last attempt and its own error came back.
     ///
     /// # Examples
     ///
