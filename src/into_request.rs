@@ -3,7 +3,7 @@
 //! A body in memory is taken as it is. A stream is read by the method that takes the request,
 //! because a conversion can't wait.
 
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Collected, LengthLimitError, Limited};
 
 use crate::body::{Body, IntoBody, in_memory};
 use crate::error::{BoxError, Error, Kind};
@@ -95,20 +95,29 @@ impl From<Request> for Unread {
 }
 
 async fn read(mut request: Request, stream: Body, limit: usize) -> Result<Request, Error> {
-    // A declared length over the limit is refused before the body is read.
-    if http_body::Body::size_hint(&stream).lower() > limit as u64 {
-        return Err(Error::body_too_large(limit));
-    }
     // As for the layer: a stream that has ended already, such as the body of a received GET, is no
     // body. With a caller's key, the two are different requests.
     let absent = http_body::Body::is_end_stream(&stream);
-    let collected = Limited::new(stream, limit)
-        .collect()
-        .await
-        .map_err(|error| body_error(error, limit))?;
+    let collected = collect(stream, limit).await?;
     request.trailers = collected.trailers().cloned();
     request.body = (!absent).then(|| collected.to_bytes());
     Ok(request)
+}
+
+/// Reads a stream within the limit.
+pub(crate) async fn collect<B>(stream: B, limit: usize) -> Result<Collected<B::Data>, Error>
+where
+    B: http_body::Body,
+    B::Error: Into<BoxError>,
+{
+    // A declared length over the limit is refused before the body is read.
+    if stream.size_hint().lower() > limit as u64 {
+        return Err(Error::body_too_large(limit));
+    }
+    Limited::new(stream, limit)
+        .collect()
+        .await
+        .map_err(|error| body_error(error, limit))
 }
 
 /// The caller's error for a body that could not be read within the limit.

@@ -13,8 +13,6 @@
 use std::time::{Duration, Instant};
 
 use http::Extensions;
-use http_body::Body as _;
-use http_body_util::{BodyExt, Limited};
 use reqwest_middleware::{Error as MiddlewareError, Middleware, Next, Result as MiddlewareResult};
 use url::Url;
 
@@ -26,7 +24,7 @@ use crate::engine::attempt::send::{KeptByCaller, Sender};
 use crate::engine::attempt::transport::from_reqwest;
 use crate::error::{BoxError, Error};
 use crate::id::RequestId;
-use crate::into_request::body_error;
+use crate::into_request::collect;
 use crate::layer::accepted;
 use crate::options::Options;
 use crate::repetition::Marker;
@@ -136,14 +134,7 @@ async fn buffer(body: reqwest::Body, limit: usize) -> Result<Buffered, Error> {
         Ok(data) => return Ok((Some(data), None)),
         Err(stream) => stream,
     };
-    // A declared length over the limit is refused before the body is read.
-    if body.size_hint().lower() > limit as u64 {
-        return Err(Error::body_too_large(limit));
-    }
-    let collected = Limited::new(body, limit)
-        .collect()
-        .await
-        .map_err(|error| body_error(error, limit))?;
+    let collected = collect(body, limit).await?;
     let trailers = collected.trailers().cloned();
     Ok((Some(collected.to_bytes()), trailers))
 }

@@ -205,8 +205,9 @@ async fn may_create(connection: &mut PgConnection, schema: &str) -> Result<bool,
         .await
 }
 
-/// The newest migration in the ledger, if the session's role can see a ledger.
-async fn newest(connection: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
+/// The newest migration in the ledger of the session's schema, if its role can see a ledger.
+pub(crate) async fn newest(connection: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
+    // Checked first, so that a missing ledger leaves no error in the server's log.
     let ledger: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
         .fetch_one(&mut *connection)
         .await?;

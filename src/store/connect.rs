@@ -131,7 +131,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::testkit::Postgres;
+    use crate::testkit::{Postgres, TestDatabase};
 
     fn shown(error: &sqlx::Error) -> String {
         match error {
@@ -140,20 +140,21 @@ mod tests {
         }
     }
 
-    /// A port on which no server listens.
-    async fn closed_port() -> u16 {
+    /// A port on which no server listens, and a pool of connections to it.
+    async fn away(database: &TestDatabase) -> (u16, PgPool) {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-        listener.local_addr().unwrap().port()
+        let port = listener.local_addr().unwrap().port();
+        let options = database.options().host("127.0.0.1").port(port);
+        let pool = PgPoolOptions::new()
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_lazy_with(options);
+        (port, pool)
     }
 
     #[tokio::test]
     async fn a_long_refusal_is_told_at_once_until_the_server_is_back() {
         let database = Postgres::shared().await.unwrap().database().await.unwrap();
-        let port = closed_port().await;
-        let away = database.options().host("127.0.0.1").port(port);
-        let pool = PgPoolOptions::new()
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_lazy_with(away);
+        let (port, pool) = away(&database).await;
         let connector = Connector::default();
         let began = Instant::now();
         let error = connector.connect(&pool).await.unwrap_err();
@@ -178,11 +179,7 @@ mod tests {
     #[tokio::test]
     async fn a_short_refusal_does_not_show() {
         let database = Postgres::shared().await.unwrap().database().await.unwrap();
-        let port = closed_port().await;
-        let away = database.options().host("127.0.0.1").port(port);
-        let pool = PgPoolOptions::new()
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_lazy_with(away);
+        let (_, pool) = away(&database).await;
         let connector = Connector::default();
         let back = async {
             tokio::time::sleep(PATIENCE / 2).await;

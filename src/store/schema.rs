@@ -6,7 +6,7 @@ use sqlx::PgConnection;
 
 use super::{Store, StoreError, quoted};
 use crate::error::{Error, Kind, MigrationState};
-use crate::migrate::wanted_version;
+use crate::migrate::{newest, wanted_version};
 
 /// The schema that a session of the crate's own pool sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,16 +80,6 @@ async fn schema_version(
         Some(current) if current != schema => return Ok(Schema::Elsewhere),
         Some(_) => {}
     }
-    // Checked first, so that a missing ledger leaves no error in the server's log.
-    let ledger: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
-        .fetch_one(&mut *connection)
-        .await?;
-    if !ledger {
-        return Ok(Schema::Missing);
-    }
-    let version: Option<i64> =
-        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
-            .fetch_one(connection)
-            .await?;
+    let version = newest(connection).await?;
     Ok(version.map_or(Schema::Missing, Schema::Version))
 }

@@ -108,10 +108,11 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
-    fn new(class: FailureClass, text: String) -> Self {
+    fn new(class: FailureClass, text: &str) -> Self {
         Self {
             class,
-            text,
+            // Postgres stores no NUL in text.
+            text: text.replace('\0', "\u{fffd}"),
             cause: None,
         }
     }
@@ -123,9 +124,11 @@ impl Failed {
         };
         // Clients put URLs into their errors, also those of redirects, with the secrets in them.
         let error = without_url(error);
-        let failed = Self::of(&*error);
         let shown = chain(&*error);
-        let cause: Arc<dyn StdError + Send + Sync> = if redact_urls(&shown) == shown {
+        let redacted = redact_urls(&shown);
+        let is_safe = redacted == shown;
+        let failed = Self::new(class_of(&*error), &redacted);
+        let cause: Arc<dyn StdError + Send + Sync> = if is_safe {
             Arc::from(error)
         } else {
             // Only the text of it is safe to hand out.
@@ -135,12 +138,6 @@ impl Failed {
             cause: Some(Cause::Error(cause)),
             ..failed
         }
-    }
-
-    fn of(error: &(dyn StdError + 'static)) -> Self {
-        // Postgres stores no NUL in text.
-        let text = redact_urls(&chain(error)).replace('\0', "\u{fffd}");
-        Self::new(class_of(error), text)
     }
 
     pub(super) fn into_text(self) -> String {
@@ -176,7 +173,7 @@ impl KeptByCaller {
     pub(crate) fn of(error: &(dyn StdError + 'static)) -> Self {
         Self(Failed {
             cause: Some(Cause::WithCaller),
-            ..Failed::of(error)
+            ..Failed::new(class_of(error), &redact_urls(&chain(error)))
         })
     }
 }
@@ -264,7 +261,7 @@ pub(super) async fn exchange(
         .unwrap_or_else(|_elapsed| {
             Err(Failed::new(
                 FailureClass::Timeout,
-                format!("no full response within {timeout:?}"),
+                &format!("no full response within {timeout:?}"),
             ))
         });
     if let (false, Err(failed)) = (called, &mut result) {
