@@ -319,8 +319,8 @@ async fn timed_of(
         // With few requests, makes those already claimed ready again.
         if left < i64::from(BATCH) && backlog.ready > 0 {
             sqlx::query(
-                "UPDATE mq_msgs SET state = 0, attempt_at = now() - interval '1 second'
-                 WHERE state = 1",
+                "UPDATE mq_msgs SET state = 'waiting', attempt_at = now() - interval '1 second'
+                 WHERE state = 'claimed'",
             )
             .execute(&mut connection)
             .await?;
@@ -343,7 +343,7 @@ async fn one_ready(postgres: &Postgres, backlog: &Backlog) -> Result<(), AnyErro
     for _ in 0..POLLS {
         sqlx::query(
             "UPDATE mq_msgs SET attempt_at = now() WHERE id = (
-                SELECT id FROM mq_msgs WHERE state = 0 AND channel_name = 'c'
+                SELECT id FROM mq_msgs WHERE state = 'waiting' AND channel_name = 'c'
                 ORDER BY attempt_at DESC LIMIT 1
             )",
         )

@@ -36,6 +36,11 @@ pub(crate) fn destination_group(uri: &Uri) -> String {
     group('d', &Destination::of(uri).to_string())
 }
 
+/// The destination of a request whose group doesn't name it.
+pub(crate) fn destination(uri: &Uri) -> String {
+    Destination::of(uri).to_string()
+}
+
 /// Scheme, host and port of a URL; the port is always included. No other part of a URL may be
 /// shown.
 #[derive(Clone, Copy, Debug)]

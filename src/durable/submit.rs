@@ -76,6 +76,8 @@ impl Durable {
                 (None, Some(group)) => destination::named_group(group),
                 (None, None) => destination::destination_group(&uri),
             },
+            destination: (options.ordered.is_some() || options.group.is_some())
+                .then(|| destination::destination(&uri)),
             ordered: options.ordered.is_some(),
             halts: options.halt_on_discard,
             deadline: options.deadline,

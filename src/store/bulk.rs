@@ -149,7 +149,9 @@ async fn insert_many(
 ) -> Result<Vec<(RequestId, Inserted)>, sqlx::Error> {
     let call = format!(
         "SELECT request_id, verdict, earlier, elsewhere
-         FROM {}.enqueue_many($1, $2, $3, $4, $5, $6, $7, $9, $10, $11, $12, $8, $13, $14)",
+         FROM {}.enqueue_many(
+            $1, $2, $3, $4, $5, $6, $7, $10, $11, $12, $13, $8, $14, $15, $9
+         )",
         quoted(schema)
     );
     let notify = how.notify && requests.iter().any(NewRequest::needs_runner);

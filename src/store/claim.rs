@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::enqueue::SENDING_ONCE;
+use super::enqueue::{CLAIMED, SENDING_ONCE};
 use super::settle::Fence;
 use super::{Store, StoreError, millis};
 use crate::error::Error;
@@ -141,14 +141,14 @@ async fn confirm(
     let confirmed = sqlx::query(
         "UPDATE mq_msgs m
          SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond',
-            attempts = m.attempts + $4::int, state = $5
+            attempts = m.attempts + $4::int, state = $5::text::mq_state
          WHERE m.id = $1 AND m.claim_no = $2",
     )
     .bind(Uuid::from(fence.id))
     .bind(fence.claim_no)
     .bind(millis(lease))
     .bind(i32::from(how.count))
-    .bind(if how.once { SENDING_ONCE } else { 1 })
+    .bind(if how.once { SENDING_ONCE } else { CLAIMED })
     .execute(connection)
     .await?;
     Ok(confirmed.rows_affected() > 0)

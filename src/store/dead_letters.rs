@@ -342,7 +342,7 @@ async fn halted(connection: &mut PgConnection) -> Result<Vec<HaltedKey>, sqlx::E
             (extract(epoch FROM coalesce(o.finished_at, clock_timestamp())) * 1000000)::bigint
                 AS since
          FROM mq_msgs m LEFT JOIN outcomes o ON o.id = ANY (ARRAY[m.id]) AND o.slot = -1
-         WHERE m.state = 3
+         WHERE m.state = 'halted'
          ORDER BY m.channel_name, m.channel_args, m.seq",
     )
     .fetch_all(connection)

@@ -26,6 +26,8 @@ pub(crate) struct NewRequest {
     pub(crate) id: RequestId,
     pub(crate) channel: Arc<str>,
     pub(crate) group: String,
+    /// The destination, where the group doesn't name it.
+    pub(crate) destination: Option<String>,
     pub(crate) ordered: bool,
     /// The request halts its ordering key if it ends as a dead letter.
     pub(crate) halts: bool,
@@ -63,18 +65,20 @@ pub(crate) enum Initial {
 }
 
 impl Initial {
-    /// The number of the state, as the migrations list them.
-    fn state(self) -> i16 {
+    /// The state's name in the database.
+    fn state(self) -> &'static str {
         match self {
-            Self::Waiting => 0,
-            Self::Claimed => 1,
+            Self::Waiting => "waiting",
+            Self::Claimed => CLAIMED,
             Self::ClaimedOnce => SENDING_ONCE,
         }
     }
 }
 
+/// The state of a row that is owned by a process.
+pub(super) const CLAIMED: &str = "claimed";
 /// The state of a row that is being sent and must not be sent again.
-pub(crate) const SENDING_ONCE: i16 = 4;
+pub(super) const SENDING_ONCE: &str = "sending_once";
 
 impl NewRequest {
     /// Whether runners must be notified, because the next regular poll may be too late.
@@ -115,26 +119,27 @@ macro_rules! insert_many {
             "WITH input AS MATERIALIZED (
                 SELECT i.* FROM unnest(
                     $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[],
-                    $8::text[], $9::uuid[], $10::smallint[]
+                    $8::text[], $9::text[], $10::uuid[], $11::text[]
                 ) WITH ORDINALITY AS i(
-                    id, channel_name, channel_args, delay_ms, deadline_ms, head, metadata, waiter,
-                    state, number
+                    id, channel_name, channel_args, delay_ms, deadline_ms, head, metadata,
+                    destination, waiter, state, number
                 ) ",
             $only,
             "), payloads AS (
                 INSERT INTO mq_payloads (id, name, head, body, metadata)
-                SELECT i.id, $11, i.head, ($7::bytea[])[i.number], i.metadata::json FROM input i
+                SELECT i.id, $12, i.head, ($7::bytea[])[i.number], i.metadata::json FROM input i
             )
             INSERT INTO mq_msgs (
                 id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state,
-                deadline
+                destination, deadline
             )
             SELECT
                 i.id, i.channel_name, i.channel_args,
                 clock_timestamp()
-                    + (i.delay_ms + CASE WHEN i.state > 0 THEN $12 ELSE 0 END)
+                    + (i.delay_ms + CASE WHEN i.state = 'waiting' THEN 0 ELSE $13 END)
                     * interval '1 millisecond',
-                i.waiter, (i.state > 0)::int, (i.state > 0)::int, i.state,
+                i.waiter, (i.state <> 'waiting')::int, (i.state <> 'waiting')::int,
+                i.state::mq_state, i.destination,
                 clock_timestamp() + i.deadline_ms * interval '1 millisecond'
             FROM input i"
         )
@@ -157,17 +162,18 @@ const INSERT_AGAIN: &str = insert_many!(
 const INSERT_ALONE: &str = "
     WITH payload AS (
         INSERT INTO mq_payloads (id, name, head, body, metadata)
-        VALUES ($1, $11, $6, $7, $8::text::json)
+        VALUES ($1, $12, $6, $7, $8::text::json)
     )
     INSERT INTO mq_msgs (
-        id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, deadline
+        id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, destination,
+        deadline
     )
     VALUES (
         $1, $2, $3,
         clock_timestamp()
-            + ($4::bigint + CASE WHEN $10::smallint > 0 THEN $12::bigint ELSE 0 END)
+            + ($4::bigint + CASE WHEN $11::text = 'waiting' THEN 0 ELSE $13::bigint END)
             * interval '1 millisecond',
-        $9, ($10 > 0)::int, ($10 > 0)::int, $10,
+        $10, ($11 <> 'waiting')::int, ($11 <> 'waiting')::int, $11::mq_state, $9,
         clock_timestamp() + $5::bigint * interval '1 millisecond'
     )";
 
@@ -284,7 +290,7 @@ async fn insert(
     Ok(())
 }
 
-/// Binds the first eight parameters, which every insert of many rows has.
+/// Binds the first nine parameters, which every insert of many rows has.
 pub(super) fn bind_columns<'q>(
     query: Query<'q, Postgres, PgArguments>,
     requests: &'q [NewRequest],
@@ -308,7 +314,8 @@ pub(super) fn bind_columns<'q>(
                 .map(|r| r.body.as_deref())
                 .collect::<Vec<_>>(),
         )
-        .bind(column.map(NewRequest::metadata).collect::<Vec<_>>())
+        .bind(column.clone().map(NewRequest::metadata).collect::<Vec<_>>())
+        .bind(column.map(|r| r.destination.as_deref()).collect::<Vec<_>>())
 }
 
 async fn insert_alone(
@@ -325,6 +332,7 @@ async fn insert_alone(
         .bind(&*request.head)
         .bind(request.body.as_deref())
         .bind(request.metadata())
+        .bind(request.destination.as_deref())
         .bind(request.waiter)
         .bind(request.initial.state())
         .bind(MESSAGE_NAME)
@@ -415,17 +423,17 @@ pub(super) async fn insert_one<'c>(
     how: Inserting,
 ) -> Result<Inserted, sqlx::Error> {
     // On a caller's connection nothing may depend on the search_path, not even an operator.
+    let schema = quoted(schema);
     let call = format!(
-        "SELECT verdict, request_id, elsewhere FROM {}.enqueue(
+        "SELECT verdict, request_id, elsewhere FROM {schema}.enqueue(
             $1, $2, $3, $4, $5,
             $6 OPERATOR(pg_catalog.*) interval '1 millisecond',
             $7 OPERATOR(pg_catalog.*) interval '1 millisecond',
-            $8, $9, $10, $11, $12,
+            $8, $9, $10, $11, $12::pg_catalog.text::{schema}.mq_state,
             $13 OPERATOR(pg_catalog.*) interval '1 millisecond', $14, $15, $16,
             $17 OPERATOR(pg_catalog.*) interval '1 millisecond', $18, $19, $20,
-            $21::pg_catalog.text::pg_catalog.json
-        )",
-        quoted(schema)
+            $21::pg_catalog.text::pg_catalog.json, $22
+        )"
     );
     let key = request.key.as_ref();
     let (verdict, id, elsewhere): (String, Option<Uuid>, Option<String>) = sqlx::query_as(&call)
@@ -450,6 +458,7 @@ pub(super) async fn insert_one<'c>(
         .bind(how.wait)
         .bind(how.again)
         .bind(request.metadata())
+        .bind(request.destination.as_deref())
         .persistent(how.prepared)
         .fetch_one(executor)
         .await?;

@@ -217,10 +217,11 @@ pub(super) async fn status(
              WHEN m.id IS NULL THEN NULL
              -- A held row's due time includes a lease. Once the lease runs out, any runner may
              -- claim the row.
-             WHEN m.state = 2
+             WHEN m.state = 'held'
                  AND m.attempt_at - current_setting('requeuest.lease')::interval > clock_timestamp()
                  THEN 'retryable'
-             WHEN m.state IN (1, 2, 4) AND m.attempt_at > clock_timestamp() THEN 'running'
+             WHEN m.state IN ('claimed', 'held', 'sending_once')
+                 AND m.attempt_at > clock_timestamp() THEN 'running'
              WHEN m.attempt_at <= clock_timestamp() THEN 'available'
              WHEN m.attempts = 0 THEN 'scheduled'
              ELSE 'retryable'

@@ -25,7 +25,7 @@ async fn enqueue(executor: impl PgExecutor<'_>, group: &str, delay: &str) -> Uui
     sqlx::query_scalar(
         "SELECT request_id FROM requeuest.enqueue(
              gen_random_uuid(), 'c', $1, $1 NOT LIKE '%|d|%', true, $2::interval, NULL, 'n', '{}',
-             NULL, NULL, 0::smallint, NULL, NULL, NULL, NULL, NULL, false, true, false
+             NULL, NULL, 'waiting', NULL, NULL, NULL, NULL, NULL, false, true, false
          )",
     )
     .bind(group)
@@ -60,7 +60,7 @@ async fn blocked_key(database: &TestDatabase) -> Vec<Uuid> {
         ids.push(enqueue(database.pool(), KEY, "0").await);
     }
     assert_eq!(claim(database.pool(), 64).await, ids[..1]);
-    let behind = "mq_msgs WHERE state = 5";
+    let behind = "mq_msgs WHERE state = 'behind'";
     assert_eq!(rows(database, behind).await, BEHIND as i64);
     ids
 }
@@ -94,10 +94,10 @@ async fn blocked_keys(database: &TestDatabase, first: &str) {
     let (due, state) = first.split_once(", state ").unwrap();
     for statement in [
         insert(due, state, "generate_series(1, 5000) n"),
-        insert("now()", "0", "generate_series(1, 5000) n"),
+        insert("now()", "'waiting'", "generate_series(1, 5000) n"),
         insert(
             "now()",
-            "0",
+            "'waiting'",
             "generate_series(1, 99), generate_series(1, 5000, 50) n",
         ),
     ] {
@@ -108,9 +108,9 @@ async fn blocked_keys(database: &TestDatabase, first: &str) {
 #[tokio::test]
 async fn blocked_keys_hide_no_new_request() {
     for first in [
-        "now() + interval '1 hour', state 0",
-        "now() + interval '1 hour', state 1",
-        "'9999-12-31 UTC', state 3",
+        "now() + interval '1 hour', state 'waiting'",
+        "now() + interval '1 hour', state 'claimed'",
+        "'9999-12-31 UTC', state 'halted'",
     ] {
         let database = migrated().await;
         blocked_keys(&database, first).await;
@@ -124,7 +124,7 @@ async fn blocked_keys_hide_no_new_request() {
             assert_eq!(HashSet::from_iter(claimed), new, "{first}, round {round}");
         }
         // All are out of the way, but for as many as cost less than moving them.
-        let due = "mq_msgs WHERE state = 0 AND attempt_at <= now()";
+        let due = "mq_msgs WHERE state = 'waiting' AND attempt_at <= now()";
         assert!(rows(&database, due).await < 16, "{first}");
     }
 }
@@ -193,7 +193,7 @@ async fn requests_behind_a_failing_one_are_sent_in_order_once_it_ends() {
         transaction.commit().await.unwrap();
         if !gives_up {
             eventually("most are behind", || async {
-                rows(&database, "mq_msgs WHERE state = 5").await > 100
+                rows(&database, "mq_msgs WHERE state = 'behind'").await > 100
             })
             .await;
             assert_eq!(
@@ -236,7 +236,7 @@ async fn a_request_behind_another_can_be_cancelled_replaced_and_given_up() {
     let no_deadline = "UPDATE requeuest.mq_msgs SET deadline = NULL WHERE deadline IS NOT NULL";
     database.pool().execute(no_deadline).await.unwrap();
     assert_eq!(claim(database.pool(), 64).await, ids[..1]);
-    let behind = "mq_msgs WHERE state = 5";
+    let behind = "mq_msgs WHERE state = 'behind'";
     assert_eq!(rows(&database, behind).await, BEHIND as i64);
 
     let status = async |id: Uuid| durable.status(id.into()).await.unwrap();
@@ -270,7 +270,7 @@ async fn replaced_meanwhile(database: &TestDatabase, commit: bool) -> Vec<Uuid> 
     let newer: Uuid = sqlx::query_scalar(
         "SELECT request_id FROM requeuest.enqueue(
              gen_random_uuid(), 'c', '0000|d|x', false, false, '1 hour', NULL, 'n', '{}',
-             NULL, NULL, 0::smallint, NULL, NULL, NULL, 's', '1 day', false, true, false
+             NULL, NULL, 'waiting', NULL, NULL, NULL, 's', '1 day', false, true, false
          )",
     )
     .fetch_one(&mut *transaction)
@@ -314,7 +314,7 @@ async fn a_replaced_first_request_leaves_the_next_one_unlocked() {
         .execute(
             "SELECT FROM requeuest.enqueue(
                  gen_random_uuid(), 'c', '0000|d|x', false, false, '1 hour', NULL, 'n', '{}',
-                 NULL, NULL, 0::smallint, NULL, NULL, NULL, 's', '1 day', false, true, false
+                 NULL, NULL, 'waiting', NULL, NULL, NULL, 's', '1 day', false, true, false
              )",
         )
         .await
@@ -342,7 +342,7 @@ async fn a_transaction_with_an_old_snapshot_frees_requests_that_it_cannot_see() 
     }
     assert_eq!(claim(database.pool(), 64).await, NONE);
     assert_eq!(
-        rows(&database, "mq_msgs WHERE state = 5").await,
+        rows(&database, "mq_msgs WHERE state = 'behind'").await,
         BEHIND as i64
     );
     delete(&mut *late, first).await;
@@ -356,7 +356,7 @@ async fn a_first_request_moved_by_hand_is_mended_and_counted() {
     let ids = blocked_key(&database).await;
     let mend = "SELECT requeuest.mend_behind(1000)::bigint";
     assert_eq!(count(&database, mend).await, 0);
-    let by_hand = "UPDATE requeuest.mq_msgs SET state = 5 WHERE state <> 5";
+    let by_hand = "UPDATE requeuest.mq_msgs SET state = 'behind' WHERE state <> 'behind'";
     database.pool().execute(by_hand).await.unwrap();
     assert_eq!(claim(database.pool(), 64).await, NONE);
     assert_eq!(count(&database, mend).await, 1);
@@ -364,7 +364,7 @@ async fn a_first_request_moved_by_hand_is_mended_and_counted() {
     // The lease of the first one was moved as well.
     database
         .pool()
-        .execute("UPDATE requeuest.mq_msgs SET attempt_at = now() WHERE state = 0")
+        .execute("UPDATE requeuest.mq_msgs SET attempt_at = now() WHERE state = 'waiting'")
         .await
         .unwrap();
     assert_claimed_in_order(&database, &ids).await;
@@ -431,7 +431,7 @@ async fn a_request_that_a_poll_moves_can_be_replaced() {
             .execute(
                 "SELECT FROM requeuest.enqueue(
                      gen_random_uuid(), 'c', '0000|d|x', false, false, '1 hour', NULL, 'n', '{}',
-                     NULL, NULL, 0::smallint, NULL, NULL, NULL, 's', '1 day', false, true, false
+                     NULL, NULL, 'waiting', NULL, NULL, NULL, 's', '1 day', false, true, false
                  )",
             )
             .await
@@ -513,7 +513,7 @@ async fn polls_inserts_and_endings_at_once_leave_no_key_stuck() {
                 .pool()
                 .execute(
                     "SELECT requeuest.cancel_request(id, '1 day') FROM (
-                         SELECT id FROM requeuest.mq_msgs WHERE state IN (0, 5)
+                         SELECT id FROM requeuest.mq_msgs WHERE state IN ('waiting', 'behind')
                          ORDER BY random() LIMIT 1
                      ) any_one",
                 )

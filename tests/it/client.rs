@@ -375,7 +375,12 @@ async fn the_retry_backoff_bounds_the_first_delay() {
             .unwrap();
     }
     eventually("all requests wait for their retry", || async {
-        rows(&database, "mq_msgs WHERE state = 0 AND attempts = 1").await == REQUESTS
+        rows(
+            &database,
+            "mq_msgs WHERE state = 'waiting' AND attempts = 1",
+        )
+        .await
+            == REQUESTS
     })
     .await;
     let later = "mq_msgs WHERE attempt_at > now() + interval '1 day'";

@@ -66,7 +66,7 @@ async fn another_process_cancels_a_request_between_attempts() {
         async move { durable.await_response(request).await }
     });
     // The request waits for its retry. The retry may begin before the cancellation.
-    eventually_rows(&database, "mq_msgs WHERE state = 2", 1).await;
+    eventually_rows(&database, "mq_msgs WHERE state = 'held'", 1).await;
     let id = only_id(&database, "mq_msgs").await;
     let other = other_process(&database).await;
     assert!(other.cancel(id).await.unwrap());
@@ -188,7 +188,7 @@ async fn halt_on_discard_halts_the_key_of_a_discarded_head() {
     assert_eq!(durable.status(next).await.unwrap(), Some(Status::Available));
     // A request behind the halted one can be cancelled.
     assert!(durable.cancel(next).await.unwrap());
-    assert_eq!(rows(&database, "mq_msgs WHERE state = 3").await, 1);
+    assert_eq!(rows(&database, "mq_msgs WHERE state = 'halted'").await, 1);
 }
 
 #[tokio::test]

@@ -115,7 +115,8 @@ async fn no_statement_reads_through_the_backlog() {
     let ids = durable.fire_many_in(&mut transaction, requests).await;
     let ids = ids.unwrap();
     let lapsed = "UPDATE requeuest.mq_msgs
-                  SET state = 1, claim_no = 1, attempts = 1, attempt_at = now() - interval '1 hour'
+                  SET state = 'claimed', claim_no = 1, attempts = 1,
+                      attempt_at = now() - interval '1 hour'
                   WHERE id = ANY ($1)";
     sqlx::query(lapsed)
         .bind(ids.iter().map(|id| Uuid::from(*id)).collect::<Vec<_>>())
@@ -244,7 +245,7 @@ async fn no_statement_scans_a_table_that_was_empty_when_planned() {
     let sent = server.count();
     pool.execute(
         "UPDATE requeuest.mq_msgs SET attempt_at = now() WHERE id IN (
-            SELECT id FROM requeuest.mq_msgs WHERE channel_name = 'default' AND state = 0
+            SELECT id FROM requeuest.mq_msgs WHERE channel_name = 'default' AND state = 'waiting'
             ORDER BY attempt_at LIMIT 1500
          )",
     )

@@ -15,7 +15,7 @@ async fn enqueue(database: &TestDatabase, group: &str, ordered: bool, delay: &st
     sqlx::query(
         "SELECT requeuest.enqueue(
              gen_random_uuid(), 'c', $1, $2, false, $3::interval, NULL, 'n', '{}', NULL, NULL,
-             0::smallint, NULL, NULL, NULL, NULL, NULL, false, true, false
+             'waiting', NULL, NULL, NULL, NULL, NULL, false, true, false
          )
          FROM generate_series(1, $4)",
     )
@@ -83,7 +83,7 @@ async fn a_claimed_row_is_left_alone_for_its_lease() {
     let polled = poll(&database, None, 10).await;
     assert!(polled.groups.is_empty());
     assert!((50.0..=1000.0).contains(&polled.wait_ms));
-    let claimed = "mq_msgs WHERE claim_no = 1 AND attempts = 1 AND state = 1";
+    let claimed = "mq_msgs WHERE claim_no = 1 AND attempts = 1 AND state = 'claimed'";
     assert_eq!(rows(&database, claimed).await, 3);
 }
 
@@ -120,7 +120,7 @@ async fn only_the_first_of_an_ordering_key_is_claimed() {
             poll(&database, None, batch).await.groups.is_empty(),
             "leased heads block their keys"
         );
-        sqlx::query("DELETE FROM requeuest.mq_msgs WHERE state = 1")
+        sqlx::query("DELETE FROM requeuest.mq_msgs WHERE state = 'claimed'")
             .execute(database.pool())
             .await
             .unwrap();
@@ -169,7 +169,7 @@ async fn concurrent_polls_of_a_backlog_fill_with_different_rows() {
     for polled in futures_util::future::join_all(polls).await {
         assert_eq!(polled.groups.len(), BATCH as usize);
     }
-    let claimed = "mq_msgs WHERE claim_no = 1 AND state = 1";
+    let claimed = "mq_msgs WHERE claim_no = 1 AND state = 'claimed'";
     assert_eq!(rows(&database, claimed).await, i64::from(POLLS * BATCH));
     assert_eq!(rows(&database, "mq_msgs WHERE claim_no > 1").await, 0);
 }
@@ -180,7 +180,7 @@ async fn a_single_due_row_is_found_among_many_delayed_groups() {
     sqlx::query(
         "SELECT requeuest.enqueue(
              gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x', false, false, '1 hour',
-             NULL, 'n', '{}', NULL, NULL, 0::smallint, NULL, NULL, NULL, NULL, NULL, false, true,
+             NULL, 'n', '{}', NULL, NULL, 'waiting', NULL, NULL, NULL, NULL, NULL, false, true,
              false
          )
          FROM generate_series(1, 3000) i",
@@ -232,8 +232,8 @@ async fn under_backlog_lapsed_leases_are_checked_once_a_second() {
         if lapse {
             sqlx::query(
                 "UPDATE requeuest.mq_msgs
-                 SET state = 1, claim_no = 1, attempt_at = now() - interval '1 hour'
-                 WHERE id IN (SELECT id FROM requeuest.mq_msgs WHERE state = 0 LIMIT 3)",
+                 SET state = 'claimed', claim_no = 1, attempt_at = now() - interval '1 hour'
+                 WHERE id IN (SELECT id FROM requeuest.mq_msgs WHERE state = 'waiting' LIMIT 3)",
             )
             .execute(&mut *session)
             .await
@@ -284,7 +284,8 @@ async fn what_is_behind_is_not_read_again() {
     let poll = "SELECT count(*) FROM requeuest.mq_poll(ARRAY['c'], 64)";
     let mend = "SELECT requeuest.mend_behind(1000)";
     let end = "SELECT requeuest.mq_delete(ARRAY(
-                   SELECT id FROM requeuest.mq_msgs WHERE state = 0 AND attempt_at > now() LIMIT 50
+                   SELECT id FROM requeuest.mq_msgs
+                   WHERE state = 'waiting' AND attempt_at > now() LIMIT 50
                ))";
     let key = |keys: &str, rows: i32, due: &str| {
         format!(
@@ -326,7 +327,8 @@ async fn what_is_behind_is_not_read_again() {
         session.execute("VACUUM requeuest.mq_msgs").await.unwrap();
         after - before
     };
-    let due = "SELECT count(*) FROM requeuest.mq_msgs WHERE state = 0 AND attempt_at <= now()";
+    let due =
+        "SELECT count(*) FROM requeuest.mq_msgs WHERE state = 'waiting' AND attempt_at <= now()";
     let mut left = count(&database, due).await;
     while left > 16 {
         let read = read(poll).await;
@@ -340,7 +342,10 @@ async fn what_is_behind_is_not_read_again() {
         let read = read(statement).await;
         assert!(read < most, "{read} rows were read by {statement}");
     }
-    assert_eq!(rows(&database, "mq_msgs WHERE state = 1").await, 1 + 50);
+    assert_eq!(
+        rows(&database, "mq_msgs WHERE state = 'claimed'").await,
+        1 + 50
+    );
 }
 
 /// How many rows a poll of 64 reads, of 20,000 rows in a thousand groups, if its plan was made for
@@ -442,7 +447,8 @@ async fn a_poll_of_all_channels_reads_few_rows_and_reaches_each_channel() {
     .await
     .unwrap();
     assert!(read < POLLS * 3000, "{read} rows were read");
-    let reached = "SELECT count(DISTINCT channel_name) FROM requeuest.mq_msgs WHERE state = 1";
+    let reached =
+        "SELECT count(DISTINCT channel_name) FROM requeuest.mq_msgs WHERE state = 'claimed'";
     let reached: i64 = sqlx::query_scalar(reached)
         .fetch_one(&mut *session)
         .await
@@ -483,4 +489,56 @@ async fn a_poll_of_all_channels_finds_the_few_rows_that_are_due() {
             assert_eq!(claimed, i64::from(rows), "{channel}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_poll_claims_only_the_formats_that_its_session_knows() {
+    let database = migrated().await;
+    // Newer rows in each place where a poll looks, and more of them than it looks at.
+    sqlx::query(
+        "INSERT INTO requeuest.mq_msgs (
+             id, channel_name, channel_args, attempt_at, seq, state, deadline, format
+         )
+         SELECT gen_random_uuid(), 'c', lpad(to_hex(i), 4, '0') || '|d|x',
+             now() - interval '1 hour', NULL,
+             (ARRAY['waiting', 'claimed', 'held', 'sending_once', 'parked'])[1 + i % 5]
+                 ::requeuest.mq_state,
+             now() - interval '1 minute', 2
+         FROM generate_series(1, 2000) i
+         UNION ALL
+         SELECT gen_random_uuid(), 'c', '0000|o|newer', now() - interval '1 hour',
+             nextval('requeuest.mq_seq'), 'waiting', NULL, 2",
+    )
+    .execute(database.pool())
+    .await
+    .unwrap();
+    enqueue(&database, "0000|o|newer", true, "0", 1).await;
+    enqueue(&database, "0001|d|mine", false, "0", 20).await;
+    let untouched = "mq_msgs WHERE format = 2 AND claim_no = 0 AND attempts = 0";
+
+    let poll = "SELECT count(id) FROM requeuest.mq_poll($1, 32)";
+    for channels in [Some(vec!["c"]), None] {
+        let claimed: i64 = sqlx::query_scalar(poll)
+            .bind(&channels)
+            .fetch_one(database.pool())
+            .await
+            .unwrap();
+        let mine = if channels.is_some() { 20 } else { 0 };
+        assert_eq!(claimed, mine, "{channels:?}");
+        assert_eq!(rows(&database, untouched).await, 2001);
+    }
+    assert_eq!(rows(&database, "outcomes").await, 0, "none is given up");
+
+    // A session of a newer version, which knows both.
+    let mut connection = database.pool().acquire().await.unwrap();
+    sqlx::query("SET requeuest.formats = '{1,2}'")
+        .execute(&mut *connection)
+        .await
+        .unwrap();
+    let claimed: i64 = sqlx::query_scalar(poll)
+        .bind(vec!["c"])
+        .fetch_one(&mut *connection)
+        .await
+        .unwrap();
+    assert_eq!(claimed, 32);
 }

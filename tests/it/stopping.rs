@@ -79,7 +79,7 @@ async fn poll_waits(database: &TestDatabase) -> bool {
 
 /// Whether the request was claimed, and is back in the queue with no attempt counted.
 async fn is_released(database: &TestDatabase) -> bool {
-    let back = "mq_msgs WHERE claim_no > 1 AND state = 0 AND attempts = 0
+    let back = "mq_msgs WHERE claim_no > 1 AND state = 'waiting' AND attempts = 0
                 AND attempt_at <= clock_timestamp()";
     rows(database, back).await == 1
 }

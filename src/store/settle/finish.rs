@@ -42,132 +42,82 @@ impl Store {
     }
 }
 
-/// The statement by which requests leave the queue, in three forms. `$finished` selects the rows of
-/// `$input` whose claim is the latest.
+/// The statement by which answered requests leave the queue: a short form of the schema's function
+/// `finish_requests`, for batches without a dead letter. It locks no row before it deletes it, and
+/// reads no payload.
 ///
 /// Bodies are picked by number, as in the insert. The partition is computed once, and not for each
 /// row.
 macro_rules! finish {
-    ($input:expr, $body:literal, $finished:literal) => {
+    ($input:expr, $body:literal) => {
         concat!(
             "WITH input AS MATERIALIZED (",
             $input,
             "), ring AS MATERIALIZED (
-                SELECT outcome_slot(clock_timestamp(), $11 * interval '1 millisecond') AS slot
-            ), ",
-            $finished,
-            ", payloads AS (
-                DELETE FROM mq_payloads p USING finished f
-                WHERE p.id = ANY (ARRAY[f.id]) AND f.status IN ('completed', 'cancelled')
+                SELECT outcome_slot(clock_timestamp(), $10 * interval '1 millisecond') AS slot
+            ), finished AS (
+                DELETE FROM mq_msgs m USING input i
+                WHERE m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
+                RETURNING
+                    i.*, m.channel_name, m.channel_args, m.waiter, m.created_at,
+                    m.attempts - i.unmade::int AS attempts, m.seq IS NOT NULL AS frees_next
+            ), payloads AS (
+                DELETE FROM mq_payloads p USING finished f WHERE p.id = ANY (ARRAY[f.id])
             ), stored AS (
                 INSERT INTO outcomes (
                     slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
                     expires_at, http_status, head, body, error_class, error, metadata
                 )
                 SELECT
-                    CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN (SELECT r.slot FROM ring r) ELSE -1 END,
+                    (SELECT r.slot FROM ring r),
                     f.id, f.channel_name, f.channel_args, f.status, f.attempts, f.created_at,
-                    clock_timestamp(),
-                    CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN clock_timestamp() + $11 * interval '1 millisecond' END,
-                    CASE WHEN f.earlier THEN f.earlier_status ELSE f.http_status END,
-                    CASE WHEN f.earlier THEN f.earlier_head ELSE f.head END,
-                    CASE WHEN f.earlier THEN f.earlier_body ELSE ",
+                    clock_timestamp(), clock_timestamp() + $10 * interval '1 millisecond',
+                    f.http_status, f.head, ",
             $body,
-            " END,
-                    f.error_class, f.error, f.metadata::json
+            ", f.error_class, f.error, f.metadata::json
                 FROM finished f
             ), to_handle AS (
                 INSERT INTO unhandled (id, channel_name, slot)
-                SELECT
-                    f.id, f.channel_name,
-                    CASE WHEN f.status IN ('completed', 'cancelled')
-                        THEN (SELECT r.slot FROM ring r) ELSE -1 END
+                SELECT f.id, f.channel_name, (SELECT r.slot FROM ring r)
                 FROM finished f JOIN handled_channels h ON h.channel_name = f.channel_name
             )
             SELECT
-                f.id, f.claim_no, f.attempts, f.waiter, f.channel_name,
-                f.ordered AND NOT f.halts AS ordered,
-                CASE WHEN f.earlier THEN f.earlier_status END AS earlier_status,
-                CASE WHEN f.earlier THEN f.earlier_head END AS earlier_head,
-                CASE WHEN f.earlier THEN f.earlier_body END AS earlier_body
+                f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.frees_next,
+                NULL::smallint, NULL::text, NULL::bytea
             FROM finished f"
         )
     };
-    ($input:expr, $body:literal) => {
-        finish!(
-            $input,
-            $body,
-            "finished AS (
-                DELETE FROM mq_msgs m USING input i
-                WHERE m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
-                RETURNING
-                    i.*, m.channel_name, m.channel_args, m.waiter, m.created_at,
-                    m.attempts - i.unmade::int AS attempts,
-                    m.seq IS NOT NULL AS ordered, false AS halts, false AS earlier,
-                    NULL::smallint AS earlier_status, NULL::text AS earlier_head,
-                    NULL::bytea AS earlier_body
-            )"
-        )
-    };
 }
 
-macro_rules! many {
-    () => {
-        "SELECT i.* FROM unnest(
-            $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[],
-            $9::bool[], $10::text[]
-        ) WITH ORDINALITY
-            AS i(
-                id, claim_no, status, http_status, head, error_class, error, unmade, metadata,
-                number
-            )"
-    };
-}
+/// Rows are deleted in the order of the arrays, sorted by id.
+const FINISH: &str = finish!(
+    "SELECT i.* FROM unnest(
+        $1::uuid[], $2::int[], $3::text[], $4::smallint[], $5::text[], $7::text[], $8::text[],
+        $9::bool[], $11::text[]
+    ) WITH ORDINALITY
+        AS i(
+            id, claim_no, status, http_status, head, error_class, error, unmade, metadata, number
+        )",
+    "($6::bytea[])[f.number]"
+);
 
-/// For requests that were answered. Rows are deleted in the order of the arrays, sorted by id.
-const FINISH: &str = finish!(many!(), "($6::bytea[])[f.number]");
-
-/// For one request that was answered. Unnesting arrays would cost more than the rest.
+/// For one request. Unnesting arrays would cost more than the rest.
 const FINISH_ALONE: &str = finish!(
     "SELECT
         $1::uuid AS id, $2::int AS claim_no, $3::text AS status, $4::smallint AS http_status,
         $5::text AS head,
-        $7::text AS error_class, $8::text AS error, $9::bool AS unmade, $10::text AS metadata",
+        $7::text AS error_class, $8::text AS error, $9::bool AS unmade, $11::text AS metadata",
     "$6::bytea"
 );
 
-/// For batches with a dead letter. Rows are locked first, to tell which dead letters halt their
-/// ordering key. A discarded request without a response ends with the last one it ever got.
-const FINISH_DEAD_LETTERS: &str = finish!(
-    many!(),
-    "($6::bytea[])[f.number]",
-    "leaving AS MATERIALIZED (
-        SELECT
-            i.*, m.channel_name, m.channel_args, m.waiter, m.created_at,
-            m.attempts - i.unmade::int AS attempts, m.seq IS NOT NULL AS ordered,
-            m.halts AND m.seq IS NOT NULL AND i.status IN ('discarded', 'ambiguous') AS halts
-        FROM mq_msgs m JOIN input i ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
-        ORDER BY i.id FOR UPDATE OF m
-    ), removed AS (
-        DELETE FROM mq_msgs m USING leaving l
-        WHERE m.id = ANY (ARRAY[l.id]) AND NOT l.halts
-    ), halted AS (
-        UPDATE mq_msgs m
-        SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL,
-            supersede_key = NULL
-        FROM leaving l WHERE m.id = ANY (ARRAY[l.id]) AND l.halts
-    ), finished AS MATERIALIZED (
-        SELECT
-            l.*,
-            l.http_status IS NULL AND p.response_head IS NOT NULL AND l.status = 'discarded'
-                AS earlier,
-            p.response_status AS earlier_status, p.response_head AS earlier_head,
-            p.response_body AS earlier_body
-        FROM leaving l LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[l.id])
-    )"
-);
+/// For batches with a dead letter.
+const FINISH_DEAD_LETTERS: &str = "
+    SELECT
+        f.id, f.claim_no, f.attempts, f.waiter, f.channel_name, f.frees_next, f.earlier_status,
+        f.earlier_head, f.earlier_body
+    FROM finish_requests(
+        $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 * interval '1 millisecond'
+    ) f";
 
 /// A result that finishes its request.
 pub(crate) type Finish = (Fence, Arc<Outcome>);
@@ -178,10 +128,10 @@ pub(super) async fn finish(
     retention: Duration,
 ) -> Result<Vec<Finished>, sqlx::Error> {
     let query = match finishes {
-        [(fence, outcome)] if !is_dead_letter(outcome) => bind_alone(*fence, outcome),
-        _ => bind_many(finishes),
+        [(fence, outcome)] if !is_dead_letter(outcome) => bind_alone(*fence, outcome, retention),
+        _ => bind_many(finishes, retention),
     };
-    let rows = query.bind(millis(retention)).fetch_all(connection).await?;
+    let rows = query.fetch_all(connection).await?;
     rows.iter()
         .map(|row| {
             let settled = settled_row(row)?;
@@ -201,7 +151,11 @@ fn metadata_of(outcome: &Outcome) -> Option<&str> {
     outcome.metadata.as_ref().map(Metadata::json)
 }
 
-fn bind_alone(fence: Fence, outcome: &Outcome) -> Query<'_, Postgres, PgArguments> {
+fn bind_alone(
+    fence: Fence,
+    outcome: &Outcome,
+    retention: Duration,
+) -> Query<'_, Postgres, PgArguments> {
     let response = outcome.response.as_ref();
     let fault = outcome.fault.as_ref();
     sqlx::query(FINISH_ALONE)
@@ -214,16 +168,17 @@ fn bind_alone(fence: Fence, outcome: &Outcome) -> Query<'_, Postgres, PgArgument
         .bind(fault.map(|fault| &*fault.class))
         .bind(fault.map(|fault| &*fault.text))
         .bind(outcome.without_attempt)
+        .bind(millis(retention))
         .bind(metadata_of(outcome))
 }
 
-fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
+fn bind_many(finishes: &[Finish], retention: Duration) -> Query<'_, Postgres, PgArguments> {
     let outcomes = finishes.iter().map(|(_, outcome)| &**outcome);
     let dead_letters = outcomes.clone().any(is_dead_letter);
     let responses = outcomes.clone().map(|outcome| outcome.response.as_ref());
     let faults = outcomes.clone().map(|outcome| outcome.fault.as_ref());
     let fences = finishes.iter().map(|(fence, _)| fence);
-    sqlx::query(if dead_letters {
+    let query = sqlx::query(if dead_letters {
         FINISH_DEAD_LETTERS
     } else {
         FINISH
@@ -265,7 +220,11 @@ fn bind_many(finishes: &[Finish]) -> Query<'_, Postgres, PgArguments> {
             .map(|outcome| outcome.without_attempt)
             .collect::<Vec<_>>(),
     )
-    .bind(outcomes.map(metadata_of).collect::<Vec<_>>())
+    .bind(millis(retention));
+    if dead_letters {
+        return query;
+    }
+    query.bind(outcomes.map(metadata_of).collect::<Vec<_>>())
 }
 
 fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Box<Response>>, sqlx::Error> {
@@ -278,4 +237,127 @@ fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Box<Response>>, sqlx::Er
     // If the stored head can't be read back, the outcome's error is enough.
     let response = codec::decode_response(id, status as u16, &head, body);
     Ok(response.ok().map(Box::new))
+}
+
+#[cfg(all(test, feature = "testkit"))]
+mod tests {
+    use http::{Extensions, HeaderMap, StatusCode, Version};
+    use sqlx::Executor;
+
+    use super::*;
+    use crate::outcome::Fault;
+    use crate::testkit::Postgres;
+
+    /// What is left of requests after their end, apart from times.
+    const LEFT: &str = "
+        SELECT concat_ws(
+            ' ', to_jsonb(o) - '{id,slot,created_at,finished_at,expires_at}'::text[], o.slot >= 0,
+            o.finished_at > o.created_at, o.expires_at - o.finished_at < interval '61 s',
+            u.slot = o.slot, p.head, m.state
+        )
+        FROM outcomes o LEFT JOIN unhandled u USING (id) LEFT JOIN mq_payloads p USING (id)
+        LEFT JOIN mq_msgs m USING (id)
+        WHERE o.id = $1";
+
+    async fn insert(connection: &mut PgConnection, channel: &str, ordered: bool) -> Fence {
+        let id = RequestId::generate();
+        sqlx::query(
+            "WITH payload AS (
+                INSERT INTO mq_payloads (id, name, head, metadata)
+                VALUES ($1, 'n', '{}', '{\"a\":1}')
+             )
+             INSERT INTO mq_msgs (
+                id, channel_name, channel_args, attempt_at, claim_no, attempts, seq, state, waiter,
+                halts
+             )
+             VALUES (
+                $1, $2, 'g', now(), 3, 2, CASE WHEN $3 THEN nextval('mq_seq') END, 'claimed',
+                '00000000-0000-0000-0000-000000000007', true
+             )",
+        )
+        .bind(Uuid::from(id))
+        .bind(channel)
+        .bind(ordered)
+        .execute(connection)
+        .await
+        .unwrap();
+        Fence { id, claim_no: 3 }
+    }
+
+    fn answered(id: RequestId, counted: bool) -> Outcome {
+        let response = Response {
+            id,
+            status: StatusCode::CREATED,
+            version: Version::HTTP_11,
+            headers: HeaderMap::new(),
+            body: "answer".into(),
+            trailers: None,
+            url: None,
+            extensions: Extensions::new(),
+        };
+        let outcome = Outcome {
+            metadata: Some(Metadata::stored("{\"a\":1}")),
+            ..Outcome::answered(Status::Completed, response)
+        };
+        if counted {
+            outcome
+        } else {
+            outcome.without_attempt()
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answered_request_ends_alike_alone_in_a_batch_and_beside_a_dead_letter() {
+        let database = Postgres::shared().await.unwrap().database().await.unwrap();
+        crate::migrate(database.pool()).await.unwrap();
+        let mut connection = database.pool().acquire().await.unwrap();
+        connection
+            .execute(
+                "SET search_path TO requeuest;
+                 INSERT INTO handled_channels (channel_name) VALUES ('handled')",
+            )
+            .await
+            .unwrap();
+        for (channel, ordered, counted) in [
+            ("handled", false, true),
+            ("other", true, true),
+            ("handled", true, false),
+        ] {
+            let mut ends = Vec::new();
+            for beside in [None, Some(Status::Completed), Some(Status::Discarded)] {
+                let fence = insert(&mut connection, channel, ordered).await;
+                let mut finishes = vec![(fence, Arc::new(answered(fence.id, counted)))];
+                if let Some(status) = beside {
+                    let other = insert(&mut connection, channel, false).await;
+                    let outcome = match status {
+                        Status::Completed => answered(other.id, true),
+                        _ => Outcome::discarded(other.id, Fault::new("other", "x".to_owned())),
+                    };
+                    finishes.push((other, Arc::new(outcome)));
+                }
+                finishes.sort_by_key(|(fence, _)| fence.id);
+                let settled = finish(&mut connection, &finishes, Duration::from_secs(60))
+                    .await
+                    .unwrap();
+                assert_eq!(settled.len(), finishes.len());
+                let settled = settled.into_iter().find(|one| one.row.fence == fence);
+                let settled = settled.unwrap();
+                let row = &settled.row;
+                let row = format!(
+                    "{} {:?} {} {}",
+                    row.attempts, row.waiter, row.channel, row.ordered
+                );
+                let left: Vec<String> = sqlx::query_scalar(LEFT)
+                    .bind(Uuid::from(fence.id))
+                    .fetch_all(&mut *connection)
+                    .await
+                    .unwrap();
+                assert_eq!(left.len(), 1, "{left:?}");
+                assert!(settled.earlier.is_none());
+                ends.push((row, left));
+            }
+            assert_eq!(ends[0], ends[1]);
+            assert_eq!(ends[0], ends[2]);
+        }
+    }
 }

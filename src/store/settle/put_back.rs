@@ -79,7 +79,7 @@ const PUT_BACK: &str = "
             + (l.delay_ms + CASE WHEN l.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
         claim_no = m.claim_no + 1,
         attempts = m.attempts - l.uncounted::int,
-        state = CASE WHEN l.hold THEN 2 ELSE 0 END
+        state = CASE WHEN l.hold THEN 'held' ELSE 'waiting' END::mq_state
     FROM locked l WHERE m.id = ANY (ARRAY[l.id])
     RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";
 

@@ -118,7 +118,7 @@ async fn stopping_waits_for_the_attempts_in_flight() {
     // What was in flight is recorded.
     let status = client.durable().status(id.into()).await.unwrap();
     assert_eq!(status, Some(Status::Completed));
-    assert_eq!(rows(&database, "mq_msgs WHERE state <> 0").await, 0);
+    assert_eq!(rows(&database, "mq_msgs WHERE state <> 'waiting'").await, 0);
 }
 
 #[tokio::test]
@@ -129,11 +129,11 @@ async fn a_stopped_listener_leaves_held_retries_to_other_clients() {
     let minute = RetryPolicy::constant(Duration::from_secs(60));
     let request = post(server.url("/"), "x").with(Options::default().retry(minute));
     let calling = tokio::spawn(async move { client.spawn_returning("c", &request).await });
-    eventually_rows(&database, "mq_msgs WHERE state = 2", 1).await;
+    eventually_rows(&database, "mq_msgs WHERE state = 'held'", 1).await;
 
     in_time(listener.stop()).await.unwrap();
     // In the queue, with its backoff. The caller still waits.
-    let queued = "mq_msgs WHERE state = 0 AND attempts = 1
+    let queued = "mq_msgs WHERE state = 'waiting' AND attempts = 1
                   AND attempt_at > now() + INTERVAL '30 seconds'";
     assert_eq!(rows(&database, queued).await, 1);
     assert!(!calling.is_finished());

@@ -90,7 +90,7 @@ async fn a_shutdown_does_not_wait_for_the_next_attempt() {
     );
     assert!(in_time(caller).await.unwrap().unwrap_err().is_closed());
     // The request is back in the queue and keeps its backoff.
-    let queued = "mq_msgs WHERE state = 0 AND attempts = 1
+    let queued = "mq_msgs WHERE state = 'waiting' AND attempts = 1
                   AND attempt_at < now() + INTERVAL '1 minute'";
     assert_eq!(rows(&database, queued).await, 1);
     assert_eq!(server.count(), 1);

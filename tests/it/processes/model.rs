@@ -336,7 +336,7 @@ impl<'t> Case<'t> {
                     "UPDATE requeuest.mq_msgs SET attempt_at = now() - interval '1 hour'
                      WHERE id IN (
                          SELECT id FROM requeuest.mq_msgs
-                         WHERE channel_name = $1 AND state = 1 AND id <> ALL ($2)
+                         WHERE channel_name = $1 AND state = 'claimed' AND id <> ALL ($2)
                          ORDER BY id FOR UPDATE
                      )",
                 )
@@ -382,7 +382,7 @@ impl<'t> Case<'t> {
                  coalesce(m.attempts, 0) AS attempts,
                  coalesce(m.channel_args, '') AS channel_args, m.seq,
                  -- The next poll looks at the noted keys.
-                 coalesce(m.state = 5 AND NOT EXISTS (
+                 coalesce(m.state = 'behind' AND NOT EXISTS (
                      SELECT FROM requeuest.mq_freed_keys f
                      WHERE f.channel_name = m.channel_name AND f.channel_args = m.channel_args
                  ), false) AS behind,

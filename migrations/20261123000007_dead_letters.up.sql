@@ -4,25 +4,6 @@
 -- Each change of a dead letter locks the outcome first, then the row that halts an ordering key,
 -- then the payload.
 
-ALTER TABLE outcomes
-    -- The request that a replay made from this one.
-    ADD COLUMN replayed_as uuid,
-    -- When the receiver may be asked about the request again; while it is being asked, the end of a
-    -- lease.
-    ADD COLUMN reconcile_at timestamptz,
-    -- How often the receiver was asked.
-    ADD COLUMN reconciles int NOT NULL DEFAULT 0;
-CREATE INDEX outcomes_kept_reconcile ON outcomes_kept (reconcile_at) WHERE status = 'ambiguous';
-
-ALTER TABLE mq_payloads
-    -- How often the request went back into the queue after it had ended.
-    ADD COLUMN returns int NOT NULL DEFAULT 0,
-    -- The request halted its ordering key, and the key was released.
-    ADD COLUMN halts boolean NOT NULL DEFAULT false;
-
--- Halted requests, which halt an ordering key.
-CREATE INDEX mq_msgs_halted ON mq_msgs (channel_name, channel_args, seq) WHERE state = 3;
-
 -- Scheme, host and port of a stored request, without its credentials. NULL for a head that can't be
 -- read, so that such a request doesn't keep the others from being listed.
 CREATE FUNCTION request_destination(p_head text) RETURNS text
@@ -73,6 +54,7 @@ DECLARE
     v_ordered boolean;
     v_refused text;
     v_halts boolean;
+    v_destination text;
     v_seq bigint;
     v_now timestamptz;
 BEGIN
@@ -84,7 +66,7 @@ BEGIN
         END IF;
         RETURN NULL;
     END IF;
-    PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 3 FOR UPDATE;
+    PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 'halted' FOR UPDATE;
     v_in_place := FOUND;
     v_ordered := is_ordered(v_kept.channel_args);
     IF v_ordered AND NOT v_in_place THEN
@@ -96,22 +78,25 @@ BEGIN
     v_now := clock_timestamp();
     UPDATE mq_payloads p
     SET id = p_new, returns = 0, response_status = NULL, response_head = NULL, response_body = NULL
-    WHERE p.id = p_id RETURNING p.halts INTO v_halts;
+    WHERE p.id = p_id RETURNING p.halts, request_destination(p.head) INTO v_halts, v_destination;
     IF NOT FOUND THEN
         RETURN 'gone';
     END IF;
     IF v_in_place THEN
         UPDATE mq_msgs m
         SET id = p_new, attempt_at = v_now, created_at = v_now, waiter = NULL, claim_no = 0,
-            attempts = 0, state = 0
+            attempts = 0, state = 'waiting'
         WHERE m.id = p_id;
     ELSE
         IF v_ordered THEN
             v_seq := nextval('mq_seq');
         END IF;
-        INSERT INTO mq_msgs (id, channel_name, channel_args, attempt_at, seq, halts)
+        INSERT INTO mq_msgs (
+            id, channel_name, channel_args, attempt_at, seq, destination, halts
+        )
         VALUES (
-            p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq, v_ordered AND v_halts
+            p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq,
+            CASE WHEN v_ordered THEN v_destination END, v_ordered AND v_halts
         );
     END IF;
     UPDATE request_keys k SET id = p_new WHERE k.id = p_id;
@@ -146,6 +131,7 @@ DECLARE
     v_attempts int;
     v_returns int;
     v_halts boolean;
+    v_destination text;
     v_seq bigint;
     v_now timestamptz;
 BEGIN
@@ -162,11 +148,11 @@ BEGIN
         -- The first outcome is being handed over. The lock lasts as long as that takes.
         RETURN 'busy';
     END;
-    PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 3 FOR UPDATE;
+    PERFORM FROM mq_msgs m WHERE m.id = p_id AND m.state = 'halted' FOR UPDATE;
     v_in_place := FOUND;
     v_now := clock_timestamp();
     IF p_sent THEN
-        DELETE FROM mq_msgs m WHERE m.id = p_id AND m.state = 3;
+        DELETE FROM mq_msgs m WHERE m.id = p_id AND m.state = 'halted';
         DELETE FROM mq_payloads p WHERE p.id = p_id;
         DELETE FROM outcomes o WHERE o.id = p_id AND o.slot = -1;
         v_kept.slot := outcome_slot(v_now, p_retention);
@@ -197,7 +183,8 @@ BEGIN
             END IF;
         END IF;
         UPDATE mq_payloads p SET returns = p.returns + 1
-        WHERE p.id = p_id RETURNING p.returns, p.halts INTO v_returns, v_halts;
+        WHERE p.id = p_id RETURNING p.returns, p.halts, request_destination(p.head)
+        INTO v_returns, v_halts, v_destination;
         IF NOT FOUND THEN
             RETURN 'gone';
         END IF;
@@ -207,7 +194,7 @@ BEGIN
         IF v_in_place THEN
             UPDATE mq_msgs m
             SET attempt_at = v_now, waiter = NULL, claim_no = m.claim_no + 1, attempts = v_attempts,
-                state = 0
+                state = 'waiting'
             WHERE m.id = p_id;
         ELSE
             IF v_ordered THEN
@@ -215,13 +202,14 @@ BEGIN
             END IF;
             INSERT INTO mq_msgs (
                 id, channel_name, channel_args, attempt_at, created_at, seq, claim_no, attempts,
-                halts
+                destination, halts
             )
             VALUES (
                 p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_kept.created_at, v_seq,
                 -- Higher than any claim_no the request had before, so that an old claim is never
                 -- taken for a current one.
-                least(v_returns, 2000) * 1000000, v_attempts, v_ordered AND v_halts
+                least(v_returns, 2000) * 1000000, v_attempts,
+                CASE WHEN v_ordered THEN v_destination END, v_ordered AND v_halts
             );
         END IF;
         -- The request has not ended after all.
@@ -248,9 +236,10 @@ BEGIN
         WHERE o.slot = -1 AND o.id = ANY (p_ids) ORDER BY o.id FOR UPDATE
     ) kept;
     PERFORM tell_runners(let_go.channel_name) FROM (
-        SELECT DISTINCT m.channel_name FROM mq_msgs m WHERE m.id = ANY (v_ids) AND m.state = 3
+        SELECT DISTINCT m.channel_name FROM mq_msgs m
+        WHERE m.id = ANY (v_ids) AND m.state = 'halted'
     ) let_go;
-    DELETE FROM mq_msgs m WHERE m.id = ANY (v_ids) AND m.state = 3;
+    DELETE FROM mq_msgs m WHERE m.id = ANY (v_ids) AND m.state = 'halted';
     DELETE FROM mq_payloads p WHERE p.id = ANY (v_ids);
     DELETE FROM attempts a WHERE a.id = ANY (v_ids);
     DELETE FROM request_keys k WHERE k.id = ANY (v_ids);
@@ -269,7 +258,7 @@ DECLARE
     v_id uuid;
 BEGIN
     SELECT m.id INTO v_id FROM mq_msgs m
-    WHERE m.channel_name = p_channel AND m.channel_args = p_group AND m.state = 3
+    WHERE m.channel_name = p_channel AND m.channel_args = p_group AND m.state = 'halted'
     ORDER BY m.seq LIMIT 1 FOR UPDATE;
     IF NOT FOUND THEN
         RETURN false;

@@ -1,4 +1,4 @@
--- How requests enter the queue, and how they leave it without a response.
+-- How requests enter the queue.
 
 -- Ordering keys and supersede keys are locked until the end of the transaction. A transaction takes
 -- up to 64 advisory locks, one for each key. The server's lock table is shared by all databases and
@@ -147,14 +147,6 @@ AS $$
         OR EXISTS (SELECT FROM outcomes o WHERE o.id = p_id)
 $$;
 
-CREATE FUNCTION tell_runners(p_channel text) RETURNS void
-LANGUAGE sql
-SET search_path FROM CURRENT
-AS $$
-    SELECT pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
-    SELECT NULL::void;
-$$;
-
 -- Whether a group is an ordering key: one that all channels share, or one within a channel.
 CREATE FUNCTION is_ordered(p_group text) RETURNS boolean
 LANGUAGE sql
@@ -237,105 +229,6 @@ AS $$
     ) END;
 $$;
 
--- Ends unfinished requests without a response and notifies the instances that wait for them.
--- Returns the ids of the requests it ended.
-CREATE FUNCTION end_requests(
-    p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval
-) RETURNS uuid[]
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
-AS $$
-DECLARE
-    v_kept boolean := p_status IN ('discarded', 'ambiguous');
-    v_now timestamptz := clock_timestamp();
-    v_ended uuid[];
-    v_waiters uuid[];
-    v_channels text[];
-BEGIN
-    WITH locked AS MATERIALIZED (
-        SELECT
-            m.id, m.channel_name, m.channel_args, m.attempts, m.created_at, m.waiter,
-            m.seq IS NOT NULL AS ordered,
-            v_kept AND m.halts AND m.seq IS NOT NULL AS halts
-        FROM mq_msgs m WHERE m.id = ANY (p_ids) AND m.state <> 3
-        ORDER BY m.id FOR UPDATE
-    ), removed AS (
-        DELETE FROM mq_msgs m USING locked l WHERE m.id = ANY (ARRAY[l.id]) AND NOT l.halts
-    ), halted AS (
-        UPDATE mq_msgs m
-        SET state = 3, claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC', deadline = NULL,
-            supersede_key = NULL
-        FROM locked l WHERE m.id = ANY (ARRAY[l.id]) AND l.halts
-    ), dropped AS (
-        DELETE FROM mq_payloads p USING locked l WHERE p.id = ANY (ARRAY[l.id]) AND NOT v_kept
-    ), stored AS (
-        INSERT INTO outcomes (
-            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
-            expires_at, http_status, head, body, error_class, error, metadata
-        )
-        SELECT
-            CASE WHEN v_kept THEN -1 ELSE outcome_slot(v_now, p_retention) END,
-            l.id, l.channel_name, l.channel_args, p_status, l.attempts, l.created_at, v_now,
-            CASE WHEN NOT v_kept THEN v_now + p_retention END,
-            CASE WHEN v_kept THEN p.response_status END,
-            CASE WHEN v_kept THEN p.response_head END,
-            CASE WHEN v_kept THEN p.response_body END,
-            p_class, p_error, p.metadata
-        FROM locked l LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[l.id])
-    ), to_handle AS (
-        INSERT INTO unhandled (id, channel_name, slot)
-        SELECT
-            l.id, l.channel_name,
-            CASE WHEN v_kept THEN -1 ELSE outcome_slot(v_now, p_retention) END
-        FROM locked l JOIN handled_channels h ON h.channel_name = l.channel_name
-    )
-    SELECT
-        coalesce(array_agg(l.id), '{}'), array_agg(l.waiter),
-        array_agg(DISTINCT l.channel_name) FILTER (WHERE l.ordered AND NOT l.halts)
-    INTO v_ended, v_waiters, v_channels
-    FROM locked l;
-
-    -- The payload of a notification must be shorter than 8000 bytes; 200 ids take 7400.
-    PERFORM pg_notify(
-        'requeuest_' || replace(told.waiter::text, '-', ''), string_agg(told.id::text, ',')
-    )
-    FROM (
-        SELECT w.id, w.waiter, row_number() OVER (PARTITION BY w.waiter) / 200 AS part
-        FROM unnest(v_ended, v_waiters) AS w(id, waiter) WHERE w.waiter IS NOT NULL
-    ) told
-    GROUP BY told.waiter, told.part;
-    -- Later requests with the same ordering keys may be sent now.
-    IF v_channels IS NOT NULL THEN
-        PERFORM pg_notify('mq_' || c.name, '') FROM unnest(v_channels) AS c(name);
-        PERFORM pg_notify('mq', '');
-    END IF;
-    RETURN v_ended;
-END;
-$$;
-
--- Gives up requests whose deadline has passed and that have no attempt under way. A request that
--- may have been sent and must not be sent again (state 4) is left to the claim that finds this out.
-CREATE FUNCTION expire_requests(p_limit int) RETURNS int
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
-AS $$
-DECLARE
-    v_now timestamptz := clock_timestamp();
-    v_ids uuid[];
-BEGIN
-    SELECT array_agg(due.id) INTO v_ids FROM (
-        SELECT m.id FROM mq_msgs m
-        WHERE m.deadline <= v_now
-            AND (m.state IN (0, 5) OR m.state IN (1, 2) AND m.attempt_at <= v_now)
-        ORDER BY m.deadline LIMIT p_limit FOR UPDATE SKIP LOCKED
-    ) due;
-    IF v_ids IS NULL THEN
-        RETURN 0;
-    END IF;
-    RETURN cardinality(end_requests(v_ids, 'discarded', 'deadline', 'its deadline passed', NULL));
-END;
-$$;
-
 -- Persists one request in the caller's transaction: a commit sends it, a rollback never does.
 --
 -- Verdicts:
@@ -360,8 +253,8 @@ CREATE FUNCTION enqueue(
     p_head text,
     p_body bytea,
     p_waiter uuid,
-    -- 0, or the state of a row that is inserted already claimed, with this lease.
-    p_state smallint,
+    -- `waiting`, or the state of a row that is inserted already claimed, with this lease.
+    p_state mq_state,
     p_lease interval,
     p_key text,
     p_fingerprint bytea,
@@ -372,7 +265,9 @@ CREATE FUNCTION enqueue(
     -- Set after a commit whose outcome is unknown. A request that is in the queue or has already
     -- ended is then left alone.
     p_again boolean,
-    p_metadata json DEFAULT NULL
+    p_metadata json DEFAULT NULL,
+    -- NULL if the group names it.
+    p_destination text DEFAULT NULL
 ) RETURNS TABLE (verdict text, request_id uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -438,14 +333,15 @@ BEGIN
         SELECT array_agg(older.id) INTO v_older FROM (
             SELECT m.id FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede
-                AND m.attempts = 0 AND m.state IN (0, 5)
+                AND m.attempts = 0 AND m.state IN ('waiting', 'behind', 'parked')
             FOR NO KEY UPDATE SKIP LOCKED
         ) older;
         -- An ordered one may be locked by a poll that moves it behind others, and not be sent.
         SELECT nullif(coalesce(v_older, '{}') || array_agg(older.id), '{}') INTO v_older FROM (
             SELECT m.id FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede
-                AND m.attempts = 0 AND m.state IN (0, 5) AND coalesce(m.seq, 0) > 0
+                AND m.attempts = 0 AND m.state IN ('waiting', 'behind', 'parked')
+                AND coalesce(m.seq, 0) > 0
                 AND (v_older IS NULL OR NOT m.id = ANY (v_older))
             FOR NO KEY UPDATE
         ) older;
@@ -466,12 +362,13 @@ BEGIN
     v_now := clock_timestamp();
     INSERT INTO mq_msgs (
         id, channel_name, channel_args, attempt_at, seq, waiter, claim_no, attempts, state,
-        deadline, supersede_key, halts
+        destination, deadline, supersede_key, halts
     )
     VALUES (
-        p_id, p_channel, p_group, v_now + CASE WHEN p_state = 0 THEN p_delay ELSE p_lease END,
-        v_seq, p_waiter, (p_state > 0)::int, (p_state > 0)::int, p_state,
-        v_now + p_deadline, p_supersede, p_halts
+        p_id, p_channel, p_group,
+        v_now + CASE WHEN p_state = 'waiting' THEN p_delay ELSE p_lease END,
+        v_seq, p_waiter, (p_state <> 'waiting')::int, (p_state <> 'waiting')::int, p_state,
+        p_destination, v_now + p_deadline, p_supersede, p_halts
     );
     IF p_notify THEN
         PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
@@ -550,7 +447,8 @@ CREATE FUNCTION enqueue_many(
     p_notify boolean,
     p_metadata text[] DEFAULT NULL,
     p_keys text[] DEFAULT NULL,
-    p_fingerprints bytea[] DEFAULT NULL
+    p_fingerprints bytea[] DEFAULT NULL,
+    p_destinations text[] DEFAULT NULL
 ) RETURNS TABLE (request_id uuid, verdict text, earlier uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -623,15 +521,18 @@ BEGIN
     FROM unnest(p_ids, p_heads, p_bodies, p_metadata) AS i(id, head, body, metadata)
     WHERE i.id <> ALL (v_attached);
     INSERT INTO mq_msgs (
-        id, channel_name, channel_args, attempt_at, created_at, seq, deadline, halts
+        id, channel_name, channel_args, attempt_at, created_at, seq, destination, deadline, halts
     )
     SELECT
         i.id, i.channel, i.key_group, v_now + i.delay_ms * interval '1 millisecond', v_now,
         -- unnest returns rows in the order of the arrays.
         CASE WHEN i.ordered THEN nextval('mq_seq') END,
-        v_now + i.deadline_ms * interval '1 millisecond', i.halts
-    FROM unnest(p_ids, p_channels, p_groups, p_ordered, p_halts, p_delays_ms, p_deadlines_ms)
-        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms)
+        i.destination, v_now + i.deadline_ms * interval '1 millisecond', i.halts
+    FROM unnest(
+        p_ids, p_channels, p_groups, p_ordered, p_halts, p_delays_ms, p_deadlines_ms,
+        p_destinations
+    )
+        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms, destination)
     WHERE i.id <> ALL (v_attached);
     IF p_notify THEN
         PERFORM tell_runners(told.channel)
@@ -642,105 +543,3 @@ BEGIN
         AS i(id, earlier);
 END;
 $$;
-
--- Cancels an unfinished request. Returns `cancelled`; `ended` if the request had already ended;
--- NULL if there is no such request.
-CREATE FUNCTION cancel_request(p_id uuid, p_retention interval) RETURNS text
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    -- Waits for a settle that is about to end the request.
-    IF cardinality(end_requests(ARRAY[p_id], 'cancelled', NULL, NULL, p_retention)) > 0 THEN
-        RETURN 'cancelled';
-    END IF;
-    IF EXISTS (SELECT FROM outcomes o WHERE o.id = p_id) THEN
-        RETURN 'ended';
-    END IF;
-    RETURN NULL;
-END;
-$$;
-
--- Cancels up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) and
--- releases their halted ordering keys. Returns the ids of the requests it ended.
-CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int)
-RETURNS uuid[]
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
-AS $$
-DECLARE
-    v_ids uuid[];
-BEGIN
-    DELETE FROM mq_msgs m
-    WHERE m.state = 3 AND (channel_names IS NULL OR m.channel_name = ANY (channel_names));
-    IF channel_names IS NULL THEN
-        SELECT array_agg(found.id) INTO v_ids FROM (
-            SELECT m.id FROM mq_msgs m ORDER BY m.id LIMIT p_limit FOR UPDATE
-        ) found;
-    ELSE
-        -- Uses the indexes of waiting rows, of owned rows and of rows behind others.
-        SELECT array_agg(locked.id) INTO v_ids FROM (
-            SELECT m.id FROM (
-                SELECT w.id FROM mq_msgs w
-                WHERE w.channel_name = ANY (channel_names) AND w.state = 0
-                UNION ALL
-                SELECT l.id FROM mq_msgs l
-                WHERE l.channel_name = ANY (channel_names) AND l.state IN (1, 2, 4)
-                UNION ALL
-                SELECT b.id FROM mq_msgs b
-                WHERE b.channel_name = ANY (channel_names) AND b.state = 5
-                LIMIT p_limit
-            ) found JOIN mq_msgs m ON m.id = ANY (ARRAY[found.id])
-            ORDER BY found.id FOR UPDATE OF m
-        ) locked;
-    END IF;
-    RETURN end_requests(coalesce(v_ids, '{}'), 'cancelled', NULL, NULL, p_retention);
-END;
-$$;
-
--- sqlxmq's entry points that insert and clear, for tools that call its functions.
-
-CREATE TYPE mq_new_t AS (
-    id uuid,
-    delay interval,
-    retries int,
-    retry_backoff interval,
-    channel_name text,
-    channel_args text,
-    commit_interval interval,
-    ordered boolean,
-    name text,
-    payload_json text,
-    payload_bytes bytea
-);
-
-CREATE FUNCTION mq_insert(new_messages mq_new_t[]) RETURNS void
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
-AS $$
-DECLARE
-    m mq_new_t;
-BEGIN
-    FOREACH m IN ARRAY new_messages LOOP
-        PERFORM FROM enqueue(
-            m.id, m.channel_name, m.channel_args, coalesce(m.ordered, false), false,
-            coalesce(m.delay, '0'), NULL, m.name, m.payload_json, m.payload_bytes, NULL,
-            0::smallint, NULL, NULL, NULL, NULL, NULL, true, true, false
-        ) AS e WHERE e.verdict = 'elsewhere';
-        IF FOUND THEN
-            RAISE EXCEPTION 'unfinished requests of another channel have the ordering key'
-                USING ERRCODE = 'object_in_use';
-        END IF;
-    END LOOP;
-END;
-$$;
-
-CREATE FUNCTION mq_clear(channel_names text[]) RETURNS void
-LANGUAGE sql
-SET search_path FROM CURRENT
-AS $$ SELECT cancel_channels(coalesce(channel_names, '{}'), '1 day', NULL); SELECT NULL::void $$;
-
-CREATE FUNCTION mq_clear_all() RETURNS void
-LANGUAGE sql
-SET search_path FROM CURRENT
-AS $$ SELECT cancel_channels(NULL, '1 day', NULL); SELECT NULL::void $$;

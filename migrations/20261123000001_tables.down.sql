@@ -1,0 +1,12 @@
+DROP TABLE claimed_keys;
+DROP TABLE request_keys;
+DROP TABLE attempts;
+DROP TABLE unhandled;
+DROP TABLE handled_channels;
+DROP TABLE outcomes;
+DROP TABLE mq_payloads;
+DROP TABLE mq_freed_keys;
+DROP SEQUENCE mq_seq;
+DROP TABLE mq_msgs;
+DROP FUNCTION known_formats;
+DROP TYPE mq_state;

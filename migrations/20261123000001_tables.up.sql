@@ -1,0 +1,268 @@
+-- Tables and indexes.
+--
+-- In all migrations, functions carry the search_path of their installation, so they work from any
+-- connection and never touch a sqlxmq that lives in another schema.
+--
+-- Lookups are written `id = ANY (ARRAY[x.id])` rather than `id = x.id`, with `state <= 'waiting'`
+-- rather than `state = 'waiting'` beside them. Statistics taken while the queue is empty make the
+-- planner expect no rows, and a cached plan may then scan a whole index per row. These forms allow
+-- no such plan: `= ANY` can't merge-join two sorted indexes, and no partial index has the condition
+-- `state <= 'waiting'`. For the same reason, OFFSET 0 makes an EXISTS look up its rows one by one.
+
+CREATE TYPE mq_state AS ENUM (
+    -- For a claim, once attempt_at is past. The first value: see `state <= 'waiting'` above.
+    'waiting',
+    -- Owned by a process until attempt_at.
+    'claimed',
+    -- Owned by the process that made the last attempt and makes the next one.
+    'held',
+    -- Owned, being sent, and not to be sent again.
+    'sending_once',
+    -- Waiting, and known not to be the first of its ordering key.
+    'behind',
+    -- Could not be read by the process that claimed it; looked at again after attempt_at.
+    'parked',
+    -- Ended without success, and halts its ordering key.
+    'halted'
+);
+
+-- The formats that the session's process can read.
+CREATE FUNCTION known_formats() RETURNS smallint[]
+LANGUAGE sql
+STABLE
+AS $$
+    SELECT coalesce(
+        nullif(pg_catalog.current_setting('requeuest.formats', true), ''), '{1}'
+    )::pg_catalog.int2[]
+$$;
+
+-- Hot and narrow: only unfinished requests. No foreign key points here, because each delete would
+-- have to look for referrers.
+CREATE TABLE mq_msgs (
+    id uuid PRIMARY KEY,
+    channel_name text COLLATE "C" NOT NULL,
+    -- The group: `hhhh|o|key` for an ordering key that all channels share, `hhhh|c|key` for an
+    -- ordering key within one channel, `hhhh|d|origin` otherwise. hhhh is a hash that spreads the
+    -- groups.
+    channel_args text COLLATE "C" NOT NULL,
+    -- When the next attempt is due; while an attempt is under way, the end of its lease.
+    attempt_at timestamptz NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Position among the requests of an ordering key, in commit order.
+    seq bigint,
+    -- The instance that waits for the outcome; nil if several instances wait.
+    waiter uuid,
+    -- The only fence: rises with every change of owner.
+    claim_no int NOT NULL DEFAULT 0,
+    -- Transmissions begun.
+    attempts int NOT NULL DEFAULT 0,
+    state mq_state NOT NULL DEFAULT 'waiting',
+    -- Which versions of requeuest can read the request. A session claims the formats of its setting
+    -- `requeuest.formats`.
+    format smallint NOT NULL DEFAULT 1,
+    -- The destination, of a request with an ordering key or a group of its own. The group of any
+    -- other request names it.
+    destination text COLLATE "C",
+    -- When the request is given up, whether or not it has been sent.
+    deadline timestamptz,
+    -- A newer request with the same supersede key replaces this request if this one is still
+    -- unsent.
+    supersede_key text COLLATE "C",
+    -- If the request ends without success, it halts its ordering key.
+    halts boolean NOT NULL DEFAULT false
+) WITH (
+    fillfactor = 70,
+    -- The table is small and all of its rows change, so thresholds relative to its size mean
+    -- nothing.
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_insert_scale_factor = 0,
+    autovacuum_vacuum_insert_threshold = 50000,
+    autovacuum_analyze_scale_factor = 0,
+    autovacuum_analyze_threshold = 50000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- What a poll can't claim is not in the indexes that it reads: requests behind others of their
+-- ordering key have a state of their own, and requests of other formats are apart.
+
+-- Waiting requests: which are due, and when the next one will be.
+CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, format, attempt_at) WHERE state = 'waiting';
+-- For skipping from group to group, and for finding the due requests of one group.
+CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, format, channel_args, attempt_at)
+    WHERE state = 'waiting';
+-- Owned requests whose lease has run out. This index is separate because most requests are inserted
+-- with a lease and are gone long before it ends. Polls for waiting requests must not step over the
+-- entries that such requests leave behind until the next vacuum.
+CREATE INDEX mq_msgs_leases ON mq_msgs (channel_name, format, attempt_at)
+    WHERE state IN ('claimed', 'held', 'sending_once');
+-- Requests that could not be read, and when they may be looked at again.
+CREATE INDEX mq_msgs_parked ON mq_msgs (channel_name, format, attempt_at) WHERE state = 'parked';
+-- The head of an ordering key, and whether another channel has the key.
+CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_args, channel_name, seq)
+    WHERE seq IS NOT NULL;
+
+-- Requests behind the first one of their ordering key.
+CREATE INDEX mq_msgs_behind ON mq_msgs (channel_name, channel_args) WHERE state = 'behind';
+-- Dead letters that halt an ordering key.
+CREATE INDEX mq_msgs_halted ON mq_msgs (channel_name, channel_args, seq) WHERE state = 'halted';
+
+-- Requests that are given up at a deadline.
+CREATE INDEX mq_msgs_deadline ON mq_msgs (format, deadline)
+    WHERE deadline IS NOT NULL AND state <> 'parked';
+-- Requests that a newer request may replace.
+CREATE INDEX mq_msgs_supersede ON mq_msgs (channel_name, supersede_key)
+    WHERE supersede_key IS NOT NULL;
+
+CREATE SEQUENCE mq_seq;
+
+-- Ordering keys whose first request was removed while the next one could not be looked at. Empty
+-- most of the time. Without a constraint, so that an insert never waits.
+CREATE TABLE mq_freed_keys (
+    channel_name text COLLATE "C" NOT NULL,
+    channel_args text COLLATE "C" NOT NULL
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
+CREATE INDEX mq_freed_keys_channel ON mq_freed_keys (channel_name);
+
+-- The content of requests. Read once per attempt, so it is kept out of the hot table.
+CREATE TABLE mq_payloads (
+    id uuid PRIMARY KEY,
+    name text NOT NULL,
+    head text NOT NULL,
+    -- NULL means no body, which HTTP distinguishes from an empty body.
+    body bytea,
+    -- What the application attached to the request.
+    metadata json,
+    -- Since when and why the request is parked, or was until it could be read.
+    parked_since timestamptz,
+    parked_reason text,
+    -- The last response that was not final. The caller gets it if no better response arrives.
+    response_status smallint,
+    response_head text,
+    response_body bytea,
+    -- How often the request went back into the queue after it had ended.
+    returns int NOT NULL DEFAULT 0,
+    -- The request halted its ordering key, and the key was released.
+    halts boolean NOT NULL DEFAULT false
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+-- Most bodies don't compress well. An uncompressed body can be measured and cut without being read.
+ALTER TABLE mq_payloads ALTER COLUMN body SET STORAGE EXTERNAL;
+ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
+
+-- One row per finished request, in a ring of partitions by time. A partition whose rows have all
+-- outlived their retention is truncated. So there are few row-by-row deletes and little vacuum
+-- debt, no partition is missing when it is needed, and no right to change the schema is needed at
+-- run time. Two slots are not part of the ring:
+--
+-- - -1: dead letters (discarded and ambiguous requests), which must not expire;
+-- - -2: outcomes that outlived the retention before a handler took them.
+CREATE TABLE outcomes (
+    slot smallint NOT NULL,
+    id uuid NOT NULL,
+    channel_name text COLLATE "C" NOT NULL,
+    channel_args text COLLATE "C" NOT NULL,
+    status text NOT NULL CHECK (status IN ('completed', 'discarded', 'cancelled', 'ambiguous')),
+    attempts int NOT NULL,
+    created_at timestamptz NOT NULL,
+    finished_at timestamptz NOT NULL,
+    -- NULL: kept until purged.
+    expires_at timestamptz,
+    http_status smallint,
+    head text,
+    body bytea,
+    -- Why there is no response, or only part of one.
+    error_class text,
+    error text,
+    -- What the application attached to the request.
+    metadata json,
+    -- Which versions of requeuest can read the response.
+    format smallint NOT NULL DEFAULT 1,
+    -- The request that a replay made from this dead letter.
+    replayed_as uuid,
+    -- When the receiver may be asked about an ambiguous request again; while it is being asked, the
+    -- end of a lease.
+    reconcile_at timestamptz,
+    -- How often the receiver was asked.
+    reconciles int NOT NULL DEFAULT 0
+) PARTITION BY LIST (slot);
+ALTER TABLE outcomes ALTER COLUMN body SET STORAGE EXTERNAL;
+
+DO $$
+BEGIN
+    EXECUTE 'CREATE TABLE outcomes_kept PARTITION OF outcomes FOR VALUES IN (-1)';
+    EXECUTE 'CREATE TABLE outcomes_late PARTITION OF outcomes FOR VALUES IN (-2)';
+    FOR slot IN 0..15 LOOP
+        EXECUTE format(
+            'CREATE TABLE outcomes_%s PARTITION OF outcomes FOR VALUES IN (%s)', slot, slot
+        );
+    END LOOP;
+END;
+$$;
+CREATE INDEX outcomes_id ON outcomes (id);
+-- Whether a slot has rows that have expired, and rows that have not, without reading the slot.
+CREATE INDEX outcomes_expires_at ON outcomes (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX outcomes_kept_reconcile ON outcomes_kept (reconcile_at) WHERE status = 'ambiguous';
+
+-- Channels whose outcomes are handed to an application in a transaction.
+CREATE TABLE handled_channels (
+    channel_name text COLLATE "C" PRIMARY KEY
+);
+
+-- Outcomes of these channels that have not been handed over yet.
+CREATE TABLE unhandled (
+    id uuid PRIMARY KEY,
+    channel_name text COLLATE "C" NOT NULL,
+    -- The slot of the outcome.
+    slot smallint NOT NULL,
+    due_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- How many times handing the outcome over has failed.
+    failures int NOT NULL DEFAULT 0,
+    error text
+);
+CREATE INDEX unhandled_due ON unhandled (channel_name, due_at);
+CREATE INDEX unhandled_slot ON unhandled (slot);
+
+-- Failed attempts only: a request that is answered at once needs no history. A request keeps its
+-- first 3 and its last 20.
+CREATE TABLE attempts (
+    id uuid NOT NULL,
+    number int NOT NULL,
+    ended_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    duration_ms int NOT NULL,
+    http_status smallint,
+    error_class text NOT NULL,
+    error text NOT NULL,
+    PRIMARY KEY (id, number)
+);
+CREATE INDEX attempts_ended_at ON attempts (ended_at);
+
+-- A caller's key for a request. A second call with the same key attaches to the first request.
+CREATE TABLE request_keys (
+    channel_name text COLLATE "C" NOT NULL,
+    key text COLLATE "C" NOT NULL,
+    id uuid NOT NULL,
+    fingerprint bytea NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (channel_name, key)
+);
+CREATE INDEX request_keys_created_at ON request_keys (created_at);
+-- Used when a replay takes over a key, and to find keys of requests that no longer exist.
+CREATE INDEX request_keys_id ON request_keys (id);
+
+-- Ordering and supersede keys that a transaction with many keys has claimed; claim_keys explains.
+-- Always empty for a reader: a transaction deletes its own rows before it ends.
+CREATE UNLOGGED TABLE claimed_keys (
+    lock bigint PRIMARY KEY
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);

@@ -1,0 +1,9 @@
+DROP FUNCTION take_unhandled;
+DROP FUNCTION cancel_channels;
+DROP FUNCTION cancel_request;
+DROP FUNCTION expire_requests;
+DROP FUNCTION end_requests;
+DROP FUNCTION finish_requests;
+DROP FUNCTION tell_waiters;
+DROP FUNCTION tell_runners;
+DROP FUNCTION outcome_slot;

@@ -1,0 +1,285 @@
+-- How requests end: the outcome is stored, and the row leaves the queue or halts its ordering key.
+
+-- The slot of an outcome that ends at p_at. Twelve slots span the retention; the remaining four
+-- leave time for pruning.
+--
+-- This function has no search_path of its own. With one, it could not be inlined and would be
+-- planned anew for each settled row, which takes longer than the rest of the settle.
+CREATE FUNCTION outcome_slot(p_at timestamptz, p_retention interval) RETURNS smallint
+LANGUAGE sql
+STABLE
+AS $$
+    SELECT pg_catalog.int2(
+        pg_catalog.int8(pg_catalog.floor(
+            extract(epoch FROM p_at)
+                OPERATOR(pg_catalog./)
+                greatest(extract(epoch FROM p_retention) OPERATOR(pg_catalog./) 12, 1)
+        )) OPERATOR(pg_catalog.%) 16
+    );
+$$;
+
+CREATE FUNCTION tell_runners(p_channel text) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    SELECT pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
+    SELECT NULL::void;
+$$;
+
+-- Tells instances that these requests have ended, each about those that it waits for.
+CREATE FUNCTION tell_waiters(p_ids uuid[], p_waiters uuid[]) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    -- The payload of a notification must be shorter than 8000 bytes; 200 ids take 7400.
+    SELECT pg_notify(
+        'requeuest_' || replace(told.waiter::text, '-', ''), string_agg(told.id::text, ',')
+    )
+    FROM (
+        SELECT w.id, w.waiter, row_number() OVER (PARTITION BY w.waiter) / 200 AS part
+        FROM unnest(p_ids, p_waiters) AS w(id, waiter) WHERE w.waiter IS NOT NULL
+    ) told
+    GROUP BY told.waiter, told.part;
+    SELECT NULL::void;
+$$;
+
+-- Ends requests: any of them, or with p_claim_nos only those whose claim is the latest. Without
+-- p_http_statuses, p_heads and p_bodies, they end without a response.
+--
+-- Answered requests leave the queue through a shorter form of this statement in the crate, which
+-- locks no row before it deletes it. A test compares what the two do.
+--
+-- - Dead letters (discarded and ambiguous requests) keep their payload and don't expire.
+-- - A dead letter that halts its ordering key stays in the queue, in state `halted`.
+-- - A discarded request without a response ends with the last one that it ever got.
+CREATE FUNCTION finish_requests(
+    p_ids uuid[],
+    p_claim_nos int[],
+    p_statuses text[],
+    p_http_statuses smallint[],
+    p_heads text[],
+    p_bodies bytea[],
+    p_error_classes text[],
+    p_errors text[],
+    -- Whether the last attempt was not made, and isn't counted.
+    p_unmade boolean[],
+    p_retention interval
+) RETURNS TABLE (
+    id uuid,
+    claim_no int,
+    attempts int,
+    waiter uuid,
+    channel_name text,
+    -- The next request of the ordering key may be claimed.
+    frees_next boolean,
+    -- The response to an earlier attempt that the request ended with.
+    earlier_status smallint,
+    earlier_head text,
+    earlier_body bytea
+)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+-- A plan made for one call's arrays is not worth the time it takes.
+SET plan_cache_mode = force_generic_plan
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    v_slot smallint := outcome_slot(v_now, p_retention);
+BEGIN
+    RETURN QUERY
+    WITH input AS MATERIALIZED (
+        SELECT i.*, i.status IN ('discarded', 'ambiguous') AS dead
+        FROM unnest(
+            p_ids, p_claim_nos, p_statuses, p_http_statuses, p_heads, p_error_classes, p_errors,
+            p_unmade
+        ) WITH ORDINALITY
+            AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)
+    ), ending AS MATERIALIZED (
+        SELECT
+            i.*, m.claim_no AS last_claim, m.channel_name, m.channel_args, m.waiter, m.created_at,
+            m.attempts - coalesce(i.unmade, false)::int AS attempts,
+            m.seq IS NOT NULL AS ordered, i.dead AND m.halts AND m.seq IS NOT NULL AS halts
+        FROM mq_msgs m JOIN input i ON m.id = ANY (ARRAY[i.id])
+        WHERE m.state <> 'halted' AND (p_claim_nos IS NULL OR m.claim_no = i.claim_no)
+        -- In the order of all settles, so that two of them don't deadlock.
+        ORDER BY i.id FOR UPDATE OF m
+    ), removed AS (
+        DELETE FROM mq_msgs m USING ending e WHERE m.id = ANY (ARRAY[e.id]) AND NOT e.halts
+    ), halted AS (
+        UPDATE mq_msgs m
+        SET state = 'halted', claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC',
+            deadline = NULL, supersede_key = NULL
+        FROM ending e WHERE m.id = ANY (ARRAY[e.id]) AND e.halts
+    ), dropped AS (
+        DELETE FROM mq_payloads p USING ending e WHERE p.id = ANY (ARRAY[e.id]) AND NOT e.dead
+    ), ended AS MATERIALIZED (
+        SELECT
+            e.*, p.metadata, p.response_status, p.response_head, p.response_body,
+            e.http_status IS NULL AND e.status = 'discarded' AND p.response_head IS NOT NULL
+                AS earlier
+        FROM ending e LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[e.id])
+    ), stored AS (
+        INSERT INTO outcomes (
+            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+            expires_at, http_status, head, body, error_class, error, metadata
+        )
+        SELECT
+            CASE WHEN e.dead THEN -1 ELSE v_slot END,
+            e.id, e.channel_name, e.channel_args, e.status, e.attempts, e.created_at, v_now,
+            CASE WHEN NOT e.dead THEN v_now + p_retention END,
+            CASE WHEN e.earlier THEN e.response_status ELSE e.http_status END,
+            CASE WHEN e.earlier THEN e.response_head ELSE e.head END,
+            CASE WHEN e.earlier THEN e.response_body ELSE p_bodies[e.number] END,
+            e.error_class, e.error, e.metadata
+        FROM ended e
+    ), to_handle AS (
+        INSERT INTO unhandled (id, channel_name, slot)
+        SELECT e.id, e.channel_name, CASE WHEN e.dead THEN -1 ELSE v_slot END
+        FROM ending e JOIN handled_channels h ON h.channel_name = e.channel_name
+    )
+    SELECT
+        e.id, e.last_claim, e.attempts, e.waiter, e.channel_name, e.ordered AND NOT e.halts,
+        CASE WHEN e.earlier THEN e.response_status END,
+        CASE WHEN e.earlier THEN e.response_head END,
+        CASE WHEN e.earlier THEN e.response_body END
+    FROM ended e;
+END;
+$$;
+
+-- Ends unfinished requests without a response and notifies the instances that wait for them.
+-- Returns the ids of the requests it ended.
+CREATE FUNCTION end_requests(
+    p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval
+) RETURNS uuid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_each int[] := ARRAY[coalesce(cardinality(p_ids), 0)];
+    v_ended uuid[];
+    v_waiters uuid[];
+    v_channels text[];
+BEGIN
+    SELECT
+        coalesce(array_agg(e.id), '{}'), array_agg(e.waiter),
+        array_agg(DISTINCT e.channel_name) FILTER (WHERE e.frees_next)
+    INTO v_ended, v_waiters, v_channels
+    FROM finish_requests(
+        p_ids, NULL, array_fill(p_status, v_each), NULL, NULL, NULL, array_fill(p_class, v_each),
+        array_fill(p_error, v_each), NULL, p_retention
+    ) e;
+    PERFORM tell_waiters(v_ended, v_waiters);
+    PERFORM tell_runners(c.name) FROM unnest(v_channels) AS c(name);
+    RETURN v_ended;
+END;
+$$;
+
+-- Gives up requests whose deadline has passed and that have no attempt under way. Left to the claim
+-- that finds it out: a request that may have been sent and must not be sent again, and a request
+-- that this session's process might not be able to read.
+CREATE FUNCTION expire_requests(p_limit int) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    v_ids uuid[];
+BEGIN
+    SELECT array_agg(expired.id) INTO v_ids FROM (
+        SELECT m.id FROM unnest(known_formats()) AS known(format), LATERAL (
+            SELECT d.id FROM mq_msgs d
+            WHERE d.format = known.format AND d.deadline <= v_now AND d.state <> 'parked'
+                AND (
+                    d.state IN ('waiting', 'behind')
+                    OR d.state IN ('claimed', 'held') AND d.attempt_at <= v_now
+                )
+            ORDER BY d.deadline LIMIT p_limit
+        ) past JOIN mq_msgs m ON m.id = ANY (ARRAY[past.id])
+        WHERE m.deadline <= v_now
+            AND (
+                m.state IN ('waiting', 'behind')
+                OR m.state IN ('claimed', 'held') AND m.attempt_at <= v_now
+            )
+        LIMIT p_limit FOR UPDATE OF m SKIP LOCKED
+    ) expired;
+    IF v_ids IS NULL THEN
+        RETURN 0;
+    END IF;
+    RETURN cardinality(end_requests(v_ids, 'discarded', 'deadline', 'its deadline passed', NULL));
+END;
+$$;
+
+-- Cancels an unfinished request. Returns `cancelled`; `ended` if the request had already ended;
+-- NULL if there is no such request.
+CREATE FUNCTION cancel_request(p_id uuid, p_retention interval) RETURNS text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    -- Waits for a settle that is about to end the request.
+    IF cardinality(end_requests(ARRAY[p_id], 'cancelled', NULL, NULL, p_retention)) > 0 THEN
+        RETURN 'cancelled';
+    END IF;
+    IF EXISTS (SELECT FROM outcomes o WHERE o.id = p_id) THEN
+        RETURN 'ended';
+    END IF;
+    RETURN NULL;
+END;
+$$;
+
+-- Cancels up to p_limit (NULL: all) unfinished requests of the given channels (NULL: all) and
+-- releases their halted ordering keys. Returns the ids of the requests it ended.
+CREATE FUNCTION cancel_channels(channel_names text[], p_retention interval, p_limit int)
+RETURNS uuid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_ids uuid[];
+BEGIN
+    DELETE FROM mq_msgs m
+    WHERE m.state = 'halted' AND (channel_names IS NULL OR m.channel_name = ANY (channel_names));
+    IF channel_names IS NULL THEN
+        SELECT array_agg(found.id) INTO v_ids FROM (
+            SELECT m.id FROM mq_msgs m ORDER BY m.id LIMIT p_limit FOR UPDATE
+        ) found;
+    ELSE
+        -- One part for each partial index.
+        SELECT array_agg(locked.id) INTO v_ids FROM (
+            SELECT m.id FROM (
+                SELECT w.id FROM mq_msgs w
+                WHERE w.channel_name = ANY (channel_names) AND w.state = 'waiting'
+                UNION ALL
+                SELECT l.id FROM mq_msgs l
+                WHERE l.channel_name = ANY (channel_names)
+                    AND l.state IN ('claimed', 'held', 'sending_once')
+                UNION ALL
+                SELECT b.id FROM mq_msgs b
+                WHERE b.channel_name = ANY (channel_names) AND b.state = 'behind'
+                UNION ALL
+                SELECT p.id FROM mq_msgs p
+                WHERE p.channel_name = ANY (channel_names) AND p.state = 'parked'
+                LIMIT p_limit
+            ) found JOIN mq_msgs m ON m.id = ANY (ARRAY[found.id])
+            ORDER BY found.id FOR UPDATE OF m
+        ) locked;
+    END IF;
+    RETURN end_requests(coalesce(v_ids, '{}'), 'cancelled', NULL, NULL, p_retention);
+END;
+$$;
+
+-- Takes one outcome that is due, and returns its id. It counts as handled once the transaction
+-- commits. A concurrent transaction takes a different outcome. The outcome itself must be read in
+-- another transaction: a lock on its partition until the end of this one would delay pruning.
+CREATE FUNCTION take_unhandled(p_channel text) RETURNS uuid
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    DELETE FROM unhandled d WHERE d.id = (
+        SELECT u.id FROM unhandled u
+        WHERE u.channel_name = p_channel AND u.due_at <= statement_timestamp()
+        ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED
+    )
+    RETURNING d.id
+$$;

@@ -1,0 +1,601 @@
+-- Polling: which due requests a runner claims.
+--
+-- The cost doesn't grow with the backlog. A poll reads a bounded number of due rows, the oldest
+-- first: its view. If more are due, it also skips from group to group from a random start, so that
+-- one destination's backlog can't hide the others. Requests behind the first one of their ordering
+-- key are moved out of the way, a bounded number by one poll: the rows that a poll reads are then
+-- rows that it can claim.
+
+-- A poll under way. Rows are held by ctid, which saves another index lookup for each row. No other
+-- row can take over one of these ctids while the poll runs, because its snapshot is older. A row
+-- that is updated meanwhile moves to a new ctid, and the next poll finds it there. A locked row
+-- keeps its ctid.
+CREATE TYPE poll_t AS (
+    now timestamptz,
+    channels text[],
+    formats smallint[],
+    batch int,
+    -- How many rows are in view, and how many of them at most from one channel and format.
+    width int,
+    width_each int,
+    -- Due rows, and how many of them were looked at.
+    view tid[],
+    looked int,
+    -- More rows are due than are in view.
+    backlog boolean,
+    -- Rows that this poll has locked and will claim.
+    picked tid[],
+    -- Rows in view that are behind the first request of their ordering key.
+    blocked tid[],
+    -- How many such rows were moved, and how many may be, about 10 µs each.
+    moved int,
+    moved_max int,
+    -- Groups with rows picked by age.
+    served text[],
+    -- How many groups were visited.
+    visited int
+);
+
+-- Begins a poll, with the work that comes before any claim.
+CREATE FUNCTION begin_poll(p_channels text[], p_batch int) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v poll_t;
+BEGIN
+    v.now := clock_timestamp();
+    v.formats := known_formats();
+    v.batch := p_batch;
+    v.width := 4 * p_batch;
+    v.view := '{}';
+    v.looked := 0;
+    v.picked := '{}';
+    v.blocked := '{}';
+    v.moved := 0;
+    v.moved_max := 4096;
+    v.served := '{}';
+    v.visited := 0;
+    IF EXISTS (
+        SELECT FROM mq_msgs m
+        WHERE m.format = ANY (v.formats) AND m.deadline <= v.now AND m.state <> 'parked'
+    ) THEN
+        PERFORM expire_requests(p_batch);
+    END IF;
+    IF EXISTS (SELECT FROM mq_freed_keys) THEN
+        PERFORM free_noted(p_channels, p_batch);
+    END IF;
+    RETURN v;
+END;
+$$;
+
+-- Up to p_limit channels with waiting requests, in order: those after p_after, up to p_until or, if
+-- it is NULL, to the last one.
+CREATE FUNCTION waiting_channels(p_after text, p_until text, p_limit int) RETURNS text[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN (
+        WITH RECURSIVE waiting(number, channel) AS (
+            SELECT 0, p_after COLLATE "C"
+            UNION ALL
+            SELECT w.number + 1, (
+                SELECT m.channel_name FROM mq_msgs m
+                WHERE m.state = 'waiting' AND m.channel_name > w.channel
+                ORDER BY m.channel_name LIMIT 1
+            )
+            FROM waiting w
+            WHERE w.number < p_limit AND w.channel IS NOT NULL
+                AND (p_until IS NULL OR w.channel < p_until)
+        )
+        SELECT coalesce(array_agg(w.channel ORDER BY w.number), '{}')
+        FROM waiting w
+        WHERE w.number > 0 AND w.channel IS NOT NULL
+            AND (p_until IS NULL OR w.channel <= p_until)
+    );
+END;
+$$;
+
+-- All channels with owned or parked requests.
+CREATE FUNCTION leased_channels() RETURNS text[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN (
+        WITH RECURSIVE leased(channel) AS (
+            SELECT '' COLLATE "C"
+            UNION ALL
+            SELECT least(
+                (
+                    SELECT m.channel_name FROM mq_msgs m
+                    WHERE m.state IN ('claimed', 'held', 'sending_once')
+                        AND m.channel_name > l.channel
+                    ORDER BY m.channel_name LIMIT 1
+                ),
+                (
+                    SELECT m.channel_name FROM mq_msgs m
+                    WHERE m.state = 'parked' AND m.channel_name > l.channel
+                    ORDER BY m.channel_name LIMIT 1
+                )
+            )
+            FROM leased l WHERE l.channel IS NOT NULL
+        )
+        SELECT coalesce(array_agg(l.channel), '{}') FROM leased l
+        WHERE l.channel <> ''
+    );
+END;
+$$;
+
+-- The requests that have been due for longest, up to width_each of each channel and format, the
+-- oldest first.
+CREATE FUNCTION oldest_due(p poll_t, p_channels text[]) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN coalesce(array_agg(due.ctid ORDER BY due.attempt_at), '{}')
+    FROM unnest(p_channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
+        SELECT m.ctid, m.attempt_at FROM mq_msgs m
+        WHERE m.channel_name = wanted.channel AND m.format = known.format
+            AND m.state = 'waiting' AND m.attempt_at <= p.now
+        ORDER BY m.attempt_at LIMIT p.width_each
+    ) due;
+END;
+$$;
+
+-- The requests that fell due last, a batch of each channel and format, the latest first.
+CREATE FUNCTION latest_due(p poll_t) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN coalesce(array_agg(due.ctid ORDER BY due.attempt_at DESC), '{}')
+    FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
+        SELECT m.ctid, m.attempt_at FROM mq_msgs m
+        WHERE m.channel_name = wanted.channel AND m.format = known.format
+            AND m.state = 'waiting' AND m.attempt_at <= p.now
+        ORDER BY m.attempt_at DESC LIMIT p.batch
+    ) due;
+END;
+$$;
+
+-- Looks at what is due in the given channels.
+CREATE FUNCTION view_channels(p poll_t, p_channels text[]) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    p.channels := p_channels;
+    p.width_each := p.width;
+    p.view := oldest_due(p, p_channels);
+    p.backlog := cardinality(p.view) >= p.width;
+    RETURN p;
+END;
+$$;
+
+-- Looks at what is due in all channels. Goes through the channels until the view is full, from
+-- where this session's last poll left off. Each channel has an equal share of the view, and more if
+-- others need less. The session setting `requeuest.polled` holds the last channel of the last poll.
+CREATE FUNCTION view_all_channels(p poll_t) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    -- How many channels are looked at in one step.
+    c_channels CONSTANT int := 64;
+    v_start text := coalesce(current_setting('requeuest.polled', true), '');
+    v_cursor text := v_start;
+    v_until text;
+    v_more text[];
+    v_met tid[];
+BEGIN
+    p.channels := '{}';
+    LOOP
+        v_more := waiting_channels(v_cursor, v_until, c_channels);
+        p.width_each := ceil(p.width::float8 / greatest(cardinality(v_more), 1));
+        LOOP
+            v_met := oldest_due(p, v_more);
+            EXIT WHEN cardinality(p.view) + cardinality(v_met) >= p.width
+                OR cardinality(v_met) < p.width_each OR p.width_each >= p.width;
+            p.width_each := least(4 * p.width_each, p.width);
+        END LOOP;
+        p.channels := p.channels || v_more;
+        p.view := p.view || v_met;
+        EXIT WHEN cardinality(p.view) >= p.width;
+        IF cardinality(v_more) = c_channels THEN
+            v_cursor := v_more[c_channels];
+        ELSE
+            EXIT WHEN v_start = '' OR v_until IS NOT NULL;
+            v_cursor := '';
+            v_until := v_start;
+        END IF;
+    END LOOP;
+    PERFORM set_config(
+        'requeuest.polled', coalesce(p.channels[cardinality(p.channels)], ''), false
+    );
+    p.backlog := cardinality(p.view) >= p.width;
+    RETURN p;
+END;
+$$;
+
+-- Moves the rows that block the view, and looks at what comes after them. If that is too much for
+-- one poll, looks at what came last, so that new requests don't wait for the rest. Changes nothing
+-- if nothing blocks the view.
+CREATE FUNCTION view_beyond_blocked(p poll_t) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_moved int;
+BEGIN
+    IF NOT p.backlog OR p.moved >= p.moved_max OR p.blocked = '{}' THEN
+        RETURN p;
+    END IF;
+    v_moved := move_behind(p.blocked);
+    IF v_moved = 0 THEN
+        RETURN p;
+    END IF;
+    p.moved := p.moved + v_moved;
+    p.blocked := '{}';
+    p.looked := 0;
+    IF p.moved < p.moved_max THEN
+        p.view := oldest_due(p, p.channels);
+        p.backlog := cardinality(p.view) >= p.width;
+    ELSE
+        p.view := latest_due(p);
+    END IF;
+    RETURN p;
+END;
+$$;
+
+-- Picks owned rows whose lease has run out, and parked rows that may be looked at again. During a
+-- backlog, a session does so at most once a second. The session setting `requeuest.looked` holds
+-- the time of its last look.
+CREATE FUNCTION pick_lapsed(p poll_t, p_channels text[]) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_channels text[];
+    -- So few that what nothing can read doesn't keep the rest waiting.
+    v_parked int := p.batch / 16 + 1;
+BEGIN
+    IF p.backlog AND p.now - interval '1 second' <=
+        coalesce(nullif(current_setting('requeuest.looked', true), ''), '-infinity')::timestamptz
+    THEN
+        RETURN p;
+    END IF;
+    PERFORM set_config('requeuest.looked', p.now::text, false);
+    v_channels := coalesce(p_channels, leased_channels());
+    SELECT coalesce(array_agg(locked.ctid), '{}') INTO p.picked FROM (
+        SELECT m.ctid
+        FROM unnest(v_channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
+            (
+                SELECT l.id FROM mq_msgs l
+                WHERE l.channel_name = wanted.channel AND l.format = known.format
+                    AND l.state IN ('claimed', 'held', 'sending_once') AND l.attempt_at <= p.now
+                ORDER BY l.attempt_at LIMIT p.batch
+            )
+            UNION ALL
+            (
+                SELECT l.id FROM mq_msgs l
+                WHERE l.channel_name = wanted.channel AND l.format = known.format
+                    AND l.state = 'parked' AND l.attempt_at <= p.now
+                ORDER BY l.attempt_at LIMIT v_parked
+            )
+        ) lapsed JOIN mq_msgs m ON m.id = ANY (ARRAY[lapsed.id])
+        WHERE m.state IN ('claimed', 'held', 'sending_once', 'parked') AND m.attempt_at <= p.now
+        LIMIT p.batch FOR NO KEY UPDATE OF m SKIP LOCKED
+    ) locked;
+    RETURN p;
+END;
+$$;
+
+-- Which of these rows are behind the first one of their ordering key. Takes no locks. Written so
+-- that no plan scans the index of all ordering keys.
+CREATE FUNCTION blocked_rows(p poll_t, p_met tid[]) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN coalesce(array_agg(m.ctid), '{}') FROM mq_msgs m
+    WHERE m.ctid = ANY (p_met) AND m.state <= 'waiting' AND coalesce(m.seq, 0) > 0
+        AND NOT m.ctid = ANY (p.picked)
+        AND EXISTS (
+            SELECT FROM mq_msgs ahead
+            WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
+                AND ahead.seq < m.seq
+            OFFSET 0
+        );
+END;
+$$;
+
+-- Picks rows by age until p_room are picked. Each step takes as many rows as there is room for.
+-- Only the first row of an ordering key may be picked; a leased one still blocks the others.
+CREATE FUNCTION pick_by_age(p poll_t, p_room int) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_open int;
+    v_step int;
+    v_met tid[];
+    v_some tid[];
+    v_groups text[];
+BEGIN
+    LOOP
+        v_open := p_room - cardinality(p.picked);
+        EXIT WHEN v_open <= 0;
+        IF p.looked >= cardinality(p.view) THEN
+            p := view_beyond_blocked(p);
+            EXIT WHEN p.looked >= cardinality(p.view);
+        END IF;
+        -- Fewer and larger steps where rows are blocked, or the last ones would be single rows.
+        v_step := CASE WHEN p.blocked = '{}' THEN v_open ELSE greatest(v_open, 64) END;
+        v_met := p.view[p.looked + 1:p.looked + v_step];
+        SELECT
+            array_agg(locked.ctid),
+            array_agg(DISTINCT locked.channel_name || ' ' || locked.channel_args)
+                FILTER (WHERE p.backlog)
+        INTO v_some, v_groups FROM (
+            SELECT m.ctid, m.channel_name, m.channel_args FROM mq_msgs m
+            WHERE m.ctid = ANY (v_met)
+                AND m.state <= 'waiting' AND m.attempt_at <= p.now AND NOT m.ctid = ANY (p.picked)
+                AND (m.seq IS NULL OR NOT EXISTS (
+                    SELECT FROM mq_msgs ahead
+                    WHERE ahead.channel_name = m.channel_name
+                        AND ahead.channel_args = m.channel_args AND ahead.seq < m.seq
+                ))
+            FOR NO KEY UPDATE OF m SKIP LOCKED
+        ) locked;
+        p.picked := p.picked || coalesce(v_some[1:v_open], '{}');
+        p.served := p.served || coalesce(v_groups, '{}');
+        p.looked := p.looked + v_step;
+        IF cardinality(v_some) IS DISTINCT FROM cardinality(v_met) THEN
+            p.blocked := p.blocked || blocked_rows(p, v_met);
+        END IF;
+    END LOOP;
+    RETURN p;
+END;
+$$;
+
+-- Locks due rows of one group, up to p_limit. Of an ordering key, the first one.
+CREATE FUNCTION lock_of_group(
+    p poll_t, p_channel text, p_format smallint, p_group text, p_ordered boolean, p_limit int
+) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF p_ordered THEN
+        RETURN array_agg(locked.ctid) FROM (
+            SELECT m.ctid FROM mq_msgs m
+            WHERE m.id = (
+                SELECT head.id FROM mq_msgs head
+                WHERE head.channel_name = p_channel AND head.channel_args = p_group
+                    AND head.seq IS NOT NULL
+                ORDER BY head.seq LIMIT 1
+            ) AND m.format = p_format AND m.state <= 'waiting' AND m.attempt_at <= p.now
+                AND NOT m.ctid = ANY (p.picked)
+            FOR NO KEY UPDATE SKIP LOCKED
+        ) locked;
+    END IF;
+    -- A range over a single group, sorted by the group as well. With an equality, a plan made while
+    -- there was one group would use the index by due time, and would read all of it once there are
+    -- many groups.
+    RETURN array_agg(locked.ctid) FROM (
+        SELECT m.ctid FROM mq_msgs m
+        WHERE m.channel_name = p_channel AND m.format = p_format
+            AND m.channel_args >= p_group AND m.channel_args <= p_group
+            AND m.state = 'waiting' AND m.attempt_at <= p.now AND NOT m.ctid = ANY (p.picked)
+        ORDER BY m.channel_args, m.attempt_at LIMIT p_limit
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) locked;
+END;
+$$;
+
+-- Picks up to p_share rows of each group with none picked by age, or of each group at all if
+-- p_share is a whole batch. Visits as many groups as a batch has rows, from a random one on.
+CREATE FUNCTION pick_by_group(p poll_t, p_share int) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_start text := lpad(to_hex((random() * 65535)::int), 4, '0');
+    v_cursor text;
+    v_wrapped boolean;
+    v_channel text;
+    v_format smallint;
+    v_group text;
+    v_ordered boolean;
+BEGIN
+    IF NOT p.backlog THEN
+        RETURN p;
+    END IF;
+    FOR v_channel, v_format IN
+        SELECT wanted.channel, known.format
+        FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format)
+        ORDER BY random()
+    LOOP
+        v_cursor := v_start;
+        v_wrapped := false;
+        LOOP
+            IF cardinality(p.picked) >= p.batch OR p.visited >= p.batch THEN
+                RETURN p;
+            END IF;
+            SELECT m.channel_args, m.seq IS NOT NULL INTO v_group, v_ordered FROM mq_msgs m
+            WHERE m.channel_name = v_channel AND m.format = v_format AND m.state = 'waiting'
+                AND m.channel_args > v_cursor
+            ORDER BY m.channel_args LIMIT 1;
+            IF NOT FOUND THEN
+                EXIT WHEN v_wrapped;
+                v_wrapped := true;
+                v_cursor := '';
+                CONTINUE;
+            END IF;
+            EXIT WHEN v_wrapped AND v_group > v_start;
+            v_cursor := v_group;
+            p.visited := p.visited + 1;
+            IF p_share >= p.batch OR v_channel || ' ' || v_group <> ALL (p.served) THEN
+                p.picked := p.picked || coalesce(lock_of_group(
+                    p, v_channel, v_format, v_group, v_ordered,
+                    least(p_share, p.batch - cardinality(p.picked))
+                ), '{}');
+            END IF;
+        END LOOP;
+    END LOOP;
+    RETURN p;
+END;
+$$;
+
+-- Moves the rows out of the way that the poll met, except where they are so few that meeting them
+-- costs less than moving them.
+CREATE FUNCTION end_poll(p poll_t) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF cardinality(p.blocked) >= greatest(p.batch / 4, 16) THEN
+        p.moved := p.moved + move_behind(p.blocked);
+    END IF;
+    RETURN p;
+END;
+$$;
+
+-- How long a runner that got these rows waits until it polls again.
+CREATE FUNCTION poll_wait(p poll_t) RETURNS interval
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    c_min CONSTANT interval := '50 milliseconds';
+    -- An upper bound, so that a row whose notification was lost is still found.
+    c_max CONSTANT interval := '1 second';
+    v_next timestamptz;
+BEGIN
+    IF cardinality(p.picked) >= p.batch THEN
+        RETURN '0';
+    ELSIF p.moved >= p.moved_max THEN
+        RETURN c_min;
+    END IF;
+    -- Looks no further ahead than the longest wait. A later row doesn't change the wait, and may be
+    -- gone by the time it is due.
+    SELECT min(upcoming.attempt_at) INTO v_next
+    FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
+        SELECT m.attempt_at FROM mq_msgs m
+        WHERE m.channel_name = wanted.channel AND m.format = known.format AND m.state = 'waiting'
+            AND m.attempt_at > p.now AND m.attempt_at < p.now + c_max
+        ORDER BY m.attempt_at LIMIT 1
+    ) upcoming;
+    RETURN least(greatest(coalesce(v_next - p.now, c_max), c_min), c_max);
+END;
+$$;
+
+-- Claims the picked rows. The lease is the session's `requeuest.lease`. Returns mq_poll's columns:
+-- the claim as JSON, and bodies of up to 64 KiB. Attempts fetch larger ones under a memory budget.
+CREATE FUNCTION claim_picked(p_poll poll_t) RETURNS TABLE (
+    id uuid, name text, claim text, body bytea, lease interval
+)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_now timestamptz := p_poll.now;
+    c_inline_body CONSTANT int := 65536;
+    v_lease interval :=
+        coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
+    v_more boolean :=
+        cardinality(p_poll.picked) >= p_poll.batch OR p_poll.moved >= p_poll.moved_max;
+BEGIN
+    RETURN QUERY
+    WITH claimed AS (
+        UPDATE mq_msgs m
+        -- A request that may have been sent and must not be sent again keeps its state until its
+        -- outcome is recorded.
+        SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
+            state = CASE WHEN m.state = 'sending_once' THEN m.state ELSE 'claimed' END
+        WHERE m.ctid = ANY (p_poll.picked)
+        RETURNING
+            m.id, m.channel_name, m.claim_no, m.attempts, m.created_at, m.deadline,
+            m.state = 'sending_once' AS lost
+    )
+    SELECT
+        c.id,
+        -- sqlxmq's runner drops rows without a name. A row without a payload must reach the code
+        -- that ends it.
+        coalesce(p.name, ''),
+        concat(
+            '{"claim_no":', c.claim_no,
+            ',"attempts":', c.attempts,
+            ',"age_ms":', (extract(epoch FROM v_now - c.created_at) * 1000)::bigint,
+            ',"deadline_ms":',
+            coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
+            ',"lost":', c.lost::text,
+            -- Whether more requests may be due than this poll took.
+            ',"more":', v_more::text,
+            ',"fetch_body":',
+            CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
+            ',"channel":', to_json(c.channel_name),
+            ',"head":', coalesce(p.head, 'null'),
+            ',"metadata":' || p.metadata::text,
+            '}'
+        ),
+        CASE WHEN octet_length(p.body) <= c_inline_body THEN p.body END,
+        v_lease
+    FROM claimed c LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[c.id]);
+END;
+$$;
+
+-- Claims up to batch_size due requests.
+CREATE FUNCTION mq_poll(channel_names text[], batch_size int DEFAULT 1)
+RETURNS TABLE (
+    id uuid,
+    is_committed boolean,
+    name text,
+    payload_json text,
+    payload_bytes bytea,
+    retry_backoff interval,
+    wait_time interval
+)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+-- Without this, a search within one group may read and sort everything that is due, if the
+-- statistics say that little is due.
+SET enable_sort = off
+AS $$
+#variable_conflict use_column
+DECLARE
+    v poll_t;
+    v_wait interval;
+BEGIN
+    v := begin_poll(channel_names, batch_size);
+    v := CASE WHEN channel_names IS NULL
+        THEN view_all_channels(v) ELSE view_channels(v, channel_names) END;
+    v := pick_lapsed(v, channel_names);
+    IF v.backlog THEN
+        -- A quarter of the batch goes group by group to groups with no row picked by age, so that
+        -- no destination waits behind everything that came earlier for another destination. The
+        -- share is no larger because the oldest rows lie side by side on disk, and the rows of one
+        -- group don't.
+        v := pick_by_age(v, batch_size - batch_size / 4);
+        v := pick_by_group(v, greatest(1, batch_size / 32));
+        -- There may still be room, because there are few groups or because other polls took the
+        -- oldest rows.
+        v := pick_by_age(v, batch_size);
+        v := pick_by_group(v, batch_size);
+    ELSE
+        v := pick_by_age(v, batch_size);
+    END IF;
+    v := end_poll(v);
+    v_wait := poll_wait(v);
+    IF v.picked = '{}' THEN
+        RETURN QUERY SELECT
+            NULL::uuid, NULL::boolean, NULL::text, NULL::text, NULL::bytea, NULL::interval, v_wait;
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT c.id, true, c.name, c.claim, c.body, c.lease, v_wait FROM claim_picked(v) c;
+END;
+$$;

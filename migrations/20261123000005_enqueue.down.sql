@@ -1,0 +1,15 @@
+DROP FUNCTION enqueue_many;
+DROP FUNCTION take_keys;
+DROP FUNCTION enqueue;
+DROP FUNCTION ordered_elsewhere;
+DROP FUNCTION lock_orders;
+DROP FUNCTION lock_order;
+DROP FUNCTION order_scope;
+DROP FUNCTION is_ordered;
+DROP FUNCTION is_known;
+DROP FUNCTION lock_key;
+DROP FUNCTION key_locks_left;
+DROP FUNCTION try_claim_key;
+DROP FUNCTION claim_keys;
+DROP FUNCTION key_lock;
+DROP FUNCTION bulk_lock;
