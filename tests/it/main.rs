@@ -10,6 +10,7 @@ mod bulk;
 mod client;
 mod dead_letters;
 mod delivery;
+mod destination;
 mod ending;
 mod faults;
 mod guarantee;
