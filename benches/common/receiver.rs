@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http::StatusCode;
 use http_body_util::{BodyExt, Full};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -36,6 +37,11 @@ struct Counts {
 
 impl Receiver {
     pub(crate) fn start() -> Result<Self, AnyError> {
+        Self::answering(StatusCode::OK)
+    }
+
+    /// Answers all requests with this status.
+    pub(crate) fn answering(status: StatusCode) -> Result<Self, AnyError> {
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
         listener.set_nonblocking(true)?;
         let url = format!("http://{}/", listener.local_addr()?);
@@ -44,7 +50,7 @@ impl Receiver {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        std::thread::spawn(move || runtime.block_on(serve(listener, counter)));
+        std::thread::spawn(move || runtime.block_on(serve(listener, counter, status)));
         Ok(Self { url, counted })
     }
 
@@ -84,7 +90,7 @@ impl Receiver {
     }
 }
 
-async fn serve(listener: std::net::TcpListener, counted: Arc<Counts>) {
+async fn serve(listener: std::net::TcpListener, counted: Arc<Counts>, status: StatusCode) {
     let Ok(listener) = TcpListener::from_std(listener) else {
         return;
     };
@@ -104,7 +110,9 @@ async fn serve(listener: std::net::TcpListener, counted: Arc<Counts>) {
                 if received == counted.goal.load(Ordering::SeqCst) {
                     counted.reached.notify_one();
                 }
-                Ok::<_, Infallible>(http::Response::new(Full::new(Bytes::from_static(b"ok"))))
+                let mut response = http::Response::new(Full::new(Bytes::from_static(b"ok")));
+                *response.status_mut() = status;
+                Ok::<_, Infallible>(response)
             }
         });
         tokio::spawn(

@@ -4,6 +4,9 @@
 //!
 //! - `--rate`: requests per second. Without it, the rate is `--share` (0.7) of what `--callers`
 //!   (64) reach in the first `--probe` (20) seconds.
+//! - `--trouble yes`: beside this load, a receiver that fails, dead letters, 20,000 ordering keys that
+//!   are held up by a retry, and a handler that never takes one outcome in 10,000, on a channel with
+//!   another retention. Tables that still grow in the last third of the run fail it.
 //! - `--set name=value`: a setting of the Postgres server.
 //!
 //! All times except `--minutes` are in seconds.
@@ -16,8 +19,11 @@
 
 #![allow(clippy::cast_precision_loss)] // no count here comes near 2^52
 
+#[path = "../common/mod.rs"]
 mod common;
+mod trouble;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,9 +40,13 @@ use common::receiver::Receiver;
 use common::report::{Report, micros};
 use common::server::Setting;
 use common::{AnyError, arguments, memory, request, server};
+use trouble::Trouble;
 
 /// How often the run looks for requests that are due to start.
 const TICK: Duration = Duration::from_millis(1);
+/// A table that is smaller than this, in bytes, or has grown by less than this factor, is level.
+const SMALL: f64 = 4.0 * 1024.0 * 1024.0;
+const LEVEL: f64 = 1.2;
 
 #[tokio::main]
 async fn main() -> Result<(), AnyError> {
@@ -54,6 +64,7 @@ struct Arguments {
     callers: usize,
     probe: Duration,
     body: Bytes,
+    trouble: bool,
     json: Option<PathBuf>,
     settings: Vec<Setting>,
 }
@@ -69,6 +80,7 @@ impl Arguments {
             callers: 64,
             probe: Duration::from_secs(20),
             body: vec![b'x'; 256].into(),
+            trouble: false,
             json: None,
             settings: Vec::new(),
         };
@@ -84,6 +96,7 @@ impl Arguments {
                 "--callers" => parsed.callers = value.parse()?,
                 "--probe" => parsed.probe = seconds()?,
                 "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
+                "--trouble" => parsed.trouble = value == "yes",
                 "--json" => parsed.json = Some(value.into()),
                 "--set" => parsed.settings.push(server::setting(&value)?),
                 _ => return Err(format!("unknown argument {name}").into()),
@@ -138,23 +151,38 @@ async fn run(arguments: &Arguments) -> Result<(), AnyError> {
     );
     report.note("requests a second", rate);
 
+    let trouble = if arguments.trouble {
+        Some(Trouble::start(pool, arguments.retention).await?)
+    } else {
+        None
+    };
     let times = Times::default();
     let count = (rate * arguments.interval.as_secs_f64() * arguments.intervals() as f64) as usize;
     // A separate task, so that the queries for a row hold up no call.
     let calls = tokio::spawn(paced(caller, rate, count, times.clone()));
     let (rows, ()) = tokio::try_join!(watch(pool, arguments, &times), async { calls.await? })?;
     made += count;
-    server::settled(pool).await?;
+    if let Some(trouble) = trouble {
+        trouble.check()?;
+    } else {
+        server::settled(pool).await?;
+    }
     durable.shutdown(Duration::from_secs(5)).await?;
     receiver.expect(made)?;
     println!("\n{made} requests, each answered and received once");
     report.note("requests", made);
     report.note("intervals", rows.iter().map(Row::json).collect::<Vec<_>>());
     drift(&rows, &mut report);
+    let growing = growing(&rows, &mut report);
     if let Some(path) = &arguments.json {
         report.write(path)?;
     }
-    Ok(())
+    // A shorter run is over before outcomes are pruned for the first time.
+    let whole = arguments.minutes * 60.0 > 6.0 * arguments.retention.as_secs_f64();
+    match growing.is_empty() || !whole {
+        true => Ok(()),
+        false => Err(format!("these tables grow: {}", growing.join(", ")).into()),
+    }
 }
 
 /// Everything that a call needs.
@@ -236,6 +264,8 @@ struct Row {
     p95: Duration,
     p99: Duration,
     sizes: Sizes,
+    /// On disk with indexes, in bytes, by table; partitions of the ring together.
+    tables: BTreeMap<String, f64>,
     /// Resident memory, in MiB.
     memory: Option<u64>,
 }
@@ -266,6 +296,14 @@ const SIZES: &str = "
             SELECT n_dead_tup FROM pg_stat_user_tables
             WHERE relid = 'requeuest.mq_msgs'::regclass
         ) AS dead";
+
+const TABLES: &str = "
+    SELECT
+        regexp_replace(c.relname, '^outcomes_[0-9]+$', 'outcomes'),
+        sum(pg_total_relation_size(c.oid))::float8
+    FROM pg_class c
+    WHERE c.relkind = 'r' AND c.relnamespace = 'requeuest'::regnamespace
+    GROUP BY 1";
 
 /// Prints and returns a row for each interval.
 async fn watch(pool: &PgPool, arguments: &Arguments, times: &Times) -> Result<Vec<Row>, AnyError> {
@@ -300,6 +338,11 @@ async fn watch(pool: &PgPool, arguments: &Arguments, times: &Times) -> Result<Ve
             p95: percentile(&taken, 0.95).unwrap_or_default(),
             p99: percentile(&taken, 0.99).unwrap_or_default(),
             sizes: sqlx::query_as(SIZES).fetch_one(pool).await?,
+            tables: sqlx::query_as(TABLES)
+                .fetch_all(pool)
+                .await?
+                .into_iter()
+                .collect(),
             memory: memory::resident(),
         };
         row.print();
@@ -342,6 +385,7 @@ impl Row {
             "payload_bytes": sizes.payloads,
             "payload_index_bytes": sizes.payloads_indexes,
             "outcome_bytes": sizes.outcomes,
+            "table_bytes": self.tables,
             "dead_rows": sizes.dead,
             "resident_mib": self.memory,
         })
@@ -395,4 +439,33 @@ fn drift(rows: &[Row], report: &mut Report) {
     compare("memory, MiB", second, &|row| {
         row.memory.unwrap_or_default() as f64
     });
+}
+
+/// Prints the size of each table in the second and in the last third of the run. Returns the tables
+/// that grow.
+fn growing(rows: &[Row], report: &mut Report) -> Vec<String> {
+    let third = rows.len() / 3;
+    let Some(last) = rows.last().filter(|_| third > 0) else {
+        return Vec::new();
+    };
+    println!("sizes with indexes, MiB: medians of the second third and of the last");
+    let mut growing = Vec::new();
+    for table in last.tables.keys() {
+        let median_of = |rows: &[Row]| {
+            let sizes = rows.iter().filter_map(|row| row.tables.get(table));
+            median(sizes.copied().collect())
+        };
+        let earlier = median_of(&rows[third..rows.len() - third]);
+        let later = median_of(&rows[rows.len() - third..]);
+        let [before, after] = [earlier, later].map(|bytes| bytes / (1024.0 * 1024.0));
+        println!(
+            "{table:<32} {before:>9.2} {after:>9.2}  {:>5.2} ×",
+            later / earlier
+        );
+        report.note(&format!("size: {table}"), json!([earlier, later]));
+        if later > SMALL && later > LEVEL * earlier {
+            growing.push(table.clone());
+        }
+    }
+    growing
 }
