@@ -5,7 +5,7 @@ DROP FUNCTION end_poll;
 DROP FUNCTION pick_by_group;
 DROP FUNCTION lock_of_group;
 DROP FUNCTION pick_by_age;
-DROP FUNCTION blocked_rows;
+DROP FUNCTION note_rest;
 DROP FUNCTION pick_lapsed;
 DROP FUNCTION view_beyond_blocked;
 DROP FUNCTION view_all_channels;

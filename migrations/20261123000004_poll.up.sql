@@ -33,7 +33,9 @@ CREATE TYPE poll_t AS (
     -- Groups with rows picked by age.
     served text[],
     -- How many groups were visited.
-    visited int
+    visited int,
+    -- How soon to look again at due rows that could not be locked.
+    again interval
 );
 
 -- Begins a poll, with the work that comes before any claim.
@@ -293,22 +295,39 @@ BEGIN
 END;
 $$;
 
--- Which of these rows are behind the first one of their ordering key. Takes no locks. Written so
--- that no plan scans the index of all ordering keys.
-CREATE FUNCTION blocked_rows(p poll_t, p_met tid[]) RETURNS tid[]
+-- Notes which of these rows could not be picked, and why. p_locked of them could be locked. Takes no
+-- locks. Written so that no plan scans the index of all ordering keys.
+CREATE FUNCTION note_rest(p poll_t, p_met tid[], p_locked int) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
+DECLARE
+    v_blocked tid[];
+    v_changed int;
+    v_overdue interval;
 BEGIN
-    RETURN coalesce(array_agg(m.ctid), '{}') FROM mq_msgs m
-    WHERE m.ctid = ANY (p_met) AND m.state <= 'waiting' AND coalesce(m.seq, 0) > 0
-        AND NOT m.ctid = ANY (p.picked)
-        AND EXISTS (
-            SELECT FROM mq_msgs ahead
-            WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
-                AND ahead.seq < m.seq
-            OFFSET 0
-        );
+    SELECT
+        array_agg(rest.ctid) FILTER (WHERE rest.behind),
+        cardinality(p_met) - p_locked - count(*),
+        min(p.now - rest.attempt_at) FILTER (WHERE NOT rest.behind)
+    INTO v_blocked, v_changed, v_overdue
+    FROM (
+        SELECT
+            m.ctid, m.attempt_at,
+            coalesce(m.seq, 0) > 0 AND EXISTS (
+                SELECT FROM mq_msgs ahead
+                WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
+                    AND ahead.seq < m.seq
+                OFFSET 0
+            ) AS behind
+        FROM mq_msgs m
+        WHERE m.ctid = ANY (p_met) AND m.state <= 'waiting' AND NOT m.ctid = ANY (p.picked)
+    ) rest;
+    p.blocked := p.blocked || coalesce(v_blocked, '{}');
+    -- A row that another transaction locks, or has just changed, may be claimable in a moment, and
+    -- no notification says so. One that stays locked is looked at less often the longer that lasts.
+    p.again := least(p.again, v_overdue, CASE WHEN v_changed > 0 THEN interval '0' END);
+    RETURN p;
 END;
 $$;
 
@@ -354,7 +373,7 @@ BEGIN
         p.served := p.served || coalesce(v_groups, '{}');
         p.looked := p.looked + v_step;
         IF cardinality(v_some) IS DISTINCT FROM cardinality(v_met) THEN
-            p.blocked := p.blocked || blocked_rows(p, v_met);
+            p := note_rest(p, v_met, coalesce(cardinality(v_some), 0));
         END IF;
     END LOOP;
     RETURN p;
@@ -489,7 +508,7 @@ BEGIN
             AND m.attempt_at > p.now AND m.attempt_at < p.now + c_max
         ORDER BY m.attempt_at LIMIT 1
     ) upcoming;
-    RETURN least(greatest(coalesce(v_next - p.now, c_max), c_min), c_max);
+    RETURN greatest(least(v_next - p.now, p.again, c_max), c_min);
 END;
 $$;
 

@@ -88,6 +88,38 @@ async fn a_claimed_row_is_left_alone_for_its_lease() {
 }
 
 #[tokio::test]
+async fn a_due_row_that_is_locked_is_looked_at_again_soon_and_then_less_often() {
+    let database = migrated().await;
+    enqueue(&database, "0000|d|x", false, "1 minute", 1).await;
+    for due_for in [1.0, 300.0, 60_000.0] {
+        let began = Instant::now();
+        sqlx::query(
+            "UPDATE requeuest.mq_msgs
+             SET attempt_at = clock_timestamp() - $1 * interval '1 millisecond'",
+        )
+        .bind(due_for)
+        .execute(database.pool())
+        .await
+        .unwrap();
+        // As a caller does that asks for the outcome.
+        let mut watching = database.pool().begin().await.unwrap();
+        watching
+            .execute("UPDATE requeuest.mq_msgs SET waiter = gen_random_uuid()")
+            .await
+            .unwrap();
+        for channels in [None, Some(&["c"][..])] {
+            let polled = poll(&database, channels, 10).await;
+            assert!(polled.groups.is_empty());
+            let longest = due_for + began.elapsed().as_secs_f64() * 1000.0;
+            let expected = due_for.clamp(50.0, 1000.0)..=longest.clamp(50.0, 1000.0);
+            assert!(expected.contains(&polled.wait_ms), "{}", polled.wait_ms);
+        }
+        watching.commit().await.unwrap();
+    }
+    assert_eq!(poll(&database, None, 10).await.groups.len(), 1);
+}
+
+#[tokio::test]
 async fn only_requested_channels_are_claimed() {
     let database = migrated().await;
     enqueue(&database, "0000|d|x", false, "0", 2).await;

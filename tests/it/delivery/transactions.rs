@@ -1,10 +1,10 @@
 //! Requests that are enqueued in a transaction of the caller.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use requeuest::{Durable, Options, Status};
 
-use crate::support::{Server, migrated, outcome_of, passing, post, rows};
+use crate::support::{Server, builder, in_time, migrated, outcome_of, passing, post, rows};
 
 #[tokio::test]
 async fn fire_in_takes_a_pool_a_connection_or_a_transaction() {
@@ -82,4 +82,24 @@ async fn an_aborted_transaction_accepts_no_request() {
     assert!(error.is_database(), "{error:?}");
     tx.rollback().await.unwrap();
     assert_eq!(rows(&database, "mq_payloads").await, 0);
+}
+
+#[tokio::test]
+async fn a_response_is_awaited_from_the_moment_of_the_commit_without_a_pause() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = builder(&database).build().unwrap();
+    let mut slow = Vec::new();
+    for number in 0..200 {
+        let mut transaction = database.pool().begin().await.unwrap();
+        let request = post(server.url("/"), number.to_string());
+        let id = durable.fire_in(&mut *transaction, request).await.unwrap();
+        let began = Instant::now();
+        transaction.commit().await.unwrap();
+        // Looks at the row while a poll does.
+        in_time(durable.response(id)).await.unwrap();
+        slow.extend(Some(began.elapsed()).filter(|took| *took > Duration::from_millis(500)));
+    }
+    // The first one waits for the runner to start.
+    assert!(slow.len() <= 1, "{slow:?}");
 }
