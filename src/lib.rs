@@ -132,8 +132,9 @@ pub use dead_letter::{
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS,
-    DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY, DEFAULT_RETENTION, Durable,
-    DurableBuilder, OutcomeSubscription, RequestHead,
+    DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES,
+    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeSubscription,
+    RequestHead,
 };
 #[cfg(feature = "reqwest-middleware")]
 pub use engine::attempt::transport::MiddlewareTransport;

@@ -67,6 +67,13 @@ impl Response {
         &self.headers
     }
 
+    /// How many bytes the response has, about.
+    pub(crate) fn size(&self) -> usize {
+        let headers = self.headers.iter().chain(self.trailers.iter().flatten());
+        let headers = headers.map(|(name, value)| name.as_str().len() + value.len());
+        self.body.len() + headers.sum::<usize>()
+    }
+
     /// The body.
     pub fn body(&self) -> &Bytes {
         &self.body

@@ -40,6 +40,11 @@ pub const DEFAULT_MAX_RESPONSE_BODY: usize = 8 * 1024 * 1024;
 pub const DEFAULT_MAX_QUEUED_REQUESTS: usize = 100_000;
 /// How many bytes of requests may wait in a handle to be persisted: 256 MiB.
 pub const DEFAULT_MAX_QUEUED_BYTES: usize = 256 * 1024 * 1024;
+/// How many bytes of large request bodies a handle's attempts have in memory: 256 MiB.
+pub const DEFAULT_MAX_SENDING_BYTES: usize = 256 * 1024 * 1024;
+/// How many bytes of results may wait in a handle for their commit before no further attempt
+/// begins: 256 MiB.
+pub const DEFAULT_MAX_UNSETTLED_BYTES: usize = 256 * 1024 * 1024;
 /// How long outcomes are kept: 24 hours.
 pub const DEFAULT_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
 /// How many connections requeuest's own pool has at most: 8.
@@ -75,6 +80,8 @@ pub struct DurableBuilder {
     pass_through: Option<PassThrough>,
     reconcile: Option<Arc<dyn Reconcile>>,
     max_queued_bytes: Option<usize>,
+    max_sending_bytes: Option<usize>,
+    max_unsettled_bytes: Option<usize>,
     config: Config,
     store: StoreConfig,
 }
@@ -104,12 +111,16 @@ impl DurableBuilder {
             pass_through: None,
             reconcile: None,
             max_queued_bytes: None,
+            max_sending_bytes: None,
+            max_unsettled_bytes: None,
             config: Config {
                 channel: DEFAULT_CHANNEL.into(),
                 deliver: None,
                 concurrency: DEFAULT_CONCURRENCY,
                 max_queued_requests: DEFAULT_MAX_QUEUED_REQUESTS,
                 max_queued_bytes: DEFAULT_MAX_QUEUED_BYTES,
+                max_sending_bytes: DEFAULT_MAX_SENDING_BYTES,
+                max_unsettled_bytes: DEFAULT_MAX_UNSETTLED_BYTES,
                 attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
                 retry_awaited: RetryPolicy::awaited(),
                 retry_fired: RetryPolicy::fired(),
@@ -257,6 +268,27 @@ impl DurableBuilder {
         self
     }
 
+    /// How many bytes of large request bodies this handle's attempts may have in memory, at least
+    /// 1. A body over 64 KiB is read from the database once there is a slot and room for it, and
+    /// keeps its room until its attempt is over; a new request whose body finds no room is left to
+    /// the queue. A body that is larger than the whole limit is sent while no other large body is.
+    /// Defaults to [`DEFAULT_MAX_SENDING_BYTES`], or to four times
+    /// [`max_request_body`](Self::max_request_body) if that is more.
+    pub fn max_sending_bytes(mut self, bytes: usize) -> Self {
+        self.max_sending_bytes = Some(bytes);
+        self
+    }
+
+    /// How many bytes of results may wait in this handle for their commit, at least 1: responses
+    /// with their headers, and error texts. Beyond that, no attempt begins until the database has
+    /// caught up. No result is dropped, so the attempts that are under way by then add up to
+    /// [`max_response_body`](Self::max_response_body) each. Defaults to
+    /// [`DEFAULT_MAX_UNSETTLED_BYTES`], or to four times `max_response_body` if that is more.
+    pub fn max_unsettled_bytes(mut self, bytes: usize) -> Self {
+        self.max_unsettled_bytes = Some(bytes);
+        self
+    }
+
     /// How long the outcomes of completed and cancelled requests are kept, from 1 minute to 100
     /// years. Defaults to [`DEFAULT_RETENTION`].
     pub fn retention(mut self, retention: Duration) -> Self {
@@ -324,7 +356,15 @@ impl DurableBuilder {
     pub fn build(self) -> Result<Durable, Error> {
         self.check()?;
         let mut config = self.config;
-        config.max_queued_bytes = queued_bytes(self.max_queued_bytes, self.store.max_request_body);
+        let (request, response) = (self.store.max_request_body, self.store.max_response_body);
+        config.max_queued_bytes = budget(self.max_queued_bytes, config.max_queued_bytes, request);
+        config.max_sending_bytes =
+            budget(self.max_sending_bytes, config.max_sending_bytes, request);
+        config.max_unsettled_bytes = budget(
+            self.max_unsettled_bytes,
+            config.max_unsettled_bytes,
+            response,
+        );
         config.deliver = match self.deliver {
             Subscription::Own => Some(vec![Arc::clone(&config.channel)]),
             Subscription::All => None,
@@ -406,11 +446,13 @@ impl DurableBuilder {
             "max_queued_requests",
             "must be at least 1",
         )?;
-        ensure(
-            self.max_queued_bytes != Some(0),
-            "max_queued_bytes",
-            "must be at least 1",
-        )?;
+        for (bytes, field) in [
+            (self.max_queued_bytes, "max_queued_bytes"),
+            (self.max_sending_bytes, "max_sending_bytes"),
+            (self.max_unsettled_bytes, "max_unsettled_bytes"),
+        ] {
+            ensure(bytes != Some(0), field, "must be at least 1")?;
+        }
         let lease = Duration::from_secs(1)..=Duration::from_secs(3600);
         ensure(
             lease.contains(&store.lease),
@@ -451,10 +493,10 @@ impl fmt::Debug for DurableBuilder {
     }
 }
 
-/// The limit of queued bytes. By default no single request takes all of it, or requests of a usual
-/// size would be refused while a large one is written.
-fn queued_bytes(wanted: Option<usize>, max_request_body: usize) -> usize {
-    wanted.unwrap_or_else(|| DEFAULT_MAX_QUEUED_BYTES.max(max_request_body.saturating_mul(4)))
+/// A limit in bytes. By default the largest body takes a quarter of it at most, so that bodies of a
+/// usual size find room beside it.
+fn budget(wanted: Option<usize>, default: usize, max_body: usize) -> usize {
+    wanted.unwrap_or_else(|| default.max(max_body.saturating_mul(4)))
 }
 
 #[cfg(test)]
@@ -462,12 +504,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_largest_request_leaves_room_for_others() {
-        assert_eq!(
-            queued_bytes(None, DEFAULT_MAX_REQUEST_BODY),
-            DEFAULT_MAX_QUEUED_BYTES
-        );
-        assert_eq!(queued_bytes(None, 1 << 29), 1 << 31);
-        assert_eq!(queued_bytes(Some(7), 1 << 29), 7);
+    fn the_largest_body_leaves_room_for_others() {
+        assert_eq!(budget(None, 1 << 28, 1 << 23), 1 << 28);
+        assert_eq!(budget(None, 1 << 28, 1 << 29), 1 << 31);
+        assert_eq!(budget(Some(7), 1 << 28, 1 << 29), 7);
     }
 }

@@ -17,6 +17,10 @@ pub(crate) struct Config {
     /// How many requests, and bytes of them, may wait to be persisted.
     pub(crate) max_queued_requests: usize,
     pub(crate) max_queued_bytes: usize,
+    /// How many bytes of large request bodies attempts may have in memory.
+    pub(crate) max_sending_bytes: usize,
+    /// How many bytes of results may wait for their commit before no further attempt begins.
+    pub(crate) max_unsettled_bytes: usize,
     pub(crate) attempt_timeout: Duration,
     pub(crate) retry_awaited: RetryPolicy,
     pub(crate) retry_fired: RetryPolicy,

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Span;
 
 use super::Engine;
 use super::attempt::Driver;
+use super::attempt::bodies::Room;
 use super::attempt::caller_client::{self, CallerClient};
 use super::attempt::claim::Claim;
 use super::attempt::drive::drive_by_engine;
@@ -61,6 +63,8 @@ impl Done {
 struct Start {
     driver: Arc<Driver>,
     slot: Slot,
+    /// For a large body.
+    room: Option<Room>,
     job: Job,
     /// The client that a fired request came through.
     client: Option<CallerClient>,
@@ -116,8 +120,9 @@ impl Engine {
         let share = self.budget.take(row.size())?;
         // What an earlier call persisted may have a claim already.
         let may_start = earlier.is_none() && !row.ordered && row.delay.is_zero();
+        let body = row.body.as_ref().map_or(0, Bytes::len);
         let slot = may_start
-            .then(|| self.driver().try_inline(&row.channel, has_client))
+            .then(|| self.driver().try_inline(&row.channel, has_client, body))
             .flatten();
         if slot.is_some() {
             row.initial = match job.delivery.guarantee {
@@ -125,9 +130,10 @@ impl Engine {
                 Guarantee::AtMostOnce => Initial::ClaimedOnce,
             };
         }
-        let start = slot.map(|slot| Start {
+        let start = slot.map(|(slot, room)| Start {
             driver: Arc::clone(self.driver()),
             slot,
+            room,
             job,
             client,
             span: Span::current(),
@@ -345,7 +351,7 @@ async fn insert(store: &Store, rows: &[NewRequest]) -> Result<(), StoreError> {
 fn begin(id: RequestId, start: Option<Start>, done: Done) {
     done.send(Ok(id));
     if let Some(start) = start {
-        let mut claim = Claim::inline(&start.driver, start.job, start.slot);
+        let mut claim = Claim::inline(&start.driver, start.job, start.slot, start.room);
         claim.set_span(start.span);
         if let Some((claim, transport)) = caller_client::assign(claim, start.client) {
             start.driver.spawn(drive_by_engine(claim, transport));

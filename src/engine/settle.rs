@@ -21,6 +21,7 @@ use crate::engine::runner::polls::Polls;
 use crate::engine::telemetry::{Condition, Lasting};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
+use crate::response::Response;
 use crate::status::Status;
 use crate::store::enqueue::RUNNER_WAIT;
 use crate::store::settle::{Failure, Fence, Finished, PutBack, SettledRow};
@@ -37,7 +38,7 @@ pub(crate) struct Settlement {
     pub(crate) urgent: bool,
     /// Dropped after the commit: until then sqlxmq's runner counts the request as running.
     pub(crate) _current: Option<CurrentJob>,
-    pub(crate) _unsettled: Unsettled,
+    pub(crate) unsettled: Unsettled,
     /// Keeps the runtime that the result is written on: without it, the runtime could end with the
     /// last handle.
     pub(crate) _driver: Arc<Driver>,
@@ -57,6 +58,28 @@ pub(crate) enum AttemptResult {
         uncounted: bool,
         failure: Option<Box<Failure>>,
     },
+}
+
+impl AttemptResult {
+    /// How many bytes the result has, about.
+    pub(crate) fn size(&self) -> usize {
+        let (response, text) = match self {
+            Self::Finish { outcome, .. } => (
+                outcome.response.as_ref(),
+                outcome.fault.as_ref().map(|fault| &fault.text),
+            ),
+            Self::PutBack { failure, .. } => (
+                failure.as_ref().and_then(|f| f.response.as_ref()),
+                failure.as_ref().map(|failure| &failure.text),
+            ),
+        };
+        response.map_or(0, Response::size) + text.map_or(0, String::len)
+    }
+
+    /// Whether this process keeps the request for its next attempt.
+    pub(crate) fn is_held(&self) -> bool {
+        matches!(self, Self::PutBack { hold: Some(_), .. })
+    }
 }
 
 /// A claim that this process holds for the next attempt.
@@ -101,13 +124,7 @@ impl Settlement {
 
 impl Item for Settlement {
     fn size(&self) -> usize {
-        let response = match &self.result {
-            AttemptResult::Finish { outcome, .. } => outcome.response.as_ref(),
-            AttemptResult::PutBack { failure, .. } => {
-                failure.as_ref().and_then(|f| f.response.as_ref())
-            }
-        };
-        response.map_or(0, |response| response.body.len())
+        self.unsettled.bytes()
     }
 
     fn is_urgent(&self) -> bool {
@@ -370,7 +387,9 @@ impl Settler {
                 continue;
             };
             let held = Held {
-                lease: self.leases.insert(row.fence, None),
+                lease: self
+                    .leases
+                    .insert(row.fence, None, settlement.lease.give_room()),
                 attempts: row.attempts,
             };
             if let Err(held) = hold.send(held) {

@@ -86,11 +86,14 @@ impl PolledRow {
 }
 
 impl Store {
-    /// Fetches a body that was too large to come with its claim.
-    pub(crate) async fn fetch_body(&self, id: RequestId) -> Result<Option<Vec<u8>>, StoreError> {
-        let bytes = self.config().max_request_body;
-        self.run_large("claim.body", bytes, async |connection| {
-            body(connection, id.into()).await
+    /// Fetches a body that was too large to come with its claim, if it has at most this many bytes.
+    pub(crate) async fn fetch_body(
+        &self,
+        id: RequestId,
+        limit: usize,
+    ) -> Result<StoredBody, StoreError> {
+        self.run_large("claim.body", limit, async |connection| {
+            body(connection, id.into(), limit).await
         })
         .await
     }
@@ -114,12 +117,33 @@ impl Store {
     }
 }
 
-async fn body(connection: &mut PgConnection, id: Uuid) -> Result<Option<Vec<u8>>, sqlx::Error> {
-    let body = sqlx::query_scalar("SELECT body FROM mq_payloads WHERE id = $1")
-        .bind(id)
-        .fetch_optional(connection)
-        .await?;
-    Ok(body.flatten())
+/// A stored body, as far as it is wanted.
+#[derive(Debug)]
+pub(crate) enum StoredBody {
+    Whole(Option<Vec<u8>>),
+    /// It has this many bytes, and was not read.
+    Larger(usize),
+}
+
+/// Postgres knows the length of a body without reading it.
+async fn body(
+    connection: &mut PgConnection,
+    id: Uuid,
+    limit: usize,
+) -> Result<StoredBody, sqlx::Error> {
+    let row: Option<(Option<i32>, Option<Vec<u8>>)> = sqlx::query_as(
+        "SELECT octet_length(body), CASE WHEN octet_length(body) <= $2 THEN body END
+         FROM mq_payloads WHERE id = $1",
+    )
+    .bind(id)
+    .bind(i32::try_from(limit).unwrap_or(i32::MAX))
+    .fetch_optional(connection)
+    .await?;
+    Ok(match row {
+        Some((Some(length), None)) => StoredBody::Larger(length as usize),
+        Some((_, body)) => StoredBody::Whole(body),
+        None => StoredBody::Whole(None),
+    })
 }
 
 /// What an attempt has confirmed before it sends, where its claim may have been lost unnoticed:

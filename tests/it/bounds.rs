@@ -3,14 +3,17 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Waker};
+use std::time::Duration;
 
 use futures_util::future::join_all;
+use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{Durable, Error, Options, Request, RequestId, Status};
 use sqlx::{Executor, Postgres, Transaction};
 
 use crate::support::{
-    Server, builder, count, eventually, in_time, migrated, outcome_of, post, quick, rows,
+    LONG, Server, builder, count, eventually, in_time, migrated, other_process, outcome_of,
+    passing, post, quick, rows,
 };
 
 const URL: &str = "http://127.0.0.1:9/";
@@ -154,11 +157,95 @@ async fn what_no_caller_waits_for_any_more_is_not_written() {
 }
 
 #[tokio::test]
-async fn a_queue_of_nothing_is_refused() {
+async fn a_budget_of_nothing_is_refused() {
     let database = migrated().await;
     let builder = || builder(&database).runner(false);
-    let error = builder().max_queued_requests(0).build().unwrap_err();
-    assert_eq!(error.field(), Some("max_queued_requests"));
-    let error = builder().max_queued_bytes(0).build().unwrap_err();
-    assert_eq!(error.field(), Some("max_queued_bytes"));
+    for (refused, field) in [
+        (builder().max_queued_requests(0), "max_queued_requests"),
+        (builder().max_queued_bytes(0), "max_queued_bytes"),
+        (builder().max_sending_bytes(0), "max_sending_bytes"),
+        (builder().max_unsettled_bytes(0), "max_unsettled_bytes"),
+    ] {
+        assert_eq!(refused.build().unwrap_err().field(), Some(field));
+    }
+}
+
+const KIB: usize = 1024;
+
+#[tokio::test]
+async fn large_bodies_wait_for_room_and_delay_no_small_one() {
+    let database = migrated().await;
+    let (large, gate) = Server::held(200).await;
+    let small = Server::always(200).await;
+    let here = builder(&database).max_sending_bytes(2048 * KIB);
+    let here = here.build().unwrap();
+    let elsewhere = other_process(&database).await;
+    let mut ids = Vec::new();
+    for number in 0..8 {
+        // The first ones come with their bodies. Those of the others must be fetched.
+        let durable = if number < 4 { &here } else { &elsewhere };
+        let request = post(large.url("/"), vec![number; 900 * KIB]);
+        ids.push(durable.fire(request).await.unwrap());
+    }
+    large.wait_for(2).await;
+    for _ in 0..20 {
+        let answered = in_time(here.await_response(post(small.url("/"), "x"))).await;
+        assert_eq!(answered.unwrap().status(), 200);
+    }
+    passing(&database, Duration::from_millis(500)).await;
+    assert_eq!(large.count(), 2);
+    gate.add_permits(ids.len());
+    for (number, id) in ids.into_iter().enumerate() {
+        let outcome = outcome_of(&here, id).await;
+        let body = outcome.response().unwrap().body();
+        assert_eq!(*body, vec![number as u8; 900 * KIB]);
+    }
+    assert_eq!(large.count(), 8);
+}
+
+#[tokio::test]
+async fn a_body_larger_than_all_the_room_is_sent_alone() {
+    let database = migrated().await;
+    let (server, gate) = Server::held(200).await;
+    let here = builder(&database).max_sending_bytes(1).build().unwrap();
+    let elsewhere = other_process(&database).await;
+    let mut ids = Vec::new();
+    for size in [3000 * KIB, 100 * KIB, 3000 * KIB] {
+        let request = post(server.url("/"), vec![7; size]);
+        ids.push((elsewhere.fire(request).await.unwrap(), size));
+    }
+    for alone in 1..=ids.len() {
+        server.wait_for(alone).await;
+        passing(&database, Duration::from_millis(200)).await;
+        assert_eq!(server.count(), alone);
+        gate.add_permits(1);
+    }
+    for (id, size) in ids {
+        let outcome = outcome_of(&here, id).await;
+        assert_eq!(outcome.response().unwrap().body().len(), size);
+    }
+}
+
+#[tokio::test]
+async fn a_large_body_that_waits_for_its_retry_gives_its_room_up() {
+    let database = migrated().await;
+    let (failing, healthy) = (Server::always(503).await, Server::always(200).await);
+    let durable = builder(&database)
+        .max_sending_bytes(1024 * KIB)
+        // Longer than this test, and short enough to be held for the caller.
+        .retry(RetryPolicy::constant(LONG + Duration::from_secs(25)))
+        .build()
+        .unwrap();
+    let caller = durable.clone();
+    let request = post(failing.url("/"), vec![1; 900 * KIB]);
+    let waiting = tokio::spawn(async move { caller.await_response(request).await });
+    failing.wait_for(1).await;
+    let request = post(healthy.url("/"), vec![2; 900 * KIB]);
+    let id = durable.fire(request).await.unwrap();
+    outcome_of(&durable, id).await;
+    assert_eq!((failing.count(), healthy.count()), (1, 1));
+    // The first one is still to be retried, for the caller that waits.
+    assert_eq!(rows(&database, "mq_msgs").await, 1);
+    assert!(!waiting.is_finished());
+    waiting.abort();
 }

@@ -36,3 +36,4 @@ mod stopping;
 mod support;
 mod testkit;
 mod transparency;
+mod waiters;

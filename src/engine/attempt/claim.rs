@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 use tracing::Span;
 
 use super::Driver;
+use super::bodies::Room;
 use super::job::Job;
 use super::leases::Lease;
 use super::slots::Slot;
@@ -47,6 +48,7 @@ pub(crate) struct PolledClaim {
     /// sqlxmq's runner counts the request as running until this is dropped.
     current: CurrentJob,
     head: PolledRow,
+    since: Instant,
 }
 
 impl PolledClaim {
@@ -63,6 +65,7 @@ impl PolledClaim {
             lease,
             current,
             head,
+            since: Instant::now(),
         }
     }
 
@@ -78,9 +81,21 @@ impl PolledClaim {
         &self.current
     }
 
+    /// Takes the slot of the attempt, with room for a large body. The body is read with them.
+    pub(crate) fn take(&self, slot: Slot, room: Option<Room>) {
+        self.lease.take_slot(slot);
+        self.lease.take_room(room);
+    }
+
+    /// The time left until the deadline, if there is one.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let deadline = self.head.deadline()?;
+        Some(deadline.saturating_sub(self.since.elapsed()))
+    }
+
     /// The claim of the request, with what there is to send.
     pub(crate) fn open(self, job: Job) -> Claim {
-        let head = &self.head;
+        let (head, deadline) = (&self.head, self.deadline());
         // The claim may have waited here for a slot or its body, and been taken over meanwhile.
         let unconfirmed = job.delivery.guarantee == Guarantee::AtMostOnce;
         let mut claim = Claim::new(
@@ -88,8 +103,8 @@ impl PolledClaim {
             self.lease,
             job,
             head.attempts,
-            head.age(),
-            head.deadline(),
+            head.age() + self.since.elapsed(),
+            deadline,
         );
         claim.unconfirmed = unconfirmed;
         claim.current = Some(self.current);
@@ -152,12 +167,12 @@ pub(crate) struct Claim {
 
 impl Claim {
     /// The claim of a request that was inserted claimed.
-    pub(crate) fn inline(driver: &Arc<Driver>, job: Job, slot: Slot) -> Self {
+    pub(crate) fn inline(driver: &Arc<Driver>, job: Job, slot: Slot, room: Option<Room>) -> Self {
         let fence = Fence {
             id: job.id,
             claim_no: 1,
         };
-        let lease = driver.leases.insert(fence, Some(slot));
+        let lease = driver.leases.insert(fence, Some(slot), room);
         // The hard deadline runs from here, because a caller may never come to make the attempt.
         lease.mark_sending(Instant::now() + hard_deadline(&job));
         let deadline = job.request.options.deadline;
@@ -317,12 +332,14 @@ impl Claim {
         before > 0 && !self.job.delivery.retry.allows_after(before)
     }
 
-    /// Waits until the attempt is due. `false` if the holding ends first; dropping the claim then
-    /// gives the request back at once.
+    /// Waits until the attempt is due. `false` if the holding ends first, or if another body waits
+    /// for the room of this one; dropping the claim then gives the request back at once.
     pub(super) async fn wait_until_due(&self) -> bool {
+        let has_room = self.lease.as_ref().is_some_and(|lease| lease.has_room());
         tokio::select! {
             () = tokio::time::sleep_until(self.due.into()) => true,
             () = self.driver.lifecycle.holding_ends() => false,
+            () = self.driver.bodies.wanted(), if has_room => false,
         }
     }
 
@@ -450,14 +467,15 @@ fn settle(
     result: AttemptResult,
     urgent: bool,
 ) {
-    lease.mark_settling();
+    lease.mark_settling(result.is_held());
+    let unsettled = driver.slots.count_unsettled(result.size());
     // Without a lane the runtime is ending. The lease runs out, and another process takes over.
     let _ = driver.settlements.send(Settlement {
         lease,
         result,
         urgent,
         _current: current,
-        _unsettled: driver.slots.count_unsettled(),
+        unsettled,
         _driver: Arc::clone(driver),
     });
 }

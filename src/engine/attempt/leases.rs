@@ -12,7 +12,12 @@ use std::time::{Duration, Instant};
 use crate::id::RequestId;
 use crate::store::settle::Fence;
 
+use super::bodies::Room;
 use super::slots::Slot;
+
+/// How long a claim that is held for its retry keeps the room of its body: longer than any delay
+/// for which it is held.
+const MAX_HELD: Duration = Duration::from_secs(90);
 
 /// One claim. Its number is read when it is settled, because a poll may have raised it in between.
 #[derive(Debug)]
@@ -30,6 +35,8 @@ struct Inner {
     renewed: Instant,
     /// Held while an attempt is made.
     slot: Option<Slot>,
+    /// What a large body takes of this process's memory, also between attempts.
+    room: Option<Room>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +49,13 @@ enum LeaseState {
     Sending(Instant),
     /// Sent; the result waits for its commit.
     Settling,
+}
+
+impl Inner {
+    fn give_up(&mut self) {
+        self.slot = None;
+        self.room = None;
+    }
 }
 
 impl Lease {
@@ -60,10 +74,14 @@ impl Lease {
         self.lock().state = LeaseState::Waiting;
     }
 
-    pub(crate) fn mark_settling(&self) {
+    /// Notes that the attempt is over. Its body keeps its room if the claim is held for a retry.
+    pub(crate) fn mark_settling(&self, held: bool) {
         let mut inner = self.lock();
         inner.state = LeaseState::Settling;
         inner.slot = None;
+        if !held {
+            inner.room = None;
+        }
     }
 
     pub(crate) fn has_slot(&self) -> bool {
@@ -72,6 +90,20 @@ impl Lease {
 
     pub(crate) fn take_slot(&self, slot: Slot) {
         self.lock().slot = Some(slot);
+    }
+
+    pub(crate) fn has_room(&self) -> bool {
+        self.lock().room.is_some()
+    }
+
+    /// Takes the room for the body.
+    pub(crate) fn take_room(&self, room: Option<Room>) {
+        self.lock().room = room;
+    }
+
+    /// Gives the room to the lease that follows this one.
+    pub(crate) fn give_room(&self) -> Option<Room> {
+        self.lock().room.take()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -96,7 +128,12 @@ pub(crate) enum Registered {
 
 impl Leases {
     /// Adds the claim of a request that this process has no other claim of.
-    pub(crate) fn insert(&self, fence: Fence, slot: Option<Slot>) -> Arc<Lease> {
+    pub(crate) fn insert(
+        &self,
+        fence: Fence,
+        slot: Option<Slot>,
+        room: Option<Room>,
+    ) -> Arc<Lease> {
         let lease = Arc::new(Lease {
             id: fence.id,
             claim_no: AtomicI32::new(fence.claim_no),
@@ -105,6 +142,7 @@ impl Leases {
                 since: Instant::now(),
                 renewed: Instant::now(),
                 slot,
+                room,
             }),
         });
         self.lock().insert(fence.id, Arc::downgrade(&lease));
@@ -127,7 +165,7 @@ impl Leases {
                 return Registered::Adopted;
             }
         }
-        Registered::New(self.insert(fence, None))
+        Registered::New(self.insert(fence, None, None))
     }
 
     pub(crate) fn remove(&self, lease: &Arc<Lease>) {
@@ -145,8 +183,8 @@ impl Leases {
     pub(crate) fn forget(&self, id: RequestId) {
         let forgotten = self.lock().remove(&id);
         if let Some(lease) = forgotten.and_then(|lease| lease.upgrade()) {
-            // A caller that isn't polled would keep the slot for ever.
-            lease.lock().slot = None;
+            // A caller that isn't polled would keep them for ever.
+            lease.lock().give_up();
         }
     }
 
@@ -197,7 +235,7 @@ impl Leases {
             let mut inner = lease.lock();
             match inner.state {
                 LeaseState::Sending(deadline) if deadline <= now => {
-                    inner.slot = None;
+                    inner.give_up();
                     lapsed.push(Arc::clone(&lease));
                 }
                 LeaseState::Sending(_) | LeaseState::Waiting | LeaseState::Settling
@@ -206,6 +244,8 @@ impl Leases {
                     inner.renewed = now;
                     due.push(lease.fence());
                 }
+                // Its caller isn't polled, or it would have been sent by now.
+                LeaseState::Held if now - inner.since >= MAX_HELD => inner.give_up(),
                 _ => {}
             }
         }
@@ -242,8 +282,8 @@ mod tests {
     #[test]
     fn a_claim_whose_owner_is_gone_is_not_renewed_but_replaced() {
         let leases = Leases::default();
-        let lease = leases.insert(fence(1), None);
-        lease.mark_settling();
+        let lease = leases.insert(fence(1), None, None);
+        lease.mark_settling(false);
         assert_eq!(leases.due(Duration::ZERO).len(), 1);
         assert!(matches!(leases.register(fence(2)), Registered::Adopted));
         // As after a panic in the settle lane.

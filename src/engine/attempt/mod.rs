@@ -11,6 +11,7 @@
 //!   └──────── held retry ◄─────┘
 //! ```
 
+pub(crate) mod bodies;
 pub(crate) mod caller_client;
 pub(crate) mod claim;
 pub(crate) mod drive;
@@ -27,7 +28,7 @@ use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -40,13 +41,11 @@ use crate::error::{Error, Kind};
 use crate::runtime::Runtime;
 use crate::store::Store;
 
+use bodies::{Bodies, Room};
 use leases::Leases;
-use slots::Slots;
+use slots::{Slot, Slots};
 use transport::DefaultTransport;
 use waiters::Waiters;
-
-/// How many bodies that were too large to come with their claim are fetched at the same time.
-const LARGE_BODIES: usize = 16;
 
 /// What a claim may touch. Lives until the last claim and the last handle are gone.
 pub(crate) struct Driver {
@@ -60,7 +59,7 @@ pub(crate) struct Driver {
     pub(crate) transport: DefaultTransport,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) polls: Arc<Polls>,
-    pub(crate) large_bodies: Semaphore,
+    pub(crate) bodies: Bodies,
     /// Requests whose large body could not be fetched.
     pub(crate) unfetched: Failures,
     pub(crate) settler: Arc<Settler>,
@@ -87,7 +86,8 @@ pub(crate) struct Parts {
 impl Driver {
     pub(super) fn new(config: Config, parts: Parts) -> Self {
         Self {
-            slots: Slots::new(config.concurrency),
+            slots: Slots::new(config.concurrency, config.max_unsettled_bytes),
+            bodies: Bodies::new(config.max_sending_bytes),
             config,
             store: parts.store,
             instance: parts.instance,
@@ -96,7 +96,6 @@ impl Driver {
             transport: DefaultTransport::default(),
             lifecycle: Lifecycle::new(),
             polls: parts.polls,
-            large_bodies: Semaphore::new(LARGE_BODIES),
             unfetched: Failures::default(),
             settler: parts.settler,
             settlements: parts.settlements,
@@ -149,14 +148,25 @@ impl Driver {
         }
     }
 
-    /// A slot for a first attempt by this process, if it may make one on this channel now and a
-    /// client is known: the caller's, or the default transport.
-    pub(crate) fn try_inline(&self, channel: &str, has_client: bool) -> Option<slots::Slot> {
+    /// A slot for a first attempt by this process, with room for a large body, if it may make one on
+    /// this channel now and a client is known: the caller's, or the default transport.
+    pub(crate) fn try_inline(
+        &self,
+        channel: &str,
+        has_client: bool,
+        body: usize,
+    ) -> Option<(Slot, Option<Room>)> {
         let has_client = has_client || self.transport.is_known();
         if !(self.config.delivers(channel) && self.lifecycle.is_claiming() && has_client) {
             return None;
         }
-        self.slots.try_inline()
+        let slot = self.slots.try_inline()?;
+        let room = if bodies::is_large(body) {
+            Some(self.bodies.try_take(body)?)
+        } else {
+            None
+        };
+        Some((slot, room))
     }
 }
 

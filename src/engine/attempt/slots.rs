@@ -1,9 +1,9 @@
 //! Which attempts may begin now.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 /// How many results may wait for their commit before new requests are left to the queue, or the
 /// concurrency if that is more.
@@ -23,7 +23,17 @@ pub(crate) struct Slots {
     /// The last poll that brought claims left more requests behind.
     backlog: AtomicBool,
     /// Cloned for each result that waits for its commit.
-    unsettled: Arc<()>,
+    results: Arc<Results>,
+}
+
+/// The results that wait for their commit.
+#[derive(Debug)]
+struct Results {
+    bytes: AtomicUsize,
+    /// From this many bytes on, no attempt begins.
+    max_bytes: usize,
+    /// Notified when there are fewer bytes than that again.
+    settled: Notify,
 }
 
 /// A permit for one concurrent attempt.
@@ -35,22 +45,70 @@ pub(crate) struct Slot {
 
 /// Counts a result that waits for its commit, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Unsettled(#[expect(dead_code, reason = "only counted")] Arc<()>);
+pub(crate) struct Unsettled {
+    results: Arc<Results>,
+    bytes: usize,
+}
+
+impl Unsettled {
+    /// The size that the result had when it was counted.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Unsettled {
+    fn drop(&mut self) {
+        let Results {
+            bytes,
+            max_bytes,
+            settled,
+        } = &*self.results;
+        let before = bytes.fetch_sub(self.bytes, Ordering::SeqCst);
+        if before >= *max_bytes && before - self.bytes < *max_bytes {
+            settled.notify_waiters();
+        }
+    }
+}
+
+impl Results {
+    fn are_too_large(&self) -> bool {
+        self.bytes.load(Ordering::SeqCst) >= self.max_bytes
+    }
+
+    async fn are_settled(&self) {
+        loop {
+            let settled = self.settled.notified();
+            if !self.are_too_large() {
+                return;
+            }
+            settled.await;
+        }
+    }
+}
 
 impl Slots {
-    pub(super) fn new(concurrency: usize) -> Self {
+    pub(super) fn new(concurrency: usize, max_unsettled_bytes: usize) -> Self {
         Self {
             concurrency,
             attempts: Arc::new(Semaphore::new(concurrency)),
             inline: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
             backlog: AtomicBool::new(false),
-            unsettled: Arc::default(),
+            results: Arc::new(Results {
+                bytes: AtomicUsize::new(0),
+                max_bytes: max_unsettled_bytes,
+                settled: Notify::new(),
+            }),
         }
     }
 
-    /// Waits for a slot.
-    pub(super) async fn acquire(&self) -> Option<Slot> {
+    /// Waits for a slot, and while the results that wait for their commit are too large.
+    pub(crate) async fn acquire(&self) -> Option<Slot> {
         let attempt = Arc::clone(&self.attempts).acquire_owned().await.ok()?;
+        if self.results.are_too_large() {
+            // With the slot, in the order of arrival: no result needs a slot to be settled.
+            Box::pin(self.results.are_settled()).await;
+        }
         Some(Slot {
             _attempt: attempt,
             _inline: None,
@@ -80,8 +138,12 @@ impl Slots {
     }
 
     /// Counts a result that waits for its commit.
-    pub(super) fn count_unsettled(&self) -> Unsettled {
-        Unsettled(Arc::clone(&self.unsettled))
+    pub(super) fn count_unsettled(&self, bytes: usize) -> Unsettled {
+        self.results.bytes.fetch_add(bytes, Ordering::SeqCst);
+        Unsettled {
+            results: Arc::clone(&self.results),
+            bytes,
+        }
     }
 
     /// Whether results that wait for their commit take room that sqlxmq's runner could claim for.
@@ -89,14 +151,44 @@ impl Slots {
         self.unsettled() >= self.concurrency / ROOM_SHARE
     }
 
-    /// Whether so many results wait for their commit that no more may come. While the database
+    /// Whether so many results, or bytes of them, wait for their commit that no more may come. While the database
     /// takes requests faster than their results, memory must not grow with the difference. Results
     /// of polled requests are bounded by the runner's room.
     fn is_behind(&self) -> bool {
-        self.unsettled() > MAX_UNSETTLED.max(self.concurrency)
+        self.unsettled() > MAX_UNSETTLED.max(self.concurrency) || self.results.are_too_large()
     }
 
     fn unsettled(&self) -> usize {
-        Arc::strong_count(&self.unsettled) - 1
+        Arc::strong_count(&self.results) - 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use super::*;
+
+    #[test]
+    fn no_slot_is_had_until_results_are_below_their_limit() {
+        let slots = Slots::new(3, 100);
+        let mut cx = Context::from_waker(Waker::noop());
+        let small = slots.count_unsettled(60);
+        assert!(slots.try_inline().is_some());
+        let large = slots.count_unsettled(1000);
+        assert!(slots.try_inline().is_none());
+        let mut acquired = [Box::pin(slots.acquire()), Box::pin(slots.acquire())];
+        for slot in &mut acquired {
+            assert!(slot.as_mut().poll(&mut cx).is_pending());
+        }
+        drop(small);
+        assert!(acquired[0].as_mut().poll(&mut cx).is_pending());
+        drop(large);
+        for slot in &mut acquired {
+            assert!(slot.as_mut().poll(&mut cx).is_ready());
+        }
+        assert!(pin!(slots.acquire()).poll(&mut cx).is_ready());
     }
 }

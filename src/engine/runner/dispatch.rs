@@ -19,11 +19,14 @@ use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::{Fault, Outcome};
 use crate::store::StoreError;
-use crate::store::claim::PolledRow;
+use crate::store::claim::{PolledRow, StoredBody};
 use crate::store::settle::Fence;
 
 /// The delay before a request whose body couldn't be fetched is claimed again.
 const FETCH_RETRY: Duration = Duration::from_secs(1);
+
+/// Room for a body of this size is taken before its size is known. A larger one is asked for again.
+const FIRST_READ: usize = 1024 * 1024;
 
 /// Takes over a request that sqlxmq's runner claimed. Registers the claim at once, so that it is
 /// known when the runner has ended, and leaves the rest to a task.
@@ -76,7 +79,7 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
     }
     match read(&claim, id).await {
         Ok(job) => {
-            let overdue = claim.head().deadline().is_some_and(|left| left.is_zero());
+            let overdue = claim.deadline().is_some_and(|left| left.is_zero());
             to_be_sent(claim.open(job), overdue)
         }
         Err(Unusable::Corrupt(error)) => {
@@ -90,6 +93,10 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
                 tracing::warn!(%id, %error, "a request's body can't be fetched yet");
             }
             claim.put_back(FETCH_RETRY);
+            None
+        }
+        Err(Unusable::Closing) => {
+            claim.put_back(Duration::ZERO);
             None
         }
     }
@@ -112,6 +119,8 @@ fn to_be_sent(claim: Claim, overdue: bool) -> Option<(Claim, Transport)> {
 enum Unusable {
     Corrupt(Error),
     Later(StoreError),
+    /// The handle shut down before the body was read.
+    Closing,
 }
 
 /// Reads the stored request.
@@ -122,7 +131,7 @@ async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
         .ok_or_else(|| Unusable::Corrupt(Error::corrupt("its payload is gone")))?;
     let body = if claim.head().fetch_body {
         // Boxed, so that other requests don't take the room that it needs.
-        Box::pin(fetch(claim.driver(), id)).await?
+        Box::pin(fetch(claim, id)).await?
     } else {
         claim.current().raw_bytes().map(Bytes::copy_from_slice)
     };
@@ -133,11 +142,35 @@ async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
     Ok(Job::new(id, channel, request, uri, delivery))
 }
 
-async fn fetch(driver: &Driver, id: RequestId) -> Result<Option<Bytes>, Unusable> {
-    // A large body takes memory only once its attempt can be made soon.
-    let _permit = driver.large_bodies.acquire().await;
-    let fetched = driver.store.fetch_body(id).await;
-    let body = fetched.map_err(Unusable::Later)?;
-    driver.unfetched.recovers(id);
-    Ok(body.map(Bytes::from))
+/// Reads a large body once its attempt has a slot, and the body room in memory.
+async fn fetch(claim: &PolledClaim, id: RequestId) -> Result<Option<Bytes>, Unusable> {
+    let driver = claim.driver();
+    let mut limit = FIRST_READ;
+    loop {
+        let admitted = async {
+            let room = driver.bodies.take(limit).await;
+            (driver.slots.acquire().await, room)
+        };
+        let (slot, mut room) = tokio::select! {
+            admitted = admitted => admitted,
+            () = driver.lifecycle.closing() => return Err(Unusable::Closing),
+        };
+        let fetched = driver.store.fetch_body(id, limit).await;
+        match fetched.map_err(Unusable::Later)? {
+            StoredBody::Larger(bytes) => {
+                // The slot goes back: with one, the claim must not wait for more room.
+                limit = bytes;
+            }
+            StoredBody::Whole(body) => {
+                driver.unfetched.recovers(id);
+                if let Some(room) = &mut room {
+                    room.shrink_to(body.as_ref().map_or(0, Vec::len));
+                }
+                if let Some(slot) = slot {
+                    claim.take(slot, room);
+                }
+                return Ok(body.map(Bytes::from));
+            }
+        }
+    }
 }

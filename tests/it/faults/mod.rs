@@ -4,6 +4,7 @@
 mod database;
 mod network;
 mod receiver;
+mod results;
 
 use std::collections::HashMap;
 use std::process::Stdio;
