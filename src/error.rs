@@ -202,6 +202,7 @@ impl Error {
             Kind::Indeterminate(error) => Kind::Indeterminate(error.as_ref().map(share_sqlx)),
             Kind::Migrations(state) => Kind::Migrations(*state),
             Kind::Closed => Kind::Closed,
+            Kind::Corrupt(reason) => Kind::Corrupt(reason.clone()),
             other => Kind::Corrupt(Cow::Owned(other.to_string())),
         };
         Self(Box::new(Inner {

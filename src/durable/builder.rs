@@ -268,8 +268,8 @@ impl DurableBuilder {
         self
     }
 
-    /// How many bytes of large request bodies this handle's attempts may have in memory, at least
-    /// 1. A body over 64 KiB is read from the database once there is a slot and room for it, and
+    /// How many bytes of request bodies over 64 KiB this handle's attempts may have in memory, at
+    /// least 1. Such a body is read from the database once there is a slot and room for it, and
     /// keeps its room until its attempt is over; a new request whose body finds no room is left to
     /// the queue. A body that is larger than the whole limit is sent while no other large body is.
     /// Defaults to [`DEFAULT_MAX_SENDING_BYTES`], or to four times

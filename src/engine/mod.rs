@@ -189,7 +189,9 @@ impl Engine {
                 waiter.arm(elsewhere);
                 waiter.await
             }
-            Found::Unknown => Err(Error::new(Kind::UnknownId).with_id(id)),
+            Found::Unreadable(error) => Err(error.with_id(id)),
+            // One outcome alone is always fetched.
+            Found::Unknown | Found::Unfetched => Err(Error::new(Kind::UnknownId).with_id(id)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Reading the status and the outcome of requests.
 
 use bytes::Bytes;
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
@@ -12,21 +13,29 @@ use crate::metadata::Metadata;
 use crate::outcome::{Fault, Outcome};
 use crate::status::Status;
 
+/// How many bytes of responses one look-up brings. One response that is larger comes alone.
+const MAX_FETCHED: usize = 8 * 1024 * 1024;
+
 /// What the database knows of an id.
 #[derive(Debug)]
 pub(crate) enum Found {
     Pending,
     Finished(Box<Outcome>),
+    /// Finished, with an outcome for which this look-up had no room.
+    Unfetched,
     Unknown,
+    /// Finished, with an outcome that can't be decoded.
+    Unreadable(Error),
 }
 
 impl Store {
-    /// Looks requests up in the queue and among the outcomes.
+    /// Looks requests up in the queue and among the outcomes. The outcome of the first one that has
+    /// finished is fetched, and further ones up to [`MAX_FETCHED`].
     pub(crate) async fn find(
         &self,
         ids: &[RequestId],
     ) -> Result<Vec<(RequestId, Found)>, StoreError> {
-        let bytes = self.config().max_response_body;
+        let bytes = self.config().max_response_body.max(MAX_FETCHED);
         self.run_large("outcome.find", bytes, async |connection| {
             find(connection, ids).await
         })
@@ -35,14 +44,10 @@ impl Store {
 
     /// Whether any of these requests has not finished.
     pub(crate) async fn any_pending(&self, ids: &[RequestId]) -> Result<bool, StoreError> {
-        let found = self
-            .run("outcome.pending", async |connection| {
-                find(connection, ids).await
-            })
-            .await?;
-        Ok(found
-            .iter()
-            .any(|(_, found)| matches!(found, Found::Pending)))
+        self.run("outcome.pending", async |connection| {
+            any_pending(connection, ids).await
+        })
+        .await
     }
 
     /// As [`find`](Self::find) for one request of a caller's.
@@ -80,51 +85,106 @@ impl Store {
 /// One statement reads both tables: with two, a row that moves from the queue to the outcomes in
 /// between would look unknown. The statement reads a column that the index by id doesn't have,
 /// because an index-only scan could run through the whole index.
+///
+/// Postgres knows the lengths of heads and bodies without reading them, so it reads only those that
+/// are fetched.
 async fn find(
     connection: &mut PgConnection,
     ids: &[RequestId],
 ) -> Result<Vec<(RequestId, Found)>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT
-            i.id, m.claim_no IS NOT NULL AS queued,
-            o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
-            o.metadata::text,
-            CASE WHEN o.status IN ('discarded', 'ambiguous') THEN (
-                SELECT request_destination(p.head) FROM mq_payloads p WHERE p.id = i.id
+            f.id, f.queued, f.fetched, f.status, f.attempts, f.http_status, f.error_class, f.error,
+            f.metadata,
+            CASE WHEN f.fetched THEN f.head END AS head,
+            CASE WHEN f.fetched THEN f.body END AS body,
+            CASE WHEN f.status IN ('discarded', 'ambiguous') THEN (
+                SELECT request_destination(p.head) FROM mq_payloads p WHERE p.id = f.id
             ) END AS destination
-         FROM unnest($1::uuid[]) AS i(id)
-         LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])
-         LEFT JOIN outcomes o ON o.id = ANY (ARRAY[i.id])",
+         FROM (
+            SELECT
+                s.*,
+                -- The first response comes in any case, and further ones as long as they fit.
+                sum(s.bytes) OVER so_far <= $2 OR sum(s.bytes) OVER so_far = s.bytes AS fetched
+            FROM (
+                SELECT
+                    i.number, i.id, m.claim_no IS NOT NULL AS queued,
+                    o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
+                    o.metadata::text,
+                    coalesce(octet_length(o.head), 0)::bigint + coalesce(octet_length(o.body), 0)
+                        AS bytes
+                FROM unnest($1::uuid[]) WITH ORDINALITY AS i(id, number)
+                LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])
+                LEFT JOIN outcomes o ON o.id = ANY (ARRAY[i.id])
+            ) s
+            WINDOW so_far AS (ORDER BY s.number)
+         ) f",
     )
     .bind(ids.iter().copied().map(Uuid::from).collect::<Vec<_>>())
+    .bind(MAX_FETCHED as i64)
     .fetch_all(connection)
     .await?;
-    rows.iter()
+    // Each row is dropped once it is decoded, so that no response is in memory twice for long.
+    rows.into_iter()
         .map(|row| {
             let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
-            let status: Option<String> = row.try_get("status")?;
-            let found = match status.as_deref().and_then(Status::from_name) {
-                Some(status) => {
-                    let mut outcome = outcome(row, id, status)?;
-                    if let Some(fault) = &mut outcome.fault {
-                        let destination: Option<String> = row.try_get("destination")?;
-                        fault.destination = destination.map(String::into_boxed_str);
-                    }
-                    Found::Finished(Box::new(outcome))
-                }
-                None if row.try_get("queued")? => Found::Pending,
-                None => Found::Unknown,
-            };
-            Ok((id, found))
+            // One that can't be decoded must not fail the others.
+            Ok((
+                id,
+                found(&row, id).unwrap_or_else(|error| Found::Unreadable(unreadable(error))),
+            ))
         })
         .collect()
 }
 
-pub(super) fn outcome(
-    row: &sqlx::postgres::PgRow,
-    id: RequestId,
-    status: Status,
-) -> Result<Outcome, sqlx::Error> {
+fn unreadable(error: sqlx::Error) -> Error {
+    match error {
+        sqlx::Error::Decode(error) => match error.downcast() {
+            Ok(error) => *error,
+            Err(error) => Error::corrupt(error.to_string()),
+        },
+        error => error.into(),
+    }
+}
+
+fn found(row: &PgRow, id: RequestId) -> Result<Found, sqlx::Error> {
+    let Some(name) = row.try_get::<Option<String>, _>("status")? else {
+        return Ok(if row.try_get("queued")? {
+            Found::Pending
+        } else {
+            Found::Unknown
+        });
+    };
+    if !row.try_get::<bool, _>("fetched")? {
+        return Ok(Found::Unfetched);
+    }
+    let status = Status::from_name(&name).ok_or_else(|| {
+        let error = Error::corrupt(format!("its status {name:?} is unknown"));
+        sqlx::Error::Decode(Box::new(error))
+    })?;
+    let mut outcome = outcome(row, id, status)?;
+    if let Some(fault) = &mut outcome.fault {
+        let destination: Option<String> = row.try_get("destination")?;
+        fault.destination = destination.map(String::into_boxed_str);
+    }
+    Ok(Found::Finished(Box::new(outcome)))
+}
+
+async fn any_pending(
+    connection: &mut PgConnection,
+    ids: &[RequestId],
+) -> Result<bool, sqlx::Error> {
+    let queued: Vec<bool> = sqlx::query_scalar(
+        "SELECT m.claim_no IS NOT NULL
+         FROM unnest($1::uuid[]) AS i(id) LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])",
+    )
+    .bind(ids.iter().copied().map(Uuid::from).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    Ok(queued.contains(&true))
+}
+
+pub(super) fn outcome(row: &PgRow, id: RequestId, status: Status) -> Result<Outcome, sqlx::Error> {
     let attempts: i32 = row.try_get("attempts")?;
     let head: Option<String> = row.try_get("head")?;
     let http_status: Option<i16> = row.try_get("http_status")?;

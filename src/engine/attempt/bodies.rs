@@ -1,9 +1,9 @@
 //! The room for large request bodies in this process's memory.
 //!
-//! A large body gets its room first, then the slot of its attempt, and only then is it read from the
-//! database. An attempt with a slot never waits for room, so neither can block the other for ever.
-//! The room belongs to the lease. A claim that is held for its retry keeps it until another body
-//! waits for room: a dead destination must not stop the large bodies of all others.
+//! A large body gets its room first, then the slot of its attempt, and only then is it read from
+//! the database. An attempt with a slot never waits for room, so neither can block the other for
+//! ever. The room belongs to the lease. A claim that is held for its retry keeps it until another
+//! body waits for room: a dead destination must not stop the large bodies of all others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -54,7 +54,7 @@ impl Bodies {
         taken.ok().map(Room)
     }
 
-    /// Waits for room for a body of this size. `None` never comes: the room isn't closed.
+    /// Waits for room for a body of this size. `None` never comes: the semaphore stays open.
     pub(crate) async fn take(&self, bytes: usize) -> Option<Room> {
         if let Some(room) = self.try_take(bytes) {
             return Some(room);

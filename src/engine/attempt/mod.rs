@@ -148,8 +148,8 @@ impl Driver {
         }
     }
 
-    /// A slot for a first attempt by this process, with room for a large body, if it may make one on
-    /// this channel now and a client is known: the caller's, or the default transport.
+    /// A slot for a first attempt by this process, with room for a large body, if it may make one
+    /// on this channel now and a client is known: the caller's, or the default transport.
     pub(crate) fn try_inline(
         &self,
         channel: &str,

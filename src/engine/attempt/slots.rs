@@ -151,9 +151,9 @@ impl Slots {
         self.unsettled() >= self.concurrency / ROOM_SHARE
     }
 
-    /// Whether so many results, or bytes of them, wait for their commit that no more may come. While the database
-    /// takes requests faster than their results, memory must not grow with the difference. Results
-    /// of polled requests are bounded by the runner's room.
+    /// Whether so many results, or bytes of them, wait for their commit that no more may come.
+    /// While the database takes requests faster than their results, memory must not grow with the
+    /// difference. The number of results of polled requests is bounded by the runner's room.
     fn is_behind(&self) -> bool {
         self.unsettled() > MAX_UNSETTLED.max(self.concurrency) || self.results.are_too_large()
     }

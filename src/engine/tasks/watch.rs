@@ -3,6 +3,7 @@
 //! The task listens for notifications of other processes. It also asks the database every
 //! [`POLL_INTERVAL`], because a notification is a hint, never the truth.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -61,9 +62,7 @@ pub(crate) async fn run(store: Store, leases: Arc<Leases>, waiters: Arc<Waiters>
         } else {
             ids.retain(|id| to_fetch.contains(id));
         }
-        for ids in ids.chunks(MAX_IDS) {
-            fetch_outcomes(&store, &leases, &waiters, ids).await;
-        }
+        fetch_outcomes(&store, &leases, &waiters, ids).await;
         tokio::select! {
             () = waiters.changed() => {}
             () = tokio::time::sleep_until(next_round.into()) => {}
@@ -83,20 +82,69 @@ async fn next_notification(listener: &mut Option<OutcomeListener>) -> Option<Vec
     }
 }
 
-async fn fetch_outcomes(store: &Store, leases: &Leases, waiters: &Waiters, ids: &[RequestId]) {
-    // After a failure the callers keep waiting: the database comes back, or they give up.
-    let Ok(found) = store.find(ids).await else {
-        return;
-    };
-    for (id, found) in found {
-        match found {
-            Found::Pending => {}
-            Found::Finished(outcome) => {
-                // The request may be in flight here and have been finished by another process.
-                leases.forget(id);
-                waiters.wake(id, || *outcome);
-            }
-            Found::Unknown => waiters.fail(id, || Error::new(Kind::UnknownId).with_id(id)),
+/// Looks the requests up in parts, whose responses are bounded in bytes: many may finish at once.
+async fn fetch_outcomes(store: &Store, leases: &Leases, waiters: &Waiters, ids: Vec<RequestId>) {
+    let mut left = VecDeque::from(ids);
+    loop {
+        let part = next_part(&mut left, |id| waiters.contains(id));
+        if part.is_empty() {
+            return;
         }
+        // After a failure the callers keep waiting: the database comes back, or they give up.
+        let Ok(found) = store.find(&part).await else {
+            return;
+        };
+        for (id, found) in found.into_iter().rev() {
+            match found {
+                Found::Pending => {}
+                Found::Finished(outcome) => {
+                    // The request may be in flight here and have been finished by another process.
+                    leases.forget(id);
+                    waiters.wake(id, || *outcome);
+                }
+                Found::Unfetched => left.push_front(id),
+                Found::Unknown => waiters.fail(id, || Error::new(Kind::UnknownId).with_id(id)),
+                Found::Unreadable(error) => {
+                    let error = error.with_id(id);
+                    tracing::error!(%id, %error, "an outcome can't be read");
+                    leases.forget(id);
+                    waiters.fail(id, || error.share());
+                }
+            }
+        }
+    }
+}
+
+/// The next requests to look up. Those whose callers left in the meantime are left out.
+fn next_part(
+    left: &mut VecDeque<RequestId>,
+    is_waited_for: impl Fn(RequestId) -> bool,
+) -> Vec<RequestId> {
+    let mut part = Vec::new();
+    while part.len() < MAX_IDS {
+        let Some(id) = left.pop_front() else {
+            break;
+        };
+        if is_waited_for(id) {
+            part.push(id);
+        }
+    }
+    part
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_leaves_out_callers_that_have_left() {
+        let ids: Vec<_> = (0..MAX_IDS + 2).map(|_| RequestId::generate()).collect();
+        let gone = ids[1];
+        let mut left = VecDeque::from(ids.clone());
+        let part = next_part(&mut left, |id| id != gone);
+        assert_eq!(part.len(), MAX_IDS);
+        assert!(!part.contains(&gone));
+        assert_eq!(next_part(&mut left, |id| id != gone), [ids[MAX_IDS + 1]]);
+        assert!(next_part(&mut left, |_| true).is_empty());
     }
 }

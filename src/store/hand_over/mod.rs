@@ -86,14 +86,16 @@ impl Store {
     }
 
     async fn find_finished(&self, id: RequestId) -> Result<Option<Outcome>, StoreError> {
-        Ok(self
-            .find(&[id])
-            .await?
-            .into_iter()
-            .find_map(|(_, found)| match found {
-                Found::Finished(outcome) => Some(*outcome),
-                Found::Pending | Found::Unknown => None,
-            }))
+        let found = self.find(&[id]).await?;
+        match found.into_iter().next().map(|(_, found)| found) {
+            Some(Found::Finished(outcome)) => Ok(Some(*outcome)),
+            Some(Found::Unreadable(error)) => {
+                let error = sqlx::Error::Decode(Box::new(error));
+                Err(StoreError::new("hand_over.outcome", error))
+            }
+            // One outcome alone is always fetched.
+            Some(Found::Pending | Found::Unknown | Found::Unfetched) | None => Ok(None),
+        }
     }
 
     /// Makes an outcome due again after a delay that doubles with each failure, from one second up
