@@ -169,7 +169,9 @@ CREATE TABLE outcomes (
     id uuid NOT NULL,
     channel_name text COLLATE "C" NOT NULL,
     channel_args text COLLATE "C" NOT NULL,
-    status text NOT NULL CHECK (status IN ('completed', 'discarded', 'cancelled', 'ambiguous')),
+    -- `completed`, `discarded`, `cancelled` or `ambiguous`. Without a constraint, because each
+    -- settle would parse its condition anew.
+    status text NOT NULL,
     attempts int NOT NULL,
     created_at timestamptz NOT NULL,
     finished_at timestamptz NOT NULL,

@@ -4,6 +4,7 @@ DROP FUNCTION cancel_request;
 DROP FUNCTION expire_requests;
 DROP FUNCTION end_requests;
 DROP FUNCTION finish_requests;
+DROP FUNCTION note_unhandled;
 DROP FUNCTION tell_waiters;
 DROP FUNCTION tell_runners;
 DROP FUNCTION outcome_slot;

@@ -43,6 +43,17 @@ AS $$
     SELECT NULL::void;
 $$;
 
+-- Notes an outcome for the handler of its channel, if the channel has one.
+CREATE FUNCTION note_unhandled(p_id uuid, p_channel text, p_slot smallint) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    INSERT INTO unhandled (id, channel_name, slot)
+    SELECT p_id, p_channel, p_slot FROM handled_channels h WHERE h.channel_name = p_channel;
+END;
+$$;
+
 -- Ends requests: any of them, or with p_claim_nos only those whose claim is the latest. Without
 -- p_http_statuses, p_heads and p_bodies, they end without a response.
 --
