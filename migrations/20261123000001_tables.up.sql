@@ -137,8 +137,12 @@ CREATE TABLE mq_payloads (
     body bytea,
     -- What the application attached to the request.
     metadata json,
-    -- Since when and why the request is parked, or was until it could be read.
+    -- Since when processes have looked at the request and could not read it.
     parked_since timestamptz,
+    -- The claim_no with which the request was parked last. The next look's claim has the next
+    -- number, unless a process that could read the request has made an attempt in between.
+    parked_claim_no int,
+    -- What could not be read: names and positions, never values.
     parked_reason text,
     -- The last response that was not final. The caller gets it if no better response arrives.
     response_status smallint,
@@ -153,6 +157,8 @@ CREATE TABLE mq_payloads (
     autovacuum_vacuum_threshold = 5000,
     autovacuum_vacuum_cost_delay = 0
 );
+-- For listing. Empty most of the time.
+CREATE INDEX mq_payloads_parked ON mq_payloads (id) WHERE parked_since IS NOT NULL;
 -- Most bodies don't compress well. An uncompressed body can be measured and cut without being read.
 ALTER TABLE mq_payloads ALTER COLUMN body SET STORAGE EXTERNAL;
 ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
@@ -227,7 +233,9 @@ CREATE TABLE unhandled (
     due_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- How many times handing the outcome over has failed.
     failures int NOT NULL DEFAULT 0,
-    error text
+    error text,
+    -- Since when processes have taken the outcome and could not read it.
+    parked_since timestamptz
 );
 CREATE INDEX unhandled_due ON unhandled (channel_name, due_at);
 CREATE INDEX unhandled_slot ON unhandled (slot);

@@ -211,6 +211,11 @@ BEGIN
             AND (
                 m.state IN ('waiting', 'behind')
                 OR m.state IN ('claimed', 'held') AND m.attempt_at <= v_now
+                    -- The process that looked at a parked request died before it could read it.
+                    AND NOT EXISTS (
+                        SELECT FROM mq_payloads p
+                        WHERE p.id = m.id AND p.parked_claim_no = m.claim_no - 1 OFFSET 0
+                    )
             )
         LIMIT p_limit FOR UPDATE OF m SKIP LOCKED
     ) expired;

@@ -294,7 +294,7 @@ pub enum FailureClass {
     Abandoned,
     /// The process that made the attempt died.
     Lost,
-    /// The client can't send this request, or its stored form can't be used.
+    /// The client can't send this request, or what was stored of it is gone.
     Unusable,
     /// The request's deadline passed before it was sent.
     Deadline,

@@ -4,26 +4,128 @@
 //! that repetitions and order survive. Header values are bytes (RFC 9110 section 5.5). Each byte
 //! becomes the character with the same number, as in ISO 8859-1; this is reversible for every value
 //! and leaves ASCII unchanged. Bodies are stored beside the head, as bytes.
+//!
+//! A later version may store more than this one knows. A field or a variant that is not known here
+//! makes the whole form [`Unreadable`]: without it, the request would not be the one that was
+//! persisted.
 
 use std::borrow::Cow;
+use std::error::Error as StdError;
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version};
 use serde::{Deserialize, Serialize};
+use serde_json::error::Category;
 use url::Url;
 
 use crate::classify::AcceptedResponse;
-use crate::error::Error;
+use crate::error::{Error, Kind};
 use crate::id::RequestId;
-use crate::options::{Guarantee, Options};
-use crate::request::{Request, Target};
+use crate::options::{Guarantee, Options, validate_timeout};
+use crate::request::{Request, Target, check_uri};
 use crate::response::Response;
 use crate::retry::{RetryPolicy, millis};
 
+/// The newest form of outcomes that this version reads. Versions that only read earlier ones leave
+/// such outcomes alone.
+pub(crate) const OUTCOME_FORMAT: i16 = 1;
+
+/// Why a stored form can't be read. Names fields and positions, never values, so it may be stored
+/// and shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unreadable(Cow<'static, str>);
+
+impl Unreadable {
+    pub(crate) fn new(reason: impl Into<Cow<'static, str>>) -> Self {
+        Self(reason.into())
+    }
+
+    /// A part of the form is not what it must be.
+    fn part(name: &'static str) -> Self {
+        Self(format!("{name} is malformed").into())
+    }
+
+    /// The text is not JSON, or not of the expected form. Its own error might show values of it.
+    pub(crate) fn json(what: &str, error: &serde_json::Error, start: usize) -> Self {
+        let text = error.to_string();
+        let problem = match error.classify() {
+            Category::Data => named(&text).unwrap_or("a value is malformed"),
+            Category::Syntax | Category::Eof | Category::Io => "it is not JSON",
+        };
+        let line = error.line();
+        let column = error.column()
+            - if line == 1 {
+                start.min(error.column())
+            } else {
+                0
+            };
+        Self(format!("{what}: {problem}, at line {line}, column {column}").into())
+    }
+
+    /// The status of an outcome is none that this version knows.
+    pub(crate) fn status(name: &str) -> Self {
+        let shown = if is_name(name) { name } else { "?" };
+        Self(format!("a newer version wrote it, with the status `{shown}`").into())
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// The start of serde's error that names a field or a variant, if that is what it is about.
+fn named(error: &str) -> Option<&str> {
+    let start = [
+        "unknown field `",
+        "unknown variant `",
+        "missing field `",
+        "duplicate field `",
+    ]
+    .into_iter()
+    .find(|start| error.starts_with(start))?;
+    let end = start.len() + error[start.len()..].find('`')?;
+    is_name(&error[start.len()..end]).then(|| &error[..=end])
+}
+
+/// Whether a text can be a name of this crate's. Anything else may be a secret.
+fn is_name(text: &str) -> bool {
+    (1..=40).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl StdError for Unreadable {}
+
+impl From<Unreadable> for Error {
+    fn from(unreadable: Unreadable) -> Self {
+        Self::new(Kind::Unreadable(unreadable.0))
+    }
+}
+
+/// Whether this version reads outcomes of this format.
+pub(crate) fn check_outcome_format(format: i16) -> Result<(), Unreadable> {
+    match format {
+        1..=OUTCOME_FORMAT => Ok(()),
+        ..=0 => Err(Unreadable::part("the format")),
+        _ => Err(Unreadable(
+            format!("a newer version wrote it, in format {format}").into(),
+        )),
+    }
+}
+
 /// What a runner needs to know about a request besides its bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Delivery {
     #[serde(rename = "timeout_ms", with = "millis")]
     pub(crate) attempt_timeout: Duration,
@@ -36,6 +138,7 @@ pub(crate) struct Delivery {
 
 // Both heads repeat the fields of `Headers`: `flatten` would copy a whole head before reading it.
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct StoredRequest<'a> {
     #[serde(borrow)]
     method: Text<'a>,
@@ -50,6 +153,7 @@ struct StoredRequest<'a> {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct StoredResponse<'a> {
     #[serde(borrow)]
     version: Text<'a>,
@@ -63,6 +167,7 @@ struct StoredResponse<'a> {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Headers<'a> {
     #[serde(borrow)]
     headers: Pairs<'a>,
@@ -98,22 +203,26 @@ impl<'a> Headers<'a> {
         Self { headers, sensitive }
     }
 
-    fn into_map(self) -> Result<HeaderMap, Error> {
+    fn into_map(self) -> Result<HeaderMap, Unreadable> {
+        if self
+            .sensitive
+            .iter()
+            .any(|position| *position >= self.headers.len())
+        {
+            return Err(Unreadable::part("the list of sensitive headers"));
+        }
         let mut map = HeaderMap::with_capacity(self.headers.len());
         for (position, (Text(name), Text(value))) in self.headers.into_iter().enumerate() {
-            let name = HeaderName::from_str(&name).map_err(|_| corrupt("a header name"))?;
+            let name =
+                HeaderName::from_str(&name).map_err(|_| Unreadable::part("a header name"))?;
             let mut value = from_latin1(&value)
                 .and_then(|bytes| HeaderValue::from_maybe_shared(bytes).ok())
-                .ok_or_else(|| corrupt("a header value"))?;
+                .ok_or_else(|| Unreadable::part("a header value"))?;
             value.set_sensitive(self.sensitive.contains(&position));
             map.append(name, value);
         }
         Ok(map)
     }
-}
-
-fn corrupt(what: &'static str) -> Error {
-    Error::corrupt(format!("{what} is malformed"))
 }
 
 fn latin1(bytes: &[u8]) -> Cow<'_, str> {
@@ -140,14 +249,15 @@ fn version_name(version: Version) -> &'static str {
     }
 }
 
-fn version_of(name: &str) -> Version {
-    match name {
+fn version_of(name: &str) -> Result<Version, Unreadable> {
+    Ok(match name {
         "HTTP/0.9" => Version::HTTP_09,
         "HTTP/1.0" => Version::HTTP_10,
+        "HTTP/1.1" => Version::HTTP_11,
         "HTTP/2" => Version::HTTP_2,
         "HTTP/3" => Version::HTTP_3,
-        _ => Version::HTTP_11,
-    }
+        _ => return Err(Unreadable::part("the HTTP version")),
+    })
 }
 
 pub(crate) fn encode_request(request: &Request, uri: &Uri, delivery: &Delivery) -> String {
@@ -175,24 +285,31 @@ fn to_json<T: Serialize>(head: &T) -> String {
     }
 }
 
-pub(crate) fn decode_request(
-    head: &str,
-    body: Option<Bytes>,
-) -> Result<(Request, Uri, Delivery), Error> {
-    let head: StoredRequest<'_> = serde_json::from_str(head)
-        .map_err(|error| Error::corrupt(format!("the head can't be parsed: {error}")))?;
-    let uri: Uri = head.url.0.parse().map_err(|_| corrupt("the URL"))?;
+/// The request without its body.
+pub(crate) fn decode_request(head: &str) -> Result<(Request, Uri, Delivery), Unreadable> {
+    let head: StoredRequest<'_> =
+        serde_json::from_str(head).map_err(|error| Unreadable::json("the head", &error, 0))?;
+    let uri: Uri = head
+        .url
+        .0
+        .parse()
+        .map_err(|_| Unreadable::part("the URL"))?;
+    check_uri(&uri).map_err(|_| Unreadable::part("the URL"))?;
+    let delivery = head.delivery.into_owned();
+    validate_timeout(delivery.attempt_timeout).map_err(|_| Unreadable::part("`timeout_ms`"))?;
+    let retry = delivery.retry.validate();
+    retry.map_err(|reason| Unreadable(format!("`retry`: {reason}").into()))?;
     let (headers, sensitive) = (head.headers, head.sensitive);
     let request = Request {
-        method: Method::from_str(&head.method.0).map_err(|_| corrupt("the method"))?,
+        method: Method::from_str(&head.method.0).map_err(|_| Unreadable::part("the method"))?,
         target: Target::Uri(uri.clone()),
-        version: version_of(&head.version.0),
+        version: version_of(&head.version.0)?,
         headers: Headers { headers, sensitive }.into_map()?,
-        body,
+        body: None,
         trailers: head.trailers.map(Headers::into_map).transpose()?,
         options: Options::default(),
     };
-    Ok((request, uri, head.delivery.into_owned()))
+    Ok((request, uri, delivery))
 }
 
 pub(crate) fn encode_response(response: &Response) -> String {
@@ -211,18 +328,20 @@ pub(crate) fn decode_response(
     status: u16,
     head: &str,
     body: Bytes,
-) -> Result<Response, Error> {
+) -> Result<Response, Unreadable> {
     let head: StoredResponse<'_> = serde_json::from_str(head)
-        .map_err(|error| Error::corrupt(format!("the response's head can't be parsed: {error}")))?;
+        .map_err(|error| Unreadable::json("the response's head", &error, 0))?;
+    let url = head.url.map(|url| Url::parse(&url.0)).transpose();
     let (headers, sensitive) = (head.headers, head.sensitive);
     Ok(Response {
         id,
-        status: StatusCode::from_u16(status).map_err(|_| corrupt("the response's status"))?,
-        version: version_of(&head.version.0),
+        status: StatusCode::from_u16(status)
+            .map_err(|_| Unreadable::part("the response's status"))?,
+        version: version_of(&head.version.0)?,
         headers: Headers { headers, sensitive }.into_map()?,
         body,
         trailers: head.trailers.map(Headers::into_map).transpose()?,
-        url: head.url.and_then(|url| Url::parse(&url.0).ok()),
+        url: url.map_err(|_| Unreadable::part("the response's URL"))?,
         extensions: http::Extensions::new(),
     })
 }
@@ -230,6 +349,7 @@ pub(crate) fn decode_response(
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use serde_json::Value;
 
     use super::*;
 
@@ -284,8 +404,7 @@ mod tests {
             let request = builder.body("x").unwrap();
             let request = Request::try_from(request).unwrap();
             let head = encode_request(&request, &uri, &delivery());
-            let decoded = decode_request(&head, request.body.clone());
-            let (back, back_uri, back_delivery) = decoded.unwrap();
+            let (back, back_uri, back_delivery) = decode_request(&head).unwrap();
             prop_assert_eq!(back_uri.to_string(), uri.to_string());
             prop_assert_eq!(back.method, request.method);
             prop_assert_eq!(back_delivery, delivery());
@@ -310,8 +429,126 @@ mod tests {
     }
 
     #[test]
+    fn a_reason_names_fields_and_positions_but_no_values() {
+        let request = http::Request::post("https://example.com/hunter2").body("x");
+        let request = Request::try_from(request.unwrap()).unwrap();
+        let head = encode_request(&request, &request.uri().unwrap(), &delivery());
+        for (from, to, reason) in [
+            (
+                "{",
+                r#"{"new":1,"#,
+                "the head: unknown field `new`, at line 1, column 6",
+            ),
+            (
+                "{",
+                r#"{"hunter 2":1,"#,
+                "the head: a value is malformed, at line 1, column 11",
+            ),
+            (
+                r#""POST""#,
+                r#"["hunter2"]"#,
+                "the head: a value is malformed, at line 1, column 10",
+            ),
+            (
+                r#""POST""#,
+                "hunter2",
+                "the head: it is not JSON, at line 1, column 11",
+            ),
+            (r#""POST""#, r#""hunter 2""#, "the method is malformed"),
+            ("https:", "hunter2:", "the URL is malformed"),
+            (
+                r#""timeout_ms":30000"#,
+                r#""timeout_ms":0"#,
+                "`timeout_ms` is malformed",
+            ),
+            (
+                r#""headers":[]"#,
+                r#""headers":[],"sensitive":[0]"#,
+                "the list of sensitive headers is malformed",
+            ),
+        ] {
+            assert!(head.contains(from), "{head}");
+            let error = decode_request(&head.replacen(from, to, 1)).unwrap_err();
+            assert_eq!(error.as_str(), reason);
+        }
+    }
+
+    /// Copies of a form, each with one more field in one of its objects.
+    fn with_field(json: &Value) -> Vec<Value> {
+        let mut all = Vec::new();
+        match json {
+            Value::Object(fields) => {
+                let mut more = fields.clone();
+                more.insert("x".into(), 1.into());
+                all.push(Value::Object(more));
+                for (name, value) in fields {
+                    for value in with_field(value) {
+                        let mut changed = fields.clone();
+                        changed.insert(name.clone(), value);
+                        all.push(Value::Object(changed));
+                    }
+                }
+            }
+            Value::Array(values) => {
+                for (position, value) in values.iter().enumerate() {
+                    for value in with_field(value) {
+                        let mut changed = values.clone();
+                        changed[position] = value;
+                        all.push(Value::Array(changed));
+                    }
+                }
+            }
+            _ => {}
+        }
+        all
+    }
+
+    #[test]
+    fn every_struct_of_a_stored_form_refuses_unknown_fields() {
+        let delivery = Delivery {
+            accept: Some(vec![
+                AcceptedResponse::Status(404),
+                AcceptedResponse::Range(1, 2),
+            ]),
+            guarantee: Guarantee::AtMostOnce,
+            ..delivery()
+        };
+        let mut request =
+            Request::try_from(http::Request::post("http://a/").body("x").unwrap()).unwrap();
+        request.trailers = Some(HeaderMap::from_iter([(
+            http::header::ETAG,
+            "x".parse().unwrap(),
+        )]));
+        let head = encode_request(&request, &request.uri().unwrap(), &delivery);
+        assert!(decode_request(&head).is_ok());
+        let changed = with_field(&serde_json::from_str(&head).unwrap());
+        // The head, its trailers, the delivery, its policy, the delays with their kind, and two
+        // accepted responses.
+        assert_eq!(changed.len(), 8, "{changed:#?}");
+        for head in changed {
+            assert!(decode_request(&head.to_string()).is_err(), "{head}");
+        }
+        let response = Response {
+            id: RequestId::generate(),
+            status: StatusCode::OK,
+            version: Version::HTTP_11,
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            trailers: request.trailers.clone(),
+            url: None,
+            extensions: http::Extensions::new(),
+        };
+        let changed = with_field(&serde_json::from_str(&encode_response(&response)).unwrap());
+        assert_eq!(changed.len(), 2);
+        for head in changed {
+            let decoded = decode_response(response.id, 200, &head.to_string(), Bytes::new());
+            assert!(decoded.is_err(), "{head}");
+        }
+    }
+
+    #[test]
     fn a_malformed_head_is_an_error() {
-        assert!(decode_request("{}", None).is_err());
+        assert!(decode_request("{}").is_err());
         assert!(decode_response(RequestId::generate(), 200, "", Bytes::new()).is_err());
     }
 }

@@ -127,7 +127,9 @@ pub(crate) enum Kind {
         requests: usize,
         bytes: usize,
     },
-    /// A stored row can't be decoded.
+    /// What is stored of the request, or of its outcome, can't be read by this version.
+    Unreadable(Cow<'static, str>),
+    /// What is stored of the request can't be used.
     Corrupt(Cow<'static, str>),
     /// A request that passed through without being persisted failed in the wrapped service.
     PassThrough(BoxError),
@@ -177,10 +179,6 @@ impl Error {
         })
     }
 
-    pub(crate) fn corrupt(reason: impl Into<Cow<'static, str>>) -> Self {
-        Self::new(Kind::Corrupt(reason.into()))
-    }
-
     pub(crate) fn body_too_large(limit: usize) -> Self {
         Self::new(Kind::BodyTooLarge { limit })
     }
@@ -203,6 +201,7 @@ impl Error {
             Kind::Migrations(state) => Kind::Migrations(*state),
             Kind::Closed => Kind::Closed,
             Kind::Corrupt(reason) => Kind::Corrupt(reason.clone()),
+            Kind::Unreadable(reason) => Kind::Unreadable(reason.clone()),
             other => Kind::Corrupt(Cow::Owned(other.to_string())),
         };
         Self(Box::new(Inner {
@@ -340,6 +339,13 @@ impl Error {
     /// [`retention`](crate::DurableBuilder::retention).
     pub fn is_unknown_id(&self) -> bool {
         matches!(self.0.kind, Kind::UnknownId)
+    }
+
+    /// Whether this version can't read what is stored of the request or of its outcome: a newer
+    /// version wrote it, or it is damaged. Nothing was changed. A process of the version that wrote
+    /// it can read it.
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self.0.kind, Kind::Unreadable(_))
     }
 
     /// Whether the handle was shut down or its pool was closed.
@@ -519,6 +525,14 @@ fn wrong_state(
     write!(f, "the request is {status}, and {rule}; {advice}")
 }
 
+fn unreadable(f: &mut fmt::Formatter<'_>, reason: &str) -> fmt::Result {
+    write!(
+        f,
+        "this version can't read what is stored: {reason}; ask a process of the version that wrote \
+         it, or repair the row"
+    )
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -617,6 +631,7 @@ impl fmt::Display for Kind {
                 "{requests} requests with {bytes} bytes wait to be persisted, and this one was \
                  not; retry later, or see max_queued_requests and max_queued_bytes"
             ),
+            Self::Unreadable(reason) => unreadable(f, reason),
             Self::Corrupt(reason) => write!(f, "a stored request can't be used: {reason}"),
             Self::PassThrough(_) => f.write_str("pass-through request failed"),
         }
@@ -793,6 +808,7 @@ mod tests {
             Kind::UnknownId => &["no such request", "DurableBuilder::retention"],
             Kind::Closed => &["shut down", "pool was closed", "build a new handle"],
             Kind::Overloaded { .. } => &["5 requests", "70 bytes", "retry later"],
+            Kind::Unreadable(_) => &["can't read", "format 2", "of the version that wrote it"],
             Kind::Corrupt(_) => &["a stored request can't be used", "its payload is gone"],
             Kind::PassThrough(_) => &["pass-through"],
         }
@@ -844,6 +860,7 @@ mod tests {
                 requests: 5,
                 bytes: 70,
             },
+            Kind::Unreadable("a newer version wrote it, in format 2".into()),
             Kind::Corrupt("its payload is gone".into()),
             Kind::PassThrough("cut".into()),
         ];

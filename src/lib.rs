@@ -150,7 +150,7 @@ pub use options::{Guarantee, Options};
 pub use outcome::Outcome;
 pub use request::{MAX_URL_LEN, Request};
 pub use response::Response;
-pub use status::Status;
+pub use status::{ParkedRequest, Status};
 pub use store::hand_over::{OutcomeFn, OutcomeFnWith, OutcomeHandler, outcome_fn, outcome_fn_with};
 
 pub use http::{self, HeaderMap, Method, StatusCode};

@@ -244,7 +244,8 @@ fn too_long() -> Error {
     Error::request("url", format!("must be at most {MAX_URL_LEN} bytes long"))
 }
 
-fn check_uri(uri: &Uri) -> Result<(), Error> {
+/// Whether requests can be sent to this URL.
+pub(crate) fn check_uri(uri: &Uri) -> Result<(), Error> {
     match uri.scheme_str() {
         Some("http" | "https") => {}
         None => {

@@ -2,17 +2,21 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::codec::Unreadable;
 use crate::error::ParseNameError;
+use crate::id::RequestId;
 
 /// The status of a persisted request, as [`Durable::status`](crate::Durable::status) reports it.
 ///
 /// ```text
 /// Scheduled → Available → Running → Completed | Discarded | Cancelled | Ambiguous
 ///                 ↑          ↓
-///                 └── Retryable
+///                 ├── Retryable
+///                 └── Parked
 /// ```
 ///
 /// Text and serde use the lower-case name, such as `"completed"`.
@@ -28,6 +32,16 @@ pub enum Status {
     Running,
     /// An attempt failed, and the next one is due later.
     Retryable,
+    /// A process claimed the request and could not read what is stored of it: a newer version wrote
+    /// it, another program did, or it is damaged. It was not sent, no attempt is counted, and later
+    /// requests of its ordering key wait.
+    ///
+    /// Processes look at it again and again, every 5 seconds at first and every 10 minutes in the
+    /// end, and one that can read it sends it. Until then it stays, also beyond its deadline.
+    /// [`Durable::parked`](crate::Durable::parked) says what could not be read. Let a process of a
+    /// newer version deliver the channel, repair the row, or
+    /// [cancel](crate::Durable::cancel) the request.
+    Parked,
     /// The request got a final response, or was resolved as sent.
     Completed,
     /// The request was given up and won't be attempted again. It is a dead letter, with its last
@@ -56,6 +70,7 @@ impl Status {
             Self::Available => "available",
             Self::Running => "running",
             Self::Retryable => "retryable",
+            Self::Parked => "parked",
             Self::Completed => "completed",
             Self::Discarded => "discarded",
             Self::Cancelled => "cancelled",
@@ -66,6 +81,25 @@ impl Status {
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         name.parse().ok()
     }
+
+    /// A status that is stored. A later version may have others.
+    pub(crate) fn stored(name: &str) -> Result<Self, Unreadable> {
+        Self::from_name(name).ok_or_else(|| Unreadable::status(name))
+    }
+}
+
+/// A request that could not be read: see [`Status::Parked`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ParkedRequest {
+    /// The id.
+    pub id: RequestId,
+    /// The channel.
+    pub channel: String,
+    /// Since when it is parked, by the database's clock.
+    pub since: SystemTime,
+    /// What could not be read: the field or variant and its position, and no value of the request.
+    pub reason: String,
 }
 
 impl FromStr for Status {
@@ -78,6 +112,7 @@ impl FromStr for Status {
             "available" => Self::Available,
             "running" => Self::Running,
             "retryable" => Self::Retryable,
+            "parked" => Self::Parked,
             "completed" => Self::Completed,
             "discarded" => Self::Discarded,
             "cancelled" => Self::Cancelled,
@@ -104,6 +139,7 @@ mod tests {
             Status::Available,
             Status::Running,
             Status::Retryable,
+            Status::Parked,
             Status::Completed,
             Status::Discarded,
             Status::Cancelled,

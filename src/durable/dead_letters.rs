@@ -16,7 +16,8 @@ impl Durable {
     /// ([`Status::Discarded`](crate::Status::Discarded)) or may have been sent
     /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order of their ids,
     /// which is about the order in which they were enqueued. Dead letters stay until they are
-    /// replayed, resolved or purged.
+    /// replayed, resolved or purged. Those that a newer version wrote in a form that this one
+    /// doesn't know are left out, here and where they are replayed or purged by a filter.
     ///
     /// # Errors
     ///

@@ -5,6 +5,7 @@ mod builder;
 mod bulk;
 mod dead_letters;
 mod outcomes;
+mod parked;
 mod pass_through;
 mod submit;
 
@@ -234,7 +235,8 @@ impl Durable {
     /// # Errors
     ///
     /// As for [`await_response`](Self::await_response). Also if there is no such request, or its
-    /// outcome has expired ([`Error::is_unknown_id`]): outcomes are kept for the retention.
+    /// outcome has expired ([`Error::is_unknown_id`]): outcomes are kept for the retention. If this
+    /// version can't read the outcome: [`Error::is_unreadable`].
     ///
     /// # Cancel safety
     ///
@@ -256,8 +258,8 @@ impl Durable {
     ///
     /// # Errors
     ///
-    /// If the request doesn't exist, or its outcome has expired ([`Error::is_unknown_id`]); if the
-    /// database fails.
+    /// If the request doesn't exist, or its outcome has expired ([`Error::is_unknown_id`]); if this
+    /// version can't read the outcome ([`Error::is_unreadable`]); if the database fails.
     ///
     /// # Cancel safety
     ///
@@ -282,7 +284,8 @@ impl Durable {
     ///
     /// # Errors
     ///
-    /// If the database fails.
+    /// If a newer version gave the request a status that this one doesn't know
+    /// ([`Error::is_unreadable`]), or the database fails.
     ///
     /// # Cancel safety
     ///

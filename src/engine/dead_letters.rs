@@ -167,7 +167,8 @@ fn not_changed(operation: Operation, id: RequestId, result: ChangeResult) -> Err
     let kind = match result {
         ChangeResult::WrongState(state) => match state.status {
             None => Kind::UnknownId,
-            Some(status) => Kind::WrongState {
+            Some(Err(unreadable)) => return Error::from(unreadable).with_id(id),
+            Some(Ok(status)) => Kind::WrongState {
                 operation,
                 status,
                 replayed_as: state.replayed_as,

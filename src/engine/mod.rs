@@ -189,7 +189,7 @@ impl Engine {
                 waiter.arm(elsewhere);
                 waiter.await
             }
-            Found::Unreadable(error) => Err(error.with_id(id)),
+            Found::Unreadable(unreadable) => Err(Error::from(unreadable).with_id(id)),
             // One outcome alone is always fetched.
             Found::Unknown | Found::Unfetched => Err(Error::new(Kind::UnknownId).with_id(id)),
         }

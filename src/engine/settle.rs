@@ -12,6 +12,7 @@ use sqlxmq::CurrentJob;
 use tokio::sync::{Notify, mpsc, oneshot};
 use uuid::Uuid;
 
+use crate::codec::Unreadable;
 use crate::engine::attempt::Driver;
 use crate::engine::attempt::leases::{Lease, Leases};
 use crate::engine::attempt::slots::Unsettled;
@@ -24,7 +25,7 @@ use crate::outcome::Outcome;
 use crate::response::Response;
 use crate::status::Status;
 use crate::store::enqueue::RUNNER_WAIT;
-use crate::store::settle::{Failure, Fence, Finished, PutBack, SettledRow};
+use crate::store::settle::{Failure, Fence, Finished, Park, PutBack, SettledRow};
 use crate::store::{Store, StoreError};
 
 const RETRY_MIN: Duration = Duration::from_millis(50);
@@ -58,6 +59,11 @@ pub(crate) enum AttemptResult {
         uncounted: bool,
         failure: Option<Box<Failure>>,
     },
+    /// This version can't read the request. No attempt was made, and none is counted.
+    Park {
+        reason: Unreadable,
+        channel: Arc<str>,
+    },
 }
 
 impl AttemptResult {
@@ -72,6 +78,7 @@ impl AttemptResult {
                 failure.as_ref().and_then(|f| f.response.as_ref()),
                 failure.as_ref().map(|failure| &failure.text),
             ),
+            Self::Park { .. } => (None, None),
         };
         response.map_or(0, Response::size) + text.map_or(0, String::len)
     }
@@ -94,6 +101,10 @@ impl Settlement {
         matches!(self.result, AttemptResult::Finish { .. })
     }
 
+    fn is_park(&self) -> bool {
+        matches!(self.result, AttemptResult::Park { .. })
+    }
+
     /// Removes data that the database may have refused: the body, then the rest of the response,
     /// then the error text. `false` if there is nothing left to remove.
     fn drop_refused_data(&mut self) -> bool {
@@ -111,7 +122,9 @@ impl Settlement {
                 failure: Some(failure),
                 ..
             } => (&mut failure.response, &mut failure.text),
-            AttemptResult::PutBack { failure: None, .. } => return false,
+            AttemptResult::PutBack { failure: None, .. } | AttemptResult::Park { .. } => {
+                return false;
+            }
         };
         if response.take().is_some() {
             return true;
@@ -244,7 +257,9 @@ impl Settler {
     async fn write_once(&self, batch: &mut Vec<Settlement>) -> Result<(), StoreError> {
         let mut wakeups = Wakeups::default();
         while !batch.is_empty() {
-            if batch.iter().any(Settlement::is_finish) {
+            if batch.iter().any(Settlement::is_park) {
+                self.write_parks(batch).await?;
+            } else if batch.iter().any(Settlement::is_finish) {
                 self.write_finishes(batch, &mut wakeups).await?;
             } else {
                 self.write_put_backs(batch, &mut wakeups).await?;
@@ -265,7 +280,7 @@ impl Settler {
                 AttemptResult::Finish { outcome, .. } => {
                     Some((settlement.lease.fence(), Arc::clone(outcome)))
                 }
-                AttemptResult::PutBack { .. } => None,
+                AttemptResult::PutBack { .. } | AttemptResult::Park { .. } => None,
             })
             .collect();
         let bytes = batch.iter().map(Settlement::size).sum();
@@ -346,7 +361,7 @@ impl Settler {
         let put_backs: Vec<_> = batch
             .iter()
             .filter_map(|settlement| match &settlement.result {
-                AttemptResult::Finish { .. } => None,
+                AttemptResult::Finish { .. } | AttemptResult::Park { .. } => None,
                 AttemptResult::PutBack {
                     delay,
                     hold,
@@ -399,6 +414,51 @@ impl Settler {
             }
         }
         // Waiters of requests that went back into the queue must listen for their outcomes.
+        self.waiters.fetch_soon(returned);
+        self.reclassify_unsettled(unsettled, batch).await;
+        Ok(())
+    }
+
+    async fn write_parks(&self, batch: &mut Vec<Settlement>) -> Result<(), StoreError> {
+        let parks: Vec<_> = batch
+            .iter()
+            .filter_map(|settlement| match &settlement.result {
+                AttemptResult::Park { reason, .. } => Some(Park {
+                    fence: settlement.lease.fence(),
+                    reason: reason.clone(),
+                }),
+                AttemptResult::Finish { .. } | AttemptResult::PutBack { .. } => None,
+            })
+            .collect();
+        let parked = self.store.park(&parks).await?;
+        let (written, rest) = std::mem::take(batch)
+            .into_iter()
+            .partition(Settlement::is_park);
+        *batch = rest;
+        let mut returned = Vec::new();
+        let mut unsettled = Vec::new();
+        // `parks` was made from `written`, and `parked` from `parks`, in the same order.
+        for ((settlement, park), parked) in written.into_iter().zip(parks).zip(parked) {
+            let Some(parked) = parked else {
+                unsettled.push((settlement, park.fence));
+                continue;
+            };
+            self.leases.remove(&settlement.lease);
+            let AttemptResult::Park { reason, channel } = settlement.result else {
+                continue;
+            };
+            let id = park.fence.id;
+            returned.push(id);
+            if parked.is_first() {
+                let reason = reason.as_str();
+                tracing::warn!(
+                    %id, channel = &*channel, reason,
+                    "a request can't be read by this version and is parked"
+                );
+            } else {
+                tracing::debug!(%id, next = ?parked.delay, "a request still can't be read");
+            }
+        }
         self.waiters.fetch_soon(returned);
         self.reclassify_unsettled(unsettled, batch).await;
         Ok(())

@@ -55,6 +55,7 @@ const MIN_DELAY: Duration = Duration::from_millis(1);
 /// );
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RetryPolicy {
     delays: Delays,
     jitter: Jitter,
@@ -80,7 +81,7 @@ pub struct RetryPolicy {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 enum Delays {
     Exponential {
         #[serde(rename = "base_ms", with = "millis")]

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::enqueue::{CLAIMED, SENDING_ONCE};
 use super::settle::Fence;
 use super::{Store, StoreError, millis};
+use crate::codec::Unreadable;
 use crate::error::Error;
 use crate::id::RequestId;
 use crate::metadata::Metadata;
@@ -39,7 +40,15 @@ pub(crate) struct PolledRow {
     /// The request's stored head, or `None` if its payload is gone.
     head: Option<Box<RawValue>>,
     metadata: Option<Box<RawValue>>,
+    /// The head is not JSON.
+    #[serde(skip)]
+    damaged: Option<Unreadable>,
 }
+
+/// What comes before the head and before the metadata in the claim. Neither can be in the text
+/// before it: a quote within a string is escaped.
+const HEAD: &str = ",\"head\":";
+const METADATA: &str = ",\"metadata\":";
 
 /// Text that is copied once. Serde's own way to an `Arc<str>` copies it twice.
 fn shared<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
@@ -61,9 +70,25 @@ fn shared<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Err
 }
 
 impl PolledRow {
-    pub(crate) fn parse(json: &str) -> Result<Self, Error> {
-        serde_json::from_str(json)
-            .map_err(|error| Error::corrupt(format!("the claim's head: {error}")))
+    pub(crate) fn parse(json: &str) -> Result<Self, Unreadable> {
+        serde_json::from_str(json).or_else(|error| {
+            Self::parse_around_head(json, &error)
+                .ok_or_else(|| Unreadable::json("the claim", &error, 0))
+        })
+    }
+
+    /// A claim whose head is not JSON, so that the claim as a whole isn't either.
+    fn parse_around_head(json: &str, error: &serde_json::Error) -> Option<Self> {
+        let (before, rest) = json.split_once(HEAD)?;
+        let mut claim: Self = serde_json::from_str(&format!("{before},\"head\":null}}")).ok()?;
+        // A part of the head may look like metadata, but is followed by more than a bracket.
+        claim.metadata = rest.match_indices(METADATA).find_map(|(at, _)| {
+            let metadata = rest[at + METADATA.len()..].strip_suffix('}')?;
+            serde_json::from_str(metadata).ok()
+        });
+        let start = before.len() + HEAD.len();
+        claim.damaged = Some(Unreadable::json("the head", error, start));
+        Some(claim)
     }
 
     pub(crate) fn age(&self) -> Duration {
@@ -75,8 +100,12 @@ impl PolledRow {
             .map(|ms| Duration::from_millis(ms.max(0) as u64))
     }
 
-    pub(crate) fn head(&self) -> Option<&str> {
-        self.head.as_deref().map(RawValue::get)
+    /// The stored head, or `None` if the payload is gone.
+    pub(crate) fn head(&self) -> Result<Option<&str>, Unreadable> {
+        match &self.damaged {
+            Some(damaged) => Err(damaged.clone()),
+            None => Ok(self.head.as_deref().map(RawValue::get)),
+        }
     }
 
     pub(crate) fn metadata(&self) -> Option<Metadata> {
@@ -205,4 +234,60 @@ async fn renew(
     .execute(connection)
     .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(head: &str, metadata: &str) -> String {
+        [
+            r#"{"claim_no":2,"attempts":1,"age_ms":5,"deadline_ms":null,"lost":true,"#,
+            r#""more":false,"fetch_body":false,"channel":"a,\"head\":b","head":"#,
+            head,
+            r#","metadata":"#,
+            metadata,
+            "}",
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn a_claim_is_read_whatever_its_head() {
+        let nested = r#"{"a":1,"head":{"b":1,"metadata":2}}"#;
+        for (head, damaged) in [
+            (r#"{"a":1}"#, None),
+            (
+                "hunter2",
+                Some("the head: it is not JSON, at line 1, column 1"),
+            ),
+            (
+                r#"{"a":1"#,
+                Some("the head: it is not JSON, at line 1, column "),
+            ),
+            (
+                r#"{},"more":1"#,
+                Some("the head: duplicate field `more`, at line 1, column 9"),
+            ),
+            (r#"{"a":"#, Some("the head: it is not JSON")),
+            (r#"{"a":1,"metadata":3"#, Some("the head: it is not JSON")),
+            ("", Some("the head: it is not JSON, at line 1, column 1")),
+        ] {
+            for metadata in ["7", r#""a""#, nested] {
+                let row = PolledRow::parse(&claim(head, metadata)).unwrap();
+                assert_eq!((row.claim_no, row.lost), (2, true));
+                assert_eq!(&*row.channel, r#"a,"head":b"#);
+                assert_eq!(row.metadata().unwrap().json(), metadata, "{head}");
+                match damaged {
+                    None => assert_eq!(row.head().unwrap(), Some(head)),
+                    Some(reason) => {
+                        let error = row.head().unwrap_err();
+                        assert!(error.as_str().starts_with(reason), "{error}");
+                    }
+                }
+            }
+        }
+        let error = PolledRow::parse(r#"{"claim_no":"hunter2"}"#).unwrap_err();
+        assert!(!error.as_str().contains("hunter2"), "{error}");
+    }
 }

@@ -9,6 +9,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::{Store, StoreError, millis};
+use crate::codec::{OUTCOME_FORMAT, Unreadable};
 use crate::dead_letter::{DeadLetter, HaltedKey, Resolution, Wanted};
 use crate::destination::ordering_key;
 use crate::error::Error;
@@ -153,12 +154,14 @@ const COLUMNS: &str = r#"
     substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method,
     o.metadata::text AS metadata"#;
 
-/// Reads the partition's index by id, so a page costs what it shows and not what came before.
+/// Reads the partition's index by id, so a page costs what it shows and not what came before. What
+/// a newer version keeps there is left out: this version would judge it.
 const MATCHING: &str = "
     FROM outcomes o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])
     WHERE o.slot = -1
         AND ($1::uuid IS NULL OR o.id > $1)
         AND ($2::text IS NULL OR o.channel_name = $2)
+        AND o.status IN ('discarded', 'ambiguous') AND o.format BETWEEN 1 AND $9
         AND ($3::text IS NULL OR o.status = $3)
         AND o.finished_at
             <= 'epoch'::timestamptz + ($4 - coalesce($5, 0)) * interval '1 microsecond'
@@ -182,6 +185,7 @@ async fn matching(
         .bind(wanted.finished_within.map(micros))
         .bind(wanted.destination.as_deref())
         .bind(i64::from(page.limit))
+        .bind(OUTCOME_FORMAT)
         .fetch_all(connection)
         .await
 }
@@ -213,10 +217,10 @@ pub(crate) enum ChangeResult {
 }
 
 /// The state of a request that can't be changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CurrentState {
     /// `None`: there is no such request.
-    pub(crate) status: Option<Status>,
+    pub(crate) status: Option<Result<Status, Unreadable>>,
     pub(crate) replayed_as: Option<RequestId>,
 }
 
@@ -392,7 +396,8 @@ async fn take_ambiguous(
     let rows = sqlx::query(&format!(
         "WITH due AS MATERIALIZED (
             SELECT k.id FROM outcomes_kept k
-            WHERE k.status = 'ambiguous' AND ($1::text[] IS NULL OR k.channel_name = ANY ($1))
+            WHERE k.status = 'ambiguous' AND k.format BETWEEN 1 AND $4
+                AND ($1::text[] IS NULL OR k.channel_name = ANY ($1))
                 AND (k.reconcile_at IS NULL OR k.reconcile_at <= clock_timestamp())
             ORDER BY k.reconcile_at NULLS FIRST LIMIT $3
             FOR UPDATE SKIP LOCKED
@@ -409,6 +414,7 @@ async fn take_ambiguous(
     .bind(channels)
     .bind(millis(lease))
     .bind(limit)
+    .bind(OUTCOME_FORMAT)
     .fetch_all(connection)
     .await?;
     rows.iter()
@@ -477,6 +483,7 @@ fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
-fn at(micros: i64) -> SystemTime {
+/// A time of the database's.
+pub(super) fn at(micros: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_micros(micros.unsigned_abs())
 }

@@ -17,8 +17,9 @@ use crate::metadata::Metadata;
 
 /// The longest time between two polls of a runner, as `mq_poll` returns it.
 pub(crate) const RUNNER_WAIT: Duration = Duration::from_secs(1);
-/// The message name of every row, for tools that read the queue as sqlxmq's.
-pub(super) const MESSAGE_NAME: &str = "requeuest";
+/// The message name of every row, for tools that read the queue as sqlxmq's. Rows of another name
+/// are not this crate's.
+pub(crate) const MESSAGE_NAME: &str = "requeuest";
 
 /// A request on its way into the queue.
 #[derive(Debug)]

@@ -6,11 +6,12 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::{Store, StoreError};
-use crate::codec;
+use crate::codec::{self, Unreadable};
 use crate::error::Error;
 use crate::id::RequestId;
 use crate::metadata::Metadata;
 use crate::outcome::{Fault, Outcome};
+use crate::response::Response;
 use crate::status::Status;
 
 /// How many bytes of responses one look-up brings. One response that is larger comes alone.
@@ -23,9 +24,9 @@ pub(crate) enum Found {
     Finished(Box<Outcome>),
     /// Finished, with an outcome for which this look-up had no room.
     Unfetched,
+    /// The request has finished, and this version can't read its outcome.
+    Unreadable(Unreadable),
     Unknown,
-    /// Finished, with an outcome that can't be decoded.
-    Unreadable(Error),
 }
 
 impl Store {
@@ -78,7 +79,9 @@ impl Store {
         self.run_verified("outcome.status", async |connection| {
             status(connection, id).await
         })
-        .await
+        .await?
+        .transpose()
+        .map_err(|unreadable| Error::from(unreadable).with_id(id))
     }
 }
 
@@ -94,8 +97,8 @@ async fn find(
 ) -> Result<Vec<(RequestId, Found)>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT
-            f.id, f.queued, f.fetched, f.status, f.attempts, f.http_status, f.error_class, f.error,
-            f.metadata,
+            f.id, f.queued, f.fetched, f.format, f.status, f.attempts, f.http_status,
+            f.error_class, f.error, f.metadata,
             CASE WHEN f.fetched THEN f.head END AS head,
             CASE WHEN f.fetched THEN f.body END AS body,
             CASE WHEN f.status IN ('discarded', 'ambiguous') THEN (
@@ -109,7 +112,7 @@ async fn find(
             FROM (
                 SELECT
                     i.number, i.id, m.claim_no IS NOT NULL AS queued,
-                    o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
+                    o.format, o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
                     o.metadata::text,
                     coalesce(octet_length(o.head), 0)::bigint + coalesce(octet_length(o.body), 0)
                         AS bytes
@@ -128,27 +131,18 @@ async fn find(
     rows.into_iter()
         .map(|row| {
             let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
-            // One that can't be decoded must not fail the others.
-            Ok((
-                id,
-                found(&row, id).unwrap_or_else(|error| Found::Unreadable(unreadable(error))),
-            ))
+            // One that can't be read must not fail the others.
+            match found(&row, id) {
+                Ok(found) => Ok((id, found)),
+                Err(RowError::Unreadable(unreadable)) => Ok((id, Found::Unreadable(unreadable))),
+                Err(RowError::Database(error)) => Err(error),
+            }
         })
         .collect()
 }
 
-fn unreadable(error: sqlx::Error) -> Error {
-    match error {
-        sqlx::Error::Decode(error) => match error.downcast() {
-            Ok(error) => *error,
-            Err(error) => Error::corrupt(error.to_string()),
-        },
-        error => error.into(),
-    }
-}
-
-fn found(row: &PgRow, id: RequestId) -> Result<Found, sqlx::Error> {
-    let Some(name) = row.try_get::<Option<String>, _>("status")? else {
+fn found(row: &PgRow, id: RequestId) -> Result<Found, RowError> {
+    let Some(status) = row.try_get::<Option<String>, _>("status")? else {
         return Ok(if row.try_get("queued")? {
             Found::Pending
         } else {
@@ -158,16 +152,7 @@ fn found(row: &PgRow, id: RequestId) -> Result<Found, sqlx::Error> {
     if !row.try_get::<bool, _>("fetched")? {
         return Ok(Found::Unfetched);
     }
-    let status = Status::from_name(&name).ok_or_else(|| {
-        let error = Error::corrupt(format!("its status {name:?} is unknown"));
-        sqlx::Error::Decode(Box::new(error))
-    })?;
-    let mut outcome = outcome(row, id, status)?;
-    if let Some(fault) = &mut outcome.fault {
-        let destination: Option<String> = row.try_get("destination")?;
-        fault.destination = destination.map(String::into_boxed_str);
-    }
-    Ok(Found::Finished(Box::new(outcome)))
+    Ok(Found::Finished(Box::new(outcome(row, id, &status)?)))
 }
 
 async fn any_pending(
@@ -184,36 +169,66 @@ async fn any_pending(
     Ok(queued.contains(&true))
 }
 
-pub(super) fn outcome(row: &PgRow, id: RequestId, status: Status) -> Result<Outcome, sqlx::Error> {
+/// Why a row's outcome can't be returned.
+enum RowError {
+    /// Only this row's.
+    Unreadable(Unreadable),
+    Database(sqlx::Error),
+}
+
+impl From<Unreadable> for RowError {
+    fn from(unreadable: Unreadable) -> Self {
+        Self::Unreadable(unreadable)
+    }
+}
+
+impl From<sqlx::Error> for RowError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+fn outcome(row: &PgRow, id: RequestId, name: &str) -> Result<Outcome, RowError> {
+    codec::check_outcome_format(row.try_get("format")?)?;
+    let status = Status::stored(name)?;
+    if !status.is_terminal() {
+        return Err(Unreadable::status(name).into());
+    }
     let attempts: i32 = row.try_get("attempts")?;
-    let head: Option<String> = row.try_get("head")?;
-    let http_status: Option<i16> = row.try_get("http_status")?;
-    let class: Option<String> = row.try_get("error_class")?;
-    let response = match (http_status, head) {
-        (Some(http_status), Some(head)) => {
-            let body: Option<Vec<u8>> = row.try_get("body")?;
-            let body = Bytes::from(body.unwrap_or_default());
-            let decoded = codec::decode_response(id, http_status as u16, &head, body);
-            Some(decoded.map_err(|error| sqlx::Error::Decode(Box::new(error)))?)
-        }
-        _ => None,
-    };
-    Ok(Outcome {
+    let mut outcome = Outcome {
         id,
         status,
         attempts: attempts as u32,
-        response,
-        fault: class
-            .map(|class| {
-                let text: Option<String> = row.try_get("error")?;
-                Ok::<_, sqlx::Error>(Fault::new(class, text.unwrap_or_default()))
-            })
-            .transpose()?,
+        response: response(row, id)?,
+        fault: None,
         metadata: row
             .try_get::<Option<String>, _>("metadata")?
             .map(Metadata::stored),
         without_attempt: false,
-    })
+    };
+    if let Some(class) = row.try_get::<Option<String>, _>("error_class")? {
+        let text: Option<String> = row.try_get("error")?;
+        let destination: Option<String> = row.try_get("destination")?;
+        let mut fault = Fault::new(class, text.unwrap_or_default());
+        fault.destination = destination.map(String::into_boxed_str);
+        outcome.fault = Some(fault);
+    }
+    Ok(outcome)
+}
+
+fn response(row: &PgRow, id: RequestId) -> Result<Option<Response>, RowError> {
+    let http_status: Option<i16> = row.try_get("http_status")?;
+    let head: Option<String> = row.try_get("head")?;
+    match (http_status, head) {
+        (Some(http_status), Some(head)) => {
+            let body: Option<Vec<u8>> = row.try_get("body")?;
+            let body = Bytes::from(body.unwrap_or_default());
+            let response = codec::decode_response(id, http_status as u16, &head, body)?;
+            Ok(Some(response))
+        }
+        (None, None) => Ok(None),
+        (_, _) => Err(Unreadable::new("the response has no status or no head").into()),
+    }
 }
 
 async fn watch(
@@ -271,10 +286,11 @@ pub(super) async fn notify_waiters(
 pub(super) async fn status(
     connection: &mut PgConnection,
     id: RequestId,
-) -> Result<Option<Status>, sqlx::Error> {
+) -> Result<Option<Result<Status, Unreadable>>, sqlx::Error> {
     let name: Option<String> = sqlx::query_scalar(
         "SELECT coalesce(o.status, CASE
              WHEN m.id IS NULL THEN NULL
+             WHEN m.state = 'parked' THEN 'parked'
              -- A held row's due time includes a lease. Once the lease runs out, any runner may
              -- claim the row.
              WHEN m.state = 'held'
@@ -293,5 +309,5 @@ pub(super) async fn status(
     .bind(Uuid::from(id))
     .fetch_one(connection)
     .await?;
-    Ok(name.as_deref().and_then(Status::from_name))
+    Ok(name.as_deref().map(Status::stored))
 }

@@ -5,9 +5,9 @@ use std::time::Duration;
 use http::HeaderValue;
 use http_body_util::Full;
 use requeuest::retry::RetryPolicy;
-use requeuest::{Durable, Options};
+use requeuest::{Durable, Options, Outcome, outcome_fn};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{Executor, PgPool};
+use sqlx::{Executor, PgConnection, PgPool};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tower::retry::Retry;
@@ -254,6 +254,108 @@ async fn sweep_without_attempts() {
             keys == 0
         })
         .await;
+    }
+    durable.shutdown(LONG).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_one_warning() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let variables = [
+        ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
+        ("REQUEUEST_TEST_SERVER", server.url("/hunter2")),
+    ];
+    let run = move || Output::of("read_what_a_newer_version_wrote", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let mut warnings = output.at("WARN");
+    warnings.sort_unstable();
+    let [request, outcome] = &*warnings else {
+        panic!("{warnings:#?}");
+    };
+    for part in [
+        "a request can't be read by this version and is parked",
+        "id=0",
+        r#"channel="default""#,
+        "unknown field `new`, at line 1, column ",
+    ] {
+        assert!(request.contains(part), "no {part} in {request}");
+    }
+    for part in [
+        "an outcome can't be read by this version and is not handed over",
+        "id=0",
+        "a newer version wrote it, in format 2",
+    ] {
+        assert!(outcome.contains(part), "no {part} in {outcome}");
+    }
+    let again = |text: &str| {
+        let lines = output.at("DEBUG");
+        lines.iter().filter(|line| line.contains(text)).count()
+    };
+    assert_eq!(again("a request still can't be read"), 3);
+    assert_eq!(again("an outcome still can't be read"), 3);
+    assert_eq!(output.at("ERROR"), [""; 0]);
+    for line in &output.logged {
+        assert!(!line.contains("hunter2"), "{line}");
+    }
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn read_what_a_newer_version_wrote() {
+    if !plays("read_what_a_newer_version_wrote") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let execute = async |statement: &str| pool.execute(statement).await.unwrap().rows_affected();
+    let count = async |from: &str| {
+        let query = format!("SELECT count(*) FROM requeuest.{from}");
+        sqlx::query_scalar::<_, i64>(&query)
+            .fetch_one(&pool)
+            .await
+            .unwrap()
+    };
+    let durable = Durable::new(pool.clone());
+    let handler = || {
+        outcome_fn(async |_: &mut PgConnection, _: &Outcome| Ok::<_, std::convert::Infallible>(()))
+    };
+    drop(durable.on_outcome("default", handler()).await.unwrap());
+    let url = variable("REQUEUEST_TEST_SERVER");
+    durable.await_response(post(&url, "hunter2")).await.unwrap();
+    execute("UPDATE requeuest.outcomes SET format = 2").await;
+    let delayed = Options::default().delay(LONG);
+    let request = post(&url, "hunter2").with(delayed);
+    durable.fire(request).await.unwrap();
+    let newer = r#"UPDATE requeuest.mq_payloads
+        SET head = replace(head, '"delivery":{', '"delivery":{"new":"hunter2",')"#;
+    assert_eq!(execute(newer).await, 1);
+    execute("UPDATE requeuest.mq_msgs SET attempt_at = now()").await;
+    let _subscription = durable.on_outcome("default", handler()).await.unwrap();
+    for look in 0..4 {
+        let parked = format!(
+            "mq_msgs WHERE state = 'parked' AND claim_no = {}",
+            2 * look + 2
+        );
+        eventually("another look at the request", || async {
+            count(&parked).await == 1
+        })
+        .await;
+        eventually("another look at the outcome", || async {
+            count("unhandled WHERE due_at > now() AND parked_since IS NOT NULL").await == 1
+        })
+        .await;
+        if look < 3 {
+            execute(
+                "UPDATE requeuest.mq_payloads SET parked_since = parked_since - interval '5 s'",
+            )
+            .await;
+            execute("UPDATE requeuest.mq_msgs SET attempt_at = now()").await;
+            execute("UPDATE requeuest.unhandled SET due_at = now()").await;
+        }
     }
     durable.shutdown(LONG).await.unwrap();
 }

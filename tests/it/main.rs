@@ -36,4 +36,5 @@ mod stopping;
 mod support;
 mod testkit;
 mod transparency;
+mod versions;
 mod waiters;

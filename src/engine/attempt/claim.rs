@@ -19,7 +19,7 @@ use super::job::Job;
 use super::leases::Lease;
 use super::slots::Slot;
 use crate::classify::FailureClass;
-use crate::codec;
+use crate::codec::{self, Unreadable};
 use crate::destination::Destination;
 use crate::engine::settle::{AttemptResult, Held, Settlement};
 use crate::metadata::Metadata;
@@ -128,9 +128,15 @@ impl PolledClaim {
         });
     }
 
+    /// Puts the request back because this version can't read it, without counting an attempt.
+    pub(crate) fn park(self, reason: Unreadable) {
+        let channel = Arc::clone(&self.head.channel);
+        self.settle(AttemptResult::Park { reason, channel });
+    }
+
     /// The destination of the stored request, if that can be read.
     fn destination(&self) -> Option<String> {
-        let (_, uri, _) = codec::decode_request(self.head.head()?, None).ok()?;
+        let (_, uri, _) = codec::decode_request(self.head.head().ok()??).ok()?;
         Some(Destination::of(&uri).to_string())
     }
 

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::Uri;
 use sqlxmq::CurrentJob;
 
 use crate::classify::FailureClass;
-use crate::codec;
+use crate::codec::{self, Delivery, Unreadable};
 use crate::engine::attempt::Driver;
 use crate::engine::attempt::caller_client;
 use crate::engine::attempt::claim::{Claim, PolledClaim};
@@ -15,11 +16,12 @@ use crate::engine::attempt::drive::drive_by_engine;
 use crate::engine::attempt::job::Job;
 use crate::engine::attempt::leases::Registered;
 use crate::engine::attempt::transport::Transport;
-use crate::error::Error;
 use crate::id::RequestId;
 use crate::outcome::{Fault, Outcome};
+use crate::request::Request;
 use crate::store::StoreError;
 use crate::store::claim::{PolledRow, StoredBody};
+use crate::store::enqueue::MESSAGE_NAME;
 use crate::store::settle::Fence;
 
 /// The delay before a request whose body couldn't be fetched is claimed again.
@@ -82,10 +84,15 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             let overdue = claim.deadline().is_some_and(|left| left.is_zero());
             to_be_sent(claim.open(job), overdue)
         }
-        Err(Unusable::Corrupt(error)) => {
-            tracing::error!(%id, %error, "a stored request can't be used and is discarded");
+        Err(Unusable::Gone) => {
+            tracing::error!(%id, "a request's payload is gone, and the request is discarded");
             let class = FailureClass::Unusable.as_str();
-            claim.finish(Outcome::discarded(id, Fault::new(class, error.to_string())));
+            let fault = Fault::new(class, "its payload is gone".to_owned());
+            claim.finish(Outcome::discarded(id, fault));
+            None
+        }
+        Err(Unusable::Unreadable(reason)) => {
+            claim.park(reason);
             None
         }
         Err(Unusable::Later(error)) => {
@@ -117,7 +124,11 @@ fn to_be_sent(claim: Claim, overdue: bool) -> Option<(Claim, Transport)> {
 }
 
 enum Unusable {
-    Corrupt(Error),
+    /// There is nothing to send.
+    Gone,
+    /// A newer version may have written it, and may be able to send it.
+    Unreadable(Unreadable),
+    /// The body can't be fetched now.
     Later(StoreError),
     /// The handle shut down before the body was read.
     Closing,
@@ -125,21 +136,33 @@ enum Unusable {
 
 /// Reads the stored request.
 async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
-    let stored = claim
-        .head()
-        .head()
-        .ok_or_else(|| Unusable::Corrupt(Error::corrupt("its payload is gone")))?;
-    let body = if claim.head().fetch_body {
+    let (mut request, uri, delivery) = read_head(claim)?;
+    request.body = if claim.head().fetch_body {
         // Boxed, so that other requests don't take the room that it needs.
         Box::pin(fetch(claim, id)).await?
     } else {
         claim.current().raw_bytes().map(Bytes::copy_from_slice)
     };
-    let (mut request, uri, delivery) =
-        codec::decode_request(stored, body).map_err(Unusable::Corrupt)?;
     request.options.metadata = claim.head().metadata();
     let channel = Arc::clone(&claim.head().channel);
     Ok(Job::new(id, channel, request, uri, delivery))
+}
+
+fn read_head(claim: &PolledClaim) -> Result<(Request, Uri, Delivery), Unusable> {
+    let name = claim.current().name();
+    let Some(head) = claim.head().head().map_err(Unusable::Unreadable)? else {
+        // A head that says `null` is there.
+        return Err(if name.is_empty() {
+            Unusable::Gone
+        } else {
+            Unusable::Unreadable(Unreadable::new("the head is not a JSON object"))
+        });
+    };
+    if name != MESSAGE_NAME {
+        let reason = "its name is not `requeuest`, so another program wrote it";
+        return Err(Unusable::Unreadable(Unreadable::new(reason)));
+    }
+    codec::decode_request(head).map_err(Unusable::Unreadable)
 }
 
 /// Reads a large body once its attempt has a slot, and the body room in memory.

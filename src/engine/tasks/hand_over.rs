@@ -59,9 +59,21 @@ async fn hand_over(
     handler: &Arc<dyn OutcomeHandler>,
     failures: &Failures,
 ) -> Result<bool, StoreError> {
-    let hand_over = match driver.store.take_unhandled(channel).await? {
+    let hand_over = match driver.store.take_unhandled(channel, MAX_BACKOFF).await? {
         Taken::Nothing => return Ok(false),
         Taken::Expired => return Ok(true),
+        Taken::Unreadable { id, reason, first } => {
+            let reason = reason.as_str();
+            if first {
+                tracing::warn!(
+                    %id, channel, reason,
+                    "an outcome can't be read by this version and is not handed over"
+                );
+            } else {
+                tracing::debug!(%id, reason, "an outcome still can't be read");
+            }
+            return Ok(true);
+        }
         Taken::HandOver(hand_over) => hand_over,
     };
     let (id, handler) = (hand_over.id(), Arc::clone(handler));

@@ -142,7 +142,8 @@ async fn answer(
     question: &mut Question,
 ) -> Result<Option<Resolution>, BoxError> {
     let head = question.head.take().ok_or("its payload is gone")?;
-    let (request, _, _) = codec::decode_request(&head, question.body.take())?;
+    let (mut request, _, _) = codec::decode_request(&head)?;
+    request.body = question.body.take();
     let asked = hook.reconcile(question.dead_letter.clone(), request);
     tokio::time::timeout(HOOK_TIMEOUT, asked)
         .await

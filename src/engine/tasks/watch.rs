@@ -104,11 +104,9 @@ async fn fetch_outcomes(store: &Store, leases: &Leases, waiters: &Waiters, ids: 
                 }
                 Found::Unfetched => left.push_front(id),
                 Found::Unknown => waiters.fail(id, || Error::new(Kind::UnknownId).with_id(id)),
-                Found::Unreadable(error) => {
-                    let error = error.with_id(id);
-                    tracing::error!(%id, %error, "an outcome can't be read");
+                Found::Unreadable(unreadable) => {
                     leases.forget(id);
-                    waiters.fail(id, || error.share());
+                    waiters.fail(id, || Error::from(unreadable.clone()).with_id(id));
                 }
             }
         }

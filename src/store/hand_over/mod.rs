@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::outcome::Found;
 use super::{Store, StoreError, millis, quoted};
+use crate::codec::Unreadable;
 use crate::error::{BoxError, Error};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
@@ -41,6 +42,13 @@ pub(crate) enum Taken {
     Nothing,
     /// An outcome was due but has expired. It is not due any more.
     Expired,
+    /// An outcome was due that this version can't read. It was put off.
+    Unreadable {
+        id: RequestId,
+        reason: Unreadable,
+        /// It was not put off before.
+        first: bool,
+    },
     HandOver(Box<HandOver>),
 }
 
@@ -62,8 +70,12 @@ impl Store {
     }
 
     /// Takes an outcome that is due, in a new transaction on the caller's pool. A commit marks the
-    /// outcome as handled.
-    pub(crate) async fn take_unhandled(&self, channel: &str) -> Result<Taken, StoreError> {
+    /// outcome as handled. One that can't be read is due again after a delay of up to `cap`.
+    pub(crate) async fn take_unhandled(
+        &self,
+        channel: &str,
+        cap: Duration,
+    ) -> Result<Taken, StoreError> {
         let failed = |error| StoreError::new("hand_over.take", error);
         let mut transaction = self.caller_pool().begin().await.map_err(failed)?;
         let (schema, prepared) = (&self.config().schema, self.caller_keeps_sessions());
@@ -75,27 +87,32 @@ impl Store {
         };
         // On one of the crate's own connections: the handler may work for long, and a lock on the
         // outcome's partition until then would delay pruning.
-        let Some(outcome) = self.find_finished(id).await? else {
-            transaction.commit().await.map_err(failed)?;
-            return Ok(Taken::Expired);
-        };
-        Ok(Taken::HandOver(Box::new(HandOver {
-            transaction,
-            outcome,
-        })))
-    }
-
-    async fn find_finished(&self, id: RequestId) -> Result<Option<Outcome>, StoreError> {
-        let found = self.find(&[id]).await?;
-        match found.into_iter().next().map(|(_, found)| found) {
-            Some(Found::Finished(outcome)) => Ok(Some(*outcome)),
-            Some(Found::Unreadable(error)) => {
-                let error = sqlx::Error::Decode(Box::new(error));
-                Err(StoreError::new("hand_over.outcome", error))
+        let found = self.find(&[id]).await?.into_iter().next();
+        match found {
+            Some((_, Found::Finished(outcome))) => Ok(Taken::HandOver(Box::new(HandOver {
+                transaction,
+                outcome: *outcome,
+            }))),
+            Some((_, Found::Unreadable(reason))) => {
+                transaction.rollback().await.map_err(failed)?;
+                let first = self.park_unhandled(id, cap).await?;
+                Ok(Taken::Unreadable { id, reason, first })
             }
             // One outcome alone is always fetched.
-            Some(Found::Pending | Found::Unknown | Found::Unfetched) | None => Ok(None),
+            Some((_, Found::Pending | Found::Unknown | Found::Unfetched)) | None => {
+                transaction.commit().await.map_err(failed)?;
+                Ok(Taken::Expired)
+            }
         }
+    }
+
+    /// Makes an outcome due again that can't be read, after as long as it has been put off, from 5
+    /// seconds up to `cap`. Returns whether it was not put off before.
+    async fn park_unhandled(&self, id: RequestId, cap: Duration) -> Result<bool, StoreError> {
+        self.run("hand_over.park", async |connection| {
+            park(connection, id, cap).await
+        })
+        .await
     }
 
     /// Makes an outcome due again after a delay that doubles with each failure, from one second up
@@ -157,7 +174,7 @@ async fn put_off(
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "UPDATE unhandled
-         SET failures = failures + 1, error = $2,
+         SET failures = failures + 1, error = $2, parked_since = NULL,
              due_at = clock_timestamp()
                 + least(power(2, least(failures, 20)) * 1000, $3) * interval '1 millisecond'
          WHERE id = $1",
@@ -168,4 +185,29 @@ async fn put_off(
     .execute(connection)
     .await?;
     Ok(())
+}
+
+/// The process that has the outcome now, if there is one, decides: it may be able to read it.
+async fn park(
+    connection: &mut PgConnection,
+    id: RequestId,
+    cap: Duration,
+) -> Result<bool, sqlx::Error> {
+    let first: Option<bool> = sqlx::query_scalar(
+        "WITH since AS MATERIALIZED (
+            SELECT u.id, coalesce(u.parked_since, now()) AS since
+            FROM unhandled u WHERE u.id = $1 FOR UPDATE SKIP LOCKED
+         )
+         UPDATE unhandled u
+         SET parked_since = s.since,
+             due_at = now()
+                + least(greatest(now() - s.since, '5 s'), $2 * interval '1 millisecond')
+         FROM since s WHERE u.id = s.id
+         RETURNING s.since = now()",
+    )
+    .bind(Uuid::from(id))
+    .bind(millis(cap))
+    .fetch_optional(connection)
+    .await?;
+    Ok(first.unwrap_or(false))
 }

@@ -1,9 +1,11 @@
-//! Settling: recording the results of attempts. A request finishes, or is put back.
+//! Settling: recording the results of attempts. A request finishes, or is put back, or is parked
+//! because it can't be read.
 //!
 //! Each statement locks rows in the order of their ids, so two settles can't deadlock. A claim that
 //! is no longer the latest matches no row, and changes nothing.
 
 mod finish;
+mod park;
 mod put_back;
 
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use crate::id::RequestId;
 use crate::response::Response;
 
 pub(crate) use self::finish::Finished;
+pub(crate) use self::park::Park;
 pub(crate) use self::put_back::PutBack;
 
 /// The claim that a settle stands on.

@@ -1,0 +1,1 @@
+DROP FUNCTION park_request;
