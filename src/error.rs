@@ -154,9 +154,16 @@ pub(crate) enum MigrationState {
         found: i64,
         wanted: i64,
     },
+    /// A newer release has made changes that this one can't work with.
     Newer {
         found: i64,
+        /// The oldest release that can work with the schema.
+        needed: i64,
         wanted: i64,
+    },
+    /// A tool has marked a migration as failed.
+    Failed {
+        version: i64,
     },
 }
 
@@ -270,9 +277,9 @@ impl Error {
         matches!(self.0.kind, Kind::Database(_))
     }
 
-    /// Whether the schema is missing, the role may not use it, or its version is not the one that
-    /// this crate needs: see [`migrate`](crate::migrate()). Also if a pooler dropped the
-    /// connection's `search_path`.
+    /// Whether the schema is missing, the role may not use it, or it is too old for this crate, or
+    /// too new: see [`migrate`](crate::migrate()). Also if a pooler dropped the connection's
+    /// `search_path`.
     pub fn is_not_migrated(&self) -> bool {
         matches!(self.0.kind, Kind::Migrations(_))
     }
@@ -566,10 +573,19 @@ impl fmt::Display for Kind {
                 "requeuest's schema is at version {found}, but this crate needs version {wanted}; \
                  call requeuest::migrate(&pool)"
             ),
-            Self::Migrations(MigrationState::Newer { found, wanted }) => write!(
+            Self::Migrations(MigrationState::Newer {
+                found,
+                needed,
+                wanted,
+            }) => write!(
                 f,
-                "requeuest's schema is at version {found}, but this crate only knows version \
-                 {wanted}; upgrade requeuest"
+                "requeuest's schema is at version {found} and needs a crate that knows version \
+                 {needed}, but this crate only knows version {wanted}; upgrade requeuest"
+            ),
+            Self::Migrations(MigrationState::Failed { version }) => write!(
+                f,
+                "version {version} of requeuest's schema is marked as failed; repair the schema \
+                 and delete the version's row from _sqlx_migrations"
             ),
             Self::Indeterminate(_) => f.write_str(
                 "the connection broke or the runtime ended during the commit, and the request may \
@@ -781,7 +797,8 @@ mod tests {
             Kind::Migrations(MigrationState::Forbidden) => &["grant it USAGE on the schema"],
             Kind::Migrations(MigrationState::SettingsDropped) => &["connect_options"],
             Kind::Migrations(MigrationState::Older { .. }) => &["1", "2", "requeuest::migrate"],
-            Kind::Migrations(MigrationState::Newer { .. }) => &["2", "1", "upgrade requeuest"],
+            Kind::Migrations(MigrationState::Newer { .. }) => &["4", "3", "2", "upgrade requeuest"],
+            Kind::Migrations(MigrationState::Failed { .. }) => &["2", "_sqlx_migrations"],
             Kind::Indeterminate(_) => &["may or may not be persisted", "check its status"],
             Kind::Discarded { .. } => &["given up", "refused by the receiver"],
             Kind::Cancelled { superseded: false } => &["cancelled"],
@@ -873,8 +890,12 @@ mod tests {
                 wanted: wanted_version,
             },
             MigrationState::Newer {
-                found: wanted_version,
-                wanted: found,
+                found: 4,
+                needed: 3,
+                wanted: wanted_version,
+            },
+            MigrationState::Failed {
+                version: wanted_version,
             },
         ] {
             errors.push(Kind::Migrations(state));

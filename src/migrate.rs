@@ -4,17 +4,35 @@
 //! Postgres schema. They never clash with the application's own `sqlx::migrate!`, whichever runs
 //! first, nor with a sqlxmq in another schema.
 
-use sqlx::migrate::{Migrate, MigrateError};
-use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection, Executor, PgConnection, PgPool};
+mod change;
+mod ledger;
 
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use sqlx::PgPool;
+use sqlx::migrate::MigrateError;
+
+use self::change::Target;
+pub(crate) use self::ledger::{Ledger, Tables};
 use crate::runtime;
 use crate::store::quoted;
 
 /// The default name of the schema: `requeuest`.
 pub const DEFAULT_SCHEMA: &str = "requeuest";
 
-static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+/// How long [`migrate`] waits for other sessions, unless [`Migrator::max_wait`] says otherwise: 5
+/// minutes.
+pub const DEFAULT_MAX_WAIT: Duration = Duration::from_secs(300);
+
+static MIGRATIONS: LazyLock<sqlx::migrate::Migrator> = LazyLock::new(|| {
+    let mut migrations = sqlx::migrate!();
+    // Newer releases add migrations that this one doesn't know: see `ledger`.
+    migrations.set_ignore_missing(true);
+    // `change` has its own lock.
+    migrations.set_locking(false);
+    migrations
+});
 
 /// Installs or upgrades the schema [`DEFAULT_SCHEMA`].
 ///
@@ -23,9 +41,27 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 /// unless the schema exists and belongs to that role. Where there is nothing to migrate, any role
 /// that may use the schema can run it.
 ///
+/// It runs beside processes at work, also older and newer ones. A schema that a newer release has
+/// upgraded is left as it is, for as long as it is compatible with this one.
+///
+/// All migrations of a run are one transaction, with settings of its own. It waits up to 2 s for
+/// each lock on a table. If a transaction has that table for longer, everything is rolled back and
+/// tried again some seconds later, for up to [`DEFAULT_MAX_WAIT`] in all. So other statements don't
+/// queue behind it for long. While it waits it has no transaction, and it takes no lock of sqlx: a
+/// `CREATE INDEX CONCURRENTLY` or a `sqlx::migrate!` of the application's own can run meanwhile.
+///
 /// # Errors
 ///
-/// If the database can't be reached or refuses. A failed migration is rolled back completely.
+/// If the database can't be reached or refuses. A failed run is rolled back completely. Some
+/// failures are:
+///
+/// - [`MigrateError::Source`] with an [`Error`](crate::Error) for which
+///   [`is_not_migrated`](crate::Error::is_not_migrated) is true: a newer release has upgraded the
+///   schema, and it can't be used by this one any more.
+/// - [`MigrateError::Source`] with a [`std::io::Error`] of the kind `TimedOut`: other sessions
+///   still had the locks that it needs.
+/// - [`MigrateError::Dirty`]: a tool has marked a migration as failed.
+/// - [`MigrateError::VersionMismatch`]: a migration in the ledger is not the one of this release.
 ///
 /// # Cancel safety
 ///
@@ -57,6 +93,7 @@ pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
 #[derive(Clone, Debug)]
 pub struct Migrator {
     schema: String,
+    max_wait: Duration,
 }
 
 impl Default for Migrator {
@@ -70,6 +107,7 @@ impl Migrator {
     pub fn new() -> Self {
         Self {
             schema: DEFAULT_SCHEMA.to_owned(),
+            max_wait: DEFAULT_MAX_WAIT,
         }
     }
 
@@ -80,94 +118,73 @@ impl Migrator {
         self
     }
 
+    /// How long [`run`](Self::run) and [`undo`](Self::undo) wait for other sessions, in all: for
+    /// another migrator of the schema, and for transactions that have used its tables. The
+    /// migrations themselves may take longer. With zero there is one try. Defaults to
+    /// [`DEFAULT_MAX_WAIT`].
+    #[must_use]
+    pub fn max_wait(mut self, max_wait: Duration) -> Self {
+        self.max_wait = max_wait;
+        self
+    }
+
     /// Installs or upgrades the schema. See [`migrate`].
     ///
     /// # Errors
     ///
-    /// If the schema's name is not valid, or the database can't be reached or refuses.
+    /// If the schema's name is not valid, or as [`migrate`].
     ///
     /// # Cancel safety
     ///
     /// Once begun it continues, awaited or not. Running it again waits for it.
     pub async fn run(&self, pool: &PgPool) -> Result<(), MigrateError> {
-        let schema = self.checked()?;
-        let connect = self.connect_options(pool);
-        runtime::once(move || async move {
-            let mut connection = connect.connect().await?;
-            // `CREATE SCHEMA IF NOT EXISTS` fails if two sessions run it at once.
-            let mut transaction = connection.begin().await?;
-            lock(&mut transaction).await?;
-            let create = format!("CREATE SCHEMA IF NOT EXISTS {schema}");
-            if !exists(&mut transaction, &schema).await? {
-                transaction.execute(&*create).await?;
-            }
-            transaction.commit().await?;
-            if may_create(&mut connection, &schema).await? {
-                MIGRATIONS.run(&mut connection).await?;
-            } else if newest(&mut connection).await? < Some(wanted_version()) {
-                return Err(MigrateError::Execute(forbidden(&schema)));
-            }
-            connection.close().await?;
-            Ok(())
-        })
-        .await
-        .map_err(sqlx::Error::Io)?
+        let target = self.target(pool)?;
+        runtime::once(move || async move { target.install().await })
+            .await
+            .map_err(sqlx::Error::Io)?
     }
 
     /// Undoes every migration and drops the schema, with all requests and outcomes in it.
     ///
+    /// All of it is one transaction, which waits as [`run`](Self::run) does.
+    ///
     /// # Errors
     ///
-    /// If the schema's name is not valid, the database can't be reached or refuses, or the schema
-    /// contains objects that are not requeuest's.
+    /// If the schema's name is not valid, the database can't be reached or refuses, other sessions
+    /// still use the tables, a newer release has upgraded the schema
+    /// ([`MigrateError::VersionMissing`]), or the schema contains objects that are not requeuest's.
+    /// A failed run is rolled back completely.
     ///
     /// # Cancel safety
     ///
     /// Once begun it continues, awaited or not. Running it again waits for it.
     pub async fn undo(&self, pool: &PgPool) -> Result<(), MigrateError> {
-        let schema = self.checked()?;
-        let connect = self.connect_options(pool);
-        runtime::once(move || async move {
-            let mut connection = connect.connect().await?;
-            if exists(&mut connection, &schema).await? {
-                connection.ensure_migrations_table().await?;
-                MIGRATIONS.undo(&mut connection, -1).await?;
-                connection.execute("DROP TABLE _sqlx_migrations").await?;
-                connection
-                    .execute(&*format!("DROP SCHEMA {schema}"))
-                    .await?;
-            }
-            connection.close().await?;
-            Ok(())
-        })
-        .await
-        .map_err(sqlx::Error::Io)?
+        let target = self.target(pool)?;
+        runtime::once(move || async move { target.remove().await })
+            .await
+            .map_err(sqlx::Error::Io)?
     }
 
-    fn checked(&self) -> Result<String, MigrateError> {
+    fn target(&self, pool: &PgPool) -> Result<Target, MigrateError> {
         validate_schema(&self.schema)
-            .map(|()| quoted(&self.schema))
-            .map_err(|reason| MigrateError::Execute(sqlx::Error::Configuration(reason.into())))
-    }
-
-    /// sqlx hard-codes the name of its ledger, so the search path decides which schema it is in.
-    /// The functions keep this path: a temporary table of the calling session must not come before
-    /// the schema's own tables.
-    fn connect_options(&self, pool: &PgPool) -> PgConnectOptions {
-        let path = format!("{},pg_temp", quoted(&self.schema));
-        (*pool.connect_options())
-            .clone()
-            .options([("search_path", path)])
+            .map_err(|reason| MigrateError::Execute(sqlx::Error::Configuration(reason.into())))?;
+        Ok(Target {
+            connect: (*pool.connect_options()).clone(),
+            schema: quoted(&self.schema),
+            migrations: &MIGRATIONS,
+            max_wait: self.max_wait,
+        })
     }
 }
 
-/// The newest migration that this crate knows.
+/// The newest migration that this crate knows, which names its release.
 pub(crate) fn wanted_version() -> i64 {
-    MIGRATIONS
-        .iter()
-        .map(|migration| migration.version)
-        .max()
-        .unwrap_or_default()
+    newest_of(&MIGRATIONS)
+}
+
+fn newest_of(migrations: &sqlx::migrate::Migrator) -> i64 {
+    let versions = migrations.iter().map(|migration| migration.version);
+    versions.max().unwrap_or_default()
 }
 
 pub(crate) fn validate_schema(schema: &str) -> Result<(), &'static str> {
@@ -181,50 +198,6 @@ pub(crate) fn validate_schema(schema: &str) -> Result<(), &'static str> {
     } else {
         Err("a schema's name must be 1 to 63 lower-case letters, digits or `_`, no digit first")
     }
-}
-
-async fn lock(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended('requeuest/migrate', 0))")
-        .execute(connection)
-        .await?;
-    Ok(())
-}
-
-async fn exists(connection: &mut PgConnection, schema: &str) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("SELECT to_regnamespace($1) IS NOT NULL")
-        .bind(schema)
-        .fetch_one(connection)
-        .await
-}
-
-/// Whether the session's role may create objects in the schema.
-async fn may_create(connection: &mut PgConnection, schema: &str) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("SELECT has_schema_privilege(to_regnamespace($1)::oid, 'CREATE')")
-        .bind(schema)
-        .fetch_one(connection)
-        .await
-}
-
-/// The newest migration in the ledger of the session's schema, if its role can see a ledger.
-pub(crate) async fn newest(connection: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
-    // Checked first, so that a missing ledger leaves no error in the server's log.
-    let ledger: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
-        .fetch_one(&mut *connection)
-        .await?;
-    if !ledger {
-        return Ok(None);
-    }
-    sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
-        .fetch_one(connection)
-        .await
-}
-
-fn forbidden(schema: &str) -> sqlx::Error {
-    let text = format!(
-        "the role may not create objects in the schema {schema}, which has migrations to run; run \
-         migrate as the schema's owner"
-    );
-    sqlx::Error::Configuration(text.into())
 }
 
 #[cfg(test)]

@@ -2,11 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
-use sqlx::PgConnection;
+use sqlx::{PgConnection, Row};
 
 use super::{Store, StoreError, quoted};
 use crate::error::{Error, Kind, MigrationState};
-use crate::migrate::{newest, wanted_version};
+use crate::migrate::{Ledger, Tables, wanted_version};
 
 /// The schema that a session of the crate's own pool sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,11 +16,11 @@ enum Schema {
     Forbidden,
     /// The session looks into another schema than it was told to: a pooler dropped its settings.
     Elsewhere,
-    Version(i64),
+    Installed(Ledger),
 }
 
 impl Store {
-    /// Verifies, once, that the schema exists and is the one that the statements were written for.
+    /// Verifies, once, that the schema exists and works with the statements of this release.
     pub(crate) async fn verify(&self) -> Result<(), Error> {
         if self.inner.verified.load(Ordering::Relaxed) {
             return Ok(());
@@ -28,22 +28,18 @@ impl Store {
         let schema = &self.config().schema;
         let found = self
             .run("schema.version", async |connection| {
-                schema_version(connection, schema).await
+                find_schema(connection, schema).await
             })
             .await?;
-        let wanted = wanted_version();
-        let state = match found {
-            Schema::Missing => MigrationState::Missing,
-            Schema::Forbidden => MigrationState::Forbidden,
-            Schema::Elsewhere => MigrationState::SettingsDropped,
-            Schema::Version(found) if found < wanted => MigrationState::Older { found, wanted },
-            Schema::Version(found) if found > wanted => MigrationState::Newer { found, wanted },
-            Schema::Version(_) => {
-                self.inner.verified.store(true, Ordering::Relaxed);
-                return Ok(());
-            }
+        let checked = match found {
+            Schema::Missing => Err(MigrationState::Missing),
+            Schema::Forbidden => Err(MigrationState::Forbidden),
+            Schema::Elsewhere => Err(MigrationState::SettingsDropped),
+            Schema::Installed(ledger) => ledger.check(wanted_version()),
         };
-        Err(Error::new(Kind::Migrations(state)))
+        checked.map_err(|state| Error::new(Kind::Migrations(state)))?;
+        self.inner.verified.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether the database answers.
@@ -56,15 +52,14 @@ impl Store {
     }
 }
 
-/// The newest migration in the session's schema.
-async fn schema_version(
-    connection: &mut PgConnection,
-    schema: &str,
-) -> Result<Schema, sqlx::Error> {
-    let current: Option<String> = sqlx::query_scalar("SELECT current_schema()::text")
-        .fetch_one(&mut *connection)
-        .await?;
-    match current {
+/// What the session sees of the schema.
+async fn find_schema(connection: &mut PgConnection, schema: &str) -> Result<Schema, sqlx::Error> {
+    let statement = format!(
+        "SELECT current_schema()::text AS current, {}",
+        Tables::COLUMNS
+    );
+    let row = sqlx::query(&statement).fetch_one(&mut *connection).await?;
+    match row.try_get::<Option<String>, _>("current")? {
         None => {
             // A schema that the role may not use is in no search path.
             let exists: bool = sqlx::query_scalar("SELECT to_regnamespace($1) IS NOT NULL")
@@ -80,6 +75,6 @@ async fn schema_version(
         Some(current) if current != schema => return Ok(Schema::Elsewhere),
         Some(_) => {}
     }
-    let version = newest(connection).await?;
-    Ok(version.map_or(Schema::Missing, Schema::Version))
+    let ledger = Ledger::read(connection, Tables::from_row(&row)?).await?;
+    Ok(ledger.map_or(Schema::Missing, Schema::Installed))
 }

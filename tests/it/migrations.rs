@@ -5,13 +5,16 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use requeuest::migrate::Migrator;
+use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{Postgres, TestDatabase};
-use requeuest::{Durable, Options, RequestId, Status, Uuid};
+use requeuest::{Durable, Error, Options, RequestId, Status, Uuid};
+use sqlx::migrate::{Migrate, MigrateError};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, Executor, PgPool};
 
 use crate::support::{
-    LONG, Server, add_outcomes, builder, count, eventually_rows, in_time, migrated, post, quick,
+    LONG, Server, add_outcomes, builder, closed_port, count, eventually, eventually_rows, in_time,
+    migrated, outcome_of, post, quick,
 };
 
 /// A database without the schema.
@@ -587,4 +590,323 @@ async fn the_callers_search_path_does_not_matter() {
         let id = durable.fire_in(&mut connection, request).await.unwrap();
         in_time(durable.response(id)).await.unwrap();
     }
+}
+
+/// Upgrades the schema as the next two releases might: two more migrations in the ledger, and
+/// columns that this release doesn't know. Returns the versions.
+async fn upgrade_twice(database: &TestDatabase) -> [i64; 2] {
+    let known = *ledger(database, "requeuest").await.last().unwrap();
+    let tables: Vec<String> = sqlx::query_scalar(
+        "SELECT c.oid::regclass::text FROM pg_class c
+         WHERE c.relnamespace = 'requeuest'::regnamespace AND c.relkind IN ('r', 'p')
+            AND NOT c.relispartition AND c.relname <> '_sqlx_migrations'",
+    )
+    .fetch_all(database.pool())
+    .await
+    .unwrap();
+    assert!(tables.len() > 5, "{tables:?}");
+    for version in [known + 1, known + 2] {
+        for table in &tables {
+            let alter = format!("ALTER TABLE {table} ADD COLUMN added_{version} int DEFAULT 1");
+            database.pool().execute(&*alter).await.unwrap();
+        }
+        let record = "INSERT INTO requeuest._sqlx_migrations
+                (version, description, success, checksum, execution_time)
+            VALUES ($1, 'of a newer release', true, 'x', 1)";
+        let record = sqlx::query(record).bind(version);
+        record.execute(database.pool()).await.unwrap();
+    }
+    [known + 1, known + 2]
+}
+
+async fn set_compatible_from(database: &TestDatabase, version: i64) {
+    sqlx::query("UPDATE requeuest.compatible_from SET version = $1")
+        .bind(version)
+        .execute(database.pool())
+        .await
+        .unwrap();
+}
+
+/// The error of a call, and that of `migrate`, which are about the same.
+async fn refusals(database: &TestDatabase) -> (Error, MigrateError) {
+    let durable = Durable::builder(database.pool().clone()).runner(false);
+    let durable = durable.build().unwrap();
+    let call = in_time(durable.fire(post("http://localhost/", "x"))).await;
+    let migrate = in_time(requeuest::migrate(database.pool())).await;
+    (call.unwrap_err(), migrate.unwrap_err())
+}
+
+#[tokio::test]
+async fn an_older_process_works_beside_a_newer_schema() {
+    let database = migrated().await;
+    let known = *ledger(&database, "requeuest").await.last().unwrap();
+    let added = upgrade_twice(&database).await;
+    set_compatible_from(&database, known).await;
+    let before = objects(&database).await;
+
+    in_time(requeuest::migrate(database.pool())).await.unwrap();
+    assert!(ledger(&database, "requeuest").await.ends_with(&added));
+    assert_eq!(objects(&database).await, before);
+
+    let durable = builder(&database).retry(quick()).build().unwrap();
+    delivers(&durable).await;
+    // Each kind of request, and each way to end.
+    let server = Server::in_turn(&[503, 200]).await;
+    let kinds = [
+        Options::default(),
+        Options::default().ordered("order"),
+        Options::default().key("key").metadata("text"),
+        Options::default().delay(Duration::from_millis(1)),
+    ];
+    for options in kinds {
+        let request = post(server.url("/"), "x").with(options.clone());
+        let id = in_time(durable.fire(request.clone())).await.unwrap();
+        let outcome = outcome_of(&durable, id).await;
+        assert_eq!(outcome.status(), Status::Completed, "{options:?}");
+        let id = durable.fire_in(database.pool(), request).await.unwrap();
+        let outcome = outcome_of(&durable, id).await;
+        assert_eq!(outcome.status(), Status::Completed, "{options:?}");
+    }
+    let many = (0..3).map(|number| post(server.url("/"), number.to_string()));
+    for id in in_time(durable.fire_many(many)).await.unwrap() {
+        outcome_of(&durable, id).await;
+    }
+    let nowhere = format!("http://{}/", closed_port().await);
+    let once = Options::default().retry(RetryPolicy::none());
+    let id = in_time(durable.fire(post(nowhere, "x").with(once))).await;
+    let id = id.unwrap();
+    assert_eq!(outcome_of(&durable, id).await.status(), Status::Discarded);
+    let again = in_time(durable.replay(id)).await.unwrap();
+    assert_eq!(
+        outcome_of(&durable, again).await.status(),
+        Status::Discarded
+    );
+    let later = Options::default().delay(LONG);
+    let id = in_time(durable.fire(post(server.url("/"), "x").with(later))).await;
+    assert!(in_time(durable.cancel(id.unwrap())).await.unwrap());
+    durable.shutdown(LONG).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_release_older_than_compatible_from_is_refused() {
+    let database = migrated().await;
+    let known = *ledger(&database, "requeuest").await.last().unwrap();
+    let [needed, newest] = upgrade_twice(&database).await;
+    set_compatible_from(&database, needed).await;
+    let before = objects(&database).await;
+
+    let (call, migrate) = refusals(&database).await;
+    let MigrateError::Source(source) = &migrate else {
+        panic!("{migrate:?}");
+    };
+    let typed = source.downcast_ref::<Error>().unwrap();
+    assert!(call.is_not_migrated() && typed.is_not_migrated());
+    for text in [call.to_string(), migrate.to_string()] {
+        for part in [known, needed, newest].map(|version| version.to_string()) {
+            assert!(text.contains(&part), "{part} is not in: {text}");
+        }
+        assert!(text.contains("upgrade requeuest"), "{text}");
+    }
+    assert_eq!(objects(&database).await, before);
+
+    // Without the row it is not known which releases can work with the schema.
+    let delete = "DELETE FROM requeuest.compatible_from";
+    database.pool().execute(delete).await.unwrap();
+    let (call, migrate) = refusals(&database).await;
+    assert!(call.is_not_migrated(), "{call}");
+    assert!(
+        migrate.to_string().contains(&newest.to_string()),
+        "{migrate}"
+    );
+}
+
+#[tokio::test]
+async fn a_newer_schema_is_not_undone() {
+    let database = migrated().await;
+    let [unknown, _] = upgrade_twice(&database).await;
+    let before = objects(&database).await;
+    let error = Migrator::new().undo(database.pool()).await.unwrap_err();
+    assert!(
+        matches!(error, MigrateError::VersionMissing(version) if version == unknown),
+        "{error:?}"
+    );
+    assert_eq!(objects(&database).await, before);
+}
+
+#[tokio::test]
+async fn a_ledger_with_a_failed_migration_is_refused() {
+    let database = migrated().await;
+    let versions = ledger(&database, "requeuest").await;
+    let newest = versions[versions.len() - 1];
+    let mark = "UPDATE requeuest._sqlx_migrations SET success = false WHERE version = $1";
+    let mark = sqlx::query(mark).bind(newest);
+    mark.execute(database.pool()).await.unwrap();
+    let (call, migrate) = refusals(&database).await;
+    assert!(call.is_not_migrated(), "{call}");
+    assert!(call.to_string().contains(&newest.to_string()), "{call}");
+    assert!(
+        matches!(migrate, MigrateError::Dirty(version) if version == newest),
+        "{migrate:?}"
+    );
+    let undo = Migrator::new().undo(database.pool()).await.unwrap_err();
+    assert!(matches!(undo, MigrateError::Dirty(_)), "{undo:?}");
+    assert_eq!(ledger(&database, "requeuest").await, versions);
+}
+
+#[tokio::test]
+async fn a_ledger_that_lost_its_rows_is_refused() {
+    let database = migrated().await;
+    let first = ledger(&database, "requeuest").await[0];
+    let before = objects(&database).await;
+    let empty = "DELETE FROM requeuest._sqlx_migrations";
+    database.pool().execute(empty).await.unwrap();
+    let (call, migrate) = refusals(&database).await;
+    assert!(call.is_not_migrated(), "{call}");
+    // What the first migration creates is there.
+    assert!(
+        matches!(&migrate, MigrateError::ExecuteMigration(_, version) if *version == first),
+        "{migrate:?}"
+    );
+    assert!(migrate.to_string().contains("already exists"), "{migrate}");
+    assert_eq!(objects(&database).await, before);
+    assert_eq!(ledger(&database, "requeuest").await, [0; 0]);
+}
+
+#[tokio::test]
+async fn an_empty_ledger_in_an_empty_schema_is_filled() {
+    let database = empty().await;
+    let options = database.options().options([("search_path", "requeuest")]);
+    let mut connection = options.connect().await.unwrap();
+    let schema = "CREATE SCHEMA requeuest";
+    connection.execute(schema).await.unwrap();
+    connection.ensure_migrations_table().await.unwrap();
+    requeuest::migrate(database.pool()).await.unwrap();
+    delivers(&Durable::new(database.pool().clone())).await;
+}
+
+/// Holds the lock of a migrator at work.
+async fn begin_other_migration(database: &TestDatabase) -> sqlx::PgConnection {
+    let mut other = database.options().connect().await.unwrap();
+    let lock = "SELECT pg_advisory_lock(hashtextextended('requeuest/migrate/requeuest', 0))";
+    other.execute(lock).await.unwrap();
+    other
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_waiting_migration_holds_no_snapshot() {
+    let database = empty().await;
+    let other = begin_other_migration(&database).await;
+    let named = database.options().application_name("waiting");
+    let pool = PgPoolOptions::new().connect_lazy_with(named);
+    let waiting = tokio::spawn(async move { requeuest::migrate(&pool).await });
+    let waits = "SELECT count(*) FROM pg_stat_activity
+        WHERE application_name = 'waiting' AND query ~ 'pg_try_advisory_xact_lock|ROLLBACK'";
+    eventually("migrate waits", || async {
+        count(&database, waits).await > 0
+    })
+    .await;
+
+    let host = database.pool();
+    host.execute("CREATE TABLE orders (id bigint)")
+        .await
+        .unwrap();
+    let concurrently = "CREATE INDEX CONCURRENTLY orders_id ON orders (id)";
+    in_time(host.execute(concurrently)).await.unwrap();
+    let held = "SELECT count(*) FROM pg_stat_activity
+        WHERE application_name = 'waiting'
+            AND (backend_xid IS NOT NULL
+                OR backend_xmin IS NOT NULL AND now() - xact_start > interval '1 second')";
+    let seen = std::cell::Cell::new(0);
+    let tried = "SELECT count(*) FROM pg_stat_activity
+        WHERE application_name = 'waiting' AND state = 'idle'";
+    eventually("migrate was seen between its tries", || async {
+        assert_eq!(count(&database, held).await, 0);
+        seen.set(seen.get() + count(&database, tried).await);
+        seen.get() >= 20
+    })
+    .await;
+
+    assert!(!waiting.is_finished());
+    other.close().await.unwrap();
+    in_time(waiting).await.unwrap().unwrap();
+    delivers(&Durable::new(database.pool().clone())).await;
+}
+
+#[tokio::test]
+async fn a_host_that_holds_the_lock_of_sqlx_can_migrate() {
+    let database = empty().await;
+    let mut host = database.options().connect().await.unwrap();
+    host.lock().await.unwrap();
+    in_time(requeuest::migrate(database.pool())).await.unwrap();
+    delivers(&Durable::new(database.pool().clone())).await;
+    in_time(Migrator::new().undo(database.pool()))
+        .await
+        .unwrap();
+    // In a transaction of the host's, which has read the catalog.
+    let mut transaction = database.pool().begin().await.unwrap();
+    transaction
+        .execute("CREATE TABLE orders (id bigint)")
+        .await
+        .unwrap();
+    in_time(requeuest::migrate(database.pool())).await.unwrap();
+    transaction.commit().await.unwrap();
+    host.unlock().await.unwrap();
+}
+
+#[tokio::test]
+async fn migrators_of_different_schemas_do_not_wait_for_each_other() {
+    let database = empty().await;
+    let _other = begin_other_migration(&database).await;
+    let calls = Migrator::new().schema("calls").max_wait(Duration::ZERO);
+    in_time(calls.run(database.pool())).await.unwrap();
+    in_time(calls.undo(database.pool())).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_migration_that_waits_too_long_says_for_what() {
+    let database = empty().await;
+    let mut other = begin_other_migration(&database).await;
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()")
+        .fetch_one(&mut other)
+        .await
+        .unwrap();
+    let migrator = Migrator::new().max_wait(Duration::from_millis(100));
+    for error in [
+        in_time(migrator.run(database.pool())).await.unwrap_err(),
+        in_time(migrator.undo(database.pool())).await.unwrap_err(),
+    ] {
+        let MigrateError::Source(source) = &error else {
+            panic!("{error:?}");
+        };
+        let source = source.downcast_ref::<std::io::Error>().unwrap();
+        assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
+        let text = error.to_string();
+        assert!(text.contains("another migrate or undo"), "{text}");
+        assert!(text.contains(&format!("[{pid}]")), "{text}");
+    }
+    assert_eq!(objects(&database).await, [""; 0]);
+
+    // Where there is nothing to do, there is nothing to wait for.
+    other.close().await.unwrap();
+    migrator.run(database.pool()).await.unwrap();
+    let _other = begin_other_migration(&database).await;
+    in_time(migrator.run(database.pool())).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_settings_of_the_callers_sessions_do_not_matter() {
+    let database = empty().await;
+    let hostile = database.options().options([
+        ("default_transaction_isolation", "serializable"),
+        ("default_transaction_read_only", "on"),
+        ("default_transaction_deferrable", "on"),
+        ("lock_timeout", "1"),
+        ("idle_in_transaction_session_timeout", "1000"),
+        ("search_path", "pg_catalog"),
+    ]);
+    let pool = PgPoolOptions::new().connect_lazy_with(hostile);
+    in_time(requeuest::migrate(&pool)).await.unwrap();
+    delivers(&Durable::new(pool.clone())).await;
+    in_time(Migrator::new().undo(&pool)).await.unwrap();
+    assert_eq!(objects(&database).await, [""; 0]);
 }
