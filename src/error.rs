@@ -540,6 +540,43 @@ fn unreadable(f: &mut fmt::Formatter<'_>, reason: &str) -> fmt::Result {
     )
 }
 
+impl fmt::Display for MigrationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str(
+                "requeuest's schema is not in this database; call requeuest::migrate(&pool) first",
+            ),
+            Self::Forbidden => f.write_str(
+                "the role may not use requeuest's schema; grant it USAGE on the schema, and the \
+                 rights on its tables that the guide names",
+            ),
+            Self::SettingsDropped => f.write_str(
+                "the connection did not keep its search_path, probably because of a pooler; \
+                 connect directly with DurableBuilder::connect_options",
+            ),
+            Self::Older { found, wanted } => write!(
+                f,
+                "requeuest's schema is at version {found}, but this crate needs version {wanted}; \
+                 call requeuest::migrate(&pool)"
+            ),
+            Self::Newer {
+                found,
+                needed,
+                wanted,
+            } => write!(
+                f,
+                "requeuest's schema is at version {found} and needs a crate that knows version \
+                 {needed}, but this crate only knows version {wanted}; upgrade requeuest"
+            ),
+            Self::Failed { version } => write!(
+                f,
+                "version {version} of requeuest's schema is marked as failed; repair the schema \
+                 and delete the version's row from _sqlx_migrations"
+            ),
+        }
+    }
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -557,36 +594,7 @@ impl fmt::Display for Kind {
                  exceeds the limit; see max_response_body"
             ),
             Self::Database(error) => write!(f, "database error: {}", database_text(error)),
-            Self::Migrations(MigrationState::Missing) => f.write_str(
-                "requeuest's schema is not in this database; call requeuest::migrate(&pool) first",
-            ),
-            Self::Migrations(MigrationState::Forbidden) => f.write_str(
-                "the role may not use requeuest's schema; grant it USAGE on the schema, and the \
-                 rights on its tables that the guide names",
-            ),
-            Self::Migrations(MigrationState::SettingsDropped) => f.write_str(
-                "the connection did not keep its search_path, probably because of a pooler; \
-                 connect directly with DurableBuilder::connect_options",
-            ),
-            Self::Migrations(MigrationState::Older { found, wanted }) => write!(
-                f,
-                "requeuest's schema is at version {found}, but this crate needs version {wanted}; \
-                 call requeuest::migrate(&pool)"
-            ),
-            Self::Migrations(MigrationState::Newer {
-                found,
-                needed,
-                wanted,
-            }) => write!(
-                f,
-                "requeuest's schema is at version {found} and needs a crate that knows version \
-                 {needed}, but this crate only knows version {wanted}; upgrade requeuest"
-            ),
-            Self::Migrations(MigrationState::Failed { version }) => write!(
-                f,
-                "version {version} of requeuest's schema is marked as failed; repair the schema \
-                 and delete the version's row from _sqlx_migrations"
-            ),
+            Self::Migrations(state) => state.fmt(f),
             Self::Indeterminate(_) => f.write_str(
                 "the connection broke or the runtime ended during the commit, and the request may \
                  or may not be persisted; check its status before submitting it again",

@@ -7,7 +7,6 @@
 mod change;
 mod ledger;
 
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use sqlx::PgPool;
@@ -25,14 +24,7 @@ pub const DEFAULT_SCHEMA: &str = "requeuest";
 /// minutes.
 pub const DEFAULT_MAX_WAIT: Duration = Duration::from_secs(300);
 
-static MIGRATIONS: LazyLock<sqlx::migrate::Migrator> = LazyLock::new(|| {
-    let mut migrations = sqlx::migrate!();
-    // Newer releases add migrations that this one doesn't know: see `ledger`.
-    migrations.set_ignore_missing(true);
-    // `change` has its own lock.
-    migrations.set_locking(false);
-    migrations
-});
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
 /// Installs or upgrades the schema [`DEFAULT_SCHEMA`].
 ///

@@ -7,15 +7,16 @@
 //! - A statement waits for a table for [`LOCK_TIMEOUT`] only, because every later statement on that
 //!   table queues behind it. Then all is rolled back, the queue drains, and the change begins anew.
 //! - Each change is one transaction. It pins its settings itself, for two reasons: the caller's
-//!   may be anything, and a pooler in transaction mode drops those of a session.
+//!   may be anything, and a pooler in transaction mode drops those of a session. For the same
+//!   pooler, no statement is prepared under a name.
 
 use std::time::{Duration, Instant};
 
-use sqlx::migrate::{Migrate, MigrateError, Migrator};
+use sqlx::migrate::{MigrateError, Migration, Migrator};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Row, Transaction};
 
-use super::ledger::{Ledger, Tables};
+use super::ledger::{self, Applied, Ledger, Tables};
 use crate::error::{Error, Kind, MigrationState};
 
 /// How long a statement waits for a lock on a table.
@@ -43,6 +44,15 @@ struct Found {
     may_create: bool,
     tables: Tables,
     ledger: Option<Ledger>,
+    applied: Vec<Applied>,
+}
+
+impl Found {
+    /// The entry of a migration in the ledger.
+    fn get(&self, migration: &Migration) -> Option<&Applied> {
+        let mut applied = self.applied.iter();
+        applied.find(|applied| applied.version == migration.version)
+    }
 }
 
 /// What a change waits for.
@@ -55,21 +65,25 @@ enum Obstacle {
 impl Target {
     /// Applies the migrations that the schema doesn't have yet.
     pub(super) async fn install(&self) -> Result<(), MigrateError> {
-        let mut connection = self.connect().await?;
+        let mut connection = self.connect.connect().await?;
         // Without a lock, since there is nothing to do most of the time.
         let mut transaction = self.begin(&mut connection, "").await?;
-        let has_pending = self.has_pending(&mut transaction).await?;
+        let (_, pending) = self.pending(&mut transaction).await?;
         transaction.rollback().await?;
-        if has_pending {
+        if !pending.is_empty() {
             self.locked(&mut connection, async |transaction| {
-                if !self.has_pending(transaction).await? {
-                    return Ok(());
-                }
-                if !self.find(transaction).await?.exists {
+                let (found, pending) = self.pending(transaction).await?;
+                if !found.exists {
                     let create = format!("CREATE SCHEMA {}", self.schema);
                     transaction.execute(&*create).await?;
                 }
-                self.migrations.run(&mut *transaction).await
+                if !found.tables.migrations {
+                    ledger::create(transaction).await?;
+                }
+                for migration in pending {
+                    ledger::apply(transaction, migration).await?;
+                }
+                Ok(())
             })
             .await?;
         }
@@ -79,34 +93,36 @@ impl Target {
 
     /// Undoes all migrations and drops the schema.
     pub(super) async fn remove(&self) -> Result<(), MigrateError> {
-        let mut connection = self.connect().await?;
+        let mut connection = self.connect.connect().await?;
         self.locked(&mut connection, async |transaction| {
-            if !self.find(transaction).await?.exists {
-                return Ok(());
+            let found = self.find(transaction).await?;
+            if let Some(version) = found.ledger.and_then(|ledger| ledger.failed) {
+                return Err(MigrateError::Dirty(version));
             }
-            transaction.ensure_migrations_table().await?;
-            let applied = transaction.list_applied_migrations().await?;
-            let unknown = applied
+            if let Some(unknown) = found
+                .applied
                 .iter()
-                .find(|applied| !self.migrations.version_exists(applied.version));
-            if let Some(unknown) = unknown {
+                .find(|applied| !self.migrations.version_exists(applied.version))
+            {
                 return Err(MigrateError::VersionMissing(unknown.version));
             }
-            self.migrations.undo(&mut *transaction, -1).await?;
-            transaction.execute("DROP TABLE _sqlx_migrations").await?;
-            let drop = format!("DROP SCHEMA {}", self.schema);
-            transaction.execute(&*drop).await?;
+            for migration in self.migrations.iter().rev() {
+                if migration.migration_type.is_down_migration() && found.get(migration).is_some() {
+                    ledger::revert(transaction, migration).await?;
+                }
+            }
+            if found.tables.migrations {
+                transaction.execute("DROP TABLE _sqlx_migrations").await?;
+            }
+            if found.exists {
+                let drop = format!("DROP SCHEMA {}", self.schema);
+                transaction.execute(&*drop).await?;
+            }
             Ok(())
         })
         .await?;
         connection.close().await?;
         Ok(())
-    }
-
-    async fn connect(&self) -> Result<PgConnection, sqlx::Error> {
-        // A pooler in transaction mode may lose statements that are prepared under a name.
-        let options = self.connect.clone().statement_cache_capacity(0);
-        options.connect().await
     }
 
     /// Begins a transaction that sees the schema. `mode` is more for `SET TRANSACTION`.
@@ -176,6 +192,7 @@ impl Target {
 
     async fn try_lock(&self, connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
         sqlx::query_scalar("SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))")
+            .persistent(false)
             .bind(self.lock_name())
             .fetch_one(connection)
             .await
@@ -185,15 +202,18 @@ impl Target {
         format!("requeuest/migrate/{}", self.schema.trim_matches('"'))
     }
 
-    /// Whether there are migrations to apply.
+    /// The migrations to apply.
     ///
     /// # Errors
     ///
     /// If the schema can't be used by this release, or the role may not apply migrations.
-    async fn has_pending(&self, connection: &mut PgConnection) -> Result<bool, MigrateError> {
+    async fn pending(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<(Found, Vec<&'static Migration>), MigrateError> {
         let found = self.find(connection).await?;
         if let Some(ledger) = found.ledger {
-            match ledger.check(self.newest()) {
+            match ledger.check(super::newest_of(self.migrations)) {
                 Ok(()) | Err(MigrationState::Older { .. }) => {}
                 Err(MigrationState::Failed { version }) => {
                     return Err(MigrateError::Dirty(version));
@@ -201,31 +221,23 @@ impl Target {
                 Err(state) => return Err(refused(state)),
             }
         }
-        let applied = if found.tables.migrations {
-            connection.list_applied_migrations().await?
-        } else {
-            Vec::new()
-        };
-        let mut has_pending = false;
+        let mut pending = Vec::new();
         for migration in self.migrations.iter() {
             if migration.migration_type.is_down_migration() {
                 continue;
             }
-            let of_ledger = applied
-                .iter()
-                .find(|applied| applied.version == migration.version);
-            match of_ledger {
-                Some(applied) if applied.checksum != migration.checksum => {
+            match found.get(migration) {
+                Some(applied) if applied.checksum != *migration.checksum => {
                     return Err(MigrateError::VersionMismatch(migration.version));
                 }
                 Some(_) => {}
-                None => has_pending = true,
+                None => pending.push(migration),
             }
         }
-        if has_pending && found.exists && !found.may_create {
+        if !pending.is_empty() && found.exists && !found.may_create {
             return Err(MigrateError::Execute(self.forbidden()));
         }
-        Ok(has_pending)
+        Ok((found, pending))
     }
 
     async fn find(&self, connection: &mut PgConnection) -> Result<Found, sqlx::Error> {
@@ -237,6 +249,7 @@ impl Target {
             Tables::COLUMNS
         );
         let row = sqlx::query(&statement)
+            .persistent(false)
             .bind(&self.schema)
             .fetch_one(&mut *connection)
             .await?;
@@ -246,11 +259,12 @@ impl Target {
             may_create: row.try_get(1)?,
             tables,
             ledger: Ledger::read(connection, tables).await?,
+            applied: if tables.migrations {
+                ledger::applied(connection).await?
+            } else {
+                Vec::new()
+            },
         })
-    }
-
-    fn newest(&self) -> i64 {
-        super::newest_of(self.migrations)
     }
 
     fn forbidden(&self) -> sqlx::Error {
@@ -296,24 +310,25 @@ impl Target {
     ) -> Result<Vec<i32>, sqlx::Error> {
         let (statement, name) = match obstacle {
             Obstacle::OtherChange => (
-                "SELECT DISTINCT l.pid FROM pg_locks l, hashtextextended($1, 0) AS key
+                "SELECT DISTINCT l.pid FROM pg_locks l, pg_database d, hashtextextended($1, 0) AS key
                  WHERE l.locktype = 'advisory' AND l.granted AND l.pid IS NOT NULL
-                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                    AND l.database = d.oid AND d.datname = current_database()
                     AND l.objsubid = 1
                     AND (l.classid::bigint << 32 | l.objid::bigint) = key
                  ORDER BY l.pid",
                 self.lock_name(),
             ),
             Obstacle::TableLock => (
-                "SELECT DISTINCT l.pid FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
+                "SELECT DISTINCT l.pid FROM pg_class c JOIN pg_locks l ON l.relation = c.oid
+                    JOIN pg_database d ON d.oid = l.database
                  WHERE c.relnamespace = to_regnamespace($1) AND l.granted
-                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                    AND l.pid <> pg_backend_pid()
+                    AND d.datname = current_database() AND l.pid <> pg_backend_pid()
                  ORDER BY l.pid",
                 self.schema.clone(),
             ),
         };
         sqlx::query_scalar(statement)
+            .persistent(false)
             .bind(name)
             .fetch_all(connection)
             .await
@@ -342,7 +357,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use sqlx::migrate::{Migration, MigrationType};
+    use sqlx::migrate::MigrationType;
 
     use super::*;
     use crate::migrate::{MIGRATIONS, wanted_version};
@@ -365,12 +380,10 @@ mod tests {
             let version = wanted_version() + number;
             Migration::new(version, "added".into(), kind, Cow::Borrowed(*sql), false)
         });
-        let mut migrations = Migrator {
+        let migrations = Migrator {
             migrations: MIGRATIONS.iter().cloned().chain(added).collect(),
             ..Migrator::DEFAULT
         };
-        migrations.set_ignore_missing(true);
-        migrations.set_locking(false);
         Target {
             connect,
             schema: quoted("requeuest"),

@@ -4,8 +4,14 @@
 //! releases run side by side during a deployment, and after a rollback. `compatible_from` says how
 //! old a release may be. Without it, a release could only refuse every newer schema, or use one
 //! that has lost what the release needs.
+//!
+//! The ledger is sqlx's table, for the sake of its tools. The statements are not sqlx's, because
+//! those are prepared under names, which collide behind a pooler in transaction mode.
 
-use sqlx::{PgConnection, Row};
+use std::time::{Duration, Instant};
+
+use sqlx::migrate::{MigrateError, Migration};
+use sqlx::{Executor, PgConnection, Row};
 
 use crate::error::MigrationState;
 
@@ -13,7 +19,7 @@ use crate::error::MigrationState;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ledger {
     /// The newest migration.
-    pub(super) newest: i64,
+    newest: i64,
     /// The oldest release that can work with the schema. `None` before the migration that adds it,
     /// or if its row was deleted.
     compatible_from: Option<i64>,
@@ -92,6 +98,87 @@ impl Ledger {
         }
         Ok(())
     }
+}
+
+/// A migration in the ledger.
+pub(super) struct Applied {
+    pub(super) version: i64,
+    pub(super) checksum: Vec<u8>,
+}
+
+/// The migrations in the ledger of the session's schema.
+pub(super) async fn applied(connection: &mut PgConnection) -> Result<Vec<Applied>, sqlx::Error> {
+    let rows: Vec<(i64, Vec<u8>)> =
+        sqlx::query_as("SELECT version, checksum FROM _sqlx_migrations ORDER BY version")
+            .persistent(false)
+            .fetch_all(connection)
+            .await?;
+    let applied = |(version, checksum)| Applied { version, checksum };
+    Ok(rows.into_iter().map(applied).collect())
+}
+
+/// Creates the ledger in the session's schema.
+pub(super) async fn create(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    connection
+        .execute(
+            "CREATE TABLE _sqlx_migrations (
+                version bigint PRIMARY KEY,
+                description text NOT NULL,
+                installed_on timestamptz NOT NULL DEFAULT now(),
+                success boolean NOT NULL,
+                checksum bytea NOT NULL,
+                execution_time bigint NOT NULL
+            )",
+        )
+        .await?;
+    Ok(())
+}
+
+/// Applies a migration, and enters it in the ledger.
+pub(super) async fn apply(
+    connection: &mut PgConnection,
+    migration: &Migration,
+) -> Result<(), MigrateError> {
+    let took = execute(connection, migration).await?;
+    let nanoseconds = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
+    sqlx::query(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+         VALUES ($1, $2, true, $3, $4)",
+    )
+    .persistent(false)
+    .bind(migration.version)
+    .bind(&*migration.description)
+    .bind(&*migration.checksum)
+    .bind(nanoseconds)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Undoes a migration, and takes it out of the ledger.
+pub(super) async fn revert(
+    connection: &mut PgConnection,
+    migration: &Migration,
+) -> Result<(), MigrateError> {
+    execute(connection, migration).await?;
+    sqlx::query("DELETE FROM _sqlx_migrations WHERE version = $1")
+        .persistent(false)
+        .bind(migration.version)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+async fn execute(
+    connection: &mut PgConnection,
+    migration: &Migration,
+) -> Result<Duration, MigrateError> {
+    let begun = Instant::now();
+    connection
+        .execute(&*migration.sql)
+        .await
+        .map_err(|error| MigrateError::ExecuteMigration(error, migration.version))?;
+    Ok(begun.elapsed())
 }
 
 #[cfg(test)]

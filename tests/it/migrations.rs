@@ -636,10 +636,47 @@ async fn refusals(database: &TestDatabase) -> (Error, MigrateError) {
     (call.unwrap_err(), migrate.unwrap_err())
 }
 
+/// Makes each kind of request, and ends requests in each way.
+async fn works(database: &TestDatabase, durable: &Durable) {
+    let server = Server::in_turn(&[503, 200]).await;
+    let kinds = [
+        Options::default(),
+        Options::default().ordered("order"),
+        Options::default().key(Uuid::now_v7().to_string()),
+        Options::default().delay(Duration::from_millis(1)),
+    ];
+    for options in kinds {
+        let request = post(server.url("/"), "x").with(options.clone());
+        let fired = in_time(durable.fire(request.clone())).await.unwrap();
+        let fired_in = durable.fire_in(database.pool(), request).await.unwrap();
+        for id in [fired, fired_in] {
+            let outcome = outcome_of(durable, id).await;
+            assert_eq!(outcome.status(), Status::Completed, "{options:?}");
+        }
+    }
+    let many = (0..3).map(|number| post(server.url("/"), number.to_string()));
+    for id in in_time(durable.fire_many(many)).await.unwrap() {
+        outcome_of(durable, id).await;
+    }
+    let nowhere = format!("http://{}/", closed_port().await);
+    let once = Options::default().retry(RetryPolicy::none());
+    let hopeless = post(nowhere, "x").with(once);
+    let id = in_time(durable.fire(hopeless)).await.unwrap();
+    assert_eq!(outcome_of(durable, id).await.status(), Status::Discarded);
+    let again = in_time(durable.replay(id)).await.unwrap();
+    assert_eq!(outcome_of(durable, again).await.status(), Status::Discarded);
+    let later = post(server.url("/"), "x").with(Options::default().delay(LONG));
+    let id = in_time(durable.fire(later)).await.unwrap();
+    in_time(durable.cancel(id)).await.unwrap();
+    assert_eq!(outcome_of(durable, id).await.status(), Status::Cancelled);
+}
+
 #[tokio::test]
 async fn an_older_process_works_beside_a_newer_schema() {
     let database = migrated().await;
     let known = *ledger(&database, "requeuest").await.last().unwrap();
+    let running = builder(&database).retry(quick()).build().unwrap();
+    works(&database, &running).await;
     let added = upgrade_twice(&database).await;
     set_compatible_from(&database, known).await;
     let before = objects(&database).await;
@@ -648,43 +685,11 @@ async fn an_older_process_works_beside_a_newer_schema() {
     assert!(ledger(&database, "requeuest").await.ends_with(&added));
     assert_eq!(objects(&database).await, before);
 
-    let durable = builder(&database).retry(quick()).build().unwrap();
-    delivers(&durable).await;
-    // Each kind of request, and each way to end.
-    let server = Server::in_turn(&[503, 200]).await;
-    let kinds = [
-        Options::default(),
-        Options::default().ordered("order"),
-        Options::default().key("key").metadata("text"),
-        Options::default().delay(Duration::from_millis(1)),
-    ];
-    for options in kinds {
-        let request = post(server.url("/"), "x").with(options.clone());
-        let id = in_time(durable.fire(request.clone())).await.unwrap();
-        let outcome = outcome_of(&durable, id).await;
-        assert_eq!(outcome.status(), Status::Completed, "{options:?}");
-        let id = durable.fire_in(database.pool(), request).await.unwrap();
-        let outcome = outcome_of(&durable, id).await;
-        assert_eq!(outcome.status(), Status::Completed, "{options:?}");
+    let started = builder(&database).retry(quick()).build().unwrap();
+    for durable in [running, started] {
+        works(&database, &durable).await;
+        durable.shutdown(LONG).await.unwrap();
     }
-    let many = (0..3).map(|number| post(server.url("/"), number.to_string()));
-    for id in in_time(durable.fire_many(many)).await.unwrap() {
-        outcome_of(&durable, id).await;
-    }
-    let nowhere = format!("http://{}/", closed_port().await);
-    let once = Options::default().retry(RetryPolicy::none());
-    let id = in_time(durable.fire(post(nowhere, "x").with(once))).await;
-    let id = id.unwrap();
-    assert_eq!(outcome_of(&durable, id).await.status(), Status::Discarded);
-    let again = in_time(durable.replay(id)).await.unwrap();
-    assert_eq!(
-        outcome_of(&durable, again).await.status(),
-        Status::Discarded
-    );
-    let later = Options::default().delay(LONG);
-    let id = in_time(durable.fire(post(server.url("/"), "x").with(later))).await;
-    assert!(in_time(durable.cancel(id.unwrap())).await.unwrap());
-    durable.shutdown(LONG).await.unwrap();
 }
 
 #[tokio::test]

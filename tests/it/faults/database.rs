@@ -398,8 +398,11 @@ async fn a_pooler_that_drops_the_search_path_has_its_own_error() {
 
 /// Everything that an application does, with its own pool behind a pooler and the crate's direct.
 async fn works_behind_a_pooler(database: &TestDatabase, application: &sqlx::PgPool) {
-    Migrator::new().undo(application).await.unwrap();
-    requeuest::migrate(application).await.unwrap();
+    // The sessions behind the pooler are used again.
+    for _ in 0..2 {
+        Migrator::new().undo(application).await.unwrap();
+        requeuest::migrate(application).await.unwrap();
+    }
     let server = echo_server().await;
     let durable: Durable = short_lease_builder(application)
         .connect_options(database.options())
