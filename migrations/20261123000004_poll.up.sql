@@ -295,8 +295,8 @@ BEGIN
 END;
 $$;
 
--- Notes which of these rows could not be picked, and why. p_locked of them could be locked. Takes no
--- locks. Written so that no plan scans the index of all ordering keys.
+-- Notes which of these rows could not be picked, and why. p_locked of them could be locked. Takes
+-- no locks. Written so that no plan scans the index of all ordering keys.
 CREATE FUNCTION note_rest(p poll_t, p_met tid[], p_locked int) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT

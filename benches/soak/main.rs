@@ -4,9 +4,9 @@
 //!
 //! - `--rate`: requests per second. Without it, the rate is `--share` (0.7) of what `--callers`
 //!   (64) reach in the first `--probe` (20) seconds.
-//! - `--trouble yes`: beside this load, a receiver that fails, dead letters, 20,000 ordering keys that
-//!   are held up by a retry, and a handler that never takes one outcome in 10,000, on a channel with
-//!   another retention. Tables that still grow in the last third of the run fail it.
+//! - `--trouble yes`: beside this load, a receiver that fails, dead letters, 20,000 ordering keys
+//!   whose first request waits, and a handler that never takes one outcome in 10,000, on a channel
+//!   with another retention. Tables that still grow in the last third of the run fail it.
 //! - `--set name=value`: a setting of the Postgres server.
 //!
 //! All times except `--minutes` are in seconds.

@@ -310,7 +310,8 @@ impl Target {
     ) -> Result<Vec<i32>, sqlx::Error> {
         let (statement, name) = match obstacle {
             Obstacle::OtherChange => (
-                "SELECT DISTINCT l.pid FROM pg_locks l, pg_database d, hashtextextended($1, 0) AS key
+                "SELECT DISTINCT l.pid
+                 FROM pg_locks l, pg_database d, hashtextextended($1, 0) AS key
                  WHERE l.locktype = 'advisory' AND l.granted AND l.pid IS NOT NULL
                     AND l.database = d.oid AND d.datname = current_database()
                     AND l.objsubid = 1

@@ -33,6 +33,9 @@ pub(super) const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 const LISTENERS: u32 = 1;
 /// A runner listens on one connection and polls with the other.
 const RUNNER_CONNECTIONS: u32 = 2;
+/// The formats of requests that this version can read, as an array of Postgres. A poll claims no
+/// others.
+const FORMATS: &str = "{1}";
 const CLOSE_POLL: Duration = Duration::from_millis(5);
 
 /// What the statements need of their sessions.
@@ -279,6 +282,7 @@ fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
     connect.clone().options([
         ("search_path", search_path.as_str()),
         ("requeuest.lease", &lease),
+        ("requeuest.formats", FORMATS),
         ("default_transaction_isolation", r"read\ committed"),
         ("default_transaction_read_only", "off"),
         ("lock_timeout", "5s"),

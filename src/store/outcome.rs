@@ -112,8 +112,8 @@ async fn find(
             FROM (
                 SELECT
                     i.number, i.id, m.claim_no IS NOT NULL AS queued,
-                    o.format, o.status, o.attempts, o.http_status, o.head, o.body, o.error_class, o.error,
-                    o.metadata::text,
+                    o.format, o.status, o.attempts, o.http_status, o.head, o.body,
+                    o.error_class, o.error, o.metadata::text,
                     coalesce(octet_length(o.head), 0)::bigint + coalesce(octet_length(o.body), 0)
                         AS bytes
                 FROM unnest($1::uuid[]) WITH ORDINALITY AS i(id, number)

@@ -46,6 +46,12 @@ enum Step {
     Cancel(prop::sample::Index),
     /// Any request, whether it was discarded or not.
     Replay(prop::sample::Index),
+    /// Makes the head of any request that waits unreadable.
+    Damage(prop::sample::Index),
+    /// Gives any request that waits a format of a newer version.
+    Renew(prop::sample::Index),
+    /// Makes all damaged and all newer requests readable.
+    Mend,
     /// Waits a moment.
     Pause,
 }
@@ -79,6 +85,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Clear),
         3 => any::<prop::sample::Index>().prop_map(Step::Cancel),
         4 => any::<prop::sample::Index>().prop_map(Step::Replay),
+        3 => any::<prop::sample::Index>().prop_map(Step::Damage),
+        3 => any::<prop::sample::Index>().prop_map(Step::Renew),
+        1 => Just(Step::Mend),
         4 => Just(Step::Pause),
     ];
     proptest::collection::vec(step, 90..130)
@@ -137,6 +146,16 @@ struct Row {
     payload: bool,
 }
 
+/// A request that no runner may send, and what it was like when it became so.
+#[derive(Debug)]
+struct Unreadable {
+    /// Runners leave newer requests alone, and park damaged ones.
+    newer: bool,
+    claim_no: i32,
+    attempts: i32,
+    deliveries: usize,
+}
+
 type Held = Arc<Mutex<Vec<oneshot::Sender<u16>>>>;
 type Delivered = Arc<Mutex<Vec<String>>>;
 
@@ -159,6 +178,7 @@ struct Case<'t> {
     /// The requests that the foreign runner holds, with their `claim_no`.
     foreign: HashMap<RequestId, i32>,
     replayed: HashSet<RequestId>,
+    unreadable: HashMap<RequestId, Unreadable>,
 }
 
 impl<'t> Case<'t> {
@@ -203,6 +223,7 @@ impl<'t> Case<'t> {
             last: HashMap::new(),
             foreign: HashMap::new(),
             replayed: HashSet::new(),
+            unreadable: HashMap::new(),
         }
     }
 
@@ -213,7 +234,7 @@ impl<'t> Case<'t> {
                 if let Kind::Ordered(key) = kind {
                     number = format!("{number} key-{key}");
                 }
-                let request = request(&self.server.url("/"), &number, *kind);
+                let request = request(&self.server.url("/"), &number, *kind, &self.channel);
                 let handle = self.live.as_ref().map_or(&self.source, |(_, live)| live);
                 let id = self
                     .runtime
@@ -273,10 +294,75 @@ impl<'t> Case<'t> {
             }
             Step::Cancel(which) if !self.enqueued.is_empty() => self.cancel(*which)?,
             Step::Replay(which) if !self.enqueued.is_empty() => self.replay(*which)?,
-            Step::Start | Step::Cancel(_) | Step::Replay(_) => {}
+            Step::Damage(which) if !self.enqueued.is_empty() => self.spoil(*which, false),
+            Step::Renew(which) if !self.enqueued.is_empty() => self.spoil(*which, true),
+            Step::Mend => self.mend(),
+            Step::Start | Step::Cancel(_) | Step::Replay(_) | Step::Damage(_) | Step::Renew(_) => {}
             Step::Pause => std::thread::sleep(Duration::from_millis(25)),
         }
         Ok(())
+    }
+
+    /// Makes a request unreadable, unless it has ended or a process has it.
+    fn spoil(&mut self, which: prop::sample::Index, newer: bool) {
+        let (id, number) = which.get(&self.enqueued);
+        let row = sqlx::query_as(if newer {
+            "UPDATE requeuest.mq_msgs SET format = 2
+             WHERE id = $1 AND state = 'waiting' AND format = 1 RETURNING claim_no, attempts"
+        } else {
+            "WITH waiting AS (
+                SELECT claim_no, attempts FROM requeuest.mq_msgs
+                WHERE id = $1 AND state = 'waiting' FOR UPDATE
+             ), damaged AS (
+                UPDATE requeuest.mq_payloads SET head = '{\"new\":1,' || substr(head, 2)
+                WHERE id = $1 AND EXISTS (SELECT FROM waiting) AND head NOT LIKE '{\"new\":1,%'
+                RETURNING id
+             )
+             SELECT claim_no, attempts FROM waiting, damaged"
+        });
+        let row: Option<(i32, i32)> = self
+            .runtime
+            .block_on(
+                row.bind(uuid::Uuid::from(*id))
+                    .fetch_optional(self.database.pool()),
+            )
+            .unwrap();
+        if let Some((claim_no, attempts)) = row {
+            let deliveries = self.deliveries(number);
+            self.unreadable
+                .entry(*id)
+                .and_modify(|unreadable| unreadable.newer |= newer)
+                .or_insert(Unreadable {
+                    newer,
+                    claim_no,
+                    attempts,
+                    deliveries,
+                });
+        }
+    }
+
+    fn mend(&mut self) {
+        let ids: Vec<uuid::Uuid> = self.unreadable.drain().map(|(id, _)| id.into()).collect();
+        self.runtime.block_on(async {
+            for mend in [
+                "UPDATE requeuest.mq_payloads
+                 SET head = '{' || substr(head, length('{\"new\":1,') + 1)
+                 WHERE id = ANY ($1) AND head LIKE '{\"new\":1,%'",
+                "UPDATE requeuest.mq_msgs SET format = 1
+                 WHERE id IN (
+                     SELECT id FROM requeuest.mq_msgs WHERE id = ANY ($1) ORDER BY id FOR UPDATE
+                 )",
+            ] {
+                let mend = sqlx::query(mend).bind(&ids);
+                mend.execute(self.database.pool()).await.unwrap();
+            }
+        });
+    }
+
+    /// How often the receiver got a request.
+    fn deliveries(&self, number: &str) -> usize {
+        let delivered = self.delivered.lock().unwrap();
+        delivered.iter().filter(|one| *one == number).count()
     }
 
     fn cancel(&mut self, which: prop::sample::Index) -> Result<(), TestCaseError> {
@@ -368,6 +454,8 @@ impl<'t> Case<'t> {
                 claim_no > before,
                 "{id} was claimed as {claim_no} after {before}"
             );
+            let newer = self.unreadable.get(&id).is_some_and(|it| it.newer);
+            prop_assert!(!newer, "{id} has a newer format and was claimed");
             let earlier = self.foreign.insert(id, claim_no);
             prop_assert!(earlier.is_none(), "{id} was claimed twice within its lease");
         }
@@ -467,6 +555,20 @@ impl<'t> Case<'t> {
             if row.status.as_deref() == Some("completed") {
                 prop_assert!(delivered.contains(number), "{id} ended without being sent");
             }
+            if let Some(unreadable) = self.unreadable.get(id) {
+                let deliveries = delivered.iter().filter(|one| *one == number).count();
+                // Claims that were lost, and one that has not parked the request yet, are counted.
+                let claims = row.claim_no - unreadable.claim_no;
+                let attempts = row.attempts - unreadable.attempts;
+                prop_assert!(
+                    row.status.as_deref() == Some("cancelled")
+                        || row.queued
+                            && deliveries == unreadable.deliveries
+                            && (0..=claims).contains(&attempts)
+                            && (!unreadable.newer || claims == 0),
+                    "{id} can't be read: {unreadable:?}, {deliveries}, {row:?}"
+                );
+            }
         }
         self.last = state;
         Ok(())
@@ -477,6 +579,7 @@ impl<'t> Case<'t> {
         *self.open.lock().unwrap() = true;
         self.take(&Step::Crash)?;
         self.take(&Step::Answer(usize::MAX, 200))?;
+        self.take(&Step::Mend)?;
         self.take(&Step::EndLeases)?;
         self.take(&Step::Start)?;
         let ids: Vec<RequestId> = self.enqueued.iter().map(|(id, _)| *id).collect();
@@ -548,11 +651,14 @@ fn heads(state: &HashMap<RequestId, Row>) -> HashMap<&str, i64> {
     heads
 }
 
-fn request(url: &str, number: &str, kind: Kind) -> Request {
+/// Keys are a case's own, so that a case that fails leaves nothing to the next one.
+fn request(url: &str, number: &str, kind: Kind, channel: &str) -> Request {
     let request = post(url, number.to_owned());
     match kind {
         Kind::Plain => request,
-        Kind::Ordered(key) => request.with(Options::default().ordered(format!("key-{key}"))),
+        Kind::Ordered(key) => {
+            request.with(Options::default().ordered(format!("{channel} key-{key}")))
+        }
         Kind::Delayed => request.with(Options::default().delay(Duration::from_secs(60))),
         Kind::Limited => {
             let twice = RetryPolicy::exponential()
