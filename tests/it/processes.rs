@@ -40,7 +40,7 @@ const DATABASE: &str = "REQUEUEST_TEST_DATABASE";
 const SERVER: &str = "REQUEUEST_TEST_SERVER";
 const NAME: &str = "REQUEUEST_TEST_NAME";
 
-fn is_long() -> bool {
+pub(crate) fn is_long() -> bool {
     std::env::var("REQUEUEST_LONG_FAULTS").is_ok_and(|value| value == "1")
 }
 
@@ -215,7 +215,7 @@ fn say(what: &str) {
     println!("\n@{what}");
 }
 
-fn median_and_max(mut times: Vec<Duration>) -> (Duration, Duration) {
+pub(crate) fn median_and_max(mut times: Vec<Duration>) -> (Duration, Duration) {
     times.sort_unstable();
     let median = times.get(times.len() / 2).copied().unwrap_or_default();
     (median, times.last().copied().unwrap_or_default())
