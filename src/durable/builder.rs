@@ -11,7 +11,7 @@ use super::pass_through::{PassThrough, RequestHead};
 use super::{Durable, Inner};
 use crate::classify::{Classifier, Classify};
 use crate::dead_letter::Reconcile;
-use crate::engine::attempt::transport::{HttpClient, ReqwestTransport, Transport, erase};
+use crate::engine::attempt::transport::{HttpClient, PlainTransport, Transport, erase};
 use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::engine::{Config, Engine};
@@ -170,9 +170,14 @@ impl DurableBuilder {
     }
 
     /// The client of attempts that don't run through a caller's own client. Defaults to a plain
-    /// [`reqwest::Client`] that follows no redirects and has no retries of its own.
+    /// [`reqwest::Client`] that follows no redirects and has no retries of its own. It keeps about
+    /// twice as many idle connections as the [`concurrency`](Self::concurrency) allows attempts, or
+    /// 64 if that is more, to all hosts together, and each for up to 30 seconds.
     ///
-    /// Wrap a [`reqwest::Client`] in [`ReqwestTransport`]. If a client follows redirects or retries
+    /// Wrap a [`reqwest::Client`] in [`ReqwestTransport`](crate::ReqwestTransport). It bounds its
+    /// idle connections for each host only, so a client for thousands of hosts needs a short
+    /// [`pool_idle_timeout`](reqwest::ClientBuilder::pool_idle_timeout).
+    /// If a client follows redirects or retries
     /// by itself, those transmissions are neither counted nor recorded.
     pub fn transport<S: HttpClient>(mut self, service: S) -> Self {
         self.transport = TransportChoice::Given(erase(service));
@@ -376,6 +381,7 @@ impl DurableBuilder {
             let _context = runtime.handle().enter();
             Store::new(self.pool, self.store)
         };
+        let concurrency = config.concurrency;
         let engine = Engine::start(runtime, store, config);
         let mut plain_transport = false;
         match self.transport {
@@ -383,7 +389,7 @@ impl DurableBuilder {
             TransportChoice::Wrapped => {}
             TransportChoice::Plain => {
                 plain_transport = true;
-                let plain = ReqwestTransport::plain()
+                let plain = PlainTransport::new(concurrency)
                     .map_err(|error| Error::config("transport", error.to_string()))?;
                 engine.offer_transport(|| erase(plain));
             }

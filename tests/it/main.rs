@@ -32,6 +32,7 @@ mod proxy;
 mod retention;
 mod retry;
 mod runtimes;
+mod sockets;
 mod stopping;
 mod support;
 mod testkit;

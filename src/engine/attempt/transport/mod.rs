@@ -3,6 +3,7 @@
 mod map_body;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
+mod plain;
 mod reqwest;
 
 use std::sync::{Mutex, PoisonError};
@@ -17,6 +18,7 @@ use crate::error::BoxError;
 pub use self::map_body::MapBody;
 #[cfg(feature = "reqwest-middleware")]
 pub use self::middleware::MiddlewareTransport;
+pub(crate) use self::plain::PlainTransport;
 pub(crate) use self::reqwest::ResponseUrl;
 #[cfg(feature = "reqwest-middleware")]
 pub(crate) use self::reqwest::from_reqwest;

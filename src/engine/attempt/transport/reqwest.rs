@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use http_body::Body as _;
 use pin_project::pin_project;
@@ -36,18 +35,6 @@ impl ReqwestTransport {
     /// Sends with the given client, as it is configured.
     pub fn new(client: reqwest::Client) -> Self {
         Self { client }
-    }
-
-    /// The client that sends if no other transport was given. It follows no redirects, because the
-    /// answer to a request is its response. It has no retries of its own, because each attempt must
-    /// be counted. It gives up connecting after ten seconds.
-    pub(crate) fn plain() -> Result<Self, reqwest::Error> {
-        let client = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .connect_timeout(Duration::from_secs(10))
-            .build()?;
-        Ok(Self::new(client))
     }
 }
 

@@ -1,0 +1,167 @@
+//! The client that sends if no other transport was given, with a bound on its idle connections.
+//!
+//! A [`reqwest::Client`] bounds the idle connections to each host, but not to all hosts: requests
+//! to ten thousand receivers would leave ten thousand sockets. A client's idle connections are
+//! closed with it, so this transport counts the connections that its client opens, and replaces the
+//! client after a number of them. A connection in use stays until its response is read.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use pin_project::pin_project;
+use tower::{Layer, Service};
+
+use super::{ReqwestFuture, ReqwestTransport};
+use crate::body::Body;
+
+/// How long a connection may be idle. Shorter than the keep-alive of usual load balancers, which
+/// would close it while a request is on its way.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many connections may be idle at least.
+const MIN_IDLE: usize = 64;
+
+/// Follows no redirects, because the answer to a request is its response. Has no retries of its
+/// own, because each attempt must be counted.
+#[derive(Clone, Debug)]
+pub(crate) struct PlainTransport {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    current: Mutex<Counted>,
+    /// How many connections may be idle, in all.
+    max_idle: usize,
+}
+
+/// A client, and how many connections it has opened.
+#[derive(Debug)]
+struct Counted {
+    client: ReqwestTransport,
+    opened: Opened,
+}
+
+impl PlainTransport {
+    /// A transport for this many attempts at the same time.
+    pub(crate) fn new(concurrency: usize) -> Result<Self, reqwest::Error> {
+        let current = Mutex::new(Counted::new()?);
+        // As many again as can be in use, so that a burst to one host keeps its connections.
+        let max_idle = concurrency.saturating_mul(2).max(MIN_IDLE);
+        Ok(Self {
+            shared: Arc::new(Shared { current, max_idle }),
+        })
+    }
+
+    fn client(&self) -> ReqwestTransport {
+        let current = self.shared.current.lock();
+        let mut current = current.unwrap_or_else(PoisonError::into_inner);
+        if current.opened.count() >= self.shared.max_idle {
+            // Where no client can be made any more, the current one continues.
+            match Counted::new() {
+                Ok(new) => *current = new,
+                Err(error) => tracing::debug!(%error, "the client could not be replaced"),
+            }
+        }
+        current.client.clone()
+    }
+}
+
+impl Counted {
+    fn new() -> Result<Self, reqwest::Error> {
+        let opened = Opened::default();
+        let client = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .connector_layer(opened.clone())
+            .build()?;
+        Ok(Self {
+            client: ReqwestTransport::new(client),
+            opened,
+        })
+    }
+}
+
+impl Service<http::Request<Body>> for PlainTransport {
+    type Response = http::Response<reqwest::Body>;
+    type Error = reqwest::Error;
+    type Future = ReqwestFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), reqwest::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> ReqwestFuture {
+        self.client().call(request)
+    }
+}
+
+/// Counts the connections that a connector makes.
+#[derive(Clone, Debug, Default)]
+struct Opened(Arc<AtomicUsize>);
+
+impl Opened {
+    fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl<S> Layer<S> for Opened {
+    type Service = Counting<S>;
+
+    fn layer(&self, connector: S) -> Counting<S> {
+        Counting {
+            connector,
+            opened: self.clone(),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Counting<S> {
+    connector: S,
+    opened: Opened,
+}
+
+impl<S: Service<R>, R> Service<R> for Counting<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Connecting<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.connector.poll_ready(cx)
+    }
+
+    fn call(&mut self, destination: R) -> Self::Future {
+        Connecting {
+            connecting: self.connector.call(destination),
+            opened: self.opened.clone(),
+        }
+    }
+}
+
+#[pin_project]
+struct Connecting<F> {
+    #[pin]
+    connecting: F,
+    opened: Opened,
+}
+
+impl<F: Future<Output = Result<T, E>>, T, E> Future for Connecting<F> {
+    type Output = Result<T, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let connected = ready!(this.connecting.poll(cx));
+        if connected.is_ok() {
+            this.opened.0.fetch_add(1, Ordering::Relaxed);
+        }
+        Poll::Ready(connected)
+    }
+}
