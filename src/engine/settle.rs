@@ -19,7 +19,7 @@ use crate::engine::attempt::slots::Unsettled;
 use crate::engine::attempt::waiters::Waiters;
 use crate::engine::lane::{self, Item};
 use crate::engine::runner::polls::Polls;
-use crate::engine::telemetry::{Condition, Lasting};
+use crate::engine::telemetry::{Condition, Failures, Lasting, LineLimit};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::response::Response;
@@ -158,6 +158,8 @@ pub(crate) struct Settler {
     /// Results that came too late to count.
     stale_results: AtomicU64,
     failing: Condition,
+    refused: Failures,
+    given_up: LineLimit,
 }
 
 impl Settler {
@@ -177,6 +179,8 @@ impl Settler {
             finished: Notify::new(),
             stale_results: AtomicU64::new(0),
             failing: Condition::default(),
+            refused: Failures::default(),
+            given_up: LineLimit::default(),
         }
     }
 
@@ -226,10 +230,12 @@ impl Settler {
             }
             if error.is_data() {
                 let id = batch[0].lease.id;
-                tracing::error!(
-                    %id, %error,
-                    "the database refused a result; it is settled without its data"
-                );
+                if self.refused.is_news(id) {
+                    tracing::error!(
+                        %id, %error,
+                        "the database refused a result; it is settled without its data"
+                    );
+                }
                 if !batch[0].drop_refused_data() {
                     // The lease will run out, as for a claim that was lost with its process.
                     continue;
@@ -310,7 +316,7 @@ impl Settler {
                 destination,
             } = settlement.result
             {
-                log_dead_letter(&outcome, &finished.row, destination.as_deref());
+                self.log_dead_letter(&outcome, &finished.row, destination.as_deref());
                 self.waiters
                     .wake(fence.id, || completed(outcome, finished, destination));
             }
@@ -464,6 +470,33 @@ impl Settler {
         Ok(())
     }
 
+    /// Logs a request that was given up. Operators search for this line. A receiver that is down
+    /// fails many requests, and the first ones show why.
+    fn log_dead_letter(&self, outcome: &Outcome, row: &SettledRow, destination: Option<&str>) {
+        let sentence = match outcome.status {
+            Status::Discarded => "a request was given up",
+            Status::Ambiguous => "a request may have been sent and is not sent again",
+            _ => return,
+        };
+        let response = outcome.response.as_ref();
+        let answered = response.map(|response| format!("answered with {}", response.status));
+        let class = outcome.fault.as_ref().map(|fault| &*fault.class);
+        let reason = outcome.error().or(answered.as_deref());
+        let (id, channel, attempts) = (outcome.id, &row.channel, row.attempts);
+        if let Some(left_out) = self.given_up.allows(destination.unwrap_or(channel)) {
+            tracing::warn!(
+                %id, channel, destination, attempts, class, reason,
+                left_out = (left_out > 0).then_some(left_out),
+                "{sentence}"
+            );
+        } else {
+            tracing::debug!(
+                %id, channel, destination, attempts, class, reason,
+                "{sentence}"
+            );
+        }
+    }
+
     /// Counts results whose claims are no longer the latest. If such a request has finished, here
     /// after a lost acknowledgement or in another process, its waiters get that outcome. Otherwise
     /// the process with the latest claim wakes them.
@@ -496,26 +529,6 @@ fn completed(outcome: Arc<Outcome>, finished: Finished, destination: Option<Box<
             .or(outcome.response),
         ..outcome
     }
-}
-
-/// Logs a request that was given up. Operators search for this line.
-fn log_dead_letter(outcome: &Outcome, row: &SettledRow, destination: Option<&str>) {
-    let sentence = match outcome.status {
-        Status::Discarded => "a request was given up",
-        Status::Ambiguous => "a request may have been sent and is not sent again",
-        _ => return,
-    };
-    let response = outcome.response.as_ref();
-    let answered = response.map(|response| format!("answered with {}", response.status));
-    tracing::warn!(
-        id = %outcome.id,
-        channel = row.channel,
-        destination,
-        attempts = row.attempts,
-        class = outcome.fault.as_ref().map(|fault| &*fault.class),
-        reason = outcome.error().or(answered.as_deref()),
-        "{sentence}"
-    );
 }
 
 /// Notifications to send once the batch has committed.

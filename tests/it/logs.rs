@@ -1,5 +1,8 @@
 //! What the crate logs, as an application sees it that only uses the `log` crate.
 
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -7,7 +10,7 @@ use http_body_util::Full;
 use requeuest::retry::RetryPolicy;
 use requeuest::{Durable, Options, Outcome, outcome_fn};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{Executor, PgConnection, PgPool};
+use sqlx::{ConnectOptions, Executor, PgConnection, PgPool};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tower::retry::Retry;
@@ -15,7 +18,8 @@ use tower::{Layer, ServiceExt};
 
 use crate::layer::repetition::Tries;
 use crate::support::{
-    LONG, Server, eventually, hyper_client, in_time, migrated, part, plays, post, quick,
+    LONG, Server, closed_port, eventually, hyper_client, in_time, migrated, part, plays, post,
+    quick,
 };
 
 /// What a copy of this binary prints and logs while it plays a part.
@@ -255,6 +259,127 @@ async fn sweep_without_attempts() {
         })
         .await;
     }
+    durable.shutdown(LONG).await.unwrap();
+}
+
+/// Writes the log to the standard error, and counts the lines with a text.
+struct Counting {
+    text: &'static str,
+    count: Arc<AtomicUsize>,
+}
+
+impl Counting {
+    fn init(text: &'static str) -> Arc<AtomicUsize> {
+        let count = Arc::default();
+        let counting = Self {
+            text,
+            count: Arc::clone(&count),
+        };
+        let target = env_logger::Target::Pipe(Box::new(counting));
+        env_logger::Builder::from_default_env()
+            .target(target)
+            .init();
+        count
+    }
+}
+
+impl Write for Counting {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        let found = String::from_utf8_lossy(line).matches(self.text).count();
+        self.count.fetch_add(found, Ordering::SeqCst);
+        std::io::stderr().write_all(line)?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
+#[tokio::test]
+async fn polls_that_always_fail_are_one_warning() {
+    let database = migrated().await;
+    let role = format!("{}_role", database.name());
+    let without = format!(
+        "CREATE ROLE {role} LOGIN PASSWORD 'test';
+         GRANT USAGE ON SCHEMA requeuest TO {role};
+         GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA requeuest TO {role};
+         INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+         VALUES (gen_random_uuid(), 'default', '0000|d|x', now())"
+    );
+    database.pool().execute(&*without).await.unwrap();
+    let url = database.options().username(&role).password("test");
+    let variables = [("REQUEUEST_TEST_DATABASE", url.to_url_lossy().to_string())];
+    let run = move || Output::of("poll_without_the_right", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    // The sweep may have come by as well.
+    let of_runner = |line: &&&str| line.contains("runner");
+    let warnings: Vec<_> = warnings.iter().filter(of_runner).collect();
+    let [warning] = &*warnings else {
+        panic!("{warnings:#?}");
+    };
+    assert!(warning.contains("the runner is replaced"), "{warning}");
+    let dropped = format!("DROP OWNED BY {role} CASCADE; DROP ROLE {role}");
+    database.pool().execute(&*dropped).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn poll_without_the_right() {
+    if !plays("poll_without_the_right") {
+        return;
+    }
+    let replaced = Counting::init("the runner is replaced");
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let durable = Durable::new(pool);
+    for number in 1..=3 {
+        eventually("another replacement", || async {
+            replaced.load(Ordering::SeqCst) >= number
+        })
+        .await;
+    }
+    drop(durable);
+}
+
+#[tokio::test]
+async fn a_thousand_requests_to_a_receiver_that_is_down_are_few_warnings() {
+    let database = migrated().await;
+    let down = closed_port().await;
+    let variables = [
+        ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
+        ("REQUEUEST_TEST_SERVER", format!("http://{down}/")),
+    ];
+    let run = move || Output::of("give_up_a_thousand_requests", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    assert!((1..=20).contains(&warnings.len()), "{}", warnings.len());
+    let given_up = |line: &&&str| line.contains("a request was given up");
+    let in_all = output.at("DEBUG").iter().filter(given_up).count() + warnings.len();
+    assert_eq!(in_all, 1000);
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn give_up_a_thousand_requests() {
+    if !plays("give_up_a_thousand_requests") {
+        return;
+    }
+    let given_up = Counting::init("a request was given up");
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let policy = RetryPolicy::exponential().max_attempts(1);
+    let durable = Durable::builder(pool).retry(policy).build().unwrap();
+    let url = variable("REQUEUEST_TEST_SERVER");
+    let requests = (0..1000).map(|_| post(&url, "x"));
+    durable.fire_many(requests).await.unwrap();
+    eventually("all are given up", || async {
+        given_up.load(Ordering::SeqCst) == 1000
+    })
+    .await;
     durable.shutdown(LONG).await.unwrap();
 }
 

@@ -62,6 +62,8 @@ pub(crate) struct Driver {
     pub(crate) bodies: Bodies,
     /// Requests whose large body could not be fetched.
     pub(crate) unfetched: Failures,
+    /// Requests whose stored content could not be read.
+    pub(crate) unusable: Failures,
     pub(crate) settler: Arc<Settler>,
     /// The settle lane ends once the driver, and with it this sender, is gone.
     settlements: mpsc::UnboundedSender<Settlement>,
@@ -97,6 +99,7 @@ impl Driver {
             lifecycle: Lifecycle::new(),
             polls: parts.polls,
             unfetched: Failures::default(),
+            unusable: Failures::default(),
             settler: parts.settler,
             settlements: parts.settlements,
             tasks: parts.tasks,

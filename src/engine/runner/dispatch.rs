@@ -38,7 +38,12 @@ pub(super) fn take(driver: &Arc<Driver>, current: CurrentJob) {
     let head = match PolledRow::parse(json) {
         Ok(head) => head,
         Err(error) => {
-            tracing::error!(%id, %error, "a claimed request can't be read");
+            // The lease runs out, and the request is claimed again and again.
+            if driver.unusable.is_news(id) {
+                tracing::error!(%id, %error, "a claimed request can't be read");
+            } else {
+                tracing::debug!(%id, %error, "a claimed request can't be read");
+            }
             return;
         }
     };
@@ -85,7 +90,9 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             to_be_sent(claim.open(job), overdue)
         }
         Err(Unusable::Gone) => {
-            tracing::error!(%id, "a request's payload is gone, and the request is discarded");
+            if claim.driver().unusable.is_news(id) {
+                tracing::error!(%id, "a request's payload is gone, and the request is discarded");
+            }
             let class = FailureClass::Unusable.as_str();
             let fault = Fault::new(class, "its payload is gone".to_owned());
             claim.finish(Outcome::discarded(id, fault));
@@ -96,7 +103,7 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             None
         }
         Err(Unusable::Later(error)) => {
-            if claim.driver().unfetched.is_first(id) {
+            if claim.driver().unfetched.is_news(id) {
                 tracing::warn!(%id, %error, "a request's body can't be fetched yet");
             }
             claim.put_back(FETCH_RETRY);

@@ -14,7 +14,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlxmq::{JobRunnerHandle, JobRunnerOptions};
 use tokio::sync::watch;
@@ -34,6 +34,8 @@ const SETTLED_POLL: Duration = Duration::from_millis(10);
 const SETTLED_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longer than a poll may take in the database.
 const STOP_TIMEOUT: Duration = Duration::from_secs(12);
+/// A condition is over if no runner was replaced for this long.
+const CALM: Duration = Duration::from_secs(60);
 /// As long as sqlx waits for a connection that it closes.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -118,13 +120,16 @@ async fn supervise(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
     let mut database = Database {
         driver: &driver,
         unreachable: OwnCondition::default(),
+        replaced: None,
     };
     while let Some(runner) = unless_ended(&driver, start(&driver)).await {
-        tracing::info!(
-            schema = driver.store.config().schema,
-            channels = ?driver.config.deliver,
-            "the runner has started"
-        );
+        if database.replaced.is_none() {
+            tracing::info!(
+                schema = driver.store.config().schema,
+                channels = ?driver.config.deliver,
+                "the runner has started"
+            );
+        }
         let mut runner = StopOnDrop::new(runner, &driver);
         if unless_ended(&driver, runner.fails(&mut database))
             .await
@@ -167,14 +172,11 @@ impl Runner {
         let mut before: Option<u64> = None;
         while database.probe().await {
             if before == Some(self.pool.used()) && self.has_room(driver) {
-                tracing::warn!(
-                    interval = ?PROBE_INTERVAL,
-                    "the runner has stopped polling and is replaced"
-                );
+                database.note_replaced("it has stopped polling");
                 return;
             }
             if !self.pool.wait_for_poll().await {
-                tracing::warn!("the runner's polls get no answer; it is replaced");
+                database.note_replaced("its polls get no answer");
                 return;
             }
             before = self.has_room(driver).then(|| self.pool.used());
@@ -311,9 +313,23 @@ async fn down(driver: &Driver) {
 struct Database<'a> {
     driver: &'a Driver,
     unreachable: OwnCondition,
+    /// When a runner was replaced last.
+    replaced: Option<Instant>,
 }
 
 impl Database<'_> {
+    /// A new runner meets the same condition, which then lasts until no runner was replaced for a
+    /// while.
+    fn note_replaced(&mut self, reason: &str) {
+        let lasts = self.replaced.is_some_and(|at| at.elapsed() < CALM);
+        self.replaced = Some(Instant::now());
+        if lasts {
+            tracing::debug!(reason, "the runner is replaced again");
+        } else {
+            tracing::warn!(reason, "the runner is replaced");
+        }
+    }
+
     async fn probe(&mut self) -> bool {
         match self.driver.store.probe().await {
             Ok(()) => {

@@ -88,7 +88,7 @@ async fn hand_over(
         Err(_panic) => "the handler panicked".to_owned(),
     };
     let shown = redact_urls(&error);
-    if failures.is_first(id) {
+    if failures.is_news(id) {
         tracing::warn!(%id, error = shown, "a handler failed and gets the outcome again later");
     } else {
         tracing::debug!(%id, error = shown, "a handler failed again");

@@ -12,7 +12,7 @@ use crate::codec;
 use crate::dead_letter::{Reconcile, Resolution};
 use crate::engine::attempt::Driver;
 use crate::engine::dead_letters::resolve;
-use crate::engine::telemetry::Failures;
+use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{BoxError, Error, chain};
 use crate::redact::redact_urls;
 use crate::store::dead_letters::Question;
@@ -47,10 +47,10 @@ impl Drop for ReconcileGuard {
 }
 
 async fn run(driver: Arc<Driver>, hook: Arc<dyn Reconcile>) {
-    let failures = Arc::default();
+    let (failures, panics) = (Arc::default(), LineLimit::default());
     let asking = async {
         loop {
-            match round(&driver, &hook, &failures).await {
+            match round(&driver, &hook, &failures, &panics).await {
                 // There may be more.
                 Ok(BATCH..) => continue,
                 Ok(_) => {}
@@ -71,6 +71,7 @@ async fn round(
     driver: &Arc<Driver>,
     hook: &Arc<dyn Reconcile>,
     failures: &Arc<Failures>,
+    panics: &LineLimit,
 ) -> Result<usize, Error> {
     let channels: Option<Vec<String>> = driver.config.deliver.as_ref().map(|channels| {
         let channels = channels.iter();
@@ -94,7 +95,9 @@ async fn round(
     while let Some(done) = tasks.join_next().await {
         if let Err(error) = done {
             // The request is asked about again once its lease runs out.
-            tracing::error!(%error, "a reconcile hook panicked");
+            if panics.allows("").is_some() {
+                tracing::error!(%error, "a reconcile hook panicked");
+            }
         }
     }
     Ok(count)
@@ -108,13 +111,14 @@ async fn ask_about(
 ) {
     let id = question.dead_letter.id;
     let resolution = match answer(&*hook, &mut question).await {
-        Ok(resolution) => {
+        Ok(Some(resolution)) => Some(resolution),
+        Ok(None) => {
             failures.recovers(id);
-            resolution
+            None
         }
         Err(error) => {
             let error = redact_urls(&chain(&*error));
-            if failures.is_first(id) {
+            if failures.is_news(id) {
                 tracing::warn!(%id, error, "a reconcile hook failed and is called again later");
             } else {
                 tracing::debug!(%id, error, "a reconcile hook failed again");
@@ -130,10 +134,13 @@ async fn ask_about(
         return;
     };
     match resolve(store, id, resolution, Some(question.finished_at)).await {
-        Ok(()) => {}
+        Ok(()) => failures.recovers(id),
         // Another process or an operator has resolved the request in the meantime.
         Err(error) if error.is_wrong_state() || error.is_unknown_id() => {}
-        Err(error) => tracing::warn!(%id, ?error, "a resolution could not be recorded"),
+        Err(error) if failures.is_news(id) => {
+            tracing::warn!(%id, ?error, "a resolution could not be recorded");
+        }
+        Err(error) => tracing::debug!(%id, ?error, "a resolution could not be recorded"),
     }
 }
 
