@@ -60,6 +60,11 @@ CREATE TABLE mq_msgs (
     -- Which versions of requeuest can read the request. A session claims the formats of its setting
     -- `requeuest.formats`.
     format smallint NOT NULL DEFAULT 1,
+    -- How many attempts in a row were lost with their processes. Raised when a poll claims the
+    -- request again; zero after a recorded result.
+    lost smallint NOT NULL DEFAULT 0,
+    -- When the request was last claimed as a suspect: see `lock_suspects`.
+    suspected_at timestamptz,
     -- The destination, of a request with an ordering key or a group of its own. The group of any
     -- other request names it.
     destination text COLLATE "C",
@@ -96,6 +101,9 @@ CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, format, channel_args, atte
 -- entries that such requests leave behind until the next vacuum.
 CREATE INDEX mq_msgs_leases ON mq_msgs (channel_name, format, attempt_at)
     WHERE state IN ('claimed', 'held', 'sending_once');
+-- Owned requests that may have ended their processes.
+CREATE INDEX mq_msgs_suspects ON mq_msgs (channel_name, attempt_at)
+    WHERE lost > 0 AND state IN ('claimed', 'sending_once');
 -- Requests that could not be read, and when they may be looked at again.
 CREATE INDEX mq_msgs_parked ON mq_msgs (channel_name, format, attempt_at) WHERE state = 'parked';
 -- The head of an ordering key, and whether another channel has the key.

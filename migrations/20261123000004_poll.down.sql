@@ -7,6 +7,7 @@ DROP FUNCTION lock_of_group;
 DROP FUNCTION pick_by_age;
 DROP FUNCTION note_rest;
 DROP FUNCTION pick_lapsed;
+DROP FUNCTION lock_suspects;
 DROP FUNCTION view_beyond_blocked;
 DROP FUNCTION view_all_channels;
 DROP FUNCTION view_channels;

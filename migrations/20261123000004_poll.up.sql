@@ -252,6 +252,46 @@ BEGIN
 END;
 $$;
 
+-- A process that dies takes all of its requests with it, and only one of them may be the cause. So
+-- a request whose lease has run out with `lost` above zero, that is, whose second attempt in a row
+-- was lost, is a suspect. The suspects of a channel are claimed one after another: the next one
+-- once the last one has its result, or a lease later, because a suspect that takes long must not
+-- keep the others waiting.
+--
+-- Locks the suspect of each channel (NULL: of all channels) that may be claimed now.
+CREATE FUNCTION lock_suspects(p poll_t, p_channels text[]) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_lease interval :=
+        coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
+    v_busy text[];
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM mq_msgs m WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once')
+    ) THEN
+        RETURN '{}';
+    END IF;
+    v_busy := ARRAY(
+        SELECT DISTINCT m.channel_name FROM mq_msgs m
+        WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once')
+            AND m.attempt_at > p.now AND m.suspected_at > p.now - v_lease
+    );
+    RETURN ARRAY(
+        SELECT m.ctid FROM (
+            SELECT DISTINCT ON (s.channel_name) s.id FROM mq_msgs s
+            WHERE s.lost > 0 AND s.state IN ('claimed', 'sending_once') AND s.attempt_at <= p.now
+                AND s.format = ANY (p.formats) AND s.channel_name <> ALL (v_busy)
+                AND (p_channels IS NULL OR s.channel_name = ANY (p_channels))
+            ORDER BY s.channel_name, s.attempt_at
+        ) oldest JOIN mq_msgs m ON m.id = ANY (ARRAY[oldest.id])
+        WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once') AND m.attempt_at <= p.now
+        FOR NO KEY UPDATE OF m SKIP LOCKED
+    );
+END;
+$$;
+
 -- Picks owned rows whose lease has run out, and parked rows that may be looked at again. During a
 -- backlog, a session does so at most once a second. The session setting `requeuest.looked` holds
 -- the time of its last look.
@@ -278,6 +318,7 @@ BEGIN
                 SELECT l.id FROM mq_msgs l
                 WHERE l.channel_name = wanted.channel AND l.format = known.format
                     AND l.state IN ('claimed', 'held', 'sending_once') AND l.attempt_at <= p.now
+                    AND (l.lost = 0 OR l.state = 'held')
                 ORDER BY l.attempt_at LIMIT p.batch
             )
             UNION ALL
@@ -291,6 +332,7 @@ BEGIN
         WHERE m.state IN ('claimed', 'held', 'sending_once', 'parked') AND m.attempt_at <= p.now
         LIMIT p.batch FOR NO KEY UPDATE OF m SKIP LOCKED
     ) locked;
+    p.picked := (lock_suspects(p, p_channels) || p.picked)[1:p.batch];
     RETURN p;
 END;
 $$;
@@ -535,11 +577,19 @@ BEGIN
         -- A request that may have been sent and must not be sent again keeps its state until its
         -- outcome is recorded.
         SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
-            state = CASE WHEN m.state = 'sending_once' THEN m.state ELSE 'claimed' END
+            state = CASE WHEN m.state = 'sending_once' THEN m.state ELSE 'claimed' END,
+            -- An attempt was under way, and its result will never come.
+            lost = CASE
+                WHEN m.state IN ('claimed', 'sending_once') THEN least(m.lost, 9999) + 1
+                ELSE m.lost
+            END,
+            suspected_at = CASE
+                WHEN m.state IN ('claimed', 'sending_once') AND m.lost > 0 THEN v_now
+            END
         WHERE m.ctid = ANY (p_poll.picked)
         RETURNING
             m.id, m.channel_name, m.claim_no, m.attempts, m.created_at, m.deadline,
-            m.state = 'sending_once' AS lost
+            m.state = 'sending_once' AS once, m.lost
     )
     SELECT
         c.id,
@@ -552,7 +602,8 @@ BEGIN
             ',"age_ms":', (extract(epoch FROM v_now - c.created_at) * 1000)::bigint,
             ',"deadline_ms":',
             coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
-            ',"lost":', c.lost::text,
+            ',"lost":', c.once::text,
+            ',"lost_attempts":', c.lost,
             -- Whether more requests may be due than this poll took.
             ',"more":', v_more::text,
             ',"fetch_body":',

@@ -1,6 +1,11 @@
+DROP FUNCTION resume_halted;
 DROP FUNCTION resume_key;
+DROP FUNCTION purge_expired;
 DROP FUNCTION purge_requests;
 DROP FUNCTION resolve_request;
 DROP FUNCTION replay_request;
 DROP FUNCTION refuses_order;
 DROP FUNCTION request_destination;
+DROP TRIGGER outcomes_kept_expiry ON outcomes_kept;
+DROP FUNCTION dead_letter_retention;
+DROP FUNCTION set_expiry;

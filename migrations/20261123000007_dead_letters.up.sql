@@ -4,6 +4,33 @@
 -- Each change of a dead letter locks the outcome first, then the row that halts an ordering key,
 -- then the payload.
 
+-- When a dead letter expires. The session setting `requeuest.dead_letter_retention` is the time in
+-- milliseconds. A session without it makes dead letters that are kept until they are purged.
+--
+-- A trigger, because several statements make dead letters, and because a default of the column
+-- would apply to all outcomes.
+CREATE FUNCTION set_expiry() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    NEW.expires_at := NEW.finished_at + dead_letter_retention();
+    RETURN NEW;
+END;
+$$;
+
+CREATE FUNCTION dead_letter_retention() RETURNS interval
+LANGUAGE sql
+STABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT nullif(current_setting('requeuest.dead_letter_retention', true), '')::bigint
+        * interval '1 millisecond'
+$$;
+
+CREATE TRIGGER outcomes_kept_expiry BEFORE INSERT ON outcomes_kept
+    FOR EACH ROW WHEN (NEW.expires_at IS NULL) EXECUTE FUNCTION set_expiry();
+
 -- Scheme, host and port of a stored request, without its credentials. NULL for a head that can't be
 -- read, so that such a request doesn't keep the others from being listed.
 CREATE FUNCTION request_destination(p_head text) RETURNS text
@@ -85,7 +112,7 @@ BEGIN
     IF v_in_place THEN
         UPDATE mq_msgs m
         SET id = p_new, attempt_at = v_now, created_at = v_now, waiter = NULL, claim_no = 0,
-            attempts = 0, state = 'waiting'
+            attempts = 0, lost = 0, state = 'waiting'
         WHERE m.id = p_id;
     ELSE
         IF v_ordered THEN
@@ -194,7 +221,7 @@ BEGIN
         IF v_in_place THEN
             UPDATE mq_msgs m
             SET attempt_at = v_now, waiter = NULL, claim_no = m.claim_no + 1, attempts = v_attempts,
-                state = 'waiting'
+                lost = 0, state = 'waiting'
             WHERE m.id = p_id;
         ELSE
             IF v_ordered THEN
@@ -248,6 +275,47 @@ BEGIN
 END;
 $$;
 
+-- Deletes expired dead letters, up to p_limit, the oldest first. Returns how many it looked at, and
+-- how many it deleted. Those that are still needed are looked at again a day later:
+--
+-- - those that halt an ordering key, because the requests behind them would be sent;
+-- - those that wait for a handler.
+CREATE FUNCTION purge_expired(p_limit int) RETURNS TABLE (looked bigint, purged bigint)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    v_ids uuid[];
+    v_needed uuid[];
+BEGIN
+    -- Not those that an operator changes at this moment.
+    SELECT coalesce(array_agg(expired.id), '{}') INTO v_ids FROM (
+        SELECT o.id FROM outcomes_kept o
+        WHERE o.expires_at <= v_now
+        ORDER BY o.expires_at LIMIT p_limit FOR UPDATE SKIP LOCKED
+    ) expired;
+    v_needed := ARRAY(
+        SELECT m.id FROM mq_msgs m WHERE m.id = ANY (v_ids)
+        UNION ALL
+        SELECT u.id FROM unhandled u
+        WHERE u.id = ANY (v_ids) AND EXISTS (
+            SELECT FROM handled_channels h WHERE h.channel_name = u.channel_name
+        )
+    );
+    UPDATE outcomes_kept o SET expires_at = v_now + interval '1 day' WHERE o.id = ANY (v_needed);
+    looked := cardinality(v_ids);
+    v_ids := ARRAY(SELECT i.id FROM unnest(v_ids) AS i(id) WHERE i.id <> ALL (v_needed));
+    purged := 0;
+    IF cardinality(v_ids) > 0 THEN
+        purged := purge_requests(v_ids);
+        DELETE FROM unhandled u WHERE u.id = ANY (v_ids);
+    END IF;
+    RETURN NEXT;
+END;
+$$;
+
 -- Releases an ordering key from the first request that holds it up. Returns false if no request
 -- does.
 CREATE FUNCTION resume_key(p_channel text, p_group text) RETURNS boolean
@@ -268,5 +336,22 @@ BEGIN
     UPDATE mq_payloads p SET halts = true WHERE p.id = v_id;
     PERFORM tell_runners(p_channel);
     RETURN true;
+END;
+$$;
+
+-- As resume_key. The dead letter's retention begins anew, so that it can still be replayed.
+CREATE FUNCTION resume_halted(p_channel text, p_group text) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    -- Before the row that halts the key is locked, as all changes of dead letters.
+    UPDATE outcomes_kept o SET expires_at = clock_timestamp() + dead_letter_retention()
+    WHERE o.id = (
+        SELECT m.id FROM mq_msgs m
+        WHERE m.channel_name = p_channel AND m.channel_args = p_group AND m.state = 'halted'
+        ORDER BY m.seq LIMIT 1
+    );
+    RETURN resume_key(p_channel, p_group);
 END;
 $$;

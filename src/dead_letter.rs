@@ -18,6 +18,8 @@ use crate::status::Status;
 /// How many dead letters a list has at most, unless its [`DeadLetterFilter`] sets another limit:
 /// 100.
 pub const DEFAULT_DEAD_LETTER_LIMIT: u32 = 100;
+/// How far dead letters are counted, unless the [`DeadLetterFilter`] sets another limit: 10,000.
+pub const MAX_DEAD_LETTER_COUNT: u32 = MAX_LIMIT;
 const MAX_LIMIT: u32 = 10_000;
 
 /// Selects dead letters: requests that ended as discarded or ambiguous. Defaults to all of them.
@@ -83,7 +85,7 @@ impl DeadLetterFilter {
     }
 
     /// At most this many dead letters, from 1 to 10,000. Defaults to [`DEFAULT_DEAD_LETTER_LIMIT`]
-    /// for lists, and to all for replays and purges.
+    /// for lists, to [`MAX_DEAD_LETTER_COUNT`] for counts, and to all for replays and purges.
     #[must_use]
     pub fn limit(mut self, limit: u32) -> Self {
         self.limit = Some(limit);

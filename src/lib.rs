@@ -104,6 +104,7 @@ mod destination;
 mod durable;
 mod engine;
 mod fingerprint;
+mod health;
 mod id;
 mod idempotency_header;
 mod into_request;
@@ -127,19 +128,21 @@ pub use classify::{AcceptedResponse, Classify, FailureClass, Verdict};
 pub use client::{Channels, Client};
 pub use context::{AttemptNumber, Channel};
 pub use dead_letter::{
-    DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, Reconcile, Resolution,
+    DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, MAX_DEAD_LETTER_COUNT,
+    Reconcile, Resolution,
 };
 pub use durable::{
-    DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
-    DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS,
-    DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES,
-    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeSubscription,
-    RequestHead,
+    DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_DEAD_LETTER_RETENTION,
+    DEFAULT_LEASE, DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_LOST_ATTEMPTS, DEFAULT_MAX_QUEUED_BYTES,
+    DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
+    DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, Durable,
+    DurableBuilder, OutcomeSubscription, RequestHead,
 };
 #[cfg(feature = "reqwest-middleware")]
 pub use engine::attempt::transport::MiddlewareTransport;
 pub use engine::attempt::transport::{HttpClient, MapBody, ReqwestFuture, ReqwestTransport};
 pub use error::Error;
+pub use health::SweepPart;
 pub use id::RequestId;
 pub use idempotency_header::IdempotencyHeader;
 pub use into_request::IntoRequest;

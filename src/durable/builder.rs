@@ -47,6 +47,10 @@ pub const DEFAULT_MAX_SENDING_BYTES: usize = 256 * 1024 * 1024;
 pub const DEFAULT_MAX_UNSETTLED_BYTES: usize = 256 * 1024 * 1024;
 /// How long outcomes are kept: 24 hours.
 pub const DEFAULT_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long dead letters are kept: 90 days.
+pub const DEFAULT_DEAD_LETTER_RETENTION: Duration = Duration::from_secs(90 * 24 * 60 * 60);
+/// How many attempts of a request in a row may be lost with their processes: 5.
+pub const DEFAULT_MAX_LOST_ATTEMPTS: u32 = 5;
 /// How many connections requeuest's own pool has at most: 8.
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 8;
 
@@ -122,6 +126,7 @@ impl DurableBuilder {
                 max_sending_bytes: DEFAULT_MAX_SENDING_BYTES,
                 max_unsettled_bytes: DEFAULT_MAX_UNSETTLED_BYTES,
                 attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
+                max_lost_attempts: DEFAULT_MAX_LOST_ATTEMPTS,
                 retry_awaited: RetryPolicy::awaited(),
                 retry_fired: RetryPolicy::fired(),
                 classifier: Classifier::default(),
@@ -131,6 +136,7 @@ impl DurableBuilder {
                 schema: DEFAULT_SCHEMA.to_owned(),
                 lease: DEFAULT_LEASE,
                 retention: DEFAULT_RETENTION,
+                dead_letter_retention: Some(DEFAULT_DEAD_LETTER_RETENTION),
                 max_request_body: DEFAULT_MAX_REQUEST_BODY,
                 max_response_body: DEFAULT_MAX_RESPONSE_BODY,
                 max_connections: DEFAULT_MAX_CONNECTIONS,
@@ -298,6 +304,34 @@ impl DurableBuilder {
     /// years. Defaults to [`DEFAULT_RETENTION`].
     pub fn retention(mut self, retention: Duration) -> Self {
         self.store.retention = retention;
+        self
+    }
+
+    /// How long requests that end as dead letters in this handle are kept, from 1 minute to 100
+    /// years. `None` keeps them until they are replayed, resolved or purged. Defaults to
+    /// [`DEFAULT_DEAD_LETTER_RETENTION`].
+    ///
+    /// Expired dead letters are deleted with their [`key`](crate::Options::key)s, like those that
+    /// are purged. A dead letter that halts its ordering key is kept until an operator acts,
+    /// because the requests behind it would be sent. If the key is [resumed](Durable::resume), the
+    /// retention begins anew. A dead letter that a handler ([`on_outcome`](Durable::on_outcome))
+    /// has not taken yet is kept too.
+    pub fn dead_letter_retention(mut self, retention: impl Into<Option<Duration>>) -> Self {
+        self.store.dead_letter_retention = retention.into();
+        self
+    }
+
+    /// How many attempts of a request in a row may be lost, from 1 to 1,000. An attempt is lost if
+    /// no result is recorded before its lease runs out, because its process died. After that many
+    /// the request ends as [`Status::Discarded`](crate::Status::Discarded) with the class `lost`,
+    /// or it would end one process per [`lease`](Self::lease). Attempts that were given back at a
+    /// shutdown don't count. Defaults to [`DEFAULT_MAX_LOST_ATTEMPTS`].
+    ///
+    /// Other requests in the hands of a process that dies are lost with it. So from the third
+    /// attempt on, the requests of a channel that may be to blame are sent one at a time. With 1 or
+    /// 2, every request that a process had may be given up.
+    pub fn max_lost_attempts(mut self, attempts: u32) -> Self {
+        self.config.max_lost_attempts = attempts;
         self
     }
 
@@ -480,6 +514,18 @@ impl DurableBuilder {
             retention.contains(&store.retention),
             "retention",
             "must be from one minute to a hundred years",
+        )?;
+        ensure(
+            store
+                .dead_letter_retention
+                .is_none_or(|kept| retention.contains(&kept)),
+            "dead_letter_retention",
+            "must be from one minute to a hundred years, or `None`",
+        )?;
+        ensure(
+            (1..=1000).contains(&config.max_lost_attempts),
+            "max_lost_attempts",
+            "must be from 1 to 1,000",
         )?;
         ensure(
             store.max_connections >= 2,

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::Durable;
 use crate::dead_letter::{
-    DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, Resolution,
+    DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, MAX_DEAD_LETTER_COUNT,
+    Resolution,
 };
 use crate::destination;
 use crate::engine::dead_letters as work;
@@ -16,8 +17,10 @@ impl Durable {
     /// ([`Status::Discarded`](crate::Status::Discarded)) or may have been sent
     /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order of their ids,
     /// which is about the order in which they were enqueued. Dead letters stay until they are
-    /// replayed, resolved or purged. Those that a newer version wrote in a form that this one
-    /// doesn't know are left out, here and where they are replayed or purged by a filter.
+    /// replayed, resolved or purged, or until their
+    /// [retention](crate::DurableBuilder::dead_letter_retention) is over. Those that a newer version
+    /// wrote in a form that this one doesn't know are left out, here and where they are replayed or
+    /// purged by a filter.
     ///
     /// # Errors
     ///
@@ -50,6 +53,39 @@ impl Durable {
         let limit = wanted.limit.unwrap_or(DEFAULT_DEAD_LETTER_LIMIT);
         self.engine()
             .with_store(|store| async move { store.dead_letters(wanted, limit).await })
+            .await
+    }
+
+    /// How many dead letters match, for alerts and dashboards. Counts up to the filter's
+    /// [`limit`](DeadLetterFilter::limit), or up to [`MAX_DEAD_LETTER_COUNT`], so that the cost is
+    /// bounded however many there are: a result that equals the limit means "at least".
+    ///
+    /// # Errors
+    ///
+    /// If a field of the filter is not valid, with its name in [`Error::field`], or the database
+    /// fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
+    /// use requeuest::DeadLetterFilter;
+    ///
+    /// let billing = DeadLetterFilter::default().channel("billing");
+    /// if durable.dead_letter_count(&billing).await? > 100 {
+    ///     println!("billing has many dead letters");
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn dead_letter_count(&self, filter: &DeadLetterFilter) -> Result<u64, Error> {
+        let wanted = filter.checked()?;
+        let limit = wanted.limit.unwrap_or(MAX_DEAD_LETTER_COUNT);
+        self.engine()
+            .with_store(|store| async move { store.count_dead_letters(wanted, limit).await })
             .await
     }
 

@@ -19,6 +19,7 @@ use crate::engine::Engine;
 use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::error::Error;
+use crate::health::SweepPart;
 use crate::id::RequestId;
 use crate::into_request::IntoRequest;
 use crate::outcome::Outcome;
@@ -28,10 +29,10 @@ use crate::response::Response;
 use crate::status::Status;
 
 pub use self::builder::{
-    DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_LEASE,
-    DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS,
-    DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES,
-    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DurableBuilder,
+    DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_DEAD_LETTER_RETENTION,
+    DEFAULT_LEASE, DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_LOST_ATTEMPTS, DEFAULT_MAX_QUEUED_BYTES,
+    DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
+    DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DurableBuilder,
 };
 pub use self::outcomes::OutcomeSubscription;
 pub use self::pass_through::RequestHead;
@@ -384,6 +385,25 @@ impl Durable {
     /// The largest request body that is persisted, in bytes.
     pub(crate) fn max_request_body(&self) -> usize {
         self.engine().store().config().max_request_body
+    }
+
+    /// How the parts of this handle's sweep fare, which deletes what has outlived its retention.
+    /// Reads no database, so it may be called as often as metrics are collected. Empty until the
+    /// first run, which comes within 90 seconds.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(durable: requeuest::Durable) {
+    /// for part in durable.sweep_parts() {
+    ///     if part.failures > 3 || part.behind {
+    ///         println!("{} pile up: {:?}", part.name, part.error);
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub fn sweep_parts(&self) -> Vec<SweepPart> {
+        self.engine().sweep_parts()
     }
 
     pub(crate) fn engine(&self) -> &Arc<Engine> {

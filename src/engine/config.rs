@@ -22,6 +22,8 @@ pub(crate) struct Config {
     /// How many bytes of results may wait for their commit before no further attempt begins.
     pub(crate) max_unsettled_bytes: usize,
     pub(crate) attempt_timeout: Duration,
+    /// How many attempts in a row may be lost with their processes.
+    pub(crate) max_lost_attempts: u32,
     pub(crate) retry_awaited: RetryPolicy,
     pub(crate) retry_fired: RetryPolicy,
     pub(crate) classifier: Classifier,

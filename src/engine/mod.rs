@@ -39,6 +39,7 @@ use self::bulk::BULK_INSERTS;
 use self::enqueue::Submission;
 use self::settle::Settler;
 use crate::error::{Error, Kind};
+use crate::health::SweepPart;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::runtime::Runtime;
@@ -62,6 +63,7 @@ pub(crate) struct Engine {
     /// What bounds the submissions.
     budget: Arc<Budget>,
     bulk_permits: Arc<Semaphore>,
+    sweep: Arc<tasks::sweep::Health>,
 }
 
 impl Engine {
@@ -80,6 +82,7 @@ impl Engine {
             Arc::clone(&waiters),
             Arc::clone(&polls),
         ));
+        let sweep: Arc<tasks::sweep::Health> = Arc::default();
         let (submissions, enqueued) = mpsc::unbounded_channel();
         let (settlements, settled) = mpsc::unbounded_channel();
         // The lanes end when their senders are gone. The other tasks have no end of their own.
@@ -94,7 +97,7 @@ impl Engine {
                 Arc::clone(&waiters),
                 instance,
             )),
-            spawn.spawn(tasks::sweep::run(store.clone())),
+            spawn.spawn(tasks::sweep::run(store.clone(), Arc::clone(&sweep))),
         ];
         let budget = Budget::new(config.max_queued_requests, config.max_queued_bytes);
         let parts = Parts {
@@ -113,6 +116,7 @@ impl Engine {
             submissions,
             budget: Arc::new(budget),
             bulk_permits: Arc::new(Semaphore::new(BULK_INSERTS)),
+            sweep,
         })
     }
 
@@ -126,6 +130,11 @@ impl Engine {
 
     pub(crate) fn store(&self) -> &Store {
         &self.driver.store
+    }
+
+    /// How the sweep of old rows fares.
+    pub(crate) fn sweep_parts(&self) -> Vec<SweepPart> {
+        self.sweep.parts()
     }
 
     /// Sets the default transport unless one is set.

@@ -31,6 +31,8 @@ pub(crate) struct PolledRow {
     /// The process with the last claim died. The request may have been sent and must not be sent
     /// again.
     pub(crate) lost: bool,
+    /// The attempts in a row before this claim whose results were never recorded.
+    pub(crate) lost_attempts: u32,
     /// The poll claimed as many requests as it asked for, so more may be due.
     pub(crate) more: bool,
     /// The body is too large to come with the claim.

@@ -14,8 +14,8 @@ use sqlx::{Connection, PgConnection, PgPool};
 
 use super::connect::located;
 use super::idle::{Checkout, IdleConnections};
-use super::quoted;
 use super::runner_pool::Uses;
+use super::{millis, quoted};
 use crate::error::{Error, Kind};
 
 /// A statement without an answer for this long loses its connection. sqlx sets no keepalive, so a
@@ -43,6 +43,7 @@ const CLOSE_POLL: Duration = Duration::from_millis(5);
 pub(super) struct Session {
     pub(super) schema: String,
     pub(super) lease: Duration,
+    pub(super) dead_letter_retention: Option<Duration>,
     /// The largest body that a statement may move, in bytes.
     pub(super) max_body: usize,
 }
@@ -276,6 +277,10 @@ fn is_unknown(error: &sqlx::Error) -> bool {
 /// The caller's options, with the settings that the statements were written for.
 fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
     let lease = format!(r"{}\ milliseconds", session.lease.as_millis());
+    // In a unit of its own: Postgres 14 reads no interval of so many milliseconds.
+    let dead_letter_retention = session
+        .dead_letter_retention
+        .map_or_else(String::new, |retention| millis(retention).to_string());
     let search_path = quoted(&session.schema);
     let timeout = SERVER_TIMEOUT + transfer_time(session.max_body);
     let timeout = timeout.as_millis().to_string();
@@ -283,6 +288,7 @@ fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
         ("search_path", search_path.as_str()),
         ("requeuest.lease", &lease),
         ("requeuest.formats", FORMATS),
+        ("requeuest.dead_letter_retention", &dead_letter_retention),
         ("default_transaction_isolation", r"read\ committed"),
         ("default_transaction_read_only", "off"),
         ("lock_timeout", "5s"),

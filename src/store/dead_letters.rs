@@ -4,8 +4,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::StatusCode;
-use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
+use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::query::Query;
+use sqlx::{PgConnection, Postgres, Row};
 use uuid::Uuid;
 
 use super::{Store, StoreError, millis};
@@ -47,6 +48,23 @@ impl Store {
                 wanted,
             };
             list(connection, &page).await
+        })
+        .await
+    }
+
+    /// How many dead letters match, counting no further than the limit.
+    pub(crate) async fn count_dead_letters(
+        &self,
+        wanted: Wanted,
+        limit: u32,
+    ) -> Result<u64, Error> {
+        self.run_verified("dead_letters.count", async |connection| {
+            let page = Page {
+                now: now(&mut *connection).await?,
+                limit,
+                wanted,
+            };
+            count(connection, &page).await
         })
         .await
     }
@@ -175,8 +193,19 @@ async fn matching(
     columns: &str,
     page: &Page,
 ) -> Result<Vec<PgRow>, sqlx::Error> {
+    let statement = format!("SELECT {columns} {MATCHING}");
+    bound(&statement, page).fetch_all(connection).await
+}
+
+async fn count(connection: &mut PgConnection, page: &Page) -> Result<u64, sqlx::Error> {
+    let statement = format!("SELECT count(*) FROM (SELECT o.id {MATCHING}) matching");
+    let row = bound(&statement, page).fetch_one(connection).await?;
+    Ok(row.try_get::<i64, _>(0)?.unsigned_abs())
+}
+
+fn bound<'q>(statement: &'q str, page: &'q Page) -> Query<'q, Postgres, PgArguments> {
     let wanted = &page.wanted;
-    sqlx::query(&format!("SELECT {columns} {MATCHING}"))
+    sqlx::query(statement)
         .bind(wanted.after.map(Uuid::from))
         .bind(wanted.channel.as_deref())
         .bind(wanted.status.map(Status::as_str))
@@ -186,8 +215,6 @@ async fn matching(
         .bind(wanted.destination.as_deref())
         .bind(i64::from(page.limit))
         .bind(OUTCOME_FORMAT)
-        .fetch_all(connection)
-        .await
 }
 
 async fn list(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadLetter>, sqlx::Error> {
@@ -368,7 +395,7 @@ async fn resume(
     channel: &str,
     group: &str,
 ) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("SELECT resume_key($1, $2)")
+    sqlx::query_scalar("SELECT resume_halted($1, $2)")
         .bind(channel)
         .bind(group)
         .fetch_one(connection)

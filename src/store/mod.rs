@@ -38,6 +38,8 @@ pub(crate) struct StoreConfig {
     pub(crate) schema: String,
     pub(crate) lease: Duration,
     pub(crate) retention: Duration,
+    /// `None` keeps dead letters until they are purged.
+    pub(crate) dead_letter_retention: Option<Duration>,
     pub(crate) max_request_body: usize,
     pub(crate) max_response_body: usize,
     pub(crate) max_connections: u32,
@@ -72,6 +74,7 @@ impl Store {
         let session = Session {
             schema: config.schema.clone(),
             lease: config.lease,
+            dead_letter_retention: config.dead_letter_retention,
             max_body: config.max_request_body.max(config.max_response_body),
         };
         let connect = connect_options(&config, &caller_pool);
@@ -211,6 +214,7 @@ mod tests {
             schema: "requeuest".to_owned(),
             lease: Duration::from_secs(15),
             retention: Duration::from_secs(60),
+            dead_letter_retention: None,
             max_request_body: 1024,
             max_response_body: 1024,
             max_connections: 2,

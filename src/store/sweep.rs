@@ -151,6 +151,20 @@ impl Store {
         .await
     }
 
+    /// Deletes expired dead letters, the oldest first, except those that halt an ordering key or
+    /// wait for a handler. Returns how many it deleted, and whether there may be more.
+    pub(crate) async fn purge_expired(&self) -> Result<(u64, bool), StoreError> {
+        self.run("sweep.dead_letters", async |connection| {
+            let (looked, purged): (i64, i64) =
+                sqlx::query_as("SELECT looked, purged FROM purge_expired($1)")
+                    .bind(BATCH)
+                    .fetch_one(connection)
+                    .await?;
+            Ok((purged.unsigned_abs(), looked >= i64::from(BATCH)))
+        })
+        .await
+    }
+
     /// Deletes a batch of old rows whose requests are gone.
     pub(crate) async fn sweep_old(&self, rows: Old, from: Position) -> Result<Step, StoreError> {
         let retention = millis(self.config().retention);

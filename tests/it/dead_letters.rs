@@ -151,6 +151,8 @@ async fn filters_select_by_channel_destination_status_and_time() {
     ] {
         let letters = durable.dead_letters(&filter).await.unwrap();
         assert_eq!(ids(&letters), wanted, "{filter:?}");
+        let counted = durable.dead_letter_count(&filter).await.unwrap();
+        assert_eq!(counted, wanted.len() as u64, "{filter:?}");
     }
     let error = durable.dead_letters(&filter().limit(0)).await.unwrap_err();
     assert_eq!(error.field(), Some("limit"));
@@ -535,4 +537,23 @@ async fn two_processes_never_reconcile_a_request_concurrently() {
     eventually_rows(&database, delayed, 1).await;
     assert_eq!(asked.load(Ordering::SeqCst), 1);
     assert_eq!(one.status(id).await.unwrap(), Some(Status::Ambiguous));
+}
+
+#[tokio::test]
+async fn a_count_reads_no_more_dead_letters_than_its_limit() {
+    let database = migrated().await;
+    let durable = builder(&database).runner(false).build().unwrap();
+    let all = DeadLetterFilter::default();
+    assert_eq!(durable.dead_letter_count(&all).await.unwrap(), 0);
+    let fill = "INSERT INTO requeuest.outcomes
+                    (slot, id, channel_name, channel_args, status, attempts, created_at,
+                     finished_at)
+                SELECT -1, gen_random_uuid(), 'c', 'g', 'discarded', 1, now(), now()
+                FROM generate_series(1, 12000)";
+    sqlx::query(fill).execute(database.pool()).await.unwrap();
+    assert_eq!(durable.dead_letter_count(&all).await.unwrap(), 10_000);
+    let few = all.clone().limit(7);
+    assert_eq!(durable.dead_letter_count(&few).await.unwrap(), 7);
+    let error = durable.dead_letter_count(&all.channel("")).await;
+    assert_eq!(error.unwrap_err().field(), Some("channel"));
 }

@@ -105,7 +105,7 @@ async fn an_at_most_once_request_that_may_have_arrived_is_not_resent() {
     assert_eq!(durable.status(id).await.unwrap(), Some(Status::Ambiguous));
     // The request is a dead letter and keeps its payload.
     let kept = "outcomes o JOIN requeuest.mq_payloads USING (id)
-                WHERE o.status = 'ambiguous' AND o.expires_at IS NULL";
+                WHERE o.status = 'ambiguous' AND o.slot = -1";
     assert_eq!(rows(&database, kept).await, 1);
     passing(&database, Duration::from_millis(1500)).await;
     assert_eq!(server.count(), 1);

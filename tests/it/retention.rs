@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use requeuest::testkit::TestDatabase;
-use requeuest::{Durable, Options, Outcome, outcome_fn};
+use requeuest::{DeadLetterFilter, Durable, Options, Outcome, RequestId, Status, outcome_fn};
 use sqlx::{Executor, PgConnection};
 
 use crate::support::{
-    add_outcomes, builder, count, eventually, eventually_rows, migrated, post, rows,
+    add_outcomes, builder, count, eventually, eventually_rows, migrated, outcome_of, post, quick,
+    rows,
 };
 
 const URL: &str = "http://127.0.0.1:9/";
@@ -192,7 +193,7 @@ async fn old_attempts_and_keys_go_from_between_those_that_stay() {
 #[tokio::test]
 async fn a_part_of_the_sweep_that_fails_stops_no_other() {
     let database = migrated().await;
-    let _durable = sweeping(&database);
+    let durable = sweeping(&database);
     for broken in [
         "expire_requests(int)",
         "expired_slots()",
@@ -201,6 +202,7 @@ async fn a_part_of_the_sweep_that_fails_stops_no_other() {
         let drop = format!("DROP FUNCTION requeuest.{broken} CASCADE");
         database.pool().execute(&*drop).await.unwrap();
     }
+    assert!(durable.sweep_parts().is_empty());
     database
         .pool()
         .execute(
@@ -211,4 +213,155 @@ async fn a_part_of_the_sweep_that_fails_stops_no_other() {
         .await
         .unwrap();
     eventually_rows(&database, "request_keys", 0).await;
+    let part = |name| {
+        let parts = durable.sweep_parts();
+        parts.into_iter().find(|part| part.name == name).unwrap()
+    };
+    // The gauge tells them apart, run after run.
+    eventually("three failed runs", || async {
+        part("attempts").failures > 2
+    })
+    .await;
+    for failing in ["deadlines", "outcomes", "handled outcomes", "attempts"] {
+        let failing = part(failing);
+        assert!(failing.failures > 1 && failing.last_success.is_none());
+        assert!(failing.error.unwrap().contains("does not exist"));
+    }
+    for working in ["keys", "dead letters", "ordering keys"] {
+        let working = part(working);
+        assert_eq!((working.failures, working.behind), (0, false));
+        assert!(working.last_success.unwrap() < RETENTION);
+    }
+}
+
+/// Moves the end of every dead letter, and with it its expiry, into the past.
+async fn age_dead_letters(database: &TestDatabase, seconds: i32) {
+    let age = format!(
+        "UPDATE requeuest.outcomes_kept SET
+             finished_at = finished_at - {seconds} * interval '1 second',
+             expires_at = expires_at - {seconds} * interval '1 second'"
+    );
+    database.pool().execute(&*age).await.unwrap();
+}
+
+/// Discards requests after one attempt, and keeps them for a time.
+fn discarding(database: &TestDatabase, kept: Option<Duration>) -> Durable {
+    builder(database)
+        .retry(quick().max_attempts(1))
+        .dead_letter_retention(kept)
+        .build()
+        .unwrap()
+}
+
+async fn discarded(durable: &Durable, options: Options) -> RequestId {
+    let id = durable.fire(post(URL, "x").with(options)).await.unwrap();
+    assert_eq!(outcome_of(durable, id).await.status(), Status::Discarded);
+    id
+}
+
+async fn dead_letters(durable: &Durable) -> Vec<RequestId> {
+    let all = DeadLetterFilter::default();
+    let letters = durable.dead_letters(&all).await.unwrap();
+    letters.iter().map(|letter| letter.id).collect()
+}
+
+#[tokio::test]
+async fn dead_letters_expire_with_all_that_belongs_to_them() {
+    let database = migrated().await;
+    let day = Duration::from_secs(24 * 3600);
+    let (durable, until_purged) = (
+        discarding(&database, Some(day)),
+        discarding(&database, None),
+    );
+    let key = || Options::default().key("k");
+    discarded(&durable, key()).await;
+    age_dead_letters(&database, 24 * 3600 + 1).await;
+    // These are younger, or kept until they are purged.
+    let young = discarded(&durable, Options::default()).await;
+    let kept = discarded(&until_purged, Options::default().ordered("o")).await;
+    age_dead_letters(&database, 23 * 3600).await;
+    let _sweeping = sweeping(&database);
+    eventually_rows(&database, "outcomes", 2).await;
+    assert_eq!(dead_letters(&durable).await, [young, kept]);
+    assert_eq!(rows(&database, "mq_payloads").await, 2);
+    assert_eq!(rows(&database, "request_keys").await, 0);
+    // The key is free for another request.
+    let other = durable.fire(post(URL, "y").with(key())).await.unwrap();
+    outcome_of(&durable, other).await;
+    assert_eq!(dead_letters(&durable).await, [young, kept, other]);
+}
+
+#[tokio::test]
+async fn many_expired_dead_letters_go_in_batches_the_oldest_first() {
+    let database = migrated().await;
+    let fill = "
+        INSERT INTO requeuest.outcomes
+            (slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+             expires_at)
+        SELECT -1, gen_random_uuid(), 'c', 'g', 'discarded', 1, t.at, t.at,
+            t.at + interval '1 day'
+        FROM (
+            SELECT now() - interval '2 days' + n * interval '20 seconds' AS at
+            FROM generate_series(1, 8640) AS n
+        ) t";
+    database.pool().execute(fill).await.unwrap();
+    let purged = "SELECT purged FROM requeuest.purge_expired(1000)";
+    assert_eq!(count(&database, purged).await, 1000);
+    assert_eq!(rows(&database, "outcomes_kept").await, 7640);
+    let oldest = "SELECT count(*) FROM requeuest.outcomes
+                  WHERE finished_at < now() - interval '2 days' + interval '19990 seconds'";
+    assert_eq!(count(&database, oldest).await, 0);
+    let _sweeping = sweeping(&database);
+    eventually_rows(&database, "outcomes WHERE expires_at < now()", 0).await;
+    let left = rows(&database, "outcomes").await;
+    assert!((4300..=4320).contains(&left), "{left}");
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_halts_its_key_stays_until_an_operator_acts() {
+    let database = migrated().await;
+    let durable = discarding(&database, Some(RETENTION));
+    let options = || Options::default().ordered("key").halt_on_discard();
+    let halting = discarded(&durable, options()).await;
+    let behind = durable.fire(post(URL, "x").with(options())).await.unwrap();
+    discarded(&durable, Options::default()).await;
+    age_dead_letters(&database, 3600).await;
+    // The other one goes.
+    eventually_rows(&database, "outcomes", 1).await;
+    eventually_rows(&database, "outcomes WHERE expires_at > now()", 1).await;
+    let halted = durable.halted().await.unwrap();
+    assert_eq!(halted[0].id, halting);
+    assert!(!durable.status(behind).await.unwrap().unwrap().is_terminal());
+    // It is looked at again a day later.
+    age_dead_letters(&database, 24 * 3600 + 1).await;
+    eventually_rows(&database, "outcomes WHERE expires_at > now()", 1).await;
+    assert_eq!(dead_letters(&durable).await, [halting]);
+    // Its retention begins anew.
+    age_dead_letters(&database, 24 * 3600 - 10).await;
+    assert!(durable.resume("default", "key").await.unwrap());
+    outcome_of(&durable, behind).await;
+    assert_eq!(dead_letters(&durable).await, [halting, behind]);
+    let whole =
+        "outcomes WHERE expires_at BETWEEN now() + interval '30 s' AND now() + interval '1 min'";
+    assert_eq!(rows(&database, whole).await, 2);
+    age_dead_letters(&database, 60).await;
+    eventually_rows(&database, "outcomes WHERE error_class <> 'x'", 1).await;
+    assert_eq!(dead_letters(&durable).await, [behind]);
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_its_handler_has_not_taken_stays() {
+    let database = migrated().await;
+    let durable = discarding(&database, Some(RETENTION));
+    let refusing = outcome_fn(async |_: &mut PgConnection, _: &Outcome| Err(std::fmt::Error));
+    let handler = durable.on_outcome("default", refusing).await.unwrap();
+    let id = discarded(&durable, Options::default()).await;
+    age_dead_letters(&database, 3600).await;
+    eventually_rows(&database, "outcomes WHERE expires_at > now()", 1).await;
+    assert_eq!(dead_letters(&durable).await, [id]);
+    drop(handler);
+    durable.unsubscribe_outcomes("default").await.unwrap();
+    age_dead_letters(&database, 2 * 24 * 3600).await;
+    eventually_rows(&database, "outcomes", 0).await;
+    assert_eq!(rows(&database, "unhandled").await, 0);
 }

@@ -79,6 +79,10 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
         claim.finish(outcome);
         return None;
     }
+    if let Some(outcome) = given_up_as_lost(&claim, id) {
+        claim.finish(outcome);
+        return None;
+    }
     if !claim.driver().lifecycle.is_claiming() {
         // The request came from the last poll. Other processes may send it at once.
         claim.put_back(Duration::ZERO);
@@ -114,6 +118,19 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             None
         }
     }
+}
+
+/// The outcome of a request that may be what its processes die of. Before the stored request is
+/// read, which may be what does it.
+fn given_up_as_lost(claim: &PolledClaim, id: RequestId) -> Option<Outcome> {
+    let lost = claim.head().lost_attempts;
+    (lost >= claim.driver().config.max_lost_attempts).then(|| {
+        let text = format!(
+            "{lost} attempts in a row were lost with the processes that made them; the request may \
+             be what ends them"
+        );
+        Outcome::discarded(id, Fault::new(FailureClass::Lost.as_str(), text))
+    })
 }
 
 fn to_be_sent(claim: Claim, overdue: bool) -> Option<(Claim, Transport)> {

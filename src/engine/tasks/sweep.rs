@@ -4,11 +4,13 @@
 //! rows in a run. Where old rows may have to stay, a part goes through them by a cursor that it
 //! keeps between runs.
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use crate::engine::telemetry::OwnCondition;
+use crate::health::SweepPart;
 use crate::store::sweep::{Emptied, ExpiredSlot, Old, Position};
 use crate::store::{Store, StoreError};
 
@@ -23,10 +25,71 @@ const MAX_FRUITLESS: usize = 10;
 const LOCK_TRIES: usize = 5;
 const LOCK_PAUSE: Duration = Duration::from_millis(200);
 
+/// How the parts fare, for an application's metrics.
+#[derive(Debug, Default)]
+pub(crate) struct Health(Mutex<Vec<(SweepPart, Option<Instant>)>>);
+
+impl Health {
+    pub(crate) fn parts(&self) -> Vec<SweepPart> {
+        let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let parts = parts.iter().map(|(part, succeeded)| SweepPart {
+            last_success: succeeded.map(|at| at.elapsed()),
+            ..part.clone()
+        });
+        parts.collect()
+    }
+
+    fn note(&self, name: &'static str, result: &Result<Progress, StoreError>) {
+        let mut parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = parts.iter().position(|(part, _)| part.name == name);
+        let found = found.unwrap_or_else(|| {
+            let part = SweepPart {
+                name,
+                failures: 0,
+                error: None,
+                behind: false,
+                last_success: None,
+            };
+            parts.push((part, None));
+            parts.len() - 1
+        });
+        let (part, succeeded) = &mut parts[found];
+        match result {
+            Ok(progress) => {
+                part.failures = 0;
+                part.error = None;
+                part.behind = *progress == Progress::Behind;
+                *succeeded = Some(Instant::now());
+            }
+            Err(error) => {
+                part.failures = part.failures.saturating_add(1);
+                part.error = Some(error.to_string());
+            }
+        }
+    }
+}
+
+/// What a run of a part left to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    Done,
+    /// Rows that could have gone.
+    Behind,
+}
+
+impl Progress {
+    fn behind(behind: bool) -> Self {
+        if behind { Self::Behind } else { Self::Done }
+    }
+}
+
 /// Sweeps until the task is aborted.
-pub(crate) async fn run(store: Store) {
-    let interval = (store.config().retention / 24).clamp(Duration::from_secs(1), MAX_INTERVAL);
-    let mut sweep = Sweep::new(store);
+pub(crate) async fn run(store: Store, health: Arc<Health>) {
+    let config = store.config();
+    let shortest = config.dead_letter_retention.unwrap_or(config.retention);
+    let shortest = shortest.min(config.retention);
+    let interval = (shortest / 24).clamp(Duration::from_secs(1), MAX_INTERVAL);
+    let mut sweep = Sweep::new(store, health);
     loop {
         // The jitter spreads the processes of a fleet, which may have started together.
         tokio::time::sleep(interval.mul_f64(0.5 + fastrand::f64())).await;
@@ -37,11 +100,13 @@ pub(crate) async fn run(store: Store) {
 /// The parts of a sweep, and what they remember from run to run.
 struct Sweep {
     store: Store,
+    health: Arc<Health>,
     deadlines: Part,
     outcomes: Part,
     late: Part,
     attempts: Part,
     keys: Part,
+    dead_letters: Part,
     order: Part,
     old_attempts: Cursor,
     old_keys: Cursor,
@@ -53,17 +118,21 @@ struct Sweep {
     locked: OwnCondition,
     /// Outcomes have outlived the retention and wait for a handler.
     waiting: OwnCondition,
+    /// The order of keys had to be mended.
+    stuck: OwnCondition,
 }
 
 impl Sweep {
-    fn new(store: Store) -> Self {
+    fn new(store: Store, health: Arc<Health>) -> Self {
         Self {
             store,
+            health,
             deadlines: Part::new("deadlines"),
             outcomes: Part::new("outcomes"),
             late: Part::new("handled outcomes"),
             attempts: Part::new("attempts"),
             keys: Part::new("keys"),
+            dead_letters: Part::new("dead letters"),
             order: Part::new("ordering keys"),
             old_attempts: Cursor::new(Old::Attempts),
             old_keys: Cursor::new(Old::Keys),
@@ -72,46 +141,77 @@ impl Sweep {
             denied: OwnCondition::default(),
             locked: OwnCondition::default(),
             waiting: OwnCondition::default(),
+            stuck: OwnCondition::default(),
         }
     }
 
     async fn run(&mut self) {
         let ended = self.end_requests().await;
-        self.deadlines.note(&ended);
+        self.deadlines.note(&self.store, &self.health, &ended);
         let emptied = self.empty_slots().await;
-        self.outcomes.note(&emptied);
+        self.outcomes.note(&self.store, &self.health, &emptied);
         let deleted = self.delete_handled().await;
-        self.late.note(&deleted);
+        self.late.note(&self.store, &self.health, &deleted);
         let swept = self.old_attempts.advance(&self.store).await;
-        self.attempts.note(&swept);
+        self.attempts.note(&self.store, &self.health, &swept);
         let swept = self.old_keys.advance(&self.store).await;
-        self.keys.note(&swept);
+        self.keys.note(&self.store, &self.health, &swept);
+        let purged = self.purge_expired().await;
+        self.dead_letters.note(&self.store, &self.health, &purged);
         let mended = self.mend_order().await;
-        self.order.note(&mended);
+        self.order.note(&self.store, &self.health, &mended);
     }
 
-    async fn mend_order(&self) -> Result<(), StoreError> {
+    async fn purge_expired(&self) -> Result<Progress, StoreError> {
+        let mut purged = 0;
+        let mut result = Ok(Progress::Behind);
+        for _ in 0..MAX_STEPS {
+            match self.store.purge_expired().await {
+                Ok((deleted, more)) => {
+                    purged += deleted;
+                    if !more {
+                        result = Ok(Progress::Done);
+                        break;
+                    }
+                }
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        if purged > 0 {
+            tracing::info!(purged, "dead letters have expired and were deleted");
+        }
+        result
+    }
+
+    async fn mend_order(&mut self) -> Result<Progress, StoreError> {
         let mended = self.store.mend_order().await?;
-        if mended > 0 {
+        if mended == 0 {
+            self.stuck.ends();
+        } else if self.stuck.begins() {
             tracing::warn!(
                 mended,
                 "ordering keys were stuck: their first requests could not be claimed"
             );
+        } else {
+            tracing::debug!(mended, "more ordering keys were stuck");
         }
-        Ok(())
+        Ok(Progress::Done)
     }
 
-    async fn end_requests(&self) -> Result<(), StoreError> {
+    async fn end_requests(&self) -> Result<Progress, StoreError> {
         for _ in 0..MAX_STEPS {
             if !self.store.sweep_deadlines().await? {
-                break;
+                return Ok(Progress::Done);
             }
         }
-        Ok(())
+        Ok(Progress::Behind)
     }
 
-    async fn empty_slots(&mut self) -> Result<(), StoreError> {
-        let (mut denied, mut locked) = (false, false);
+    async fn empty_slots(&mut self) -> Result<Progress, StoreError> {
+        let (mut denied, mut locked, mut behind) = (false, false, false);
         for slot in self.store.expired_slots().await? {
             if slot.live && !slot.overdue {
                 // Soon the slot can be truncated as a whole.
@@ -126,7 +226,7 @@ impl Sweep {
             denied |= emptied == Emptied::Denied;
             locked |= emptied == Emptied::Locked && slot.overdue;
             if emptied != Emptied::Now && slot.overdue {
-                self.delete_expired(slot).await?;
+                behind |= self.delete_expired(slot).await? == Progress::Behind;
             }
         }
         if denied && self.denied.begins() {
@@ -145,7 +245,7 @@ impl Sweep {
         } else if !locked {
             self.locked.ends();
         }
-        Ok(())
+        Ok(Progress::behind(behind))
     }
 
     async fn move_unhandled(&self, slot: ExpiredSlot) -> Result<(), StoreError> {
@@ -169,16 +269,16 @@ impl Sweep {
         self.store.empty_slot(slot).await
     }
 
-    async fn delete_expired(&self, slot: ExpiredSlot) -> Result<(), StoreError> {
+    async fn delete_expired(&self, slot: ExpiredSlot) -> Result<Progress, StoreError> {
         for _ in 0..MAX_STEPS {
             if !self.store.delete_expired(slot).await? {
-                break;
+                return Ok(Progress::Done);
             }
         }
-        Ok(())
+        Ok(Progress::Behind)
     }
 
-    async fn delete_handled(&mut self) -> Result<(), StoreError> {
+    async fn delete_handled(&mut self) -> Result<Progress, StoreError> {
         for _ in 0..MAX_FRUITLESS {
             let (last, waiting) = self.store.delete_handled(self.late_after).await?;
             self.late_after = last;
@@ -196,7 +296,7 @@ impl Sweep {
                 break;
             }
         }
-        Ok(())
+        Ok(Progress::Done)
     }
 }
 
@@ -214,9 +314,14 @@ impl Part {
         }
     }
 
-    fn note(&mut self, result: &Result<(), StoreError>) {
+    fn note(&mut self, store: &Store, health: &Health, result: &Result<Progress, StoreError>) {
+        if result.is_err() && store.is_closed() {
+            // A shutdown came in between.
+            return;
+        }
+        health.note(self.name, result);
         match result {
-            Ok(()) => {
+            Ok(_) => {
                 if self.failing.ends() {
                     tracing::info!(part = self.name, "the sweep of old rows works again");
                 }
@@ -248,12 +353,14 @@ impl Cursor {
         }
     }
 
-    async fn advance(&mut self, store: &Store) -> Result<(), StoreError> {
+    async fn advance(&mut self, store: &Store) -> Result<Progress, StoreError> {
         let mut fruitless = 0;
+        let mut progress = Progress::Behind;
         for _ in 0..MAX_STEPS {
             let done = store.sweep_old(self.rows, self.new).await?;
             fruitless += usize::from(!done.fruitful);
             if done.next.is_none() {
+                progress = Progress::Done;
                 break;
             }
             self.new = done.next;
@@ -268,6 +375,6 @@ impl Cursor {
                 break;
             }
         }
-        Ok(())
+        Ok(progress)
     }
 }

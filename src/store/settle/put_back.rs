@@ -79,6 +79,7 @@ const PUT_BACK: &str = "
             + (l.delay_ms + CASE WHEN l.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
         claim_no = m.claim_no + 1,
         attempts = m.attempts - l.uncounted::int,
+        lost = CASE WHEN l.uncounted THEN m.lost ELSE 0 END,
         state = CASE WHEN l.hold THEN 'held' ELSE 'waiting' END::mq_state
     FROM locked l WHERE m.id = ANY (ARRAY[l.id])
     RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";

@@ -89,7 +89,7 @@ async fn the_longest_names_are_accepted() {
 async fn the_builder_names_the_field_that_it_refuses() {
     type Change = fn(DurableBuilder) -> DurableBuilder;
     let database = migrated().await;
-    let refused: [(&str, Change); 22] = [
+    let refused: [(&str, Change); 26] = [
         ("channel", |b| b.channel("")),
         ("channel", |b| b.channel("x".repeat(56))),
         ("channel", |b| b.channel("a\0b")),
@@ -113,6 +113,14 @@ async fn the_builder_names_the_field_that_it_refuses() {
         ("max_response_body", |b| b.max_response_body(usize::MAX)),
         ("retention", |b| b.retention(Duration::from_secs(59))),
         ("retention", |b| b.retention(Duration::MAX)),
+        ("dead_letter_retention", |b| {
+            b.dead_letter_retention(Duration::from_secs(59))
+        }),
+        ("dead_letter_retention", |b| {
+            b.dead_letter_retention(Duration::MAX)
+        }),
+        ("max_lost_attempts", |b| b.max_lost_attempts(0)),
+        ("max_lost_attempts", |b| b.max_lost_attempts(1001)),
         ("schema", |b| b.schema("")),
         ("schema", |b| b.schema("a\"; drop schema public; --")),
         ("max_connections", |b| b.max_connections(1)),
