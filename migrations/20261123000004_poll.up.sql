@@ -268,11 +268,6 @@ DECLARE
         coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
     v_busy text[];
 BEGIN
-    IF NOT EXISTS (
-        SELECT FROM mq_msgs m WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once')
-    ) THEN
-        RETURN '{}';
-    END IF;
     v_busy := ARRAY(
         SELECT DISTINCT m.channel_name FROM mq_msgs m
         WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once')
@@ -332,7 +327,17 @@ BEGIN
         WHERE m.state IN ('claimed', 'held', 'sending_once', 'parked') AND m.attempt_at <= p.now
         LIMIT p.batch FOR NO KEY UPDATE OF m SKIP LOCKED
     ) locked;
-    p.picked := (lock_suspects(p, p_channels) || p.picked)[1:p.batch];
+    IF EXISTS (
+        SELECT FROM mq_msgs m
+        WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once') AND m.attempt_at <= p.now
+            AND m.format = ANY (p.formats)
+            AND (p_channels IS NULL OR m.channel_name = ANY (p_channels))
+    ) THEN
+        p.picked := (lock_suspects(p, p_channels) || p.picked)[1:p.batch];
+        -- There may be many, and the next one follows soon.
+        p.again := '0';
+        PERFORM set_config('requeuest.looked', '', false);
+    END IF;
     RETURN p;
 END;
 $$;

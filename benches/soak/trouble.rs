@@ -49,6 +49,7 @@ impl Trouble {
         let failing = Durable::builder(pool.clone())
             .channel("failing")
             .retention(retention)
+            .dead_letter_retention(retention)
             .retry(quick().max_attempts(5))
             .build()?;
         let endless = (0..ENDLESS).map(|_| to(&receivers[0], Options::default().retry(quick())));

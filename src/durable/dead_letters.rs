@@ -18,9 +18,9 @@ impl Durable {
     /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order of their ids,
     /// which is about the order in which they were enqueued. Dead letters stay until they are
     /// replayed, resolved or purged, or until their
-    /// [retention](crate::DurableBuilder::dead_letter_retention) is over. Those that a newer version
-    /// wrote in a form that this one doesn't know are left out, here and where they are replayed or
-    /// purged by a filter.
+    /// [retention](crate::DurableBuilder::dead_letter_retention) is over. Those that a newer
+    /// version wrote in a form that this one doesn't know are left out, here and where they are
+    /// replayed or purged by a filter.
     ///
     /// # Errors
     ///

@@ -577,3 +577,93 @@ async fn dead_letters_of_a_newer_version_are_left_alone() {
     assert_eq!(rows(&database, "outcomes_kept").await, 2);
     durable.shutdown(LONG).await.unwrap();
 }
+
+/// All rows of the requests of two versions ahead, as text.
+const AHEAD: &str = "
+    SELECT concat_ws(' ',
+        (SELECT string_agg(m::text, ' ' ORDER BY id) FROM requeuest.mq_msgs m WHERE format = 3),
+        (
+            SELECT string_agg(p::text, ' ' ORDER BY id) FROM requeuest.mq_payloads p
+            WHERE id IN (SELECT id FROM requeuest.mq_msgs WHERE format = 3)
+        ),
+        (SELECT string_agg(o::text, ' ' ORDER BY id) FROM requeuest.outcomes o WHERE format = 3)
+    )";
+
+#[tokio::test]
+async fn a_process_works_beside_a_schema_and_rows_two_versions_ahead() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let url = server.url("/");
+    let enqueues = builder(&database).runner(false).build().unwrap();
+    let ordered = || Options::default().ordered("key");
+    let late = || Options::default().deadline(Duration::from_secs(60));
+    // Rows of a newer version: their heads can be read, and must not be.
+    for (options, body) in [
+        (Options::default(), "plain"),
+        (ordered(), "first of its key"),
+        (late(), "overdue"),
+        (Options::default().key("taken"), "keyed"),
+        (Options::default(), "claimed"),
+        (Options::default(), "ended"),
+    ] {
+        enqueues.fire(post(&url, body).with(options)).await.unwrap();
+    }
+    let newer = "
+        ALTER TABLE requeuest.mq_msgs ADD COLUMN newer text DEFAULT 'x';
+        ALTER TABLE requeuest.mq_payloads ADD COLUMN newer text DEFAULT 'x';
+        ALTER TABLE requeuest.outcomes ADD COLUMN newer text DEFAULT 'x';
+        INSERT INTO requeuest._sqlx_migrations
+        SELECT version + ahead, description, installed_on, success, checksum, execution_time
+        FROM (
+            SELECT * FROM requeuest._sqlx_migrations ORDER BY version DESC LIMIT 1
+        ) newest, generate_series(1, 2) ahead;
+        UPDATE requeuest.mq_msgs SET format = 3;
+        UPDATE requeuest.mq_msgs SET deadline = now() - interval '1 hour'
+        WHERE deadline < now() + interval '1 hour';
+        UPDATE requeuest.mq_msgs SET state = 'claimed', attempt_at = now() - interval '1 hour'
+        WHERE id IN (SELECT id FROM requeuest.mq_payloads WHERE body = 'claimed');
+        INSERT INTO requeuest.outcomes (
+            slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+            expires_at, format
+        )
+        SELECT 0, m.id, m.channel_name, m.channel_args, 'postponed', 1, now(), now(),
+            now() + interval '1 hour', 3
+        FROM requeuest.mq_msgs m JOIN requeuest.mq_payloads p USING (id) WHERE p.body = 'ended';
+        DELETE FROM requeuest.mq_msgs
+        WHERE id IN (SELECT id FROM requeuest.mq_payloads WHERE body = 'ended')";
+    database.pool().execute(newer).await.unwrap();
+    let ahead = async || -> String {
+        let rows = sqlx::query_scalar(AHEAD);
+        rows.fetch_one(database.pool()).await.unwrap()
+    };
+    let before = ahead().await;
+    assert!(before.contains("postponed"), "{before}");
+
+    // An older process that starts now, as after a crash or a rollback.
+    requeuest::migrate(database.pool()).await.unwrap();
+    let durable = builder(&database).build().unwrap();
+    let behind = durable.fire(post(&url, "behind").with(ordered())).await;
+    let behind = behind.unwrap();
+    let attached = post(&url, "keyed").with(Options::default().key("taken"));
+    durable.fire(attached).await.unwrap();
+    for number in 0..20 {
+        let request = post(&url, format!("own {number}"));
+        let response = in_time(durable.await_response(request)).await.unwrap();
+        assert_eq!(response.status(), 200);
+        let own = durable.fire(post(&url, format!("fired {number}"))).await;
+        outcome_of(&durable, own.unwrap()).await;
+    }
+    let mut transaction = database.pool().begin().await.unwrap();
+    let own = durable
+        .fire_in(&mut *transaction, post(&url, "polled"))
+        .await;
+    transaction.commit().await.unwrap();
+    outcome_of(&durable, own.unwrap()).await;
+    assert_eq!(ahead().await, before);
+    assert_eq!(server.count(), 41);
+    // It waits for a request that this process can't send.
+    assert_eq!(
+        durable.status(behind).await.unwrap(),
+        Some(Status::Available)
+    );
+}

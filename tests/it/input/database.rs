@@ -196,7 +196,9 @@ async fn the_error_for_a_newer_schema_asks_for_a_newer_crate() {
         .execute(
             "INSERT INTO requeuest._sqlx_migrations
              SELECT version + 1, description, installed_on, success, checksum, execution_time
-             FROM requeuest._sqlx_migrations ORDER BY version DESC LIMIT 1",
+             FROM requeuest._sqlx_migrations ORDER BY version DESC LIMIT 1;
+             UPDATE requeuest.compatible_from
+             SET version = (SELECT max(version) FROM requeuest._sqlx_migrations)",
         )
         .await
         .unwrap();
