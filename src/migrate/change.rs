@@ -167,7 +167,8 @@ impl Target {
                     Ok(()) => return Ok(transaction.commit().await?),
                     Err(error) if is_lock(&error) => Obstacle::TableLock,
                     Err(error) => {
-                        transaction.rollback().await?;
+                        // The connection may be lost, and the first error says why.
+                        let _ = transaction.rollback().await;
                         return Err(error);
                     }
                 }
