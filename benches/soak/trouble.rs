@@ -94,10 +94,10 @@ impl Trouble {
 
     /// Fails if a part of the load has ended.
     pub(crate) fn check(&self) -> Result<(), AnyError> {
-        match self.tasks.iter().any(JoinHandle::is_finished) {
-            true => Err("a part of the load has ended".into()),
-            false => Ok(()),
+        if self.tasks.iter().any(JoinHandle::is_finished) {
+            return Err("a part of the load has ended".into());
         }
+        Ok(())
     }
 }
 
