@@ -104,16 +104,14 @@ CREATE INDEX mq_msgs_leases ON mq_msgs (channel_name, format, attempt_at)
 -- Owned requests that may have ended their processes.
 CREATE INDEX mq_msgs_suspects ON mq_msgs (channel_name, attempt_at)
     WHERE lost > 0 AND state IN ('claimed', 'sending_once');
--- Requests that could not be read, and when they may be looked at again.
-CREATE INDEX mq_msgs_parked ON mq_msgs (channel_name, format, attempt_at) WHERE state = 'parked';
 -- The head of an ordering key, and whether another channel has the key.
 CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_args, channel_name, seq)
     WHERE seq IS NOT NULL;
 
--- Requests behind the first one of their ordering key.
-CREATE INDEX mq_msgs_behind ON mq_msgs (channel_name, channel_args) WHERE state = 'behind';
--- Dead letters that halt an ordering key.
-CREATE INDEX mq_msgs_halted ON mq_msgs (channel_name, channel_args, seq) WHERE state = 'halted';
+-- Requests that are out of the way, and when parked ones may be looked at again. One index, because
+-- each new row version has to pass the conditions of all of them.
+CREATE INDEX mq_msgs_aside ON mq_msgs (state, channel_name, format, attempt_at)
+    WHERE state IN ('behind', 'parked', 'halted');
 
 -- Requests that are given up at a deadline.
 CREATE INDEX mq_msgs_deadline ON mq_msgs (format, deadline)

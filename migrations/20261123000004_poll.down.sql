@@ -1,5 +1,5 @@
 DROP FUNCTION mq_poll;
-DROP FUNCTION claim_picked;
+DROP FUNCTION pick_due;
 DROP FUNCTION poll_wait;
 DROP FUNCTION end_poll;
 DROP FUNCTION pick_by_group;

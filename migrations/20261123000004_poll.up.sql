@@ -559,23 +559,69 @@ BEGIN
 END;
 $$;
 
--- Claims the picked rows. The lease is the session's `requeuest.lease`. Returns mq_poll's columns:
--- the claim as JSON, and bodies of up to 64 KiB. Attempts fetch larger ones under a memory budget.
-CREATE FUNCTION claim_picked(p_poll poll_t) RETURNS TABLE (
-    id uuid, name text, claim text, body bytea, lease interval
-)
+-- Picks due rows, the rows that a runner is to claim.
+CREATE FUNCTION pick_due(p_channels text[], p_batch int) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
+DECLARE
+    p poll_t := begin_poll(p_channels, p_batch);
+BEGIN
+    p := CASE WHEN p_channels IS NULL
+        THEN view_all_channels(p) ELSE view_channels(p, p_channels) END;
+    p := pick_lapsed(p, p_channels);
+    IF p.backlog THEN
+        -- A quarter of the batch goes group by group to groups with no row picked by age, so that
+        -- no destination waits behind everything that came earlier for another destination. The
+        -- share is no larger because the oldest rows lie side by side on disk, and the rows of one
+        -- group don't.
+        p := pick_by_age(p, p_batch - p_batch / 4);
+        p := pick_by_group(p, greatest(1, p_batch / 32));
+        -- There may still be room, because there are few groups or because other polls took the
+        -- oldest rows.
+        p := pick_by_age(p, p_batch);
+        p := pick_by_group(p, p_batch);
+    ELSE
+        p := pick_by_age(p, p_batch);
+    END IF;
+    RETURN end_poll(p);
+END;
+$$;
+
+-- Claims up to batch_size due requests. The lease is the session's `requeuest.lease`.
+CREATE FUNCTION mq_poll(channel_names text[], batch_size int DEFAULT 1)
+RETURNS TABLE (
+    id uuid,
+    is_committed boolean,
+    name text,
+    payload_json text,
+    payload_bytes bytea,
+    retry_backoff interval,
+    wait_time interval
+)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+-- Without this, a search within one group may read and sort everything that is due, if the
+-- statistics say that little is due.
+SET enable_sort = off
+AS $$
 #variable_conflict use_column
 DECLARE
-    v_now timestamptz := p_poll.now;
+    -- Attempts fetch larger bodies themselves, under a memory budget.
     c_inline_body CONSTANT int := 65536;
+    v poll_t := pick_due(channel_names, batch_size);
+    v_now timestamptz := v.now;
     v_lease interval :=
         coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
-    v_more boolean :=
-        cardinality(p_poll.picked) >= p_poll.batch OR p_poll.moved >= p_poll.moved_max;
+    v_wait interval := poll_wait(v);
+    v_more boolean := cardinality(v.picked) >= batch_size OR v.moved >= v.moved_max;
 BEGIN
+    IF v.picked = '{}' THEN
+        RETURN QUERY SELECT
+            NULL::uuid, NULL::boolean, NULL::text, NULL::text, NULL::bytea, NULL::interval, v_wait;
+        RETURN;
+    END IF;
+    -- Here and not in a function of its own, which would copy each row once more.
     RETURN QUERY
     WITH claimed AS (
         UPDATE mq_msgs m
@@ -591,13 +637,14 @@ BEGIN
             suspected_at = CASE
                 WHEN m.state IN ('claimed', 'sending_once') AND m.lost > 0 THEN v_now
             END
-        WHERE m.ctid = ANY (p_poll.picked)
+        WHERE m.ctid = ANY (v.picked)
         RETURNING
             m.id, m.channel_name, m.claim_no, m.attempts, m.created_at, m.deadline,
             m.state = 'sending_once' AS once, m.lost
     )
     SELECT
         c.id,
+        true,
         -- sqlxmq's runner drops rows without a name. A row without a payload must reach the code
         -- that ends it.
         coalesce(p.name, ''),
@@ -619,58 +666,8 @@ BEGIN
             '}'
         ),
         CASE WHEN octet_length(p.body) <= c_inline_body THEN p.body END,
-        v_lease
+        v_lease,
+        v_wait
     FROM claimed c LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[c.id]);
-END;
-$$;
-
--- Claims up to batch_size due requests.
-CREATE FUNCTION mq_poll(channel_names text[], batch_size int DEFAULT 1)
-RETURNS TABLE (
-    id uuid,
-    is_committed boolean,
-    name text,
-    payload_json text,
-    payload_bytes bytea,
-    retry_backoff interval,
-    wait_time interval
-)
-LANGUAGE plpgsql
-SET search_path FROM CURRENT
--- Without this, a search within one group may read and sort everything that is due, if the
--- statistics say that little is due.
-SET enable_sort = off
-AS $$
-#variable_conflict use_column
-DECLARE
-    v poll_t;
-    v_wait interval;
-BEGIN
-    v := begin_poll(channel_names, batch_size);
-    v := CASE WHEN channel_names IS NULL
-        THEN view_all_channels(v) ELSE view_channels(v, channel_names) END;
-    v := pick_lapsed(v, channel_names);
-    IF v.backlog THEN
-        -- A quarter of the batch goes group by group to groups with no row picked by age, so that
-        -- no destination waits behind everything that came earlier for another destination. The
-        -- share is no larger because the oldest rows lie side by side on disk, and the rows of one
-        -- group don't.
-        v := pick_by_age(v, batch_size - batch_size / 4);
-        v := pick_by_group(v, greatest(1, batch_size / 32));
-        -- There may still be room, because there are few groups or because other polls took the
-        -- oldest rows.
-        v := pick_by_age(v, batch_size);
-        v := pick_by_group(v, batch_size);
-    ELSE
-        v := pick_by_age(v, batch_size);
-    END IF;
-    v := end_poll(v);
-    v_wait := poll_wait(v);
-    IF v.picked = '{}' THEN
-        RETURN QUERY SELECT
-            NULL::uuid, NULL::boolean, NULL::text, NULL::text, NULL::bytea, NULL::interval, v_wait;
-        RETURN;
-    END IF;
-    RETURN QUERY SELECT c.id, true, c.name, c.claim, c.body, c.lease, v_wait FROM claim_picked(v) c;
 END;
 $$;

@@ -326,7 +326,8 @@ DECLARE
     v_id uuid;
 BEGIN
     SELECT m.id INTO v_id FROM mq_msgs m
-    WHERE m.channel_name = p_channel AND m.channel_args = p_group AND m.state = 'halted'
+    WHERE m.channel_name = p_channel AND m.channel_args = p_group
+        AND m.seq IS NOT NULL AND m.state = 'halted'
     ORDER BY m.seq LIMIT 1 FOR UPDATE;
     IF NOT FOUND THEN
         RETURN false;
@@ -349,7 +350,8 @@ BEGIN
     UPDATE outcomes_kept o SET expires_at = clock_timestamp() + dead_letter_retention()
     WHERE o.id = (
         SELECT m.id FROM mq_msgs m
-        WHERE m.channel_name = p_channel AND m.channel_args = p_group AND m.state = 'halted'
+        WHERE m.channel_name = p_channel AND m.channel_args = p_group
+        AND m.seq IS NOT NULL AND m.state = 'halted'
         ORDER BY m.seq LIMIT 1
     );
     RETURN resume_key(p_channel, p_group);

@@ -4,7 +4,9 @@ use sqlx::{Executor, PgConnection, Row};
 use uuid::Uuid;
 
 use super::db::within;
-use super::enqueue::{Inserted, Inserting, MESSAGE_NAME, NewRequest, bind_columns, insert_one};
+use super::enqueue::{
+    Inserted, Inserting, MESSAGE_NAME, NewRequest, bind_columns, insert_one, unless_all_none,
+};
 use super::idle::Checkout;
 use super::{Store, StoreError, quoted};
 use crate::error::{Error, Kind};
@@ -161,15 +163,12 @@ async fn insert_many(
         .bind(requests.iter().map(|r| r.halts).collect::<Vec<_>>())
         .bind(MESSAGE_NAME)
         .bind(notify)
-        .bind(
-            keys.clone()
-                .map(|key| key.map(|key| &*key.key))
-                .collect::<Vec<_>>(),
-        )
-        .bind(
-            keys.map(|key| key.map(|key| &key.fingerprint[..]))
-                .collect::<Vec<_>>(),
-        )
+        .bind(unless_all_none(
+            keys.clone().map(|key| key.map(|key| &*key.key)),
+        ))
+        .bind(unless_all_none(
+            keys.map(|key| key.map(|key| &key.fingerprint[..])),
+        ))
         .persistent(how.prepared)
         .fetch_all(connection)
         .await?;

@@ -315,8 +315,17 @@ pub(super) fn bind_columns<'q>(
                 .map(|r| r.body.as_deref())
                 .collect::<Vec<_>>(),
         )
-        .bind(column.clone().map(NewRequest::metadata).collect::<Vec<_>>())
-        .bind(column.map(|r| r.destination.as_deref()).collect::<Vec<_>>())
+        .bind(unless_all_none(column.clone().map(NewRequest::metadata)))
+        .bind(unless_all_none(column.map(|r| r.destination.as_deref())))
+}
+
+/// The values as an array, or `None` if there are none. Postgres makes the same rows of both, and
+/// an array has to be encoded, sent and unnested.
+pub(super) fn unless_all_none<T>(
+    values: impl Iterator<Item = Option<T>> + Clone,
+) -> Option<Vec<Option<T>>> {
+    let any = values.clone().any(|value| value.is_some());
+    any.then(|| values.collect())
 }
 
 async fn insert_alone(
