@@ -160,6 +160,8 @@ pub(crate) struct Settler {
     failing: Condition,
     refused: Failures,
     given_up: LineLimit,
+    /// The same for requests that were parked.
+    parked: LineLimit,
 }
 
 impl Settler {
@@ -181,6 +183,7 @@ impl Settler {
             failing: Condition::default(),
             refused: Failures::default(),
             given_up: LineLimit::default(),
+            parked: LineLimit::default(),
         }
     }
 
@@ -456,11 +459,7 @@ impl Settler {
             let id = park.fence.id;
             returned.push(id);
             if parked.is_first() {
-                let reason = reason.as_str();
-                tracing::warn!(
-                    %id, channel = &*channel, reason,
-                    "a request can't be read by this version and is parked"
-                );
+                self.log_parked(id, &channel, reason.as_str());
             } else {
                 tracing::debug!(%id, next = ?parked.delay, "a request still can't be read");
             }
@@ -468,6 +467,19 @@ impl Settler {
         self.waiters.fetch_soon(returned);
         self.reclassify_unsettled(unsettled, batch).await;
         Ok(())
+    }
+
+    /// Logs a request that was parked. During a deployment there may be many.
+    fn log_parked(&self, id: RequestId, channel: &str, reason: &str) {
+        let sentence = "a request can't be read by this version and is parked";
+        if let Some(left_out) = self.parked.allows(channel) {
+            tracing::warn!(
+                %id, channel, reason, left_out = (left_out > 0).then_some(left_out),
+                "{sentence}"
+            );
+        } else {
+            tracing::debug!(%id, channel, reason, "{sentence}");
+        }
     }
 
     /// Logs a request that was given up. Operators search for this line. A receiver that is down

@@ -384,6 +384,46 @@ async fn give_up_a_thousand_requests() {
 }
 
 #[tokio::test]
+async fn many_requests_that_cannot_be_read_are_few_warnings() {
+    let database = migrated().await;
+    let variables = [("REQUEUEST_TEST_DATABASE", database.url().to_owned())];
+    let run = move || Output::of("park_many_requests", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    assert!((1..=20).contains(&warnings.len()), "{}", warnings.len());
+    let parked = |line: &&&str| line.contains("and is parked");
+    let in_all = output.at("DEBUG").iter().filter(parked).count() + warnings.len();
+    assert_eq!(in_all, 300);
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn park_many_requests() {
+    if !plays("park_many_requests") {
+        return;
+    }
+    let parked = Counting::init("and is parked");
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let enqueues = Durable::builder(pool.clone())
+        .runner(false)
+        .build()
+        .unwrap();
+    let requests = (0..300).map(|_| post("http://localhost:1/", "x"));
+    enqueues.fire_many(requests).await.unwrap();
+    pool.execute("UPDATE requeuest.mq_payloads SET head = '{}'")
+        .await
+        .unwrap();
+    let durable = Durable::new(pool);
+    eventually("all are parked", || async {
+        parked.load(Ordering::SeqCst) == 300
+    })
+    .await;
+    drop(durable);
+}
+
+#[tokio::test]
 async fn what_cannot_be_read_is_one_warning() {
     let database = migrated().await;
     let server = Server::always(200).await;
