@@ -80,8 +80,8 @@ async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
     }
     if only.is_none_or(|only| only == "blocked") {
         for (name, first) in [
-            ("few, retrying keys", "now() + interval '1 day', 0"),
-            ("few, halted keys", "'9999-12-31 UTC', 3"),
+            ("few, retrying keys", "now() + interval '1 day', 'waiting'"),
+            ("few, halted keys", "'9999-12-31 UTC', 'halted'"),
         ] {
             blocked(&postgres, &few, rows, name, first, base).await?;
         }
@@ -204,7 +204,7 @@ async fn blocked(
              FROM {series};"
         )
     };
-    let behind = "now() - interval '1 second', 0";
+    let behind = "now() - interval '1 second', 'waiting'";
     let fill = [
         insert(first, &format!("generate_series(1, {keys}) n")),
         insert(behind, &format!("generate_series(1, {keys}) n")),
