@@ -245,7 +245,7 @@ mod tests {
     fn claim(head: &str, metadata: &str) -> String {
         [
             r#"{"claim_no":2,"attempts":1,"age_ms":5,"deadline_ms":null,"lost":true,"#,
-            r#""more":false,"fetch_body":false,"channel":"a,\"head\":b","head":"#,
+            r#""lost_attempts":0,"more":false,"fetch_body":false,"channel":"a,\"head\":b","head":"#,
             head,
             r#","metadata":"#,
             metadata,
