@@ -14,9 +14,7 @@ use sqlx::{Executor, PgPool};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::support::{
-    LONG, Server, builder, count, eventually, in_time, migrated, post, quick, reply,
-};
+use crate::support::{LONG, Server, count, eventually, in_time, migrated, post, quick, reply};
 
 /// How many requests wait and are never sent.
 const WAITING: usize = 5000;
@@ -29,12 +27,18 @@ const BACKLOG: i64 = 20_000;
 /// A database whose queue was empty when its statistics were gathered, and was filled afterwards.
 async fn filled_after_its_statistics(server: &Server) -> TestDatabase {
     let database = migrated().await;
-    let durable = builder(&database).runner(false).build().unwrap();
+    // Its sessions have ended, and their reads are counted, before the test begins to count.
+    let options = database.options().application_name(SESSIONS);
+    let pool = PgPoolOptions::new().connect_lazy_with(options);
+    let durable = Durable::builder(pool.clone())
+        .runner(false)
+        .build()
+        .unwrap();
     let delay = Options::default().delay(Duration::from_secs(3600));
     let waiting = || (0..WAITING).map(|_| post(server.url("/never"), "x").with(delay.clone()));
     for table in ["mq_msgs", "mq_payloads"] {
         let kept = format!("ALTER TABLE requeuest.{table} SET (autovacuum_enabled = false)");
-        database.pool().execute(&*kept).await.unwrap();
+        pool.execute(&*kept).await.unwrap();
     }
     durable.fire_many(waiting()).await.unwrap();
     for statement in [
@@ -43,10 +47,11 @@ async fn filled_after_its_statistics(server: &Server) -> TestDatabase {
         "ANALYZE requeuest.mq_msgs",
         "ANALYZE requeuest.mq_payloads",
     ] {
-        database.pool().execute(statement).await.unwrap();
+        pool.execute(statement).await.unwrap();
     }
     durable.fire_many(waiting()).await.unwrap();
     durable.shutdown(Duration::ZERO).await.unwrap();
+    pool.close().await;
     database
 }
 
@@ -144,8 +149,8 @@ async fn no_statement_reads_through_the_backlog() {
     durable.shutdown(Duration::from_secs(5)).await.unwrap();
     pool.close().await;
     let read = read(&database).await - before;
-    // Fewer than if single statements had read through the backlog once per request.
-    let most = (WAITING * 4) as i64;
+    // Fewer than if a statement had read through the backlog a single time.
+    let most = (WAITING * 2) as i64;
     assert!(read < most, "{read} rows and index entries were read");
 }
 
