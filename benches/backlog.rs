@@ -83,7 +83,7 @@ async fn run(rows: i64, only: Option<&str>) -> Result<(), AnyError> {
             ("few, retrying keys", "now() + interval '1 day', 'waiting'"),
             ("few, halted keys", "'9999-12-31 UTC', 'halted'"),
         ] {
-            blocked(&postgres, &few, rows, name, first, base).await?;
+            blocked(&postgres, &few, rows / 10, name, first, base).await?;
         }
     }
     if only.is_some_and(|only| only != "polls") {
@@ -178,8 +178,8 @@ async fn pinned(
     Ok(())
 }
 
-/// Ordering keys are blocked: a request waits behind the first one of each, and a hundred behind
-/// that of each hundredth key. Times the delivery of new requests, from the moment that the keys
+/// A tenth as many ordering keys as rows are blocked: a request waits behind the first one of each,
+/// and a hundred behind that of each hundredth key. Times the delivery of new requests, from the moment that the keys
 /// were blocked on, and then polls beside a few ready requests.
 async fn blocked(
     postgres: &Postgres,
@@ -199,7 +199,7 @@ async fn blocked(
             "INSERT INTO requeuest.mq_msgs
                 (id, channel_name, channel_args, attempt_at, state, seq)
              SELECT gen_random_uuid(), 'c',
-                lpad(to_hex(n * 7919 % 65536), 4, '0') || '|c|' || n, {due_and_state},
+                lpad(to_hex(n::bigint * 7919 % 65536), 4, '0') || '|c|' || n, {due_and_state},
                 nextval('requeuest.mq_seq')
              FROM {series};"
         )
