@@ -4,6 +4,8 @@
 -- key moves it to state `behind`, and whatever removes the first request makes the next one waiting
 -- again. No request is left in state `behind` without one ahead of it, because:
 --
+-- - Requests of one bulk insert are put behind the first one of their key in it. No transaction can
+--   remove that one without seeing them.
 -- - A poll moves requests only while it holds a lock on the first one of their key. A transaction
 --   that removes that one waits for the poll, and then sees what the poll has moved.
 -- - The next request is looked for by a statement that begins after the first one was deleted. A

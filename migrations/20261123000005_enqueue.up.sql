@@ -464,6 +464,7 @@ DECLARE
     v_first int;
     v_id uuid;
     v_elsewhere text;
+    v_states mq_state[];
     v_now timestamptz;
 BEGIN
     IF true = ANY (p_ordered) THEN
@@ -514,6 +515,18 @@ BEGIN
             RETURN QUERY SELECT v_id, 'elsewhere', NULL::uuid, v_elsewhere;
             RETURN;
         END IF;
+        -- Of the requests with the same key, only the first may be due: the others would only be
+        -- moved behind it. Nobody can remove the first without seeing the others.
+        SELECT array_agg(
+            CASE WHEN i.ordered AND i.place > 1 THEN 'behind'::mq_state ELSE 'waiting' END
+            ORDER BY i.number
+        ) INTO v_states FROM (
+            SELECT r.number, r.ordered, row_number() OVER (
+                PARTITION BY r.channel, r.key_group, r.id <> ALL (v_attached) ORDER BY r.number
+            ) AS place
+            FROM unnest(p_ids, p_channels, p_groups, p_ordered) WITH ORDINALITY
+                AS r(id, channel, key_group, ordered, number)
+        ) i;
     END IF;
     v_now := clock_timestamp();
     INSERT INTO mq_payloads (id, name, head, body, metadata)
@@ -521,18 +534,19 @@ BEGIN
     FROM unnest(p_ids, p_heads, p_bodies, p_metadata) AS i(id, head, body, metadata)
     WHERE i.id <> ALL (v_attached);
     INSERT INTO mq_msgs (
-        id, channel_name, channel_args, attempt_at, created_at, seq, destination, deadline, halts
+        id, channel_name, channel_args, attempt_at, created_at, seq, state, destination, deadline,
+        halts
     )
     SELECT
         i.id, i.channel, i.key_group, v_now + i.delay_ms * interval '1 millisecond', v_now,
         -- unnest returns rows in the order of the arrays.
-        CASE WHEN i.ordered THEN nextval('mq_seq') END,
+        CASE WHEN i.ordered THEN nextval('mq_seq') END, coalesce(i.state, 'waiting'),
         i.destination, v_now + i.deadline_ms * interval '1 millisecond', i.halts
     FROM unnest(
         p_ids, p_channels, p_groups, p_ordered, p_halts, p_delays_ms, p_deadlines_ms,
-        p_destinations
+        p_destinations, v_states
     )
-        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms, destination)
+        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms, destination, state)
     WHERE i.id <> ALL (v_attached);
     IF p_notify THEN
         PERFORM tell_runners(told.channel)

@@ -214,6 +214,61 @@ async fn requests_behind_a_failing_one_are_sent_in_order_once_it_ends() {
 }
 
 #[tokio::test]
+async fn requests_of_one_call_are_put_behind_the_first_of_their_key() {
+    let database = migrated().await;
+    let handle = builder(&database).runner(false).build().unwrap();
+    let to = |key: &'static str, idempotent: Option<&'static str>| {
+        let mut options = Options::default().ordered(key);
+        if let Some(key) = idempotent {
+            options = options.key(key);
+        }
+        post("http://127.0.0.1:9/", "").with(options)
+    };
+    let plain = || post("http://127.0.0.1:9/", "");
+    let earlier = handle.fire(to("c", Some("used"))).await.unwrap();
+    let requests = [
+        to("a", None),
+        to("b", None),
+        plain(),
+        to("a", None),
+        // Attached to an earlier request, so the next one of its key is the first of this call.
+        to("c", Some("used")),
+        to("c", None),
+        to("c", None),
+        to("a", None),
+        plain(),
+    ];
+    let ids = handle.fire_many(requests).await.unwrap();
+    assert_eq!(ids[4], earlier);
+    let states: HashMap<Uuid, String> =
+        sqlx::query("SELECT id, state::text FROM requeuest.mq_msgs")
+            .fetch_all(database.pool())
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|row| (row.get("id"), row.get("state")))
+            .collect();
+    let states: Vec<_> = ids.iter().map(|id| &*states[&Uuid::from(*id)]).collect();
+    let (due, behind) = ("waiting", "behind");
+    assert_eq!(
+        states,
+        [due, due, due, behind, due, due, behind, behind, due]
+    );
+    // The first one of a key frees the next.
+    delete(database.pool(), ids[0].into()).await;
+    let claimed: HashSet<_> = sqlx::query_scalar::<_, Uuid>(
+        "SELECT id FROM requeuest.mq_poll(NULL, 64) WHERE id IS NOT NULL",
+    )
+    .fetch_all(database.pool())
+    .await
+    .unwrap()
+    .into_iter()
+    .collect();
+    let expected = [1, 2, 3, 4, 8].map(|number: usize| Uuid::from(ids[number]));
+    assert_eq!(claimed, HashSet::from(expected));
+}
+
+#[tokio::test]
 async fn a_request_behind_another_can_be_cancelled_replaced_and_given_up() {
     let database = migrated().await;
     let durable = builder(&database)
