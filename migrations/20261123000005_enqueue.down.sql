@@ -9,6 +9,8 @@ DROP FUNCTION is_ordered;
 DROP FUNCTION is_known;
 DROP FUNCTION lock_key;
 DROP FUNCTION key_locks_left;
+DROP FUNCTION has_key;
+DROP FUNCTION is_own;
 DROP FUNCTION try_claim_key;
 DROP FUNCTION claim_keys;
 DROP FUNCTION key_lock;

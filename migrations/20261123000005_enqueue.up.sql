@@ -45,6 +45,8 @@ DECLARE
     v_lock bigint;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(bulk_lock());
+    -- From here on, the transaction takes no more advisory locks: see lock_key.
+    PERFORM set_config('requeuest.key_locks', '64', true);
     FOR v_from IN 1..coalesce(cardinality(v_locks), 0) BY c_at_once LOOP
         -- The only way to release a lock before the end of the transaction is an error. Nothing is
         -- written in these blocks, so they cost no transaction ids.
@@ -87,6 +89,48 @@ EXCEPTION WHEN lock_not_available THEN
 END;
 $$;
 
+-- Whether the current transaction has inserted this row, in whichever of its savepoints. For rows
+-- that the statement sees: one of a transaction in progress is then its own.
+CREATE FUNCTION is_own(p_xmin xid, p_created_at timestamptz) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_top bigint := pg_current_xact_id_if_assigned()::text::bigint;
+    -- Savepoints have later numbers than their transaction. xmin is a number modulo 2^32.
+    v_later bigint := (p_xmin::text::bigint - v_top) & 4294967295;
+BEGIN
+    RETURN coalesce(
+        -- Later numbers than all are an error, and an old row's may look like one.
+        p_created_at >= now() AND v_later < 2147483648
+            AND pg_xact_status((v_top + v_later)::text::xid8) = 'in progress',
+        false
+    );
+END;
+$$;
+
+-- Whether the current transaction has a key already, as far as its unfinished requests tell.
+CREATE FUNCTION has_key(p_kind text, p_channel text, p_key text) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF p_kind = 'order' THEN
+        RETURN coalesce((
+            SELECT is_own(m.xmin, m.created_at) FROM mq_msgs m
+            WHERE m.channel_args = p_key AND (p_channel = '' OR m.channel_name = p_channel)
+                AND m.seq IS NOT NULL
+            ORDER BY m.channel_name DESC, m.seq DESC LIMIT 1
+        ), false);
+    END IF;
+    RETURN EXISTS (
+        SELECT FROM mq_msgs m
+        WHERE m.channel_name = p_channel AND m.supersede_key = p_key
+            AND is_own(m.xmin, m.created_at)
+    );
+END;
+$$;
+
 -- How many advisory locks of keys the transaction may still take.
 CREATE FUNCTION key_locks_left() RETURNS int
 LANGUAGE sql
@@ -113,7 +157,11 @@ DECLARE
         64 - coalesce(nullif(current_setting('requeuest.key_locks', true), ''), '0')::int;
 BEGIN
     IF v_left <= 0 AND p_wait THEN
-        PERFORM claim_keys(ARRAY[v_lock]);
+        -- A key that is claimed must not be claimed again, nor locked: a transaction that has its
+        -- advisory lock may wait for this one.
+        IF NOT has_key(p_kind, p_channel, p_key) THEN
+            PERFORM claim_keys(ARRAY[v_lock]);
+        END IF;
         RETURN true;
     END IF;
     IF p_wait THEN
@@ -193,17 +241,11 @@ BEGIN
         FROM unnest(v_channels, v_groups) AS k(channel, key_group);
         RETURN;
     END IF;
-    -- A key whose last request is this transaction's own is locked or claimed already. It must not
-    -- be claimed again: a transaction that has the advisory lock may wait for this one.
+    -- As in lock_key.
     PERFORM claim_keys(ARRAY(
         SELECT key_lock('order', order_scope(k.channel, k.key_group), k.key_group)
         FROM unnest(v_channels, v_groups) AS k(channel, key_group)
-        WHERE NOT coalesce((
-            SELECT m.xmin = pg_current_xact_id_if_assigned()::xid FROM mq_msgs m
-            WHERE m.channel_args = k.key_group AND m.channel_name = k.channel
-                AND m.seq IS NOT NULL
-            ORDER BY m.seq DESC LIMIT 1
-        ), false)
+        WHERE NOT has_key('order', k.channel, k.key_group)
     ));
 END;
 $$;

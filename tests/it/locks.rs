@@ -214,3 +214,50 @@ async fn bulks_and_single_calls_agree_on_the_request_of_a_key() {
     assert_eq!(rows(&database, "mq_msgs").await, 4);
     assert_eq!(rows(&database, "request_keys WHERE key = 'new'").await, 0);
 }
+
+#[tokio::test]
+async fn a_transaction_uses_a_key_again_for_which_another_one_waits() {
+    let database = migrated().await;
+    let (durable, other) = (idle(&database), idle(&database));
+    let replacing = || post(URL, "x").with(Options::default().supersede("s"));
+    for savepoint in [false, true] {
+        let mut transaction = database.pool().begin().await.unwrap();
+        // From here on, its keys are claimed by rows.
+        durable
+            .fire_many_in(&mut transaction, many("a"))
+            .await
+            .unwrap();
+        {
+            let mut inner = transaction.begin().await.unwrap();
+            durable.fire_many_in(&mut inner, many("b")).await.unwrap();
+            durable.fire_in(&mut *inner, ordered("c")).await.unwrap();
+            durable.fire_in(&mut *inner, replacing()).await.unwrap();
+            inner.commit().await.unwrap();
+        }
+        let mut waiting = Vec::new();
+        for request in [ordered("b7"), ordered("c"), replacing()] {
+            let (other, pool) = (other.clone(), database.pool().clone());
+            waiting.push(tokio::spawn(async move {
+                let mut transaction = pool.begin().await.unwrap();
+                other.fire_in(&mut *transaction, request).await.unwrap();
+                transaction.commit().await.unwrap();
+            }));
+        }
+        until_waiting(&database, 3).await;
+        if savepoint {
+            transaction.execute("SAVEPOINT again").await.unwrap();
+        }
+        let again = in_time(durable.fire_many_in(&mut transaction, many("b")));
+        again.await.unwrap();
+        for request in [ordered("b7"), ordered("c"), replacing()] {
+            in_time(durable.fire_in(&mut *transaction, request))
+                .await
+                .unwrap();
+        }
+        assert!(waiting.iter().all(|other| !other.is_finished()));
+        transaction.commit().await.unwrap();
+        for other in waiting {
+            in_time(other).await.unwrap();
+        }
+    }
+}
