@@ -317,6 +317,7 @@ AS $$
 DECLARE
     v_first record;
     v_elsewhere text;
+    v_timeout text;
     v_older uuid[];
     v_seq bigint;
     v_now timestamptz;
@@ -343,6 +344,7 @@ BEGIN
             -- A statement that ends with lock_not_available counts as `busy`.
             PERFORM set_config('lock_timeout', '1ms', true);
         END IF;
+            v_timeout := current_setting('lock_timeout');
         -- The primary key makes a second transaction with the key wait for the first one. The loop
         -- ends when the key is either taken or seen to belong to another request.
         LOOP
@@ -367,6 +369,10 @@ BEGIN
         END LOOP;
     END IF;
     IF v_elsewhere IS NOT NULL THEN
+        IF NOT p_wait THEN
+            -- A commit that notifies waits for all others that do.
+            PERFORM set_config('lock_timeout', v_timeout, true);
+        END IF;
         RETURN QUERY SELECT 'elsewhere', NULL::uuid, v_elsewhere;
         RETURN;
     END IF;

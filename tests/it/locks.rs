@@ -7,7 +7,7 @@ use requeuest::{Durable, Options, Request};
 use sqlx::{Connection, Executor, PgConnection};
 
 use crate::processes::{is_long, median_and_max};
-use crate::support::{builder, count, eventually, in_time, migrated, post, rows};
+use crate::support::{builder, count, eventually, in_time, migrated, passing, post, rows};
 
 const URL: &str = "http://127.0.0.1:9/";
 
@@ -260,4 +260,33 @@ async fn a_transaction_uses_a_key_again_for_which_another_one_waits() {
             in_time(other).await.unwrap();
         }
     }
+}
+
+#[tokio::test]
+async fn a_keyed_insert_whose_commit_waits_is_not_tried_again() {
+    let database = migrated().await;
+    let durable = idle(&database);
+    // As a commit that notifies, which waits for all others that do.
+    let waits = "
+        CREATE SEQUENCE public.commits;
+        CREATE FUNCTION public.wait() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM nextval('public.commits'), pg_advisory_xact_lock(1);
+            RETURN NULL;
+        END;
+        $$;
+        CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON requeuest.mq_msgs
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.channel_name = 'default')
+            EXECUTE FUNCTION public.wait()";
+    database.pool().execute(waits).await.unwrap();
+    let mut other = database.pool().begin().await.unwrap();
+    let lock = "SELECT pg_advisory_xact_lock(1)";
+    other.execute(lock).await.unwrap();
+    let firing = tokio::spawn(async move { durable.fire(keyed("a", "x")).await });
+    until_waiting(&database, 1).await;
+    passing(&database, Duration::from_millis(50)).await;
+    other.commit().await.unwrap();
+    in_time(firing).await.unwrap().unwrap();
+    let commits = "SELECT last_value FROM public.commits";
+    assert_eq!(count(&database, commits).await, 1);
 }
