@@ -291,6 +291,8 @@ $$;
 CREATE FUNCTION take_unhandled(p_channel text) RETURNS uuid
 LANGUAGE sql
 SET search_path FROM CURRENT
+-- As for enqueue, which callers' sessions call too.
+SET enable_seqscan = off
 AS $$
     DELETE FROM unhandled d WHERE d.id = (
         SELECT u.id FROM unhandled u

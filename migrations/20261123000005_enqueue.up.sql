@@ -313,11 +313,13 @@ CREATE FUNCTION enqueue(
 ) RETURNS TABLE (verdict text, request_id uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
+-- A caller's session may have planned this while the tables were empty, and keeps the plan.
+SET enable_seqscan = off
 AS $$
 DECLARE
+    v_timeout text;
     v_first record;
     v_elsewhere text;
-    v_timeout text;
     v_older uuid[];
     v_seq bigint;
     v_now timestamptz;
@@ -342,9 +344,9 @@ BEGIN
     IF p_key IS NOT NULL THEN
         IF NOT p_wait THEN
             -- A statement that ends with lock_not_available counts as `busy`.
+            v_timeout := current_setting('lock_timeout');
             PERFORM set_config('lock_timeout', '1ms', true);
         END IF;
-            v_timeout := current_setting('lock_timeout');
         -- The primary key makes a second transaction with the key wait for the first one. The loop
         -- ends when the key is either taken or seen to belong to another request.
         LOOP
@@ -367,12 +369,12 @@ BEGIN
             WHERE k.id = v_first.id;
             EXIT WHEN FOUND;
         END LOOP;
-    END IF;
-    IF v_elsewhere IS NOT NULL THEN
         IF NOT p_wait THEN
             -- A commit that notifies waits for all others that do.
             PERFORM set_config('lock_timeout', v_timeout, true);
         END IF;
+    END IF;
+    IF v_elsewhere IS NOT NULL THEN
         RETURN QUERY SELECT 'elsewhere', NULL::uuid, v_elsewhere;
         RETURN;
     END IF;
@@ -500,6 +502,8 @@ CREATE FUNCTION enqueue_many(
 ) RETURNS TABLE (request_id uuid, verdict text, earlier uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
+-- As for enqueue.
+SET enable_seqscan = off
 -- A plan made for one call's arrays is not worth the time it takes.
 SET plan_cache_mode = force_generic_plan
 AS $$

@@ -55,15 +55,73 @@ async fn filled_after_its_statistics(server: &Server) -> TestDatabase {
     database
 }
 
-/// How many index entries and rows the counted sessions have read.
-async fn read(database: &TestDatabase) -> i64 {
-    // A session's counters are complete once it has ended.
+#[tokio::test]
+async fn a_callers_session_that_knew_the_queue_empty_reads_through_no_backlog() {
+    let database = migrated().await;
+    let options = database.options().application_name(SESSIONS);
+    let caller = PgPoolOptions::new()
+        .max_connections(1)
+        .connect_with(options)
+        .await
+        .unwrap();
+    let durable = Durable::builder(database.pool().clone())
+        .runner(false)
+        .build()
+        .unwrap();
+    for table in ["mq_msgs", "mq_payloads", "request_keys"] {
+        let kept = format!("ALTER TABLE requeuest.{table} SET (autovacuum_enabled = false)");
+        database.pool().execute(&*kept).await.unwrap();
+    }
+    database.pool().execute("VACUUM ANALYZE").await.unwrap();
+    let options = |round: usize, number: usize| {
+        let key = format!("{round} {number}");
+        Options::default().key(&*key).ordered(&*key)
+    };
+    let request = |options| post("http://127.0.0.1:9/", "x").with(options);
+    let round = async |round: usize| {
+        for number in 0..10 {
+            let mut transaction = caller.begin().await.unwrap();
+            let alone = request(options(round, number).supersede("s"));
+            durable.fire_in(&mut *transaction, alone).await.unwrap();
+            let many = (0..10).map(|one| request(options(round, 10 + number * 10 + one)));
+            durable.fire_many_in(&mut transaction, many).await.unwrap();
+            sqlx::query("SELECT requeuest.take_unhandled('default')")
+                .execute(&mut *transaction)
+                .await
+                .unwrap();
+            if round == 0 {
+                transaction.rollback().await.unwrap();
+            } else {
+                transaction.commit().await.unwrap();
+            }
+        }
+    };
+    // Postgres plans the statements of a session a few times before it keeps a plan.
+    round(0).await;
+    let waiting = (0..WAITING).map(|number| request(options(2, number)));
+    durable.fire_many(waiting).await.unwrap();
+    round(1).await;
+    caller.close().await;
+    let read = "SELECT coalesce(sum(seq_tup_read), 0)::bigint FROM pg_stat_user_tables
+                WHERE schemaname = 'requeuest' AND relname IN ('mq_msgs', 'request_keys')";
+    sessions_end(&database).await;
+    let read = count(&database, read).await;
+    assert!(read < WAITING as i64, "{read} rows were read");
+}
+
+/// Waits until the counted sessions have ended. Then their counters are complete.
+async fn sessions_end(database: &TestDatabase) {
     let sessions =
         format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{SESSIONS}'");
     eventually("the end of the sessions", || async {
         count(database, &sessions).await == 0
     })
     .await;
+}
+
+/// How many index entries and rows the counted sessions have read.
+async fn read(database: &TestDatabase) -> i64 {
+    sessions_end(database).await;
     let read = "SELECT (
             SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE schemaname = 'requeuest'
         )::bigint + (
