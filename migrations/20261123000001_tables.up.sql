@@ -175,7 +175,8 @@ ALTER TABLE mq_payloads ALTER COLUMN response_body SET STORAGE EXTERNAL;
 -- run time. Two slots are not part of the ring:
 --
 -- - -1: dead letters (discarded and ambiguous requests), which must not expire;
--- - -2: outcomes that outlived the retention before a handler took them.
+-- - -2: outcomes that outlived the retention before a handler took them, or were replayed while one
+--   had them.
 CREATE TABLE outcomes (
     slot smallint NOT NULL,
     id uuid NOT NULL,

@@ -158,9 +158,12 @@ SET search_path FROM CURRENT
 SET enable_seqscan = off
 AS $$
 DECLARE
+    v_now timestamptz := clock_timestamp();
     v_ids uuid[] := ARRAY(
         SELECT o.id FROM outcomes_late o
         WHERE o.id > coalesce(p_after, '00000000-0000-0000-0000-000000000000')
+            -- Not those that were replayed while a handler had them.
+            AND o.expires_at <= v_now
         ORDER BY o.id LIMIT p_limit
     );
 BEGIN

@@ -133,8 +133,15 @@ BEGIN
     v_kept.slot := outcome_slot(v_now, p_retention);
     v_kept.expires_at := v_now + p_retention;
     v_kept.replayed_as := p_new;
+    UPDATE unhandled u SET slot = v_kept.slot WHERE u.id = ANY (ARRAY(
+        SELECT w.id FROM unhandled w WHERE w.id = p_id FOR UPDATE SKIP LOCKED
+    ));
+    IF NOT FOUND AND EXISTS (SELECT FROM unhandled u WHERE u.id = p_id) THEN
+        -- A handler has the outcome at this moment, and may be what replays it. If it fails, the
+        -- outcome is handed over again, so it goes to where outcomes wait for their handlers.
+        v_kept.slot := -2;
+    END IF;
     INSERT INTO outcomes SELECT v_kept.*;
-    UPDATE unhandled u SET slot = v_kept.slot WHERE u.id = p_id;
     PERFORM tell_runners(v_kept.channel_name);
     RETURN 'replayed';
 END;

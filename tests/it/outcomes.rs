@@ -167,3 +167,53 @@ async fn outcomes_do_not_wait_for_an_unsubscribed_handler() {
     in_time(durable.response(id)).await.unwrap();
     assert_eq!(rows(&database, "unhandled").await, 0);
 }
+
+async fn replays_and_fails_once(
+    (durable, replayed): &(Durable, Arc<AtomicUsize>),
+    tx: &mut PgConnection,
+    outcome: &Outcome,
+) -> Result<(), BoxError> {
+    insert(tx, outcome.id(), outcome.status()).await;
+    if outcome.status() != Status::Discarded {
+        return Ok(());
+    }
+    // After the failure, the request has been replayed already.
+    match durable.replay(outcome.id()).await {
+        Ok(_) if replayed.fetch_add(1, Ordering::SeqCst) == 0 => Err("rolled back".into()),
+        Err(error) if !error.is_wrong_state() => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+#[tokio::test]
+async fn a_handler_replays_the_request_whose_outcome_it_has() {
+    let database = with_table().await;
+    let server = Server::in_turn(&[500, 200]).await;
+    let durable = builder(&database)
+        .retry(RetryPolicy::none())
+        .build()
+        .unwrap();
+    let replayed = Arc::new(AtomicUsize::new(0));
+    let handler = outcome_fn_with((durable.clone(), replayed.clone()), replays_and_fails_once);
+    let _listener = durable.on_outcome("default", handler).await.unwrap();
+    let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
+    // Sent again although the handler fails, and while the handler still waits for its next call.
+    server.wait_for(2).await;
+    eventually_rows(&database, "unhandled WHERE failures = 1", 1).await;
+    // An outcome that a handler still needs is not in a slot that may be emptied.
+    let where_it_is = format!("outcomes WHERE id = '{id}' AND slot = -2");
+    assert_eq!(rows(&database, &where_it_is).await, 1);
+    eventually("both outcomes are handled", || async {
+        count(&database, DONE).await == 2 && rows(&database, "unhandled").await == 0
+    })
+    .await;
+    assert_eq!(replayed.load(Ordering::SeqCst), 1);
+    // It is kept as long as any other that was replayed.
+    count(
+        &database,
+        "SELECT waiting FROM requeuest.delete_handled(NULL, 1000)",
+    )
+    .await;
+    assert_eq!(durable.status(id).await.unwrap(), Some(Status::Discarded));
+    assert_eq!(server.count(), 2);
+}
