@@ -217,3 +217,31 @@ async fn a_handler_replays_the_request_whose_outcome_it_has() {
     assert_eq!(durable.status(id).await.unwrap(), Some(Status::Discarded));
     assert_eq!(server.count(), 2);
 }
+
+#[tokio::test]
+async fn a_handler_that_hangs_does_not_keep_its_channel_subscribed() {
+    let database = with_table().await;
+    let server = Server::always(200).await;
+    let durable = Durable::new(database.pool().clone());
+    drop(durable.on_outcome("default", Insert).await.unwrap());
+    for _ in 0..2 {
+        durable.fire(post(server.url("/"), "x")).await.unwrap();
+    }
+    eventually_rows(&database, "unhandled", 2).await;
+    // Where the handler of another process has one of them.
+    let mut handler = database.pool().begin().await.unwrap();
+    sqlx::query("SELECT requeuest.take_unhandled('default')")
+        .execute(&mut *handler)
+        .await
+        .unwrap();
+    in_time(durable.unsubscribe_outcomes("default"))
+        .await
+        .unwrap();
+    assert_eq!(rows(&database, "handled_channels").await, 0);
+    assert_eq!(rows(&database, "unhandled").await, 1);
+    handler.rollback().await.unwrap();
+    // The sweep forgets it with its outcome.
+    let forget = "SELECT count(requeuest.move_unhandled(slot, 1000)) FROM requeuest.unhandled";
+    count(&database, forget).await;
+    assert_eq!(rows(&database, "unhandled").await, 0);
+}

@@ -16,6 +16,9 @@ use crate::outcome::Outcome;
 
 pub use self::handler::{OutcomeFn, OutcomeFnWith, OutcomeHandler, outcome_fn, outcome_fn_with};
 
+/// How many outcomes one statement forgets.
+const FORGOTTEN_AT_ONCE: i64 = 5000;
+
 /// An outcome that is due, inside a transaction of the caller's pool.
 #[derive(Debug)]
 pub(crate) struct HandOver {
@@ -61,12 +64,23 @@ impl Store {
         .await
     }
 
-    /// Outcomes of the channel don't wait for a handler any more.
+    /// Outcomes of the channel don't wait for a handler any more. One that a handler has at this
+    /// moment is left to the handler, or to the sweep.
     pub(crate) async fn unregister_handler(&self, channel: &str) -> Result<(), Error> {
         self.run_verified("hand_over.unregister", async |connection| {
             unregister(connection, channel).await
         })
-        .await
+        .await?;
+        // In statements of their own, because there may be millions.
+        let mut more = true;
+        while more {
+            more = self
+                .run_verified("hand_over.forget", async |connection| {
+                    forget(connection, channel).await
+                })
+                .await?;
+        }
+        Ok(())
     }
 
     /// Takes an outcome that is due, in a new transaction on the caller's pool. A commit marks the
@@ -139,14 +153,29 @@ async fn register(connection: &mut PgConnection, channel: &str) -> Result<(), sq
 }
 
 async fn unregister(connection: &mut PgConnection, channel: &str) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "WITH gone AS (DELETE FROM handled_channels WHERE channel_name = $1)
-         DELETE FROM unhandled WHERE channel_name = $1",
+    sqlx::query("DELETE FROM handled_channels WHERE channel_name = $1")
+        .bind(channel)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Forgets some of the outcomes that wait for a handler of a channel without one. Returns whether
+/// there may be more.
+async fn forget(connection: &mut PgConnection, channel: &str) -> Result<bool, sqlx::Error> {
+    let forgotten = sqlx::query(
+        "DELETE FROM unhandled d WHERE d.id = ANY (ARRAY(
+            SELECT u.id FROM unhandled u
+            WHERE u.channel_name = $1
+                AND NOT EXISTS (SELECT FROM handled_channels h WHERE h.channel_name = $1)
+            LIMIT $2 FOR UPDATE SKIP LOCKED
+         ))",
     )
     .bind(channel)
+    .bind(FORGOTTEN_AT_ONCE)
     .execute(connection)
     .await?;
-    Ok(())
+    Ok(forgotten.rows_affected() >= FORGOTTEN_AT_ONCE.unsigned_abs())
 }
 
 /// The outcome that is due. Its row stays locked until the transaction ends.
