@@ -2,6 +2,7 @@ DROP TABLE claimed_keys;
 DROP TABLE request_keys;
 DROP TABLE attempts;
 DROP TABLE unhandled;
+DROP TABLE handler_heartbeats;
 DROP TABLE handled_channels;
 DROP TABLE outcomes;
 DROP TABLE mq_payloads;

@@ -231,21 +231,32 @@ CREATE TABLE handled_channels (
     channel_name text COLLATE "C" PRIMARY KEY
 );
 
+-- When a process last had a handler of the channel. Not a column of handled_channels, because every
+-- settle reads that table, and would read its dead rows too.
+CREATE TABLE handler_heartbeats (
+    channel_name text COLLATE "C" PRIMARY KEY,
+    seen_at timestamptz NOT NULL
+);
+
 -- Outcomes of these channels that have not been handed over yet.
 CREATE TABLE unhandled (
     id uuid PRIMARY KEY,
     channel_name text COLLATE "C" NOT NULL,
     -- The slot of the outcome.
     slot smallint NOT NULL,
+    -- Infinite once the handler has failed too often.
     due_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- How many times handing the outcome over has failed.
+    -- How many times handing the outcome over has failed, since when, and why the last time.
     failures int NOT NULL DEFAULT 0,
+    failing_since timestamptz,
     error text,
     -- Since when processes have taken the outcome and could not read it.
     parked_since timestamptz
 );
 CREATE INDEX unhandled_due ON unhandled (channel_name, due_at);
 CREATE INDEX unhandled_slot ON unhandled (slot);
+-- What operators list.
+CREATE INDEX unhandled_failing ON unhandled (id) WHERE failures > 0 OR parked_since IS NOT NULL;
 
 -- Failed attempts only: a request that is answered at once needs no history. A request keeps its
 -- first 3 and its last 20.

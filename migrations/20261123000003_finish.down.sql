@@ -1,3 +1,4 @@
+DROP FUNCTION mark_handled;
 DROP FUNCTION take_unhandled;
 DROP FUNCTION cancel_channels;
 DROP FUNCTION cancel_request;

@@ -285,19 +285,36 @@ BEGIN
 END;
 $$;
 
--- Takes one outcome that is due, and returns its id. It counts as handled once the transaction
--- commits. A concurrent transaction takes a different outcome. The outcome itself must be read in
--- another transaction: a lock on its partition until the end of this one would delay pruning.
-CREATE FUNCTION take_unhandled(p_channel text) RETURNS uuid
+-- Takes one outcome that is due: locks its row until the transaction ends. A concurrent transaction
+-- takes a different outcome. The outcome itself must be read in another transaction: a lock on its
+-- partition until the end of this one would delay pruning. Leaves out p_except, whose failures the
+-- process is about to record. Returns the id of the transaction too.
+CREATE FUNCTION take_unhandled(p_channel text, p_except uuid[] DEFAULT '{}')
+RETURNS TABLE (id uuid, xact text)
 LANGUAGE sql
 SET search_path FROM CURRENT
 -- As for enqueue, which callers' sessions call too.
 SET enable_seqscan = off
 AS $$
-    DELETE FROM unhandled d WHERE d.id = (
+    SELECT due.id, pg_current_xact_id()::text FROM (
         SELECT u.id FROM unhandled u
         WHERE u.channel_name = p_channel AND u.due_at <= statement_timestamp()
+            AND u.id <> ALL (p_except)
         ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED
-    )
-    RETURNING d.id
+    ) due
+$$;
+
+-- Marks an outcome as handled once this transaction commits. Returns false if it is not the one
+-- that took the outcome: the handler has ended that one.
+CREATE FUNCTION mark_handled(p_id uuid, p_xact text) RETURNS boolean
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF pg_current_xact_id_if_assigned()::text IS DISTINCT FROM p_xact THEN
+        RETURN false;
+    END IF;
+    DELETE FROM unhandled u WHERE u.id = p_id;
+    RETURN FOUND;
+END;
 $$;

@@ -204,7 +204,8 @@ BEGIN
         SELECT p_id, h.channel_name, v_kept.slot FROM handled_channels h
         WHERE h.channel_name = v_kept.channel_name
         ON CONFLICT (id) DO UPDATE
-        SET slot = excluded.slot, due_at = excluded.due_at, failures = 0, error = NULL;
+        SET slot = excluded.slot, due_at = excluded.due_at, failures = 0, failing_since = NULL,
+            error = NULL;
         IF v_in_place THEN
             PERFORM tell_runners(v_kept.channel_name);
         END IF;

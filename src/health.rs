@@ -1,6 +1,11 @@
 //! How the background work of a handle fares.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+
+use crate::id::RequestId;
+
+/// A channel's handler counts as gone once no process has had one for this long: 2 minutes.
+pub const HANDLER_GONE_AFTER: Duration = Duration::from_secs(120);
 
 /// A part of a handle's sweep, which deletes what has outlived its retention.
 /// [`Durable::sweep_parts`](crate::Durable::sweep_parts) returns all of them.
@@ -20,4 +25,46 @@ pub struct SweepPart {
     pub behind: bool,
     /// How long ago the last run without a failure ended. `None` if there was none yet.
     pub last_success: Option<Duration>,
+}
+
+/// An outcome that could not be handed over to its channel's handler.
+/// [`Durable::failed_hand_overs`](crate::Durable::failed_hand_overs) lists them.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct FailedHandOver {
+    /// The id of the request.
+    pub id: RequestId,
+    /// The channel.
+    pub channel: String,
+    /// How many times its handler has failed, since the last
+    /// [`retry_hand_over`](crate::Durable::retry_hand_over).
+    pub failures: u32,
+    /// Why the handler failed the last time. URLs are cut to scheme, host and port.
+    pub error: Option<String>,
+    /// When it could not be handed over for the first time, by the database's clock.
+    pub since: SystemTime,
+    /// Its handler has failed
+    /// [`max_handler_failures`](crate::DurableBuilder::max_handler_failures) times, so it is not
+    /// handed over any more until it is retried.
+    pub parked: bool,
+    /// A process with a handler could not read it, because a newer version wrote it or because it
+    /// is damaged.
+    pub unreadable: bool,
+}
+
+/// A channel whose outcomes wait for a handler.
+/// [`Durable::handled_channels`](crate::Durable::handled_channels) lists them.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct HandledChannel {
+    /// The channel.
+    pub channel: String,
+    /// A process has had a handler within the last [`HANDLER_GONE_AFTER`].
+    pub has_handler: bool,
+    /// How long ago a process noted that it has a handler. Processes do so every 10 seconds.
+    pub last_seen: Option<Duration>,
+    /// How many outcomes wait for their handler, counted up to 10,000.
+    pub waiting: u64,
+    /// How many more are [parked](FailedHandOver::parked), counted up to 10,000.
+    pub parked: u64,
 }

@@ -133,7 +133,8 @@ pub use dead_letter::{
 };
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_DEAD_LETTER_RETENTION,
-    DEFAULT_LEASE, DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_LOST_ATTEMPTS, DEFAULT_MAX_QUEUED_BYTES,
+    DEFAULT_HANDLER_CONCURRENCY, DEFAULT_HANDLER_TIMEOUT, DEFAULT_LEASE, DEFAULT_MAX_CONNECTIONS,
+    DEFAULT_MAX_HANDLER_FAILURES, DEFAULT_MAX_LOST_ATTEMPTS, DEFAULT_MAX_QUEUED_BYTES,
     DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
     DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, Durable,
     DurableBuilder, OutcomeSubscription, RequestHead,
@@ -142,7 +143,7 @@ pub use durable::{
 pub use engine::attempt::transport::MiddlewareTransport;
 pub use engine::attempt::transport::{HttpClient, MapBody, ReqwestFuture, ReqwestTransport};
 pub use error::Error;
-pub use health::SweepPart;
+pub use health::{FailedHandOver, HANDLER_GONE_AFTER, HandledChannel, SweepPart};
 pub use id::RequestId;
 pub use idempotency_header::IdempotencyHeader;
 pub use into_request::IntoRequest;

@@ -51,6 +51,12 @@ pub const DEFAULT_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
 pub const DEFAULT_DEAD_LETTER_RETENTION: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 /// How many attempts of a request in a row may be lost with their processes: 5.
 pub const DEFAULT_MAX_LOST_ATTEMPTS: u32 = 5;
+/// How many outcomes of a channel handlers get at the same time in a handle: 4.
+pub const DEFAULT_HANDLER_CONCURRENCY: usize = 4;
+/// How long a handler of outcomes may take: 60 seconds.
+pub const DEFAULT_HANDLER_TIMEOUT: Duration = Duration::from_secs(60);
+/// After how many failures of its handler an outcome is parked: 100, which takes about 8 hours.
+pub const DEFAULT_MAX_HANDLER_FAILURES: u32 = 100;
 /// How many connections requeuest's own pool has at most: 8.
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 8;
 
@@ -127,6 +133,9 @@ impl DurableBuilder {
                 max_unsettled_bytes: DEFAULT_MAX_UNSETTLED_BYTES,
                 attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
                 max_lost_attempts: DEFAULT_MAX_LOST_ATTEMPTS,
+                handler_concurrency: DEFAULT_HANDLER_CONCURRENCY,
+                handler_timeout: DEFAULT_HANDLER_TIMEOUT,
+                max_handler_failures: DEFAULT_MAX_HANDLER_FAILURES,
                 retry_awaited: RetryPolicy::awaited(),
                 retry_fired: RetryPolicy::fired(),
                 classifier: Classifier::default(),
@@ -335,6 +344,37 @@ impl DurableBuilder {
         self
     }
 
+    /// How many outcomes of a channel the handlers of this handle ([`Durable::on_outcome`]) get at
+    /// the same time, from 1 to 1,000. Each takes a connection of the application's pool while its
+    /// handler works. All channels together use up to half of that pool's connections, and at least
+    /// one for each channel, so that handlers may take a second connection. Defaults to
+    /// [`DEFAULT_HANDLER_CONCURRENCY`].
+    pub fn handler_concurrency(mut self, concurrency: usize) -> Self {
+        self.config.handler_concurrency = concurrency;
+        self
+    }
+
+    /// How long a handler may take for one outcome, with the commit. Longer than zero. After that
+    /// its transaction is rolled back, its connection is closed, and it counts as failed. Defaults
+    /// to [`DEFAULT_HANDLER_TIMEOUT`].
+    ///
+    /// The handler's future is dropped. If the handler blocks its thread instead, its transaction
+    /// still ends, but it keeps its place within
+    /// [`handler_concurrency`](Self::handler_concurrency) until it returns.
+    pub fn handler_timeout(mut self, timeout: Duration) -> Self {
+        self.config.handler_timeout = timeout;
+        self
+    }
+
+    /// How many times a handler may fail for one outcome, from 1 to 1,000,000. The handler is
+    /// called again after one second, then after twice as long each time, up to five minutes. After
+    /// that many failures the outcome is parked: it is not handed over any more until
+    /// [`Durable::retry_hand_over`]. Defaults to [`DEFAULT_MAX_HANDLER_FAILURES`].
+    pub fn max_handler_failures(mut self, failures: u32) -> Self {
+        self.config.max_handler_failures = failures;
+        self
+    }
+
     /// The Postgres schema, as passed to [`Migrator::schema`](crate::migrate::Migrator::schema).
     /// Defaults to [`DEFAULT_SCHEMA`].
     pub fn schema(mut self, schema: impl Into<String>) -> Self {
@@ -526,6 +566,17 @@ impl DurableBuilder {
             (1..=1000).contains(&config.max_lost_attempts),
             "max_lost_attempts",
             "must be from 1 to 1,000",
+        )?;
+        ensure(
+            (1..=1000).contains(&config.handler_concurrency),
+            "handler_concurrency",
+            "must be from 1 to 1,000",
+        )?;
+        validate_timeout(config.handler_timeout).map_err(named("handler_timeout"))?;
+        ensure(
+            (1..=1_000_000).contains(&config.max_handler_failures),
+            "max_handler_failures",
+            "must be from 1 to 1,000,000",
         )?;
         ensure(
             store.max_connections >= 2,

@@ -10,16 +10,50 @@ use crate::options::validate_channel;
 use crate::store::hand_over::OutcomeHandler;
 
 /// Keeps a handler subscribed. Dropping it stops the handler in this process; outcomes then wait
-/// for another handler.
+/// for another handler. So `let _ = durable.on_outcome(…)` stops the handler at once: bind the
+/// subscription to a name, or [`detach`](Self::detach) it.
+///
+/// A call of the handler that is under way when the subscription is dropped runs to its end.
 #[derive(Debug)]
-#[must_use = "dropping the subscription stops the handler"]
+#[must_use = "dropping the subscription stops the handler; keep it, or call `detach`"]
 pub struct OutcomeSubscription {
-    task: JoinHandle<()>,
+    channel: Arc<str>,
+    /// `None` once it is detached.
+    task: Option<JoinHandle<()>>,
+}
+
+impl OutcomeSubscription {
+    /// Keeps the handler subscribed until the handle is [shut down](Durable::shutdown) or the
+    /// process ends.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(
+    /// #     durable: requeuest::Durable,
+    /// #     handler: impl requeuest::OutcomeHandler,
+    /// # ) -> Result<(), requeuest::Error> {
+    /// durable.on_outcome("payments", handler).await?.detach();
+    /// # Ok(()) }
+    /// ```
+    pub fn detach(mut self) {
+        self.task = None;
+    }
 }
 
 impl Drop for OutcomeSubscription {
     fn drop(&mut self) {
-        self.task.abort();
+        let Some(task) = &self.task else {
+            return;
+        };
+        if !task.is_finished() {
+            let channel = &*self.channel;
+            tracing::info!(
+                channel,
+                "a handler's subscription is dropped; its outcomes wait"
+            );
+            task.abort();
+        }
     }
 }
 
@@ -32,8 +66,17 @@ impl Durable {
     /// status. From the first subscription on, outcomes of the channel are kept until they are
     /// handled, also while no process has a handler.
     /// [`unsubscribe_outcomes`](Self::unsubscribe_outcomes) ends that. Several processes may
-    /// subscribe to the same channel: each outcome goes to one of them. A process handles one
-    /// outcome of a channel at a time.
+    /// subscribe to the same channel: each outcome goes to one of them. A process hands over up to
+    /// [`handler_concurrency`](crate::DurableBuilder::handler_concurrency) outcomes of a channel at
+    /// the same time, in no promised order, and no outcome twice at the same time.
+    ///
+    /// A handler fails if it returns an error, panics, takes longer than
+    /// [`handler_timeout`](crate::DurableBuilder::handler_timeout), or returns `Ok` although its
+    /// transaction can't be committed any more, after a database error that it ignored. Then it is
+    /// called again for this outcome later, and the other outcomes don't wait. After
+    /// [`max_handler_failures`](crate::DurableBuilder::max_handler_failures) the outcome is parked.
+    /// [`failed_hand_overs`](Self::failed_hand_overs) lists those outcomes, and
+    /// [`handled_channels`](Self::handled_channels) the channels that have lost their handlers.
     ///
     /// The outcome is stored before the handler is called, so callers that await the response don't
     /// wait for the handler.
@@ -79,12 +122,16 @@ impl Durable {
         handler: impl OutcomeHandler,
     ) -> Result<OutcomeSubscription, Error> {
         let channel = checked(channel)?;
-        let task = self.engine().subscribe_outcomes(channel, handler).await?;
-        Ok(OutcomeSubscription { task })
+        let name = Arc::clone(&channel);
+        let task = self.engine().subscribe_outcomes(name, handler).await?;
+        Ok(OutcomeSubscription {
+            channel,
+            task: Some(task),
+        })
     }
 
     /// Stops keeping the outcomes of a channel for handlers. Outcomes that still wait are not
-    /// handed over.
+    /// handed over, except those that a handler has at this moment.
     ///
     /// # Errors
     ///
@@ -102,7 +149,7 @@ impl Durable {
     }
 }
 
-fn checked(channel: impl Into<Arc<str>>) -> Result<Arc<str>, Error> {
+pub(super) fn checked(channel: impl Into<Arc<str>>) -> Result<Arc<str>, Error> {
     let channel = channel.into();
     validate_channel(&channel).map_err(|reason| Error::request("channel", reason))?;
     Ok(channel)

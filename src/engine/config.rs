@@ -24,6 +24,12 @@ pub(crate) struct Config {
     pub(crate) attempt_timeout: Duration,
     /// How many attempts in a row may be lost with their processes.
     pub(crate) max_lost_attempts: u32,
+    /// How many outcomes of a channel are in the hands of handlers at once.
+    pub(crate) handler_concurrency: usize,
+    /// How long a handler may take.
+    pub(crate) handler_timeout: Duration,
+    /// After how many failures of its handler an outcome is parked.
+    pub(crate) max_handler_failures: u32,
     pub(crate) retry_awaited: RetryPolicy,
     pub(crate) retry_fired: RetryPolicy,
     pub(crate) classifier: Classifier,

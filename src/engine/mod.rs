@@ -64,6 +64,7 @@ pub(crate) struct Engine {
     budget: Arc<Budget>,
     bulk_permits: Arc<Semaphore>,
     sweep: Arc<tasks::sweep::Health>,
+    handler_places: Arc<tasks::hand_over::Places>,
 }
 
 impl Engine {
@@ -99,6 +100,8 @@ impl Engine {
             )),
             spawn.spawn(tasks::sweep::run(store.clone(), Arc::clone(&sweep))),
         ];
+        let caller_connections = store.caller_pool().options().get_max_connections();
+        let handler_places = tasks::hand_over::Places::new(caller_connections);
         let budget = Budget::new(config.max_queued_requests, config.max_queued_bytes);
         let parts = Parts {
             store,
@@ -117,6 +120,7 @@ impl Engine {
             budget: Arc::new(budget),
             bulk_permits: Arc::new(Semaphore::new(BULK_INSERTS)),
             sweep,
+            handler_places: Arc::new(handler_places),
         })
     }
 
@@ -249,7 +253,8 @@ impl Engine {
         self.with_store(|store| async move { store.register_handler(&name).await })
             .await?;
         let driver = Arc::clone(&self.driver);
-        let handing_over = tasks::hand_over::run(driver, channel, Arc::new(handler));
+        let places = Arc::clone(&self.handler_places);
+        let handing_over = tasks::hand_over::run(driver, places, channel, Arc::new(handler));
         Ok(self.driver.spawn(handing_over))
     }
 

@@ -524,3 +524,104 @@ async fn read_what_a_newer_version_wrote() {
     }
     durable.shutdown(LONG).await.unwrap();
 }
+
+#[tokio::test]
+async fn parked_outcomes_and_a_handler_that_is_gone_are_one_warning_each() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let variables = [
+        ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
+        ("REQUEUEST_TEST_SERVER", server.url("/")),
+    ];
+    let run = move || Output::of("park_outcomes_and_lose_the_handler", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    let [fails, parked, gone] = &*warnings else {
+        panic!("{warnings:#?}");
+    };
+    assert!(fails.contains("a handler failed"), "{fails}");
+    for part in [
+        "an outcome is parked, because its handler has failed too often",
+        r#"channel="default""#,
+        "failures=2",
+        r#"error="no luck at https://ledger""#,
+    ] {
+        assert!(parked.contains(part), "{part}: {parked}");
+    }
+    let expected = "outcomes wait for a handler, and no process has one";
+    assert!(gone.contains(expected), "{gone}");
+    assert!(gone.contains(r#"channel="default""#), "{gone}");
+    let infos = output.at("INFO").join("\n");
+    for line in [
+        "a handler's subscription is dropped",
+        "no outcome waits for a handler that is gone any more",
+    ] {
+        assert!(infos.contains(line), "{line}: {infos}");
+    }
+    for line in &output.logged {
+        assert!(!line.contains("hunter2"), "{line}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn park_outcomes_and_lose_the_handler() {
+    if !plays("park_outcomes_and_lose_the_handler") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let durable = Durable::builder(pool.clone())
+        .retention(Duration::from_secs(60))
+        .max_handler_failures(2)
+        .build()
+        .unwrap();
+    let url = variable("REQUEUEST_TEST_SERVER");
+    let broken = outcome_fn(async |_: &mut PgConnection, _: &Outcome| {
+        Err(std::io::Error::other(
+            "no luck at https://user:hunter2@ledger/hunter2",
+        ))
+    });
+    let subscription = durable.on_outcome("default", broken).await.unwrap();
+    durable.await_response(post(&url, "hunter2")).await.unwrap();
+    eventually("the outcome is parked", || async {
+        let failed = durable.failed_hand_overs(None).await.unwrap();
+        failed.first().is_some_and(|one| one.parked)
+    })
+    .await;
+    // Sweeps look for channels that only have parked outcomes, and for one with another.
+    drop(subscription);
+    let age = "UPDATE requeuest.handler_heartbeats SET seen_at = now() - interval '3 min'";
+    pool.execute(age).await.unwrap();
+    sweeps(&durable, 1).await;
+    durable.await_response(post(&url, "hunter2")).await.unwrap();
+    sweeps(&durable, 2).await;
+    let handler = outcome_fn(async |_: &mut PgConnection, _: &Outcome| Ok::<_, sqlx::Error>(()));
+    durable
+        .on_outcome("default", handler)
+        .await
+        .unwrap()
+        .detach();
+    eventually("the other outcome is handled", || async {
+        durable.handled_channels().await.unwrap()[0].waiting == 0
+    })
+    .await;
+    sweeps(&durable, 1).await;
+    durable.shutdown(LONG).await.unwrap();
+}
+
+/// Waits for this many whole sweeps.
+async fn sweeps(durable: &Durable, count: usize) {
+    for _ in 0..count {
+        let began = std::time::Instant::now();
+        eventually("a sweep", || async {
+            durable.sweep_parts().iter().any(|part| {
+                part.name == "handlers"
+                    && part.last_success.is_some_and(|ago| ago < began.elapsed())
+            })
+        })
+        .await;
+    }
+}

@@ -1,5 +1,7 @@
 //! Handlers, which get outcomes in a transaction.
 
+mod failing;
+
 use std::error::Error;
 use std::pin::Pin;
 use std::sync::Arc;

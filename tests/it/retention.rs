@@ -131,6 +131,29 @@ async fn outcomes_without_a_handler_are_moved_and_pin_nothing() {
 }
 
 #[tokio::test]
+async fn one_outcome_that_its_handler_refuses_keeps_none_of_the_others() {
+    let database = migrated().await;
+    let durable = sweeping(&database);
+    let handler = outcome_fn(async |_: &mut PgConnection, _: &Outcome| Ok::<_, sqlx::Error>(()));
+    drop(durable.on_outcome("c", handler).await.unwrap());
+    // Handled ones, and one that is not.
+    add_outcomes(&database, 4, 1, 100, 60).await;
+    let unhandled = "INSERT INTO requeuest.unhandled (id, channel_name, slot)
+                     SELECT id, 'c', slot FROM requeuest.outcomes";
+    database.pool().execute(unhandled).await.unwrap();
+    add_outcomes(&database, 4, 299, 100, 60).await;
+    let poison = outcome_fn(async |_: &mut PgConnection, outcome: &Outcome| {
+        if outcome.status() == Status::Completed {
+            panic!("poison");
+        }
+        Ok::<_, sqlx::Error>(())
+    });
+    let _handler = durable.on_outcome("c", poison).await.unwrap();
+    eventually_rows(&database, "outcomes", 1).await;
+    eventually_rows(&database, "unhandled WHERE failures > 0", 1).await;
+}
+
+#[tokio::test]
 async fn outcomes_of_different_retentions_go_each_at_its_time() {
     let database = migrated().await;
     let _durable = sweeping(&database);

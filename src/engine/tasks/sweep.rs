@@ -4,6 +4,7 @@
 //! rows in a run. Where old rows may have to stay, a part goes through them by a cursor that it
 //! keeps between runs.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -108,6 +109,7 @@ struct Sweep {
     keys: Part,
     dead_letters: Part,
     order: Part,
+    handlers: Part,
     old_attempts: Cursor,
     old_keys: Cursor,
     late_after: Option<Uuid>,
@@ -120,6 +122,8 @@ struct Sweep {
     waiting: OwnCondition,
     /// The order of keys had to be mended.
     stuck: OwnCondition,
+    /// Channels of which outcomes wait although no process has a handler.
+    without_handler: BTreeSet<String>,
 }
 
 impl Sweep {
@@ -134,6 +138,7 @@ impl Sweep {
             keys: Part::new("keys"),
             dead_letters: Part::new("dead letters"),
             order: Part::new("ordering keys"),
+            handlers: Part::new("handlers"),
             old_attempts: Cursor::new(Old::Attempts),
             old_keys: Cursor::new(Old::Keys),
             late_after: None,
@@ -142,6 +147,7 @@ impl Sweep {
             locked: OwnCondition::default(),
             waiting: OwnCondition::default(),
             stuck: OwnCondition::default(),
+            without_handler: BTreeSet::new(),
         }
     }
 
@@ -160,6 +166,32 @@ impl Sweep {
         self.dead_letters.note(&self.store, &self.health, &purged);
         let mended = self.mend_order().await;
         self.order.note(&self.store, &self.health, &mended);
+        let looked = self.look_for_handlers().await;
+        self.handlers.note(&self.store, &self.health, &looked);
+    }
+
+    async fn look_for_handlers(&mut self) -> Result<Progress, StoreError> {
+        let found: BTreeSet<_> = self
+            .store
+            .channels_without_handler()
+            .await?
+            .into_iter()
+            .collect();
+        for channel in found.difference(&self.without_handler) {
+            tracing::warn!(
+                channel,
+                "outcomes wait for a handler, and no process has one; subscribe again, or call \
+                 `unsubscribe_outcomes`"
+            );
+        }
+        for channel in self.without_handler.difference(&found) {
+            tracing::info!(
+                channel,
+                "no outcome waits for a handler that is gone any more"
+            );
+        }
+        self.without_handler = found;
+        Ok(Progress::Done)
     }
 
     async fn purge_expired(&self) -> Result<Progress, StoreError> {

@@ -23,7 +23,19 @@ pub trait OutcomeHandler: Send + Sync + 'static {
     /// handled.
     ///
     /// `Ok` commits the transaction. An error or a panic rolls it back, and the handler is called
-    /// again later: after one second, then after twice as long each time, up to five minutes.
+    /// again later: after one second, then after twice as long each time, up to five minutes. After
+    /// [`max_handler_failures`](crate::DurableBuilder::max_handler_failures) the outcome is parked.
+    ///
+    /// These count as failures too:
+    ///
+    /// - The future takes longer than
+    ///   [`handler_timeout`](crate::DurableBuilder::handler_timeout). It is dropped, and its
+    ///   transaction is rolled back.
+    /// - `Ok` after a database error outside a savepoint: Postgres has aborted the transaction by
+    ///   then. Return the error, or make the statement in a transaction of
+    ///   [`Connection::begin`](sqlx::Connection::begin), which becomes a savepoint.
+    /// - `Ok` after a `COMMIT` or `ROLLBACK` of the transaction itself, or with a nested transaction
+    ///   that is still open.
     fn handle<'a>(
         &'a self,
         transaction: &'a mut PgConnection,

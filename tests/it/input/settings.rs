@@ -89,7 +89,7 @@ async fn the_longest_names_are_accepted() {
 async fn the_builder_names_the_field_that_it_refuses() {
     type Change = fn(DurableBuilder) -> DurableBuilder;
     let database = migrated().await;
-    let refused: [(&str, Change); 26] = [
+    let refused: [(&str, Change); 32] = [
         ("channel", |b| b.channel("")),
         ("channel", |b| b.channel("x".repeat(56))),
         ("channel", |b| b.channel("a\0b")),
@@ -121,6 +121,12 @@ async fn the_builder_names_the_field_that_it_refuses() {
         }),
         ("max_lost_attempts", |b| b.max_lost_attempts(0)),
         ("max_lost_attempts", |b| b.max_lost_attempts(1001)),
+        ("handler_concurrency", |b| b.handler_concurrency(0)),
+        ("handler_concurrency", |b| b.handler_concurrency(1001)),
+        ("handler_timeout", |b| b.handler_timeout(Duration::ZERO)),
+        ("handler_timeout", |b| b.handler_timeout(Duration::MAX)),
+        ("max_handler_failures", |b| b.max_handler_failures(0)),
+        ("max_handler_failures", |b| b.max_handler_failures(u32::MAX)),
         ("schema", |b| b.schema("")),
         ("schema", |b| b.schema("a\"; drop schema public; --")),
         ("max_connections", |b| b.max_connections(1)),

@@ -1,0 +1,14 @@
+//~ unused `OutcomeSubscription` that must be used
+#![deny(unused_must_use)]
+
+async fn subscribe(
+    durable: requeuest::Durable,
+    handler: impl requeuest::OutcomeHandler,
+) -> Result<(), requeuest::Error> {
+    durable.on_outcome("payments", handler).await?;
+    Ok(())
+}
+
+fn main() {
+    drop(subscribe);
+}
