@@ -133,6 +133,8 @@ CREATE TABLE mq_freed_keys (
     autovacuum_vacuum_cost_delay = 0
 );
 CREATE INDEX mq_freed_keys_channel ON mq_freed_keys (channel_name);
+-- A publication of all tables refuses deletes from a table without an identity of its rows.
+ALTER TABLE mq_freed_keys REPLICA IDENTITY FULL;
 
 -- The content of requests. Read once per attempt, so it is kept out of the hot table.
 CREATE TABLE mq_payloads (
@@ -206,7 +208,10 @@ CREATE TABLE outcomes (
     -- end of a lease.
     reconcile_at timestamptz,
     -- How often the receiver was asked.
-    reconciles int NOT NULL DEFAULT 0
+    reconciles int NOT NULL DEFAULT 0,
+    -- Requests are looked up by id. The slot is here because the key of a partitioned table must
+    -- have it.
+    PRIMARY KEY (id, slot)
 ) PARTITION BY LIST (slot);
 ALTER TABLE outcomes ALTER COLUMN body SET STORAGE EXTERNAL;
 
@@ -221,7 +226,6 @@ BEGIN
     END LOOP;
 END;
 $$;
-CREATE INDEX outcomes_id ON outcomes (id);
 -- Whether a slot has rows that have expired, and rows that have not, without reading the slot.
 CREATE INDEX outcomes_expires_at ON outcomes (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX outcomes_kept_reconcile ON outcomes_kept (reconcile_at) WHERE status = 'ambiguous';

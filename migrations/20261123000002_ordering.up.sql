@@ -81,6 +81,8 @@ END;
 $$;
 CREATE TRIGGER mq_msgs_free_next AFTER DELETE ON mq_msgs
     FOR EACH ROW WHEN (OLD.seq IS NOT NULL) EXECUTE FUNCTION free_next();
+-- Whatever the session's session_replication_role: without the trigger, keys would get stuck.
+ALTER TABLE mq_msgs ENABLE ALWAYS TRIGGER mq_msgs_free_next;
 
 -- Makes the first request of an ordering key claimable. Returns 1 if it wasn't, 0 if it was or if
 -- there is none, and NULL if the request is locked.

@@ -158,10 +158,11 @@ BEGIN
 END;
 $$;
 
--- Ends unfinished requests without a response and notifies the instances that wait for them.
--- Returns the ids of the requests it ended.
+-- Ends unfinished requests without a response and, unless p_notify is false, notifies the instances
+-- that wait for them. Returns the ids of the requests it ended.
 CREATE FUNCTION end_requests(
-    p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval
+    p_ids uuid[], p_status text, p_class text, p_error text, p_retention interval,
+    p_notify boolean DEFAULT true
 ) RETURNS uuid[]
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -180,8 +181,10 @@ BEGIN
         p_ids, NULL, array_fill(p_status, v_each), NULL, NULL, NULL, array_fill(p_class, v_each),
         array_fill(p_error, v_each), NULL, p_retention
     ) e;
-    PERFORM tell_waiters(v_ended, v_waiters);
-    PERFORM tell_runners(c.name) FROM unnest(v_channels) AS c(name);
+    IF p_notify THEN
+        PERFORM tell_waiters(v_ended, v_waiters);
+        PERFORM tell_runners(c.name) FROM unnest(v_channels) AS c(name);
+    END IF;
     RETURN v_ended;
 END;
 $$;

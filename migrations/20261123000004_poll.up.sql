@@ -289,7 +289,7 @@ $$;
 
 -- Picks owned rows whose lease has run out, and parked rows that may be looked at again. During a
 -- backlog, a session does so at most once a second. The session setting `requeuest.looked` holds
--- the time of its last look.
+-- the time of its last look, in seconds since 1970.
 CREATE FUNCTION pick_lapsed(p poll_t, p_channels text[]) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -299,12 +299,12 @@ DECLARE
     -- So few that what nothing can read doesn't keep the rest waiting.
     v_parked int := p.batch / 16 + 1;
 BEGIN
-    IF p.backlog AND p.now - interval '1 second' <=
-        coalesce(nullif(current_setting('requeuest.looked', true), ''), '-infinity')::timestamptz
+    IF p.backlog AND extract(epoch FROM p.now) - 1 <=
+        coalesce(nullif(current_setting('requeuest.looked', true), ''), '0')::numeric
     THEN
         RETURN p;
     END IF;
-    PERFORM set_config('requeuest.looked', p.now::text, false);
+    PERFORM set_config('requeuest.looked', extract(epoch FROM p.now)::text, false);
     v_channels := coalesce(p_channels, leased_channels());
     SELECT coalesce(array_agg(locked.ctid), '{}') INTO p.picked FROM (
         SELECT m.ctid
@@ -501,7 +501,8 @@ BEGIN
                 v_cursor := '';
                 CONTINUE;
             END IF;
-            EXIT WHEN v_wrapped AND v_group > v_start;
+            -- In the order of the index.
+            EXIT WHEN v_wrapped AND v_group COLLATE "C" > v_start;
             v_cursor := v_group;
             p.visited := p.visited + 1;
             IF p_share >= p.batch OR v_channel || ' ' || v_group <> ALL (p.served) THEN

@@ -30,6 +30,7 @@ $$;
 
 CREATE TRIGGER outcomes_kept_expiry BEFORE INSERT ON outcomes_kept
     FOR EACH ROW WHEN (NEW.expires_at IS NULL) EXECUTE FUNCTION set_expiry();
+ALTER TABLE outcomes_kept ENABLE ALWAYS TRIGGER outcomes_kept_expiry;
 
 -- Scheme, host and port of a stored request, without its credentials. NULL for a head that can't be
 -- read, so that such a request doesn't keep the others from being listed.
@@ -38,12 +39,15 @@ LANGUAGE sql
 IMMUTABLE
 SET search_path FROM CURRENT
 AS $$
-    SELECT lower(u.url[1] || '://' || CASE
+    -- By "C", or a Turkish locale would make another letter of an I. A regular expression with
+    -- backslashes in dollars, for sessions whose standard_conforming_strings is off.
+    SELECT lower((u.url[1] || '://' || CASE
         WHEN u.url[2] ~ ':[0-9]+$' THEN u.url[2]
         ELSE rtrim(u.url[2], ':') || CASE lower(u.url[1]) WHEN 'https' THEN ':443' ELSE ':80' END
-    END)
+    END) COLLATE "C")
     FROM regexp_match(
-        p_head, '^\{"method":"[^"\\]*","url":"(https?)://(?:[^/?#"\\]*@)?([^/?#"\\@]+)', 'i'
+        p_head COLLATE "C",
+        $re$^\{"method":"[^"\\]*","url":"(https?)://(?:[^/?#"\\]*@)?([^/?#"\\@]+)$re$, 'i'
     ) AS u(url);
 $$;
 
@@ -116,7 +120,7 @@ BEGIN
         WHERE m.id = p_id;
     ELSE
         IF v_ordered THEN
-            v_seq := nextval('mq_seq');
+            v_seq := next_seq(v_kept.channel_name, v_kept.channel_args);
         END IF;
         INSERT INTO mq_msgs (
             id, channel_name, channel_args, attempt_at, seq, destination, halts
@@ -233,7 +237,7 @@ BEGIN
             WHERE m.id = p_id;
         ELSE
             IF v_ordered THEN
-                v_seq := nextval('mq_seq');
+                v_seq := next_seq(v_kept.channel_name, v_kept.channel_args);
             END IF;
             INSERT INTO mq_msgs (
                 id, channel_name, channel_args, attempt_at, created_at, seq, claim_no, attempts,

@@ -359,7 +359,8 @@ async fn insert_alone(
 )]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Inserting {
-    /// Whether the commit notifies runners of a request that is due.
+    /// Whether the commit notifies runners of a request that is due, and processes that wait for a
+    /// request that is superseded.
     pub(super) notify: bool,
     /// Whether to wait for another transaction that holds one of the request's keys.
     wait: bool,
@@ -464,7 +465,7 @@ pub(super) async fn insert_one<'c>(
         .bind(key.map(|key| &key.fingerprint[..]))
         .bind(request.supersede.as_deref())
         .bind(millis(how.retention))
-        .bind(how.notify && request.needs_runner())
+        .bind(how.notify.then(|| request.needs_runner()))
         .bind(how.wait)
         .bind(how.again)
         .bind(request.metadata())
