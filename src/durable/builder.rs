@@ -390,8 +390,9 @@ impl DurableBuilder {
     }
 
     /// Whether a commit after [`Durable::fire_in`] notifies runners. Commits with a notification
-    /// wait for each other; without one, runners find the request within a second. Defaults to
-    /// `true`.
+    /// wait for each other; without one, runners find the request within a second. So do callers
+    /// whose request was superseded. Postgres refuses `PREPARE TRANSACTION` after a notification:
+    /// for two-phase commits, set this to `false`. Defaults to `true`.
     pub fn notify_in_transactions(mut self, notify: bool) -> Self {
         self.store.notify_in_transactions = notify;
         self
@@ -421,6 +422,19 @@ impl DurableBuilder {
     /// Connect options for requeuest's own pool. Set this when your application's pool goes through
     /// a transaction-mode pooler such as `PgBouncer`: requeuest needs sessions that keep their
     /// settings. Defaults to the options of the application's pool.
+    ///
+    /// What the application's pool does in its `after_connect`, such as a `SET ROLE`, doesn't apply
+    /// to requeuest's own connections. The startup option `role` does the same, here or in the
+    /// options of the application's pool:
+    ///
+    /// ```no_run
+    /// # fn example(pool: sqlx::PgPool) -> Result<requeuest::Durable, requeuest::Error> {
+    /// let options = (*pool.connect_options()).clone().options([("role", "app")]);
+    /// requeuest::Durable::builder(pool).connect_options(options).build()
+    /// # }
+    /// ```
+    ///
+    /// [`Durable::set_connect_options`] replaces them while the handle runs.
     pub fn connect_options(mut self, options: PgConnectOptions) -> Self {
         self.store.connect_options = Some(options);
         self

@@ -14,6 +14,7 @@ use std::fmt;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use sqlx::postgres::PgConnectOptions;
 use sqlx::{PgExecutor, PgPool};
 
 use crate::engine::Engine;
@@ -406,6 +407,28 @@ impl Durable {
     /// ```
     pub fn sweep_parts(&self) -> Vec<SweepPart> {
         self.engine().sweep_parts()
+    }
+
+    /// From now on, new connections of requeuest's own pool use these options: the password has
+    /// changed, or the server has moved. They replace those of
+    /// [`DurableBuilder::connect_options`].
+    ///
+    /// A handle without options of its own needs no call. It uses those that the application's
+    /// pool has at the time: see [`PgPool::set_connect_options`](sqlx::Pool::set_connect_options).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(
+    /// #     durable: requeuest::Durable,
+    /// #     direct: sqlx::postgres::PgConnectOptions,
+    /// #     password: &str,
+    /// # ) {
+    /// durable.set_connect_options(direct.password(password));
+    /// # }
+    /// ```
+    pub fn set_connect_options(&self, options: PgConnectOptions) {
+        self.engine().store().set_connect_options(options);
     }
 
     pub(crate) fn engine(&self) -> &Arc<Engine> {

@@ -61,7 +61,7 @@ async fn replay_batch(
                     return Err(error.into_indeterminate());
                 }
             }
-            Err(error) => return Err(store.refused(error)),
+            Err(error) => return Err(store.refused(error).await),
         }
         pause.wait().await;
     }

@@ -301,7 +301,7 @@ async fn write(store: &Store, mut batch: Vec<Submission>) {
                 let error = if unknown {
                     error.into_indeterminate()
                 } else {
-                    store.refused(error)
+                    store.refused(error).await
                 };
                 for (row, (_, done)) in rows.iter().zip(parts) {
                     let error = error.share();
@@ -402,7 +402,7 @@ async fn insert_when_free(
                     return Err(error.into_indeterminate().with_id(row.id));
                 }
             }
-            Err(error) => return Err(store.refused(error)),
+            Err(error) => return Err(store.refused(error).await),
         }
         tokio::select! {
             () = pause.wait() => {}

@@ -80,7 +80,11 @@ impl BulkInsert<'_> {
     pub(crate) async fn write(&mut self, chunk: &Chunk) -> Result<Vec<RequestId>, Error> {
         let (store, how) = (self.store, self.store.inserting());
         let schema = &store.config().schema;
-        within(chunk.bytes, write(self.connection()?, schema, how, chunk)).await
+        let written = within(chunk.bytes, write(self.connection()?, schema, how, chunk)).await;
+        if let Some(error) = written.as_ref().err().and_then(sqlx_error) {
+            store.db().note_failure(error);
+        }
+        written
     }
 
     pub(crate) async fn commit(mut self) -> Result<(), Error> {
@@ -111,6 +115,10 @@ impl Drop for BulkInsert<'_> {
             drop(checkout.connection.detach());
         }
     }
+}
+
+fn sqlx_error(error: &Error) -> Option<&sqlx::Error> {
+    std::error::Error::source(error)?.downcast_ref()
 }
 
 async fn execute(

@@ -96,7 +96,7 @@ fn is_refused(error: &sqlx::Error) -> bool {
 }
 
 /// Adds the server's address to an error of the connection.
-pub(super) fn located(error: sqlx::Error, options: &PgConnectOptions) -> sqlx::Error {
+pub(crate) fn located(error: sqlx::Error, options: &PgConnectOptions) -> sqlx::Error {
     let (kind, text) = match error {
         sqlx::Error::Io(error) => match error.kind() {
             // Without the number that the operating system gives it.

@@ -6,11 +6,12 @@
 
 use std::fmt;
 use std::future::Future;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use sqlx::pool::PoolConnectionMetadata;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Executor, PgConnection, PgPool, Row};
 
 use super::connect::located;
 use super::idle::{Checkout, IdleConnections};
@@ -37,6 +38,8 @@ const RUNNER_CONNECTIONS: u32 = 2;
 /// others.
 const FORMATS: &str = "{1}";
 const CLOSE_POLL: Duration = Duration::from_millis(5);
+/// The first version of Postgres that has `transaction_timeout`.
+const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 
 /// What the statements need of their sessions.
 #[derive(Clone, Debug)]
@@ -52,7 +55,39 @@ pub(super) struct Session {
 pub(super) struct Db {
     pool: PgPool,
     idle: Arc<IdleConnections>,
+    obsolete: Arc<Obsolete>,
+    source: Arc<Mutex<Source>>,
     session: Session,
+}
+
+/// Where the options of new connections come from.
+#[derive(Debug)]
+struct Source {
+    /// The caller's pool, unless the crate was given options of its own.
+    followed: Option<PgPool>,
+    /// Before they are pinned.
+    options: Arc<PgConnectOptions>,
+    runner_pools: Vec<PgPool>,
+}
+
+/// Since when the sessions that were open are of no use, because one of them couldn't write: their
+/// server has become a standby, or the address leads to another server now.
+#[derive(Debug, Default)]
+pub(super) struct Obsolete(Mutex<Option<Instant>>);
+
+impl Obsolete {
+    /// All sessions that are open now are of no use.
+    fn note(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Whether a session that was open at this time is of no use.
+    pub(super) fn covers(&self, open: Instant) -> bool {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some_and(|since| open < since)
+    }
 }
 
 /// Why an operation of the store failed.
@@ -100,6 +135,11 @@ impl StoreError {
             })
     }
 
+    /// Whether the session can't write: its server is a standby.
+    fn is_read_only(&self) -> bool {
+        is_read_only(&self.error)
+    }
+
     /// The caller's error for a commit whose outcome is unknown.
     pub(crate) fn into_indeterminate(self) -> Error {
         Error::new(Kind::Indeterminate(Some(self.error)))
@@ -119,14 +159,32 @@ impl From<StoreError> for Error {
 }
 
 impl Db {
-    /// A pool that connects on first use, with `max_connections` for statements. Must be called
-    /// within a tokio runtime.
-    pub(super) fn new(connect: &PgConnectOptions, session: Session, max_connections: u32) -> Self {
-        let pool = pool_options(max_connections.saturating_add(LISTENERS))
-            .connect_lazy_with(pinned(connect, &session));
+    /// A pool that connects on first use, with `max_connections` for statements. Its connections
+    /// have these options or, for `None`, those of the caller's pool. Must be called within a tokio
+    /// runtime.
+    pub(super) fn new(
+        connect: Option<&PgConnectOptions>,
+        caller_pool: &PgPool,
+        session: Session,
+        max_connections: u32,
+    ) -> Self {
+        let options = match connect {
+            Some(connect) => Arc::new(connect.clone()),
+            None => caller_pool.connect_options(),
+        };
+        let obsolete = Arc::default();
+        let pool = pool_options(max_connections.saturating_add(LISTENERS), &obsolete)
+            .connect_lazy_with(pinned(&options, &session));
+        let source = Source {
+            followed: connect.is_none().then(|| caller_pool.clone()),
+            options,
+            runner_pools: Vec::new(),
+        };
         Self {
             pool,
-            idle: Arc::new(IdleConnections::new(max_connections)),
+            idle: Arc::new(IdleConnections::new(max_connections, Arc::clone(&obsolete))),
+            obsolete,
+            source: Arc::new(Mutex::new(source)),
             session,
         }
     }
@@ -139,20 +197,22 @@ impl Db {
     /// and holding its second connection proves that no poll is under way. `uses` notes when a
     /// connection is taken. Must be called within a tokio runtime.
     pub(super) fn runner_pool(&self, uses: &Arc<Uses>) -> PgPool {
-        // Postgres watches the time here, because sqlxmq doesn't: an abandoned poll must not claim.
-        let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
-        let connect = (*self.pool.connect_options()).clone();
         let (connected, taken) = (Arc::clone(uses), Arc::clone(uses));
-        pool_options(RUNNER_CONNECTIONS)
-            .after_connect(move |_, _| {
+        let obsolete = Arc::clone(&self.obsolete);
+        let mut source = self.source();
+        let pool = pool_options(RUNNER_CONNECTIONS, &self.obsolete)
+            .after_connect(move |connection, _| {
                 connected.note();
-                Box::pin(async { Ok(()) })
+                Box::pin(pin_newer(connection))
             })
             .before_acquire(move |connection, meta| {
                 taken.note();
-                Box::pin(answers(connection, meta.idle_for))
+                Box::pin(is_of_use(connection, meta, Arc::clone(&obsolete)))
             })
-            .connect_lazy_with(connect.options([("statement_timeout", timeout)]))
+            .connect_lazy_with(pinned_for_polls(&source.options, &self.session));
+        source.runner_pools.retain(|pool| !pool.is_closed());
+        source.runner_pools.push(pool.clone());
+        pool
     }
 
     /// Closes the pool once the statements under way are done, and waits up to `within` for them.
@@ -163,15 +223,49 @@ impl Db {
         close(&self.pool, within).await;
     }
 
-    /// New connections use these options: passwords rotate and servers move.
-    pub(super) fn reconnect_with(&self, connect: &PgConnectOptions) {
+    /// New connections use the options that the caller's pool has now: passwords rotate and servers
+    /// move.
+    pub(super) fn follow(&self) {
+        let mut source = self.source();
+        let options = source.followed.as_ref().map(PgPool::connect_options);
+        if let Some(options) = options.filter(|now| !Arc::ptr_eq(now, &source.options)) {
+            self.connect_with(&mut source, options);
+        }
+    }
+
+    /// New connections use these options, and no longer those of the caller's pool.
+    pub(super) fn set_connect_options(&self, options: PgConnectOptions) {
+        let mut source = self.source();
+        source.followed = None;
+        self.connect_with(&mut source, Arc::new(options));
+    }
+
+    fn connect_with(&self, source: &mut Source, options: Arc<PgConnectOptions>) {
         self.pool
-            .set_connect_options(pinned(connect, &self.session));
+            .set_connect_options(pinned(&options, &self.session));
+        source.runner_pools.retain(|pool| !pool.is_closed());
+        for pool in &source.runner_pools {
+            pool.set_connect_options(pinned_for_polls(&options, &self.session));
+        }
+        source.options = options;
+    }
+
+    fn source(&self) -> MutexGuard<'_, Source> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A connection for statements.
     pub(super) async fn acquire(&self) -> Result<Checkout<'_>, sqlx::Error> {
-        self.idle.take(&self.pool).await
+        self.idle.take(&self.pool, || self.follow()).await
+    }
+
+    /// Looks at why a statement failed. If its session can't write, no other one of that time is
+    /// used again. Each would fail once, and then be returned as a sound connection.
+    pub(super) fn note_failure(&self, error: &sqlx::Error) {
+        if is_read_only(error) {
+            self.obsolete.note();
+            self.idle.discard();
+        }
     }
 
     /// Runs an operation's statements on one connection, and discards the connection if no answer
@@ -198,7 +292,8 @@ impl Db {
             Err(error) => {
                 let error = located(error, &self.pool.connect_options());
                 let error = StoreError::new(operation, error);
-                if error.unknown {
+                self.note_failure(&error.error);
+                if error.unknown || error.is_read_only() {
                     drop(checkout.connection.detach());
                 }
                 Err(error)
@@ -226,23 +321,46 @@ fn transfer_time(bytes: usize) -> Duration {
     Duration::from_millis(bytes as u64 / BYTES_PER_MILLISECOND)
 }
 
-fn pool_options(max_connections: u32) -> PgPoolOptions {
+fn pool_options(max_connections: u32, obsolete: &Arc<Obsolete>) -> PgPoolOptions {
+    let obsolete = Arc::clone(obsolete);
     PgPoolOptions::new()
         .max_connections(max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
-        .before_acquire(|connection, meta| Box::pin(answers(connection, meta.idle_for)))
+        .after_connect(|connection, _| Box::pin(pin_newer(connection)))
+        .before_acquire(move |connection, meta| {
+            Box::pin(is_of_use(connection, meta, Arc::clone(&obsolete)))
+        })
 }
 
-/// Pings a connection that was idle, because it may have died unnoticed. A ping before every
-/// statement would be a round trip on the hot path.
-async fn answers(connection: &mut PgConnection, idle_for: Duration) -> Result<bool, sqlx::Error> {
-    if idle_for > TRUSTED_FOR {
-        tokio::time::timeout(PING_TIMEOUT, connection.ping())
-            .await
-            .map_err(|_elapsed| timed_out())??;
+/// Pins what older servers don't know: a startup option of theirs that is unknown fails the
+/// connection.
+async fn pin_newer(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
+        connection.execute("SET transaction_timeout = 0").await?;
     }
-    Ok(true)
+    Ok(())
+}
+
+/// Whether a connection that was idle may be used again. It may have died unnoticed, or its server
+/// may be a standby now. Asking before every statement would be a round trip on the hot path.
+async fn is_of_use(
+    connection: &mut PgConnection,
+    meta: PoolConnectionMetadata,
+    obsolete: Arc<Obsolete>,
+) -> Result<bool, sqlx::Error> {
+    let opened = Instant::now().checked_sub(meta.age);
+    if opened.is_some_and(|opened| obsolete.covers(opened)) {
+        return Ok(false);
+    }
+    if meta.idle_for <= TRUSTED_FOR {
+        return Ok(true);
+    }
+    let asked = connection.fetch_one("SHOW transaction_read_only");
+    let row = tokio::time::timeout(PING_TIMEOUT, asked)
+        .await
+        .map_err(|_elapsed| timed_out())??;
+    Ok(row.try_get::<String, _>(0)? == "off")
 }
 
 /// Closes a pool, waiting up to `within`. A connection that hangs in the network is left alone.
@@ -274,6 +392,14 @@ fn is_unknown(error: &sqlx::Error) -> bool {
     }
 }
 
+fn is_read_only(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .and_then(sqlx::error::DatabaseError::code)
+        // read_only_sql_transaction
+        .is_some_and(|code| code == "25006")
+}
+
 /// The caller's options, with the settings that the statements were written for.
 fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
     let lease = format!(r"{}\ milliseconds", session.lease.as_millis());
@@ -284,22 +410,112 @@ fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
     let search_path = quoted(&session.schema);
     let timeout = SERVER_TIMEOUT + transfer_time(session.max_body);
     let timeout = timeout.as_millis().to_string();
-    connect.clone().options([
+    connect.clone().options(SETTINGS.iter().copied()).options([
         ("search_path", search_path.as_str()),
         ("requeuest.lease", &lease),
         ("requeuest.formats", FORMATS),
         ("requeuest.dead_letter_retention", &dead_letter_retention),
-        ("default_transaction_isolation", r"read\ committed"),
-        ("default_transaction_read_only", "off"),
-        ("lock_timeout", "5s"),
         ("statement_timeout", &timeout),
-        ("idle_in_transaction_session_timeout", "30s"),
-        ("jit", "off"),
-        // A plan made while the tables were tiny is kept for the life of the connection. Every
-        // access here is by an index, so a plan that is good for full tables is good for all.
-        ("enable_seqscan", "off"),
-        ("enable_hashjoin", "off"),
-        ("enable_mergejoin", "off"),
-        ("plan_cache_mode", "force_generic_plan"),
     ])
+}
+
+/// The same for the connections of a runner. Postgres watches the time of polls, because sqlxmq
+/// doesn't: an abandoned poll must not claim.
+fn pinned_for_polls(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
+    let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
+    pinned(connect, session).options([("statement_timeout", timeout)])
+}
+
+/// What the statements depend on, whatever the role, the database or the caller's options say. Each
+/// of these exists in every version from Postgres 14 on, and every role may set it. sqlx sets
+/// `DateStyle`, `TimeZone`, `client_encoding` and `extra_float_digits`.
+///
+/// `session_replication_role` isn't here, because few roles may set it: the schema's triggers fire
+/// under each of its values.
+const SETTINGS: &[(&str, &str)] = &[
+    ("default_transaction_isolation", r"read\ committed"),
+    ("default_transaction_read_only", "off"),
+    ("default_transaction_deferrable", "off"),
+    // A call returns once its commit is on disk, and on the standby of a synchronous replication.
+    ("synchronous_commit", "on"),
+    ("lock_timeout", "5s"),
+    ("idle_in_transaction_session_timeout", "30s"),
+    ("idle_session_timeout", "0"),
+    // Some errors are expected: a lock that is not to be had, a row that is there already.
+    ("exit_on_error", "off"),
+    ("client_min_messages", "warning"),
+    ("row_security", "on"),
+    // How texts are read and written.
+    ("standard_conforming_strings", "on"),
+    ("IntervalStyle", "postgres"),
+    ("bytea_output", "hex"),
+    ("array_nulls", "on"),
+    ("transform_null_equals", "off"),
+    ("jit", "off"),
+    // A plan made while the tables were tiny is kept for the life of the connection. Every access
+    // here is by an index, so a plan that is good for full tables is good for all.
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    // The other choices of the planner, as Postgres makes them by default.
+    ("enable_bitmapscan", "on"),
+    ("enable_gathermerge", "on"),
+    ("enable_hashagg", "on"),
+    ("enable_incremental_sort", "on"),
+    ("enable_indexonlyscan", "on"),
+    ("enable_indexscan", "on"),
+    ("enable_material", "on"),
+    ("enable_memoize", "on"),
+    ("enable_nestloop", "on"),
+    ("enable_partition_pruning", "on"),
+    ("enable_sort", "on"),
+    ("enable_tidscan", "on"),
+    ("constraint_exclusion", "partition"),
+    ("cursor_tuple_fraction", "0.1"),
+    ("from_collapse_limit", "8"),
+    ("join_collapse_limit", "8"),
+    ("geqo", "off"),
+    ("max_parallel_workers_per_gather", "0"),
+    ("seq_page_cost", "1"),
+    ("random_page_cost", "4"),
+    ("cpu_tuple_cost", "0.01"),
+    ("cpu_index_tuple_cost", "0.005"),
+    ("cpu_operator_cost", "0.0025"),
+    ("effective_cache_size", "4GB"),
+    ("work_mem", "4MB"),
+];
+
+#[cfg(all(test, feature = "testkit"))]
+mod tests {
+    use super::*;
+    use crate::store::tests::store;
+    use crate::testkit::Postgres;
+
+    async fn session(connection: &mut PgConnection) -> i32 {
+        sqlx::query_scalar("SELECT pg_backend_pid()")
+            .fetch_one(connection)
+            .await
+            .unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_idle_session_that_cannot_write_is_not_used_again() {
+        let database = Postgres::shared().await.unwrap().database().await.unwrap();
+        let store = store(&database);
+        let runner_pool = store.db().runner_pool(&Arc::default());
+        for pool in [store.db().pool(), &runner_pool] {
+            let mut sessions = Vec::new();
+            for mode in ["WRITE", "ONLY", "WRITE"] {
+                let mut connection = pool.acquire().await.unwrap();
+                sessions.push(session(&mut connection).await);
+                let set = format!("SET SESSION CHARACTERISTICS AS TRANSACTION READ {mode}");
+                connection.execute(&*set).await.unwrap();
+                drop(connection);
+                tokio::time::sleep(TRUSTED_FOR + Duration::from_millis(100)).await;
+            }
+            assert_eq!(sessions[0], sessions[1]);
+            assert_ne!(sessions[1], sessions[2]);
+        }
+    }
 }

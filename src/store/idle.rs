@@ -5,7 +5,7 @@
 //! once, and the pool only gets back connections that weren't used for a while.
 
 use std::io::{Error as IoError, ErrorKind};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::pool::PoolConnection;
@@ -13,7 +13,7 @@ use sqlx::{PgPool, Postgres};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::connect::Connector;
-use super::db::{ACQUIRE_TIMEOUT, TRUSTED_FOR};
+use super::db::{ACQUIRE_TIMEOUT, Obsolete, TRUSTED_FOR};
 
 /// The pool closes connections that have grown old, and must see them for that.
 const KEPT_FOR: Duration = Duration::from_secs(600);
@@ -27,6 +27,7 @@ pub(super) struct IdleConnections {
     /// the pool for a connection that is idle here.
     permits: Semaphore,
     connector: Connector,
+    obsolete: Arc<Obsolete>,
 }
 
 #[derive(Debug)]
@@ -47,15 +48,22 @@ pub(crate) struct Checkout<'a> {
 }
 
 impl IdleConnections {
-    pub(super) fn new(connections: u32) -> Self {
+    pub(super) fn new(connections: u32, obsolete: Arc<Obsolete>) -> Self {
         Self {
             idle: Mutex::default(),
             permits: Semaphore::new(connections as usize),
             connector: Connector::default(),
+            obsolete,
         }
     }
 
-    pub(super) async fn take(&self, pool: &PgPool) -> Result<Checkout<'_>, sqlx::Error> {
+    /// A connection that is idle here, or one from the pool. `before` is called before the pool
+    /// might make a new one.
+    pub(super) async fn take(
+        &self,
+        pool: &PgPool,
+        before: impl FnOnce(),
+    ) -> Result<Checkout<'_>, sqlx::Error> {
         let permit = match self.permits.try_acquire() {
             Ok(permit) => permit,
             Err(_) => tokio::time::timeout(ACQUIRE_TIMEOUT, self.permits.acquire())
@@ -69,10 +77,12 @@ impl IdleConnections {
             drop_expired(&mut idle, now);
             idle.pop()
         };
-        let (connection, left_pool) = match latest {
-            Some(latest) => (latest.connection, latest.left_pool),
+        let (connection, left_pool) = if let Some(latest) = latest {
+            (latest.connection, latest.left_pool)
+        } else {
+            before();
             // Boxed, because most statements don't take the room of it.
-            None => (Box::pin(self.connector.connect(pool)).await?, now),
+            (Box::pin(self.connector.connect(pool)).await?, now)
         };
         Ok(Checkout {
             connection,
@@ -88,12 +98,23 @@ impl IdleConnections {
         let mut idle = self.lock();
         drop_expired(&mut idle, now);
         // Checked with the list locked, so that no connection is added after `close` cleared it.
-        if !pool.is_closed() && now - checkout.left_pool < KEPT_FOR {
+        if !pool.is_closed()
+            && now - checkout.left_pool < KEPT_FOR
+            && !self.obsolete.covers(checkout.left_pool)
+        {
             idle.push(Idle {
                 connection: checkout.connection,
                 since: now,
                 left_pool: checkout.left_pool,
             });
+        }
+    }
+
+    /// Closes all connections that are idle here. Those in use then must be covered by `obsolete`,
+    /// so that none of them is kept.
+    pub(super) fn discard(&self) {
+        for idle in self.lock().drain(..) {
+            drop(idle.connection.detach());
         }
     }
 
@@ -124,9 +145,7 @@ fn drop_expired(idle: &mut Vec<Idle>, now: Instant) {
 impl Drop for IdleConnections {
     fn drop(&mut self) {
         // Returning a connection to the pool needs a runtime, which may have ended.
-        for idle in self.lock().drain(..) {
-            drop(idle.connection.detach());
-        }
+        self.discard();
     }
 }
 
@@ -142,7 +161,7 @@ mod tests {
         let pool = PgPoolOptions::new()
             .max_connections(2)
             .connect_lazy_with(database.options());
-        let idle = IdleConnections::new(2);
+        let idle = IdleConnections::new(2, Arc::default());
         (database, pool, idle)
     }
 
@@ -156,18 +175,18 @@ mod tests {
     #[tokio::test]
     async fn the_connection_used_last_is_used_next_within_the_limit() {
         let (_database, pool, idle) = two_connections().await;
-        let mut first = idle.take(&pool).await.unwrap();
-        let mut second = idle.take(&pool).await.unwrap();
+        let mut first = idle.take(&pool, || ()).await.unwrap();
+        let mut second = idle.take(&pool, || ()).await.unwrap();
         let sessions = [session(&mut first).await, session(&mut second).await];
         assert!(
-            tokio::time::timeout(Duration::from_millis(50), idle.take(&pool))
+            tokio::time::timeout(Duration::from_millis(50), idle.take(&pool, || ()))
                 .await
                 .is_err()
         );
         idle.keep(&pool, second);
         idle.keep(&pool, first);
         for _ in 0..3 {
-            let mut checkout = idle.take(&pool).await.unwrap();
+            let mut checkout = idle.take(&pool, || ()).await.unwrap();
             assert_eq!(session(&mut checkout).await, sessions[0]);
             idle.keep(&pool, checkout);
         }
@@ -177,18 +196,18 @@ mod tests {
     #[tokio::test]
     async fn expired_connections_go_back_to_the_pool_and_all_on_close() {
         let (_database, pool, idle) = two_connections().await;
-        let checkout = idle.take(&pool).await.unwrap();
+        let checkout = idle.take(&pool, || ()).await.unwrap();
         idle.keep(&pool, checkout);
         for connection in &mut *idle.lock() {
             connection.since -= 2 * TRUSTED_FOR;
         }
         let before = Instant::now();
-        let checkout = idle.take(&pool).await.unwrap();
+        let checkout = idle.take(&pool, || ()).await.unwrap();
         // The connection came from the pool, which pinged it.
         assert!(checkout.left_pool >= before);
         idle.keep(&pool, checkout);
-        let under_way = idle.take(&pool).await.unwrap();
-        let waiting = idle.take(&pool).await.unwrap();
+        let under_way = idle.take(&pool, || ()).await.unwrap();
+        let waiting = idle.take(&pool, || ()).await.unwrap();
         let closing = pool.close();
         idle.close();
         idle.keep(&pool, under_way);
@@ -196,7 +215,7 @@ mod tests {
         drop(waiting);
         closing.await;
         assert!(matches!(
-            idle.take(&pool).await,
+            idle.take(&pool, || ()).await,
             Err(sqlx::Error::PoolClosed)
         ));
     }

@@ -14,13 +14,14 @@ pub(crate) struct OutcomeListener(PgListener);
 impl Store {
     /// Listens for requests that this instance waits for. `None` if the database can't be reached.
     pub(crate) async fn listen(&self, instance: Uuid) -> Option<OutcomeListener> {
-        let mut listener = PgListener::connect_with(self.db().pool()).await.ok()?;
+        let db = self.db();
+        db.follow();
+        let mut listener = PgListener::connect_with(db.pool()).await.ok()?;
         let own = notification_channel(instance);
         let all = notification_channel(Uuid::nil());
-        listener
-            .listen_all([own.as_str(), all.as_str()])
-            .await
-            .ok()?;
+        let listening = listener.listen_all([own.as_str(), all.as_str()]).await;
+        // A standby accepts no LISTEN.
+        listening.inspect_err(|error| db.note_failure(error)).ok()?;
         Some(OutcomeListener(listener))
     }
 }

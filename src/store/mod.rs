@@ -7,7 +7,7 @@
 pub(crate) mod bulk;
 pub(crate) mod cancel;
 pub(crate) mod claim;
-mod connect;
+pub(crate) mod connect;
 mod db;
 pub(crate) mod dead_letters;
 pub(crate) mod enqueue;
@@ -77,8 +77,8 @@ impl Store {
             dead_letter_retention: config.dead_letter_retention,
             max_body: config.max_request_body.max(config.max_response_body),
         };
-        let connect = connect_options(&config, &caller_pool);
-        let db = Db::new(&connect, session, config.max_connections);
+        let connect = config.connect_options.as_ref();
+        let db = Db::new(connect, &caller_pool, session, config.max_connections);
         Self {
             inner: Arc::new(Inner {
                 db,
@@ -109,20 +109,29 @@ impl Store {
         self.db().close(within).await;
     }
 
+    /// New connections use these options.
+    pub(crate) fn set_connect_options(&self, options: PgConnectOptions) {
+        self.db().set_connect_options(options);
+    }
+
     /// New connections use the options that the caller's pool has now.
     pub(crate) fn reconnect(&self) {
-        let connect = connect_options(self.config(), self.caller_pool());
-        self.db().reconnect_with(&connect);
+        self.db().follow();
     }
 
     /// The caller's error for an operation that failed.
-    pub(crate) fn refused(&self, error: StoreError) -> Error {
+    pub(crate) async fn refused(&self, error: StoreError) -> Error {
         let error = Error::from(error);
-        if error.is_not_migrated() {
-            // A part of the schema is gone: the next call verifies it again.
-            self.inner.verified.store(false, Ordering::Relaxed);
+        if !error.is_not_migrated() {
+            return error;
         }
-        error
+        // A part of the schema is gone. Or it only looks so, because names in a schema that the
+        // role may not use don't exist for it.
+        self.inner.verified.store(false, Ordering::Relaxed);
+        match Box::pin(self.verify()).await {
+            Err(cause) if cause.is_not_migrated() => cause,
+            _ => error,
+        }
     }
 
     fn db(&self) -> &Db {
@@ -170,22 +179,16 @@ impl Store {
         statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, Error> {
         self.verify().await?;
-        self.run_large(operation, bytes, statements)
-            .await
-            .map_err(|error| self.refused(error))
+        match self.run_large(operation, bytes, statements).await {
+            Ok(result) => Ok(result),
+            Err(error) => Err(self.refused(error).await),
+        }
     }
 
     /// Whether the caller's pool keeps its sessions. Connect options of the crate's own are given
     /// when the caller's pool goes through a pooler, and then it doesn't.
     fn caller_keeps_sessions(&self) -> bool {
         self.config().connect_options.is_none()
-    }
-}
-
-fn connect_options(config: &StoreConfig, caller_pool: &PgPool) -> PgConnectOptions {
-    match &config.connect_options {
-        Some(connect) => connect.clone(),
-        None => (*caller_pool.connect_options()).clone(),
     }
 }
 

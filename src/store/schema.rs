@@ -42,8 +42,10 @@ impl Store {
         Ok(())
     }
 
-    /// Whether the database answers.
+    /// Whether the database answers. A runner's supervisor calls it all the time, so that the
+    /// runner's new connections use the options that the caller's pool has by then.
     pub(crate) async fn probe(&self) -> Result<(), StoreError> {
+        self.db().follow();
         self.run("probe", async |connection| {
             sqlx::query("SELECT 1").execute(connection).await?;
             Ok(())
