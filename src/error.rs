@@ -552,7 +552,8 @@ impl fmt::Display for MigrationState {
             ),
             Self::SettingsDropped => f.write_str(
                 "the connection did not keep its search_path, probably because of a pooler; \
-                 connect directly with DurableBuilder::connect_options",
+                 connect directly, with DurableBuilder::connect_options or \
+                 Migrator::connect_options",
             ),
             Self::Older { found, wanted } => write!(
                 f,

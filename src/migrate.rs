@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use sqlx::PgPool;
 use sqlx::migrate::MigrateError;
+use sqlx::postgres::PgConnectOptions;
 
 use self::change::Target;
 pub(crate) use self::ledger::{Ledger, Tables};
@@ -50,8 +51,12 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 /// - [`MigrateError::Source`] with an [`Error`](crate::Error) for which
 ///   [`is_not_migrated`](crate::Error::is_not_migrated) is true: a newer release has upgraded the
 ///   schema, and it can't be used by this one any more.
+/// - The same: the role may not use the schema, or a pooler did not keep the settings of the
+///   transaction.
 /// - [`MigrateError::Source`] with a [`std::io::Error`] of the kind `TimedOut`: other sessions
 ///   still had the locks that it needs.
+/// - [`MigrateError::Execute`] with a [`sqlx::Error::Configuration`]: the role may not create the
+///   schema, or may not create objects in it.
 /// - [`MigrateError::Dirty`]: a tool has marked a migration as failed.
 /// - [`MigrateError::VersionMismatch`]: a migration in the ledger is not the one of this release.
 ///
@@ -86,6 +91,7 @@ pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
 pub struct Migrator {
     schema: String,
     max_wait: Duration,
+    connect_options: Option<PgConnectOptions>,
 }
 
 impl Default for Migrator {
@@ -100,6 +106,7 @@ impl Migrator {
         Self {
             schema: DEFAULT_SCHEMA.to_owned(),
             max_wait: DEFAULT_MAX_WAIT,
+            connect_options: None,
         }
     }
 
@@ -117,6 +124,29 @@ impl Migrator {
     #[must_use]
     pub fn max_wait(mut self, max_wait: Duration) -> Self {
         self.max_wait = max_wait;
+        self
+    }
+
+    /// Connect options for [`run`](Self::run) and [`undo`](Self::undo), which open one connection
+    /// of their own: those of the schema's owner, or of a direct connection where the application's
+    /// pool goes through a pooler. Defaults to the options of the application's pool.
+    ///
+    /// What the pool's `after_connect` does, such as a `SET ROLE`, doesn't apply to this
+    /// connection. The startup option `role` does the same.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::migrate::Migrator;
+    ///
+    /// # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let owner = (*pool.connect_options()).clone().options([("role", "app_owner")]);
+    /// Migrator::new().connect_options(owner).run(&pool).await?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn connect_options(mut self, options: PgConnectOptions) -> Self {
+        self.connect_options = Some(options);
         self
     }
 
@@ -160,8 +190,9 @@ impl Migrator {
     fn target(&self, pool: &PgPool) -> Result<Target, MigrateError> {
         validate_schema(&self.schema)
             .map_err(|reason| MigrateError::Execute(sqlx::Error::Configuration(reason.into())))?;
+        let connect = self.connect_options.clone();
         Ok(Target {
-            connect: (*pool.connect_options()).clone(),
+            connect: connect.unwrap_or_else(|| (*pool.connect_options()).clone()),
             schema: quoted(&self.schema),
             migrations: &MIGRATIONS,
             max_wait: self.max_wait,

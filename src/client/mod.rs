@@ -79,7 +79,7 @@
 //! | `SpawnError::Receive(_)` | [`Error::is_closed`], [`Error::is_cancelled`] |
 //! | `SpawnError::Serde(_)` | none: [`Error::is_request`] is a request that is refused |
 //! | `sqlx::Error` of `Client::new` and `clear` | [`Error`] |
-//! | `MigrateError` of `migrate` | [`Error`] |
+//! | `MigrateError` of `migrate` | the same, of sqlx 0.8 |
 //! | `error::JobError` | none: attempts are in the log, and in [`Durable::dead_letters`] |
 //! | `error::ConvertError` | [`Error`], with the name of the [`field`](Error::field) |
 //! | `requeuest::{Pool, Postgres}` | `requeuest::sqlx::{Pool, Postgres}` |

@@ -18,6 +18,7 @@ use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Row, Tr
 
 use super::ledger::{self, Applied, Ledger, Tables};
 use crate::error::{Error, Kind, MigrationState};
+use crate::store::connect::located;
 
 /// How long a statement waits for a lock on a table.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -41,6 +42,7 @@ pub(super) struct Target {
 /// What a change needs to know of its schema.
 struct Found {
     exists: bool,
+    /// The role may create objects in the schema or, if there is none yet, create it.
     may_create: bool,
     tables: Tables,
     ledger: Option<Ledger>,
@@ -65,7 +67,7 @@ enum Obstacle {
 impl Target {
     /// Applies the migrations that the schema doesn't have yet.
     pub(super) async fn install(&self) -> Result<(), MigrateError> {
-        let mut connection = self.connect.connect().await?;
+        let mut connection = self.connect().await?;
         // Without a lock, since there is nothing to do most of the time.
         let mut transaction = self.begin(&mut connection, "").await?;
         let (_, pending) = self.pending(&mut transaction).await?;
@@ -77,6 +79,7 @@ impl Target {
                     let create = format!("CREATE SCHEMA {}", self.schema);
                     transaction.execute(&*create).await?;
                 }
+                self.verify_place(transaction).await?;
                 if !found.tables.migrations {
                     ledger::create(transaction).await?;
                 }
@@ -93,7 +96,7 @@ impl Target {
 
     /// Undoes all migrations and drops the schema.
     pub(super) async fn remove(&self) -> Result<(), MigrateError> {
-        let mut connection = self.connect.connect().await?;
+        let mut connection = self.connect().await?;
         self.locked(&mut connection, async |transaction| {
             let found = self.find(transaction).await?;
             if let Some(version) = found.ledger.and_then(|ledger| ledger.failed) {
@@ -125,6 +128,12 @@ impl Target {
         Ok(())
     }
 
+    /// Connects. An error of the connection names the server.
+    async fn connect(&self) -> Result<PgConnection, sqlx::Error> {
+        let connected = self.connect.connect().await;
+        connected.map_err(|error| located(error, &self.connect))
+    }
+
     /// Begins a transaction that sees the schema. `mode` is more for `SET TRANSACTION`.
     async fn begin<'c>(
         &self,
@@ -142,6 +151,11 @@ impl Target {
              SET LOCAL search_path = {schema}, pg_temp;
              SET LOCAL lock_timeout = {lock};
              SET LOCAL idle_in_transaction_session_timeout = {idle};
+             SET LOCAL exit_on_error = off;
+             SET LOCAL client_min_messages = warning;
+             SET LOCAL standard_conforming_strings = on;
+             SET LOCAL default_table_access_method = heap;
+             SET LOCAL synchronous_commit = on;
              SELECT set_config(name, '0', true) FROM pg_settings
              WHERE name IN ('statement_timeout', 'transaction_timeout')",
             schema = self.schema,
@@ -161,6 +175,10 @@ impl Target {
         let begun = Instant::now();
         let mut pause = Duration::ZERO;
         loop {
+            // A session that was idle between two tries may have been ended for that.
+            if !pause.is_zero() && connection.ping().await.is_err() {
+                *connection = self.connect().await?;
+            }
             let mut transaction = self.begin(connection, ", READ WRITE").await?;
             let obstacle = if self.try_lock(&mut transaction).await? {
                 match change(&mut transaction).await {
@@ -235,17 +253,36 @@ impl Target {
                 None => pending.push(migration),
             }
         }
-        if !pending.is_empty() && found.exists && !found.may_create {
-            return Err(MigrateError::Execute(self.forbidden()));
+        if !pending.is_empty() && !found.may_create {
+            return Err(MigrateError::Execute(self.forbidden(found.exists)));
         }
         Ok((found, pending))
     }
 
-    async fn find(&self, connection: &mut PgConnection) -> Result<Found, sqlx::Error> {
+    /// Makes sure that what the transaction creates comes into the schema.
+    async fn verify_place(&self, connection: &mut PgConnection) -> Result<(), MigrateError> {
+        let current: bool =
+            sqlx::query_scalar("SELECT coalesce(current_schema()::text = $1, false)")
+                .persistent(false)
+                .bind(self.schema.trim_matches('"'))
+                .fetch_one(connection)
+                .await?;
+        if current {
+            Ok(())
+        } else {
+            Err(refused(MigrationState::SettingsDropped))
+        }
+    }
+
+    async fn find(&self, connection: &mut PgConnection) -> Result<Found, MigrateError> {
         let statement = format!(
             "SELECT
                 to_regnamespace($1) IS NOT NULL,
-                coalesce(has_schema_privilege(to_regnamespace($1)::oid, 'CREATE'), false),
+                coalesce(
+                    has_schema_privilege(to_regnamespace($1)::oid, 'CREATE'),
+                    has_database_privilege(current_database(), 'CREATE')
+                ),
+                coalesce(has_schema_privilege(to_regnamespace($1)::oid, 'USAGE'), true),
                 {}",
             Tables::COLUMNS
         );
@@ -254,6 +291,10 @@ impl Target {
             .bind(&self.schema)
             .fetch_one(&mut *connection)
             .await?;
+        // A schema that the role may not use looks empty to it.
+        if !row.try_get::<bool, _>(2)? {
+            return Err(refused(MigrationState::Forbidden));
+        }
         let tables = Tables::from_row(&row)?;
         Ok(Found {
             exists: row.try_get(0)?,
@@ -268,12 +309,19 @@ impl Target {
         })
     }
 
-    fn forbidden(&self) -> sqlx::Error {
-        let text = format!(
-            "the role may not create objects in the schema {}, which has migrations to run; run \
-             migrate as the schema's owner",
-            self.schema
-        );
+    fn forbidden(&self, exists: bool) -> sqlx::Error {
+        let schema = &self.schema;
+        let text = if exists {
+            format!(
+                "the role may not create objects in the schema {schema}, which has migrations to \
+                 run; run migrate as the schema's owner, or grant the role CREATE on the schema"
+            )
+        } else {
+            format!(
+                "the role may not create the schema {schema}; grant it CREATE on the database, or \
+                 create the schema with the role as its owner"
+            )
+        };
         sqlx::Error::Configuration(text.into())
     }
 
