@@ -32,6 +32,7 @@ mod proxy;
 mod retention;
 mod retry;
 mod runtimes;
+mod sessions;
 mod sockets;
 mod stopping;
 mod support;

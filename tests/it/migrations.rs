@@ -9,12 +9,14 @@ use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{Postgres, TestDatabase};
 use requeuest::{Durable, Error, Options, RequestId, Status, Uuid};
 use sqlx::migrate::{Migrate, MigrateError};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgPool};
 
+use crate::faults::network::{address, pool_through};
+use crate::proxy::Proxy;
 use crate::support::{
-    LONG, Server, add_outcomes, builder, closed_port, count, eventually, eventually_rows, in_time,
-    migrated, outcome_of, post, quick,
+    LONG, Role, Server, add_outcomes, builder, closed_port, count, eventually, eventually_rows,
+    in_time, migrated, outcome_of, post, quick,
 };
 
 /// A database without the schema.
@@ -370,50 +372,14 @@ async fn no_extension_is_needed() {
     );
 }
 
-/// A role that may log in. [`dropped`](Self::dropped) removes it and its rights.
-struct Role<'a> {
-    database: &'a TestDatabase,
-    name: String,
-}
-
-impl<'a> Role<'a> {
-    async fn create(database: &'a TestDatabase) -> Self {
-        let name = format!("{}_role", database.name());
-        let statements = format!("CREATE ROLE {name} LOGIN PASSWORD 'test'");
-        database.pool().execute(&*statements).await.unwrap();
-        Self { database, name }
-    }
-
-    async fn granted(&self, statements: &str) {
-        let statements = statements.replace("ROLE", &self.name);
-        self.database.pool().execute(&*statements).await.unwrap();
-    }
-
-    fn options(&self) -> PgConnectOptions {
-        let options = self.database.options();
-        options.username(&self.name).password("test")
-    }
-
-    fn pool(&self) -> PgPool {
-        PgPoolOptions::new().connect_lazy_with(self.options())
-    }
-
-    async fn dropped(self) {
-        let name = &self.name;
-        let statements = format!("DROP OWNED BY {name} CASCADE; DROP ROLE {name}");
-        self.database.pool().execute(&*statements).await.unwrap();
-    }
-}
-
 #[tokio::test]
 async fn a_role_without_rights_is_told_which_it_needs() {
     let database = migrated().await;
     let role = Role::create(&database).await;
     let refused = requeuest::migrate(&role.pool()).await.unwrap_err();
-    let shown = format!("{refused:?}");
     assert!(
-        shown.contains("run migrate as the schema's owner"),
-        "{shown}"
+        refused.to_string().contains("grant it USAGE on the schema"),
+        "{refused}"
     );
     let durable = Durable::builder(role.pool()).build().unwrap();
     let refused = in_time(durable.fire(post("http://localhost/", "x"))).await;
@@ -424,6 +390,19 @@ async fn a_role_without_rights_is_told_which_it_needs() {
         "{refused}"
     );
     durable.shutdown(Duration::ZERO).await.unwrap();
+
+    // It may use the schema, and there is something to migrate.
+    role.granted(
+        "DROP SCHEMA requeuest CASCADE;
+         CREATE SCHEMA requeuest; GRANT USAGE ON SCHEMA requeuest TO ROLE",
+    )
+    .await;
+    let refused = requeuest::migrate(&role.pool()).await.unwrap_err();
+    let shown = format!("{refused:?}");
+    assert!(
+        shown.contains("run migrate as the schema's owner"),
+        "{shown}"
+    );
     role.dropped().await;
 }
 
@@ -514,9 +493,10 @@ async fn the_owner_of_an_empty_schema_can_migrate() {
     let role = Role::create(&database).await;
     let pool = role.pool();
     let denied = requeuest::migrate(&pool).await.unwrap_err();
+    let denied = format!("{denied:?}");
     assert!(
-        denied.to_string().contains("permission denied"),
-        "{denied:?}"
+        denied.contains("grant it CREATE on the database"),
+        "{denied}"
     );
     role.granted("CREATE SCHEMA requeuest AUTHORIZATION ROLE")
         .await;
@@ -526,6 +506,41 @@ async fn the_owner_of_an_empty_schema_can_migrate() {
     durable.shutdown(LONG).await.unwrap();
     pool.close().await;
     role.dropped().await;
+}
+
+#[tokio::test]
+async fn migrations_through_a_pooler_that_drops_options_are_in_their_schema() {
+    let database = empty().await;
+    let proxy = Proxy::pooler(address(&database)).await;
+    let pool = pool_through(&proxy, &database);
+    let migrator = Migrator::new().schema("calls_1");
+    for _ in 0..2 {
+        in_time(migrator.run(&pool)).await.unwrap();
+    }
+    let everywhere = objects(&database).await;
+    assert!(
+        everywhere.iter().all(|name| name.starts_with("calls_1.")),
+        "{everywhere:?}"
+    );
+    in_time(migrator.undo(&pool)).await.unwrap();
+    assert_eq!(objects(&database).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_migrator_connects_as_it_is_told() {
+    let database = empty().await;
+    let nowhere = closed_port().await;
+    let options = database.options().host("127.0.0.1").port(nowhere.port());
+    let pool = PgPoolOptions::new().connect_lazy_with(options);
+    let error = in_time(requeuest::migrate(&pool)).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains(&nowhere.to_string()), "{text}");
+
+    let migrator = Migrator::new().connect_options(database.options());
+    in_time(migrator.run(&pool)).await.unwrap();
+    delivers(&Durable::new(database.pool().clone())).await;
+    in_time(migrator.undo(&pool)).await.unwrap();
+    assert_eq!(objects(&database).await, [""; 0]);
 }
 
 #[tokio::test]

@@ -20,7 +20,8 @@ use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, TestDatabase};
 use requeuest::{Durable, DurableBuilder, Options, Outcome, RequestId, Uuid};
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
-use sqlx::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Executor, PgPool};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -307,6 +308,47 @@ pub async fn add_outcomes(database: &TestDatabase, slot: i32, number: i32, ago: 
          FROM (SELECT now() - {ago} * interval '1 second' AS at) t, generate_series(1, {number})"
     );
     sqlx::query(&add).execute(database.pool()).await.unwrap();
+}
+
+/// A role that may log in. [`dropped`](Self::dropped) removes it and its rights.
+pub struct Role<'a> {
+    database: &'a TestDatabase,
+    pub name: String,
+}
+
+impl<'a> Role<'a> {
+    pub async fn create(database: &'a TestDatabase) -> Self {
+        Self::named(database, "role").await
+    }
+
+    /// A role whose name ends with this one.
+    pub async fn named(database: &'a TestDatabase, name: &str) -> Self {
+        let name = format!("{}_{name}", database.name());
+        let statements = format!("CREATE ROLE {name} LOGIN PASSWORD 'test'");
+        database.pool().execute(&*statements).await.unwrap();
+        Self { database, name }
+    }
+
+    /// Runs statements with the role's name for each `ROLE`.
+    pub async fn granted(&self, statements: &str) {
+        let statements = statements.replace("ROLE", &self.name);
+        self.database.pool().execute(&*statements).await.unwrap();
+    }
+
+    pub fn options(&self) -> PgConnectOptions {
+        let options = self.database.options();
+        options.username(&self.name).password("test")
+    }
+
+    pub fn pool(&self) -> PgPool {
+        PgPoolOptions::new().connect_lazy_with(self.options())
+    }
+
+    pub async fn dropped(self) {
+        let name = &self.name;
+        let statements = format!("DROP OWNED BY {name} CASCADE; DROP ROLE {name}");
+        self.database.pool().execute(&*statements).await.unwrap();
+    }
 }
 
 /// Tells a copy of this test binary which part to play.

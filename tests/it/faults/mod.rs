@@ -2,7 +2,7 @@
 //! fault.
 
 mod database;
-mod network;
+pub(crate) mod network;
 mod receiver;
 mod results;
 

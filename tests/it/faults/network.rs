@@ -16,7 +16,7 @@ use crate::support::{LONG, Server, eventually, in_time, migrated, passing, post,
 const RECOVERY: Duration = Duration::from_secs(10 + 8);
 
 /// The address of the database's server.
-pub(super) fn address(database: &TestDatabase) -> SocketAddr {
+pub(crate) fn address(database: &TestDatabase) -> SocketAddr {
     let options = database.options();
     let address = format!("{}:{}", options.get_host(), options.get_port());
     std::net::ToSocketAddrs::to_socket_addrs(&address)
@@ -26,7 +26,7 @@ pub(super) fn address(database: &TestDatabase) -> SocketAddr {
 }
 
 /// An application's pool whose connections go through the proxy.
-pub(super) fn pool_through(proxy: &Proxy, database: &TestDatabase) -> PgPool {
+pub(crate) fn pool_through(proxy: &Proxy, database: &TestDatabase) -> PgPool {
     let options = database
         .options()
         .host(&proxy.addr.ip().to_string())
