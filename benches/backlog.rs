@@ -179,8 +179,8 @@ async fn pinned(
 }
 
 /// A tenth as many ordering keys as rows are blocked: a request waits behind the first one of each,
-/// and a hundred behind that of each hundredth key. Times the delivery of new requests, from the moment that the keys
-/// were blocked on, and then polls beside a few ready requests.
+/// and a hundred behind that of each hundredth key. Times the delivery of new requests, from the
+/// moment that the keys were blocked on, and then polls beside a few ready requests.
 async fn blocked(
     postgres: &Postgres,
     few: &Backlog,

@@ -612,7 +612,7 @@ BEGIN
             RETURN;
         END IF;
         -- Of the requests with the same key, only the first may be due: the others would only be
-        -- moved behind it. Nobody can remove the first without seeing the others.
+        -- moved behind it. No transaction can remove the first without seeing the others.
         SELECT array_agg(
             CASE WHEN i.ordered AND i.place > 1 THEN 'behind'::mq_state ELSE 'waiting' END
             ORDER BY i.number
