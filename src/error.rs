@@ -4,6 +4,8 @@
 //! accessors, so that new causes can be added later without breaking callers. No error shows a URL
 //! query, a password or a header value marked sensitive.
 
+mod database;
+
 use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
@@ -16,6 +18,8 @@ use crate::id::RequestId;
 use crate::outcome::{Cause, Fault};
 use crate::redact::redact_urls;
 use crate::status::Status;
+
+pub(crate) use self::database::{database_text, shared};
 
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
@@ -66,6 +70,8 @@ pub struct Error(Box<Inner>);
 struct Inner {
     kind: Kind,
     id: Option<RequestId>,
+    /// What the database said, if the kind says what it means.
+    refusal: Option<Arc<sqlx::Error>>,
 }
 
 pub(crate) enum Kind {
@@ -88,10 +94,10 @@ pub(crate) enum Kind {
         status: StatusCode,
         headers: Box<HeaderMap>,
     },
-    Database(sqlx::Error),
+    Database(Arc<sqlx::Error>),
     Migrations(MigrationState),
     /// It is unknown whether the commit of the insert took effect.
-    Indeterminate(Option<sqlx::Error>),
+    Indeterminate(Option<Arc<sqlx::Error>>),
     Discarded {
         attempts: u32,
         fault: Box<Fault>,
@@ -169,7 +175,11 @@ pub(crate) enum MigrationState {
 
 impl Error {
     pub(crate) fn new(kind: Kind) -> Self {
-        Self(Box::new(Inner { kind, id: None }))
+        Self(Box::new(Inner {
+            kind,
+            id: None,
+            refusal: None,
+        }))
     }
 
     pub(crate) fn request(field: &'static str, reason: impl Into<Cow<'static, str>>) -> Self {
@@ -203,8 +213,8 @@ impl Error {
     /// A copy of this error for another caller whose row was in the same batch.
     pub(crate) fn share(&self) -> Self {
         let kind = match &self.0.kind {
-            Kind::Database(error) => Kind::Database(share_sqlx(error)),
-            Kind::Indeterminate(error) => Kind::Indeterminate(error.as_ref().map(share_sqlx)),
+            Kind::Database(error) => Kind::Database(Arc::clone(error)),
+            Kind::Indeterminate(error) => Kind::Indeterminate(error.clone()),
             Kind::Migrations(state) => Kind::Migrations(*state),
             Kind::Closed => Kind::Closed,
             Kind::Corrupt(reason) => Kind::Corrupt(reason.clone()),
@@ -214,6 +224,7 @@ impl Error {
         Self(Box::new(Inner {
             kind,
             id: self.0.id,
+            refusal: self.0.refusal.clone(),
         }))
     }
 
@@ -272,7 +283,10 @@ impl Error {
         matches!(self.0.kind, Kind::ResponseTooLarge { .. })
     }
 
-    /// Whether the database failed or refused a statement. The source is the [`sqlx::Error`].
+    /// Whether the database failed or refused a statement. The source is the [`sqlx::Error`], which
+    /// several callers share if their requests were written together. It has the SQLSTATE, the
+    /// constraint and the table. Its texts don't show the DETAIL, which may hold whole rows;
+    /// `downcast_ref::<PgDatabaseError>()` leads to it.
     pub fn is_database(&self) -> bool {
         matches!(self.0.kind, Kind::Database(_))
     }
@@ -457,19 +471,6 @@ pub(crate) fn without_url(error: BoxError) -> BoxError {
     }
 }
 
-/// Copies an error for each caller of a failed batch, because `sqlx::Error` is not `Clone`. Keeps
-/// the text, and the variants that callers tell apart.
-fn share_sqlx(error: &sqlx::Error) -> sqlx::Error {
-    match error {
-        sqlx::Error::PoolClosed => sqlx::Error::PoolClosed,
-        sqlx::Error::PoolTimedOut => sqlx::Error::PoolTimedOut,
-        sqlx::Error::Io(error) => {
-            sqlx::Error::Io(std::io::Error::new(error.kind(), error.to_string()))
-        }
-        other => sqlx::Error::Protocol(database_text(other)),
-    }
-}
-
 /// Where a request was going, and why there is no response.
 fn fault_of(fault: &Fault, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     if let Some(destination) = &fault.destination {
@@ -478,29 +479,6 @@ fn fault_of(fault: &Fault, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     match &*fault.text {
         "" => f.write_str(": no reason recorded"),
         text => write!(f, ": {text}"),
-    }
-}
-
-/// The longest text that is shown of a database's error, in characters.
-const MAX_DATABASE_TEXT: usize = 300;
-
-/// What the database or the connection to it says, on one line. Of an error of Postgres only the
-/// message and the SQLSTATE: its DETAIL may contain whole rows.
-fn database_text(error: &sqlx::Error) -> String {
-    let text = match error {
-        sqlx::Error::Database(error) => error.message().to_owned(),
-        sqlx::Error::Io(error) => error.to_string(),
-        sqlx::Error::Protocol(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let line = text.lines().next().unwrap_or_default();
-    let shown: String = redact_urls(line).chars().take(MAX_DATABASE_TEXT).collect();
-    let code = error
-        .as_database_error()
-        .and_then(sqlx::error::DatabaseError::code);
-    match code {
-        Some(code) => format!("{shown} (SQLSTATE {code})"),
-        None => shown,
     }
 }
 
@@ -684,12 +662,6 @@ impl fmt::Debug for Error {
             ) => {
                 debug.field(&redact_urls(&chain(source)));
             }
-            // Its Debug shows DETAIL, which may contain whole rows.
-            (Kind::Database(error) | Kind::Indeterminate(Some(error)), _)
-                if error.as_database_error().is_some() =>
-            {
-                debug.field(&database_text(error));
-            }
             (_, Some(source)) => {
                 debug.field(&source);
             }
@@ -702,13 +674,16 @@ impl fmt::Debug for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match &self.0.kind {
-            Kind::Database(error) | Kind::Indeterminate(Some(error)) => Some(error),
+            Kind::Database(error) | Kind::Indeterminate(Some(error)) => Some(&**error),
             Kind::Body(error) | Kind::PassThrough(error) => Some(error.as_ref()),
             Kind::Discarded { fault, .. } | Kind::Ambiguous(fault) => match &fault.cause {
                 Some(Cause::Error(error)) => Some(error.as_ref()),
                 Some(Cause::WithCaller) | None => None,
             },
-            _ => None,
+            _ => {
+                let refusal = self.0.refusal.as_deref()?;
+                Some(refusal)
+            }
         }
     }
 }
@@ -720,11 +695,15 @@ impl From<sqlx::Error> for Error {
             .and_then(sqlx::error::DatabaseError::code)
             // undefined_table, invalid_schema_name, undefined_function, undefined_object
             .is_some_and(|code| matches!(&*code, "42P01" | "3F000" | "42883" | "42704"));
-        Self::new(match error {
-            sqlx::Error::PoolClosed => Kind::Closed,
-            _ if missing => Kind::Migrations(MigrationState::Missing),
-            error => Kind::Database(error),
-        })
+        match error {
+            sqlx::Error::PoolClosed => Self::new(Kind::Closed),
+            error if missing => {
+                let mut meaning = Self::new(Kind::Migrations(MigrationState::Missing));
+                meaning.0.refusal = Some(shared(error));
+                meaning
+            }
+            error => Self::new(Kind::Database(shared(error))),
+        }
     }
 }
 
@@ -866,8 +845,8 @@ mod tests {
                 status: StatusCode::OK,
                 headers: Box::default(),
             },
-            Kind::Database(sqlx::Error::Database(Box::new(Refusal))),
-            Kind::Indeterminate(Some(sqlx::Error::PoolTimedOut)),
+            Kind::Database(shared(sqlx::Error::Database(Box::new(Refusal)))),
+            Kind::Indeterminate(Some(shared(sqlx::Error::PoolTimedOut))),
             discarded.into_result().unwrap_err().0.kind,
             Kind::Cancelled { superseded: false },
             Kind::Cancelled { superseded: true },
@@ -959,12 +938,21 @@ mod tests {
                 error.to_string(),
                 "database error: no room (SQLSTATE 53100)"
             );
-            assert!(!format!("{error:?}").contains("secret"), "{error:?}");
-            assert!(
-                error
-                    .source()
-                    .is_some_and(<dyn StdError>::is::<sqlx::Error>)
-            );
+            let source = error.source().and_then(|source| source.downcast_ref());
+            let Some(source @ sqlx::Error::Database(refusal)) = source else {
+                panic!("{source:?}");
+            };
+            assert_eq!(refusal.code().as_deref(), Some("53100"));
+            for shown in [
+                format!("{error:?}"),
+                source.to_string(),
+                format!("{source:?}"),
+            ] {
+                assert!(
+                    shown.contains("53100") && !shown.contains("secret"),
+                    "{shown}"
+                );
+            }
         }
         let endless = Error::from(sqlx::Error::Protocol("x".repeat(10_000)));
         assert!(endless.to_string().len() < 400);

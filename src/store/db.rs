@@ -17,7 +17,7 @@ use super::connect::located;
 use super::idle::{Checkout, IdleConnections};
 use super::runner_pool::Uses;
 use super::{millis, quoted};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, database_text, shared};
 
 /// A statement without an answer for this long loses its connection. sqlx sets no keepalive, so a
 /// black-holed socket would otherwise hang for minutes.
@@ -90,8 +90,7 @@ impl Obsolete {
     }
 }
 
-/// Why an operation of the store failed.
-#[derive(Debug)]
+/// Why an operation of the store failed. Its texts show no DETAIL, which may contain whole rows.
 pub(crate) struct StoreError {
     operation: &'static str,
     pub(super) error: sqlx::Error,
@@ -142,13 +141,23 @@ impl StoreError {
 
     /// The caller's error for a commit whose outcome is unknown.
     pub(crate) fn into_indeterminate(self) -> Error {
-        Error::new(Kind::Indeterminate(Some(self.error)))
+        Error::new(Kind::Indeterminate(Some(shared(self.error))))
     }
 }
 
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.operation, self.error)
+        write!(f, "{}: {}", self.operation, database_text(&self.error))
+    }
+}
+
+impl fmt::Debug for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StoreError")
+            .field("operation", &self.operation)
+            .field("error", &database_text(&self.error))
+            .field("unknown", &self.unknown)
+            .finish()
     }
 }
 

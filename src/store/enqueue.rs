@@ -419,9 +419,9 @@ impl Inserted {
                 Err(Error::new(kind).with_id(first))
             }
             Self::Elsewhere(holder) => Err(request.order_conflict(holder)),
-            Self::Busy => Err(Error::new(Kind::Database(sqlx::Error::Protocol(
+            Self::Busy => Err(Error::from(sqlx::Error::Protocol(
                 "the insert did not wait for a key that another transaction holds".to_owned(),
-            )))),
+            ))),
         }
     }
 }

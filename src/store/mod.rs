@@ -28,7 +28,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{PgConnection, PgPool};
 
 use self::db::{Db, Session};
-use crate::error::Error;
+use crate::error::{Error, database_text};
 
 pub(crate) use self::db::StoreError;
 
@@ -157,7 +157,8 @@ impl Store {
     ) -> Result<T, StoreError> {
         let result = self.db().run(operation, bytes, statements).await;
         if let Err(error) = &result {
-            tracing::debug!(operation, error = %error.error, "a store operation failed");
+            let error = database_text(&error.error);
+            tracing::debug!(operation, error, "a store operation failed");
         }
         result
     }

@@ -625,3 +625,72 @@ async fn sweeps(durable: &Durable, count: usize) {
         .await;
     }
 }
+
+#[tokio::test]
+async fn refusals_of_the_database_show_no_row_in_the_log() {
+    let database = migrated().await;
+    let server = Server::echo().await;
+    let variables = [
+        ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
+        ("REQUEUEST_TEST_SERVER", server.url("/hunter2")),
+    ];
+    let run = move || Output::of("meet_refusals", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    for constraint in ["of_results", "of_handlers", "of_requests"] {
+        let named = |line: &String| line.contains(constraint);
+        assert!(
+            output.logged.iter().any(named),
+            "no {constraint} in {:#?}",
+            output.logged
+        );
+    }
+    for line in &output.logged {
+        let shows = line.contains("hunter2") || line.contains("Failing row");
+        assert!(!shows, "{line}");
+    }
+}
+
+async fn keep_a_secret(transaction: &mut PgConnection, _: &Outcome) -> Result<(), sqlx::Error> {
+    transaction
+        .execute("INSERT INTO public.secrets VALUES ('hunter2')")
+        .await?;
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn meet_refusals() {
+    if !plays("meet_refusals") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    for statement in [
+        "ALTER TABLE requeuest.outcomes ADD CONSTRAINT of_results CHECK (body IS NULL)",
+        "CREATE TABLE secrets (secret text CONSTRAINT of_handlers CHECK (secret IS NULL))",
+    ] {
+        pool.execute(statement).await.unwrap();
+    }
+    let durable = Durable::new(pool.clone());
+    let handler = durable.on_outcome("default", outcome_fn(keep_a_secret));
+    let _handled = handler.await.unwrap();
+    let request = || post(variable("REQUEUEST_TEST_SERVER"), "hunter2");
+    let id = durable.fire(request()).await.unwrap();
+    in_time(durable.outcome(id)).await.unwrap();
+    eventually("the handler fails", || async {
+        let failures = "SELECT coalesce(max(failures), 0)::bigint FROM requeuest.unhandled";
+        let failures: i64 = sqlx::query_scalar(failures).fetch_one(&pool).await.unwrap();
+        failures > 0
+    })
+    .await;
+    pool.execute(
+        "ALTER TABLE requeuest.mq_payloads ADD CONSTRAINT of_requests CHECK (head IS NULL)
+         NOT VALID",
+    )
+    .await
+    .unwrap();
+    durable.fire(request()).await.unwrap_err();
+    durable.shutdown(LONG).await.unwrap();
+}

@@ -81,39 +81,6 @@ async fn a_database_that_is_away_is_named_soon_and_without_credentials() {
 }
 
 #[tokio::test]
-async fn a_refusal_of_the_database_shows_its_message_and_no_row() {
-    let database = migrated().await;
-    database
-        .pool()
-        .execute("ALTER TABLE requeuest.mq_payloads ADD CONSTRAINT none CHECK (head IS NULL)")
-        .await
-        .unwrap();
-    let durable = builder(&database).runner(false).build().unwrap();
-    let request = || post("http://example.com/hunter2", "x");
-    let alone = Options::default().ordered("k");
-    let errors = [
-        durable.fire(request()).await.unwrap_err(),
-        durable.fire(request().with(alone)).await.unwrap_err(),
-        durable
-            .fire_in(database.pool(), request())
-            .await
-            .unwrap_err(),
-        durable.fire_many([request()]).await.unwrap_err(),
-    ];
-    for error in errors {
-        let text = error.to_string();
-        assert!(error.is_database(), "{error:?}");
-        assert!(
-            text.contains(r#"check constraint "none" (SQLSTATE 23514)"#),
-            "{text}"
-        );
-        let shown = format!("{error} {error:?}");
-        assert!(!shown.contains("hunter2"), "{shown}");
-        assert!(!shown.contains("Failing row"), "{shown}");
-    }
-}
-
-#[tokio::test]
 async fn a_closed_pool_has_its_own_error() {
     let database = migrated().await;
     let durable = Durable::new(database.pool().clone());

@@ -2,6 +2,7 @@
 
 mod bodies;
 mod database;
+mod refusals;
 mod settings;
 
 use hyper_util::client::legacy::Client;
