@@ -296,7 +296,7 @@ $$;
 --   returned.
 -- - `conflict`: the key belongs to an earlier request that differs, whose id is returned.
 -- - `busy`: nothing was done, because another transaction has one of the keys and p_wait is not
---   set.
+--   set. The column `elsewhere` says which one, `supersede` or `ordered`.
 -- - `elsewhere`: nothing was done, because another channel, which is returned, has unfinished
 --   requests with the ordering key.
 CREATE FUNCTION enqueue(
@@ -344,10 +344,12 @@ DECLARE
 BEGIN
     -- Take all locks first, always in this order: if a later lock is not available, nothing may
     -- have been done yet.
-    IF p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait)
-        OR p_ordered AND NOT lock_order(p_channel, p_group, p_wait)
-    THEN
-        RETURN QUERY SELECT 'busy', NULL::uuid, NULL;
+    IF p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait) THEN
+        RETURN QUERY SELECT 'busy', NULL::uuid, 'supersede';
+        RETURN;
+    END IF;
+    IF p_ordered AND NOT lock_order(p_channel, p_group, p_wait) THEN
+        RETURN QUERY SELECT 'busy', NULL::uuid, 'ordered';
         RETURN;
     END IF;
     -- From here on, all reads are in later statements than the locks. The snapshot of a single

@@ -19,7 +19,7 @@ use crate::outcome::{Cause, Fault};
 use crate::redact::redact_urls;
 use crate::status::Status;
 
-pub(crate) use self::database::{database_text, shared};
+pub(crate) use self::database::{database_text, is_lock_timeout, shared};
 
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
@@ -109,6 +109,13 @@ pub(crate) enum Kind {
     /// The caller's key belongs to a different request.
     KeyConflict {
         key: Arc<str>,
+        channel: Arc<str>,
+    },
+    /// Another transaction has had the key for as long as a request waits for it.
+    KeyBusy {
+        field: &'static str,
+        /// `None` if it is one of the keys of many requests.
+        key: Option<Box<str>>,
         channel: Arc<str>,
     },
     /// Unfinished requests of another channel have the ordering key.
@@ -228,6 +235,14 @@ impl Error {
         }))
     }
 
+    /// Whether a statement met a lock of another transaction for too long (`lock_not_available`).
+    pub(crate) fn is_lock_timeout(&self) -> bool {
+        match &self.0.kind {
+            Kind::Database(error) => is_lock_timeout(error),
+            _ => false,
+        }
+    }
+
     /// The id of the request that the error is about, if a request was or may have been persisted.
     pub fn request_id(&self) -> Option<RequestId> {
         self.0.id
@@ -237,7 +252,9 @@ impl Error {
     /// `"concurrency"`, …
     pub fn field(&self) -> Option<&'static str> {
         match self.0.kind {
-            Kind::Request { field, .. } | Kind::Config { field, .. } => Some(field),
+            Kind::Request { field, .. }
+            | Kind::Config { field, .. }
+            | Kind::KeyBusy { field, .. } => Some(field),
             Kind::BodyTooLarge { .. } | Kind::Body(_) => Some("body"),
             Kind::KeyConflict { .. } => Some("key"),
             Kind::OrderConflict { .. } => Some("ordered"),
@@ -329,6 +346,18 @@ impl Error {
     /// earlier request. Nothing was persisted.
     pub fn is_key_conflict(&self) -> bool {
         matches!(self.0.kind, Kind::KeyConflict { .. })
+    }
+
+    /// Whether another transaction has held one of the request's keys for too long: its
+    /// [`key`](crate::Options::key), [`ordered`](crate::Options::ordered) or
+    /// [`supersede`](crate::Options::supersede), which [`field`](Self::field) names. Nothing was
+    /// persisted. If the transaction is the caller's own, enqueue with
+    /// [`Durable::fire_in`](crate::Durable::fire_in) in it, or after it. Otherwise retry once it
+    /// has ended.
+    ///
+    /// The limit is [`max_key_wait`](crate::DurableBuilder::max_key_wait).
+    pub fn is_key_busy(&self) -> bool {
+        matches!(self.0.kind, Kind::KeyBusy { .. })
     }
 
     /// Whether unfinished requests of another channel have the ordering key, so that the order
@@ -510,6 +539,23 @@ fn wrong_state(
     write!(f, "the request is {status}, and {rule}; {advice}")
 }
 
+fn key_busy(
+    f: &mut fmt::Formatter<'_>,
+    field: &str,
+    key: Option<&str>,
+    channel: &str,
+) -> fmt::Result {
+    write!(f, "{field}: another transaction holds ")?;
+    match key {
+        Some(key) => write!(f, "{key:?} of channel {channel:?}")?,
+        None => f.write_str("a key of one of the requests")?,
+    }
+    f.write_str(
+        ", and nothing was persisted; if it is the caller's own, use fire_in in it, or else retry \
+         once it has ended; see max_key_wait",
+    )
+}
+
 fn unreadable(f: &mut fmt::Formatter<'_>, reason: &str) -> fmt::Result {
     write!(
         f,
@@ -592,6 +638,11 @@ impl fmt::Display for Kind {
                 "invalid request: key: {key:?} of channel {channel:?} already belongs to this \
                  request, which has a different method, URL or body; use another key"
             ),
+            Self::KeyBusy {
+                field,
+                key,
+                channel,
+            } => key_busy(f, field, key.as_deref(), channel),
             Self::OrderConflict {
                 key,
                 holder: Some(holder),
@@ -793,6 +844,11 @@ mod tests {
             Kind::Cancelled { superseded: true } => &["cancelled", "newer request superseded it"],
             Kind::Ambiguous(_) => &["may have been sent", "Durable::resolve"],
             Kind::KeyConflict { .. } => &["key", "\"k-1\"", "\"billing\"", "use another key"],
+            Kind::KeyBusy { key: Some(_), .. } => &[
+                "supersede: another transaction holds \"s-1\" of channel \"billing\"",
+                "fire_in",
+            ],
+            Kind::KeyBusy { key: None, .. } => &["a key of one of the requests", "max_key_wait"],
             Kind::OrderConflict {
                 holder: Some(_), ..
             } => &["ordered", "\"o-1\"", "\"billing\"", "retry once they"],
@@ -831,6 +887,11 @@ mod tests {
             key: "o-1".into(),
             holder: holder.map(Into::into),
         };
+        let busy = |key: Option<&str>| Kind::KeyBusy {
+            field: "supersede",
+            key: key.map(Into::into),
+            channel: "billing".into(),
+        };
         let discarded = crate::outcome::Outcome::discarded(
             id,
             Fault::new("connect", "refused by the receiver".to_owned()),
@@ -855,6 +916,8 @@ mod tests {
                 key: "k-1".into(),
                 channel: "billing".into(),
             },
+            busy(Some("s-1")),
+            busy(None),
             conflict(Some("billing")),
             conflict(None),
             state(Operation::Replay, Status::Discarded, Some(id)),

@@ -18,7 +18,7 @@ use crate::engine::{Config, Engine};
 use crate::error::Error;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
-use crate::options::{validate_channel, validate_timeout};
+use crate::options::{TOO_LONG, validate_channel, validate_timeout};
 use crate::repetition::FailedRequests;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 use crate::runtime::Runtime;
@@ -40,6 +40,8 @@ pub const DEFAULT_MAX_RESPONSE_BODY: usize = 8 * 1024 * 1024;
 pub const DEFAULT_MAX_QUEUED_REQUESTS: usize = 100_000;
 /// How many bytes of requests may wait in a handle to be persisted: 256 MiB.
 pub const DEFAULT_MAX_QUEUED_BYTES: usize = 256 * 1024 * 1024;
+/// How long a request waits for a key that another transaction holds: 30 seconds.
+pub const DEFAULT_MAX_KEY_WAIT: Duration = Duration::from_secs(30);
 /// How many bytes of large request bodies a handle's attempts have in memory: 256 MiB.
 pub const DEFAULT_MAX_SENDING_BYTES: usize = 256 * 1024 * 1024;
 /// How many bytes of results may wait in a handle for their commit before no further attempt
@@ -129,6 +131,7 @@ impl DurableBuilder {
                 concurrency: DEFAULT_CONCURRENCY,
                 max_queued_requests: DEFAULT_MAX_QUEUED_REQUESTS,
                 max_queued_bytes: DEFAULT_MAX_QUEUED_BYTES,
+                max_key_wait: DEFAULT_MAX_KEY_WAIT,
                 max_sending_bytes: DEFAULT_MAX_SENDING_BYTES,
                 max_unsettled_bytes: DEFAULT_MAX_UNSETTLED_BYTES,
                 attempt_timeout: DEFAULT_ATTEMPT_TIMEOUT,
@@ -285,6 +288,21 @@ impl DurableBuilder {
     /// to four times [`max_request_body`](Self::max_request_body) if that is more.
     pub fn max_queued_bytes(mut self, bytes: usize) -> Self {
         self.max_queued_bytes = Some(bytes);
+        self
+    }
+
+    /// How long a request waits for its [`key`](crate::Options::key),
+    /// [`ordered`](crate::Options::ordered) or [`supersede`](crate::Options::supersede) key while
+    /// another transaction holds it and no other request of this handle gets it. Then the call
+    /// fails with [`Error::is_key_busy`], and nothing of it is persisted. Zero waits for nothing. A
+    /// call that waits for a transaction of its own caller would otherwise never return.
+    ///
+    /// It doesn't apply to [`fire_in`](Durable::fire_in) and
+    /// [`fire_many_in`](Durable::fire_many_in), whose statements wait on the caller's connection
+    /// for as long as its `lock_timeout` says, nor to [`fire_many`](Durable::fire_many), which waits
+    /// five seconds. Up to 100 years. Defaults to [`DEFAULT_MAX_KEY_WAIT`].
+    pub fn max_key_wait(mut self, wait: Duration) -> Self {
+        self.config.max_key_wait = wait;
         self
     }
 
@@ -539,6 +557,11 @@ impl DurableBuilder {
             config.max_queued_requests > 0,
             "max_queued_requests",
             "must be at least 1",
+        )?;
+        ensure(
+            config.max_key_wait <= MAX_DURATION,
+            "max_key_wait",
+            TOO_LONG,
         )?;
         for (bytes, field) in [
             (self.max_queued_bytes, "max_queued_bytes"),

@@ -33,9 +33,10 @@ use crate::status::Status;
 pub use self::builder::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_DEAD_LETTER_RETENTION,
     DEFAULT_HANDLER_CONCURRENCY, DEFAULT_HANDLER_TIMEOUT, DEFAULT_LEASE, DEFAULT_MAX_CONNECTIONS,
-    DEFAULT_MAX_HANDLER_FAILURES, DEFAULT_MAX_LOST_ATTEMPTS, DEFAULT_MAX_QUEUED_BYTES,
-    DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY,
-    DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DurableBuilder,
+    DEFAULT_MAX_HANDLER_FAILURES, DEFAULT_MAX_KEY_WAIT, DEFAULT_MAX_LOST_ATTEMPTS,
+    DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY,
+    DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_UNSETTLED_BYTES,
+    DEFAULT_RETENTION, DurableBuilder,
 };
 pub use self::outcomes::OutcomeSubscription;
 pub use self::pass_through::RequestHead;
@@ -120,7 +121,9 @@ impl Durable {
     ///
     /// If the request is refused, or can't be persisted. Then it will not be sent, except after
     /// [`Error::is_indeterminate`], when it may be. With [`Error::is_overloaded`] if too many
-    /// requests wait to be persisted.
+    /// requests wait to be persisted, and with [`Error::is_key_busy`] if another transaction holds
+    /// one of the request's keys for longer than
+    /// [`max_key_wait`](DurableBuilder::max_key_wait).
     ///
     /// # Cancel safety
     ///
@@ -153,7 +156,9 @@ impl Durable {
     /// A request that is [`ordered`](crate::Options::ordered), or has a
     /// [`key`](crate::Options::key) or [`supersede`](crate::Options::supersede), locks that key
     /// until the transaction ends. Two transactions that take two keys in opposite order deadlock,
-    /// and Postgres aborts one of them (SQLSTATE 40P01).
+    /// and Postgres aborts one of them (SQLSTATE 40P01). A key that another transaction holds is
+    /// waited for, without a limit unless the connection has a `lock_timeout`. If the other
+    /// transaction is the caller's own, that is for ever.
     ///
     /// Ordered requests are sent in the order of the commits, at every isolation level. Above `READ
     /// COMMITTED`, a transaction doesn't see a `key` that was committed after it started: the

@@ -17,6 +17,8 @@ pub(crate) struct Config {
     /// How many requests, and bytes of them, may wait to be persisted.
     pub(crate) max_queued_requests: usize,
     pub(crate) max_queued_bytes: usize,
+    /// How long a request waits for a key that another transaction holds.
+    pub(crate) max_key_wait: Duration,
     /// How many bytes of large request bodies attempts may have in memory.
     pub(crate) max_sending_bytes: usize,
     /// How many bytes of results may wait for their commit before no further attempt begins.

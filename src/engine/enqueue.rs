@@ -23,6 +23,7 @@ use super::attempt::slots::Slot;
 use super::attempt::waiters::Waiter;
 use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
 use super::budget::Share;
+use super::keys::BusyKeys;
 use super::lane;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
@@ -159,8 +160,9 @@ impl Engine {
     fn enqueue(&self, submission: Submission) -> Result<(), Error> {
         self.ensure_open()?;
         if submission.row.needs_lock() {
-            let store = self.store().clone();
-            self.driver().spawn(insert_locked(store, submission, false));
+            let (store, keys) = (self.store().clone(), Arc::clone(&self.busy_keys));
+            self.driver()
+                .spawn(insert_locked(store, keys, submission, false));
             return Ok(());
         }
         self.submissions
@@ -171,7 +173,7 @@ impl Engine {
     /// Enqueues a request unless an earlier call has.
     fn enqueue_again(&self, submission: Submission, earlier: Marker) -> Result<(), Error> {
         self.ensure_open()?;
-        let driver = Arc::clone(self.driver());
+        let (driver, keys) = (Arc::clone(self.driver()), Arc::clone(&self.busy_keys));
         self.driver().spawn(async move {
             // If its caller was dropped, the first insert may still be under way, to begin an
             // attempt at once. The request must not be inserted for another one in between.
@@ -182,7 +184,7 @@ impl Engine {
             {
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
-            insert_locked(driver.store.clone(), submission, true).await;
+            insert_locked(driver.store.clone(), keys, submission, true).await;
         });
         Ok(())
     }
@@ -360,15 +362,15 @@ fn begin(id: RequestId, start: Option<Start>, done: Done) {
 }
 
 /// Inserts a request that takes locks. Such requests have a task each instead of a shared lane,
-/// because a caller's transaction may hold the lock for long. No connection is kept and no other
-/// request waits meanwhile. With `again`, a request that exists stays as it is.
-async fn insert_locked(store: Store, submission: Submission, again: bool) {
+/// because a caller's transaction may hold the lock for long. No connection is kept, and only
+/// requests of the same key wait meanwhile. With `again`, a request that exists stays as it is.
+async fn insert_locked(store: Store, keys: Arc<BusyKeys>, submission: Submission, again: bool) {
     let Submission {
         row,
         start,
         mut done,
     } = submission;
-    match insert_when_free(&store, &row, &mut done, again).await {
+    match insert_when_free(&store, &keys, &row, &mut done, again).await {
         Ok(id) if id == row.id => begin(id, start, done),
         attached_or_refused => {
             done.send(attached_or_refused);
@@ -380,6 +382,7 @@ async fn insert_locked(store: Store, submission: Submission, again: bool) {
 /// has the caller's key.
 async fn insert_when_free(
     store: &Store,
+    keys: &Arc<BusyKeys>,
     row: &NewRequest,
     done: &mut Done,
     again: bool,
@@ -388,12 +391,37 @@ async fn insert_when_free(
     // Another insert of the same request may commit first, once.
     let mut may_collide = again;
     let mut unknown_since: Option<Instant> = None;
+    // A request is in one queue at a time, so that no two requests wait for each other in memory.
+    let mut place = keys.behind_others(row);
     loop {
+        if let Some(place) = &mut place {
+            let in_time = tokio::select! {
+                in_time = place.turn() => in_time,
+                () = done.sender.closed() => return Err(Error::new(Kind::Closed)),
+            };
+            if !in_time {
+                return Err(match unknown_since {
+                    Some(_) => Error::new(Kind::Indeterminate(None)).with_id(row.id),
+                    None => row.key_busy(place.field()),
+                });
+            }
+        }
         store.verify().await?;
         let again = again || unknown_since.is_some();
         match store.try_insert_locked(row, again).await {
-            Ok(Inserted::Busy) => {}
-            Ok(inserted) => return inserted.persisted(row),
+            Ok(Inserted::Busy(field)) => {
+                if place.as_ref().is_none_or(|place| place.field() != field) {
+                    // The next request of the other key asks now.
+                    drop(place.take());
+                    place = keys.join(row, field);
+                }
+            }
+            Ok(inserted) => {
+                if let Some(place) = &place {
+                    place.passed();
+                }
+                return inserted.persisted(row);
+            }
             Err(error) if may_collide && error.is_data() => may_collide = false,
             Err(error) if error.is_unknown() || unknown_since.is_some() => {
                 let since = *unknown_since.get_or_insert_with(Instant::now);

@@ -17,6 +17,7 @@ mod bulk;
 mod config;
 pub(crate) mod dead_letters;
 pub(crate) mod enqueue;
+mod keys;
 mod lane;
 mod lifecycle;
 pub(crate) mod runner;
@@ -37,6 +38,7 @@ use self::attempt::{Driver, Parts};
 use self::budget::Budget;
 use self::bulk::BULK_INSERTS;
 use self::enqueue::Submission;
+use self::keys::BusyKeys;
 use self::settle::Settler;
 use crate::error::{Error, Kind};
 use crate::health::SweepPart;
@@ -62,6 +64,7 @@ pub(crate) struct Engine {
     submissions: mpsc::UnboundedSender<Submission>,
     /// What bounds the submissions.
     budget: Arc<Budget>,
+    busy_keys: Arc<BusyKeys>,
     bulk_permits: Arc<Semaphore>,
     sweep: Arc<tasks::sweep::Health>,
     handler_places: Arc<tasks::hand_over::Places>,
@@ -103,6 +106,7 @@ impl Engine {
         let caller_connections = store.caller_pool().options().get_max_connections();
         let handler_places = tasks::hand_over::Places::new(caller_connections);
         let budget = Budget::new(config.max_queued_requests, config.max_queued_bytes);
+        let busy_keys = BusyKeys::new(config.max_key_wait);
         let parts = Parts {
             store,
             instance,
@@ -118,6 +122,7 @@ impl Engine {
             driver: Arc::new(Driver::new(config, parts)),
             submissions,
             budget: Arc::new(budget),
+            busy_keys: Arc::new(busy_keys),
             bulk_permits: Arc::new(Semaphore::new(BULK_INSERTS)),
             sweep,
             handler_places: Arc::new(handler_places),

@@ -22,6 +22,13 @@ pub(crate) fn shared(error: sqlx::Error) -> Arc<sqlx::Error> {
     })
 }
 
+/// Whether the statement met a lock of another transaction (`lock_not_available`), and did nothing.
+pub(crate) fn is_lock_timeout(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(|error| error.code().as_deref() == Some("55P03"))
+}
+
 /// What the database or the connection to it says, on one line. Of an error of Postgres only the
 /// message and the SQLSTATE.
 pub(crate) fn database_text(error: &sqlx::Error) -> String {

@@ -1,5 +1,7 @@
 //! Persisting many requests in one transaction.
 
+use std::sync::Arc;
+
 use sqlx::{Executor, PgConnection, Row};
 use uuid::Uuid;
 
@@ -40,6 +42,22 @@ impl Chunk {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.rows.is_empty()
+    }
+
+    /// The caller's error for a failed statement on one of the crate's own connections, which wait
+    /// for locks for a while.
+    fn refused(&self, error: Error) -> Error {
+        let busy = error.is_lock_timeout();
+        let field = self.rows.iter().find_map(NewRequest::last_key);
+        match (&*self.rows, field) {
+            ([row], Some(field)) if busy => row.key_busy(field),
+            ([row, ..], Some(field)) if busy => Error::new(Kind::KeyBusy {
+                field: field.name(),
+                key: None,
+                channel: Arc::clone(&row.channel),
+            }),
+            _ => error,
+        }
     }
 }
 
@@ -84,7 +102,7 @@ impl BulkInsert<'_> {
         if let Some(error) = written.as_ref().err().and_then(sqlx_error) {
             store.db().note_failure(error);
         }
-        written
+        written.map_err(|error| chunk.refused(error))
     }
 
     pub(crate) async fn commit(mut self) -> Result<(), Error> {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{Store, StoreError, millis, quoted};
 use crate::destination::ordering_key;
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, is_lock_timeout};
 use crate::id::RequestId;
 use crate::metadata::Metadata;
 
@@ -52,6 +52,28 @@ pub(crate) struct Key {
     pub(crate) key: Arc<str>,
     /// Equal for two calls that mean the same request.
     pub(crate) fingerprint: [u8; 32],
+}
+
+/// The option that a key comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum KeyField {
+    Supersede,
+    Ordered,
+    Key,
+}
+
+impl KeyField {
+    /// In the order in which an insert locks them.
+    pub(crate) const ALL: [Self; 3] = [Self::Supersede, Self::Ordered, Self::Key];
+
+    /// The name of the option.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Supersede => "supersede",
+            Self::Ordered => "ordered",
+            Self::Key => "key",
+        }
+    }
 }
 
 /// The state that a row is inserted in.
@@ -105,6 +127,35 @@ impl NewRequest {
             key: ordering_key(&self.group).into(),
             holder: Some(holder.into()),
         })
+    }
+
+    /// The error if another transaction has had this key for as long as a request waits.
+    pub(crate) fn key_busy(&self, field: KeyField) -> Error {
+        let key = match field {
+            KeyField::Ordered => Some(ordering_key(&self.group)),
+            field => self.key_of(field),
+        };
+        Error::new(Kind::KeyBusy {
+            field: field.name(),
+            key: key.map(Into::into),
+            channel: Arc::clone(&self.channel),
+        })
+    }
+
+    /// The key that an insert locks for this option. Of an ordering key, the whole group.
+    pub(crate) fn key_of(&self, field: KeyField) -> Option<&str> {
+        match field {
+            KeyField::Supersede => self.supersede.as_deref(),
+            KeyField::Ordered => self.ordered.then_some(&*self.group),
+            KeyField::Key => self.key.as_ref().map(|key| &*key.key),
+        }
+    }
+
+    /// The first of the options that make the insert lock a key, from the end: its other locks are
+    /// taken without a wait.
+    pub(super) fn last_key(&self) -> Option<KeyField> {
+        let mut fields = KeyField::ALL.into_iter().rev();
+        fields.find(|field| self.key_of(*field).is_some())
     }
 
     fn metadata(&self) -> Option<&str> {
@@ -210,7 +261,10 @@ impl Store {
             "enqueue.locked",
             request.size(),
             async |connection| match insert_one(connection, schema, request, how).await {
-                Err(error) if is_lock_timeout(&error) => Ok(Inserted::Busy),
+                Err(error) if is_lock_timeout(&error) => match request.last_key() {
+                    Some(field) => Ok(Inserted::Busy(field)),
+                    None => Err(error),
+                },
                 inserted => inserted,
             },
         )
@@ -255,13 +309,6 @@ impl Store {
             ..self.inserting()
         }
     }
-}
-
-/// Whether the statement met a lock of another transaction (`lock_not_available`), and did nothing.
-fn is_lock_timeout(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .is_some_and(|error| error.code().as_deref() == Some("55P03"))
 }
 
 async fn insert(
@@ -381,8 +428,8 @@ pub(crate) enum Inserted {
     Attached(RequestId),
     /// Nothing: this earlier request has the key, and is a different request.
     Conflict(RequestId),
-    /// Nothing: another transaction holds one of the keys.
-    Busy,
+    /// Nothing: another transaction holds this key.
+    Busy(KeyField),
     /// Nothing: unfinished requests of this other channel have the ordering key.
     Elsewhere(Box<str>),
 }
@@ -398,7 +445,10 @@ impl Inserted {
         match (verdict, persisted) {
             ("attached", Some(first)) if first != id => Self::Attached(first.into()),
             ("conflict", Some(first)) => Self::Conflict(first.into()),
-            ("busy", _) => Self::Busy,
+            ("busy", _) => Self::Busy(match elsewhere.as_deref() {
+                Some("supersede") => KeyField::Supersede,
+                _ => KeyField::Ordered,
+            }),
             ("elsewhere", _) => Self::Elsewhere(elsewhere.unwrap_or_default().into()),
             _ => Self::New,
         }
@@ -419,9 +469,7 @@ impl Inserted {
                 Err(Error::new(kind).with_id(first))
             }
             Self::Elsewhere(holder) => Err(request.order_conflict(holder)),
-            Self::Busy => Err(Error::from(sqlx::Error::Protocol(
-                "the insert did not wait for a key that another transaction holds".to_owned(),
-            ))),
+            Self::Busy(field) => Err(request.key_busy(field)),
         }
     }
 }

@@ -58,6 +58,9 @@ struct Shared {
     /// The text of the statements that are refused, and the SQLSTATE.
     refusing: Mutex<Option<(String, String)>>,
     refused: AtomicUsize,
+    /// The text of the statements that are counted.
+    counting: Mutex<String>,
+    counted: AtomicUsize,
     broken: AtomicUsize,
     connections: Mutex<Vec<Connection>>,
 }
@@ -105,6 +108,8 @@ impl Proxy {
             lost: AtomicUsize::new(0),
             refusing: Mutex::default(),
             refused: AtomicUsize::new(0),
+            counting: Mutex::default(),
+            counted: AtomicUsize::new(0),
             broken: AtomicUsize::new(0),
             connections: Mutex::default(),
         });
@@ -149,7 +154,7 @@ impl Proxy {
         })
     }
 
-    /// Resets all connections, and returns how many.
+    /// Resets all connections, also those that let no byte through, and returns how many.
     pub fn reset(&self) -> usize {
         self.decide(Fate::Reset, |_| true)
     }
@@ -170,6 +175,17 @@ impl Proxy {
     pub fn refuse_nothing(&self) -> usize {
         *self.shared.refusing.lock().unwrap() = None;
         self.shared.refused.swap(0, Ordering::SeqCst)
+    }
+
+    /// From now on, counts statements that contain this text.
+    pub fn count(&self, text: &str) {
+        text.clone_into(&mut self.shared.counting.lock().unwrap());
+        self.shared.counted.store(0, Ordering::SeqCst);
+    }
+
+    /// How many statements have been counted.
+    pub fn counted(&self) -> usize {
+        self.shared.counted.load(Ordering::SeqCst)
     }
 
     /// How many statements have been refused.
@@ -217,7 +233,7 @@ async fn serve(shared: Arc<Shared>, manner: Manner, mut client: TcpStream) {
     });
     if matches!(manner, Manner::BlackHole) {
         shared.broken.fetch_add(1, Ordering::SeqCst);
-        return std::future::pending().await;
+        return held(&client, fated).await;
     }
     let Ok(mut server) = TcpStream::connect(shared.target).await else {
         return;
@@ -235,8 +251,14 @@ async fn serve(shared: Arc<Shared>, manner: Manner, mut client: TcpStream) {
         Fate::Reset => {
             let _ = client.set_zero_linger();
         }
-        Fate::Held => std::future::pending().await,
+        Fate::Held => held(&client, fated).await,
     }
+}
+
+/// Keeps a connection open until it is reset.
+async fn held(client: &TcpStream, mut fated: watch::Receiver<Option<Fate>>) {
+    let _ = fated.wait_for(|fate| *fate == Some(Fate::Reset)).await;
+    let _ = client.set_zero_linger();
 }
 
 /// Forwards bytes until one side closes or the manner's limit is reached.
@@ -457,6 +479,10 @@ impl Frontend<'_> {
     }
 
     fn carried_out(&mut self, text: &str) {
+        let counting = self.shared.counting.lock().unwrap().clone();
+        if !counting.is_empty() && text.contains(&counting) {
+            self.shared.counted.fetch_add(1, Ordering::SeqCst);
+        }
         if let Some((marker, code)) = &*self.shared.refusing.lock().unwrap() {
             if text.contains(&**marker) {
                 self.refusing = Some(code.clone());

@@ -256,7 +256,8 @@ fn hold_time() -> Duration {
 async fn a_long_transaction_delays_only_its_own_keys() {
     let database = migrated().await;
     let server = echo_server().await;
-    let durable = short_lease_builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool()).max_key_wait(2 * hold_time());
+    let durable = durable.build().unwrap();
     let url = server.url("/");
     let ordered = |body: &'static str, key: &str| {
         post(&url, body).with(Options::default().ordered(key.to_owned()))

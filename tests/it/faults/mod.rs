@@ -1,6 +1,7 @@
 //! Crashes, broken connections and other processes. `docs/faults.md` says what happens under each
 //! fault.
 
+mod crowds;
 mod database;
 pub(crate) mod network;
 mod receiver;
