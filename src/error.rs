@@ -636,7 +636,8 @@ impl fmt::Display for Kind {
             Self::KeyConflict { key, channel } => write!(
                 f,
                 "invalid request: key: {key:?} of channel {channel:?} already belongs to this \
-                 request, which has a different method, URL or body; use another key"
+                 request, which has a different method, URL, body or owner; use another key, or see \
+                 Options::key_owner if only the credentials changed"
             ),
             Self::KeyBusy {
                 field,

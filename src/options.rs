@@ -76,6 +76,7 @@ pub struct Options {
     pub(crate) accept: Option<Arc<[AcceptedResponse]>>,
     pub(crate) fire: bool,
     pub(crate) key: Option<Arc<str>>,
+    pub(crate) key_owner: Option<Arc<str>>,
     pub(crate) supersede: Option<Arc<str>>,
     pub(crate) deadline: Option<Duration>,
     pub(crate) guarantee: Guarantee,
@@ -126,8 +127,10 @@ impl Options {
     ///
     /// A request is known for the [`retention`](crate::DurableBuilder::retention) after it ended,
     /// and a dead letter for as long as it exists. The same key with a different method, URL or
-    /// body is an error ([`Error::is_key_conflict`](crate::Error::is_key_conflict)). Headers and
-    /// options may differ; those of the first call are used. Up to 255 bytes. Defaults to none.
+    /// body is an error ([`Error::is_key_conflict`](crate::Error::is_key_conflict)), and so is one
+    /// of another [owner](Self::key_owner): no caller gets the response of another one. Other
+    /// headers and options may differ; those of the first call are used. Up to 255 bytes. Defaults
+    /// to none.
     ///
     /// # Examples
     ///
@@ -145,6 +148,33 @@ impl Options {
     #[must_use]
     pub fn key(mut self, key: impl Into<Arc<str>>) -> Self {
         self.key = Some(key.into());
+        self
+    }
+
+    /// Who owns the [`key`](Self::key): a tenant, an account. A key that an earlier request of
+    /// another owner has is an error
+    /// ([`Error::is_key_conflict`](crate::Error::is_key_conflict)).
+    ///
+    /// Defaults to the credentials among the request's headers: `Authorization`, `Cookie`,
+    /// `Api-Key`, `ApiKey`, `X-Api-Key`, `X-Auth-Token`, `X-Access-Token`, and each header whose
+    /// value is [marked sensitive](http::HeaderValue::set_sensitive). Name an owner if the
+    /// credentials of one caller change between a call and its repetition, such as a token that is
+    /// refreshed or a signature, or if they don't tell tenants apart, such as those that a layer
+    /// below adds. Then the headers don't matter.
+    ///
+    /// With the key, a hash of the owner is stored. Up to 255 bytes.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use requeuest::Options;
+    ///
+    /// // The same request, whatever token it is sent with.
+    /// let options = Options::default().key("invoice-42").key_owner("tenant-7");
+    /// ```
+    #[must_use]
+    pub fn key_owner(mut self, owner: impl Into<Arc<str>>) -> Self {
+        self.key_owner = Some(owner.into());
         self
     }
 
@@ -277,6 +307,7 @@ impl Options {
         self.fire == other.fire
             && self.channel == other.channel
             && self.key == other.key
+            && self.key_owner == other.key_owner
             && self.supersede == other.supersede
             && self.ordered == other.ordered
             && self.metadata.as_ref().map(Metadata::json)
@@ -291,6 +322,7 @@ impl Options {
             ("ordered", &self.ordered),
             ("group", &self.group),
             ("key", &self.key),
+            ("key_owner", &self.key_owner),
             ("supersede", &self.supersede),
         ];
         for (field, key) in keys {

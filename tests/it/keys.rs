@@ -3,14 +3,16 @@
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use http::HeaderValue;
 use requeuest::retry::RetryPolicy;
 use requeuest::{Channels, Client, Durable, Options, Request, RequestId, Status};
 use sqlx::PgPool;
 use tokio::task::JoinSet;
+use tower::{Layer, ServiceExt};
 
 use crate::support::{
-    Server, builder, eventually, eventually_rows, in_time, migrated, outcome_of, part, plays, post,
-    reply, rows,
+    Server, builder, eventually, eventually_rows, hyper_client, in_time, migrated, outcome_of,
+    part, plays, post, reply, rows,
 };
 
 fn keyed(url: impl AsRef<str>, key: &str, body: &'static str) -> Request {
@@ -111,6 +113,104 @@ async fn reusing_a_key_for_a_different_request_is_an_error() {
     outcome_of(&durable, first).await;
     assert_eq!(server.count(), 1);
     assert_eq!(rows(&database, "mq_msgs").await, 0);
+}
+
+/// A request with the key `k` and this header.
+fn authorized(url: &str, (name, value): (&'static str, &'static str)) -> Request {
+    let mut request = keyed(url, "k", "x");
+    let mut value = HeaderValue::from_static(value);
+    value.set_sensitive(name == "x-secret");
+    request.headers_mut().insert(name, value);
+    request
+}
+
+#[tokio::test]
+async fn tenants_with_different_credentials_never_share_a_key() {
+    let server = numbering_server().await;
+    let url = server.url("/");
+    for name in ["authorization", "cookie", "x-api-key", "x-secret"] {
+        let database = migrated().await;
+        let durable = Durable::new(database.pool().clone());
+        let own = || authorized(&url, (name, "hunter1"));
+        let first = in_time(durable.await_response(own())).await.unwrap();
+        let again = in_time(durable.await_response(own())).await.unwrap();
+        assert_eq!(first.id(), again.id());
+        for other in [authorized(&url, (name, "hunter2")), keyed(&url, "k", "x")] {
+            let mut http = http::Request::post(&url).body("x".to_owned()).unwrap();
+            *http.headers_mut() = other.headers().clone();
+            http.extensions_mut().insert(other.options().clone());
+            let layered = durable.layer().layer(hyper_client());
+            let errors = [
+                durable.fire(&other).await.unwrap_err(),
+                in_time(durable.await_response(&other)).await.unwrap_err(),
+                durable.fire_in(database.pool(), &other).await.unwrap_err(),
+                durable.fire_many([&other]).await.unwrap_err(),
+                durable
+                    .fire_many([&other, &post(&url, "y")])
+                    .await
+                    .unwrap_err(),
+                in_time(layered.oneshot(http)).await.unwrap_err(),
+            ];
+            for error in errors {
+                assert!(error.is_key_conflict(), "{name}: {error:?}");
+                let text = format!("{error} {error:?}");
+                assert!(text.contains("Options::key_owner"), "{text}");
+                assert!(!text.contains("hunter"), "{text}");
+            }
+        }
+        let kept = "request_keys WHERE strpos(encode(fingerprint, 'escape'), 'hunter') > 0";
+        assert_eq!(rows(&database, kept).await, 0);
+        assert_eq!(rows(&database, "request_keys").await, 1);
+    }
+    assert_eq!(server.count(), 4);
+}
+
+#[tokio::test]
+async fn a_named_owner_keeps_its_key_when_its_token_changes() {
+    let database = migrated().await;
+    let server = numbering_server().await;
+    let url = server.url("/");
+    let durable = Durable::new(database.pool().clone());
+    let of = |owner: &'static str, token| {
+        let options = Options::default().key("k").key_owner(owner);
+        authorized(&url, ("authorization", token)).with(options)
+    };
+    let first = in_time(durable.await_response(of("a", "old")))
+        .await
+        .unwrap();
+    let second = in_time(durable.await_response(of("a", "new")))
+        .await
+        .unwrap();
+    assert_eq!(first.id(), second.id());
+    for other in [of("b", "old"), authorized(&url, ("authorization", "old"))] {
+        let error = durable.fire(other).await.unwrap_err();
+        assert!(error.is_key_conflict(), "{error:?}");
+    }
+    for owner in [String::new(), "x".repeat(256)] {
+        let options = Options::default().key("l").key_owner(owner);
+        let error = durable.fire(post(&url, "x").with(options)).await;
+        assert_eq!(error.unwrap_err().field(), Some("key_owner"));
+    }
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn a_key_with_an_empty_body_is_the_same_through_each_entry_point() {
+    let database = migrated().await;
+    let server = numbering_server().await;
+    let durable = Durable::new(database.pool().clone());
+    let http = || {
+        let request = http::Request::post(server.url("/"));
+        let request = request.extension(Options::default().key("k"));
+        request.body(String::new()).unwrap()
+    };
+    let id = durable.fire(http()).await.unwrap();
+    let layered = durable.layer().layer(hyper_client());
+    let response = in_time(layered.oneshot(http())).await.unwrap();
+    assert_eq!(response.extensions().get(), Some(&id));
+    let absent = http().map(|_| ());
+    assert_eq!(durable.fire(absent).await.unwrap(), id);
+    assert_eq!(server.count(), 1);
 }
 
 #[tokio::test]
