@@ -636,8 +636,8 @@ impl fmt::Display for Kind {
             Self::KeyConflict { key, channel } => write!(
                 f,
                 "invalid request: key: {key:?} of channel {channel:?} already belongs to this \
-                 request, which has a different method, URL, body or owner; use another key, or see \
-                 Options::key_owner if only the credentials changed"
+                 request, which has a different method, URL, body or owner; use another key, or \
+                 name the owner with Options::key_owner if only credentials changed"
             ),
             Self::KeyBusy {
                 field,

@@ -71,8 +71,8 @@ fn owner(request: &Request) -> Option<Sha256> {
 }
 
 impl Request {
-    /// Whether both have the same method, URL and body. Credentials may differ: a retry layer's next
-    /// try may have a fresh token.
+    /// Whether both have the same method, URL and body. Credentials may differ: the next try of a
+    /// retry layer may have a fresh token.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         self.method == other.method && self.body == other.body && self.url() == other.url()
     }

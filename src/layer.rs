@@ -47,6 +47,15 @@ pub const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("requeuest-id"
 /// fired request. Other attempts have no span. Task-locals of the caller are not carried: inner
 /// layers find what they need in the request's extensions, which each attempt gets a copy of.
 ///
+/// A layer is for one client. The first service that it wraps sends every request that outlives its
+/// caller, also of callers of another service that it wraps later, which is logged as a warning.
+/// Clone the service rather than wrap its client again. A second client needs a layer of its own,
+/// with a [`channel`](DurableBuilder::channel) of its own: [`DurableBuilder::build_layer`].
+///
+/// The wrapped client bounds its own sockets. A [`reqwest::Client`] bounds its idle connections for
+/// each host only: for thousands of hosts, give it a short
+/// [`pool_idle_timeout`](reqwest::ClientBuilder::pool_idle_timeout).
+///
 /// Make it the outermost layer, and remove layers that retry. For a layer above that retries, such
 /// as tower's `Retry`, each try is a new request with an idempotency key of its own; the first such
 /// repetition is logged as a warning. Only if its policy copies the extensions of the response to
@@ -75,7 +84,8 @@ pub struct DurableLayer<B = Body> {
 impl<B> DurableLayer<B> {
     /// A layer with the defaults of [`DurableBuilder`](crate::DurableBuilder). The first service
     /// that it wraps also makes background attempts; until there is one, the runner delivers
-    /// nothing. Starts the engine, as [`Durable::new`] does.
+    /// nothing, and after 10 seconds a warning says so. Starts the engine, as [`Durable::new`]
+    /// does.
     ///
     /// # Panics
     ///
@@ -129,7 +139,8 @@ impl Durable {
 
 impl DurableBuilder {
     /// Builds a layer whose wrapped service makes all attempts, background attempts included. The
-    /// runner begins to deliver once the layer has wrapped its first service.
+    /// runner begins to deliver once the layer has wrapped its first service. If that takes longer
+    /// than 10 seconds, a warning says so.
     ///
     /// # Errors
     ///
@@ -147,9 +158,10 @@ where
     type Service = DurableService<S, B>;
 
     fn layer(&self, inner: S) -> DurableService<S, B> {
-        self.durable
-            .engine()
-            .offer_transport(|| erase(inner.clone()));
+        let engine = self.durable.engine();
+        if !engine.offer_transport(|| erase(inner.clone())) {
+            self.durable.warn_of_second_service();
+        }
         DurableService {
             inner,
             durable: self.durable.clone(),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use sqlx::PgPool;
@@ -299,8 +300,9 @@ impl DurableBuilder {
     ///
     /// It doesn't apply to [`fire_in`](Durable::fire_in) and
     /// [`fire_many_in`](Durable::fire_many_in), whose statements wait on the caller's connection
-    /// for as long as its `lock_timeout` says, nor to [`fire_many`](Durable::fire_many), which waits
-    /// five seconds. Up to 100 years. Defaults to [`DEFAULT_MAX_KEY_WAIT`].
+    /// for as long as its `lock_timeout` says. Nor does it apply to
+    /// [`fire_many`](Durable::fire_many), which waits five seconds. Up to 100 years. Defaults to
+    /// [`DEFAULT_MAX_KEY_WAIT`].
     pub fn max_key_wait(mut self, wait: Duration) -> Self {
         self.config.max_key_wait = wait;
         self
@@ -489,10 +491,17 @@ impl DurableBuilder {
         };
         let concurrency = config.concurrency;
         let engine = Engine::start(runtime, store, config);
-        let mut plain_transport = false;
+        let (mut plain_transport, mut wrapped_transport) = (false, false);
         match self.transport {
-            TransportChoice::Given(transport) => engine.offer_transport(|| transport),
-            TransportChoice::Wrapped => {}
+            TransportChoice::Given(transport) => {
+                engine.offer_transport(|| transport);
+            }
+            TransportChoice::Wrapped => {
+                wrapped_transport = true;
+                if self.runner {
+                    engine.expect_transport();
+                }
+            }
             TransportChoice::Plain => {
                 plain_transport = true;
                 let plain = PlainTransport::new(concurrency)
@@ -512,6 +521,8 @@ impl DurableBuilder {
                 _reconciler: reconciler,
                 pass_through: self.pass_through,
                 plain_transport,
+                wrapped_transport,
+                warned_of_second_service: AtomicBool::new(false),
                 failed: FailedRequests::default(),
             }),
         })

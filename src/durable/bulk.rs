@@ -22,10 +22,9 @@ impl Durable {
     /// first chunk, and Postgres ends a transaction that is idle for 30 seconds. Read slow streams
     /// first.
     ///
-    /// A key that another transaction holds is waited for, for up to five seconds, and then the call
-    /// fails with [`Error::is_key_busy`]. Two calls of
-    /// more than a thousand requests each that take two keys in opposite order deadlock, and
-    /// Postgres ends one of them (SQLSTATE 40P01).
+    /// A key that another transaction holds is waited for, for up to five seconds. Then the call
+    /// fails with [`Error::is_key_busy`]. Two calls of more than a thousand requests each that take
+    /// two keys in opposite order deadlock, and Postgres ends one of them (SQLSTATE 40P01).
     ///
     /// # Errors
     ///

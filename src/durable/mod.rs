@@ -11,6 +11,7 @@ mod pass_through;
 mod submit;
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -83,6 +84,9 @@ struct Inner {
     pass_through: Option<PassThrough>,
     /// Background attempts go through a plain client that the crate built.
     plain_transport: bool,
+    /// Background attempts go through the first service that the layer wraps.
+    wrapped_transport: bool,
+    warned_of_second_service: AtomicBool,
     /// The last requests of the fronts that were given up.
     failed: FailedRequests,
 }
@@ -445,6 +449,21 @@ impl Durable {
             .pass_through
             .as_ref()
             .is_some_and(|passes| passes(head))
+    }
+
+    /// Warns, once for each handle, if its layer wraps a service after the one that makes
+    /// background attempts. Whether the two differ can't be seen.
+    pub(crate) fn warn_of_second_service(&self) {
+        let inner = &self.inner;
+        if inner.wrapped_transport && !inner.warned_of_second_service.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(
+                channel = &*self.engine().config().channel,
+                "a DurableLayer wraps a second service, and requests that outlive their caller are \
+                 sent by the first one, with its credentials; build a layer with a channel of its \
+                 own for each client, or set DurableBuilder::transport"
+            );
+        }
     }
 
     /// Warns callers with a client of their own: attempts that outlive them use another one.

@@ -54,6 +54,8 @@ pub(crate) use self::config::Config;
 
 /// Longer than any statement may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long after a handle was built its layer may wrap its first service without a warning.
+const TRANSPORT_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a shutdown checks whether everything is settled.
 const DRAIN_POLL: Duration = Duration::from_millis(5);
 
@@ -146,9 +148,27 @@ impl Engine {
         self.sweep.parts()
     }
 
-    /// Sets the default transport unless one is set.
-    pub(crate) fn offer_transport(&self, transport: impl FnOnce() -> Transport) {
-        self.driver.transport.offer(transport);
+    /// Sets the default transport unless one is set. Returns whether it was set.
+    pub(crate) fn offer_transport(&self, transport: impl FnOnce() -> Transport) -> bool {
+        self.driver.transport.offer(transport)
+    }
+
+    /// Warns if no transport is offered for a while: the runner waits for it.
+    pub(crate) fn expect_transport(&self) {
+        let driver = Arc::downgrade(&self.driver);
+        self.driver.spawn(async move {
+            tokio::time::sleep(TRANSPORT_PATIENCE).await;
+            let Some(driver) = driver.upgrade() else {
+                return;
+            };
+            if !driver.transport.is_known() && !driver.lifecycle.is_closing() {
+                tracing::warn!(
+                    channel = &*driver.config.channel,
+                    "the layer has wrapped no service yet, and until it does this handle delivers \
+                     nothing; apply the layer, or set DurableBuilder::transport or runner(false)"
+                );
+            }
+        });
     }
 
     /// Refuses new requests after a shutdown, and once the caller's pool is closed.

@@ -36,6 +36,10 @@ pub(crate) fn database_text(error: &sqlx::Error) -> String {
         sqlx::Error::Database(error) => return refusal_text(error.as_ref()),
         sqlx::Error::Io(error) => error.to_string(),
         sqlx::Error::Protocol(text) => text.clone(),
+        // The crate's own pool reports its timeout as an error of the connection to the server.
+        sqlx::Error::PoolTimedOut => "the application's pool had no connection to give within its \
+             acquire_timeout"
+            .to_owned(),
         other => other.to_string(),
     };
     first_line(&text)
@@ -54,8 +58,8 @@ fn first_line(text: &str) -> String {
     redact_urls(line).chars().take(MAX_DATABASE_TEXT).collect()
 }
 
-/// An error of Postgres that shows neither its DETAIL nor the statement's parameters, whoever
-/// formats it. `try_downcast_ref` leads to the driver's own error, which has them.
+/// An error of Postgres that shows neither its DETAIL nor the statement's parameters in any
+/// format. `try_downcast_ref` leads to the driver's own error, which has them.
 struct Refusal(Box<dyn sqlx::error::DatabaseError>);
 
 impl fmt::Display for Refusal {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use http::HeaderValue;
 use http_body_util::Full;
 use requeuest::retry::RetryPolicy;
-use requeuest::{Durable, Options, Outcome, outcome_fn};
+use requeuest::{Body, Durable, DurableLayer, Options, Outcome, ReqwestTransport, outcome_fn};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Executor, PgConnection, PgPool};
 use tokio::io::AsyncWriteExt;
@@ -693,4 +693,77 @@ async fn meet_refusals() {
     .unwrap();
     durable.fire(request()).await.unwrap_err();
     durable.shutdown(LONG).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_second_service_of_a_layer_is_one_warning() {
+    let database = migrated().await;
+    let variables = [("REQUEUEST_TEST_DATABASE", database.url().to_owned())];
+    let run = move || Output::of("wrap_services", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let second = |line: &&str| line.contains("wraps a second service");
+    let warnings: Vec<_> = output.at("WARN").into_iter().filter(second).collect();
+    let [warning] = &*warnings else {
+        panic!("{:#?}", output.logged);
+    };
+    assert!(warning.contains(r#"channel="twice""#), "{warning}");
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn wrap_services() {
+    if !plays("wrap_services") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let builder = |channel: &str| Durable::builder(pool.clone()).channel(channel);
+    // Where the background has a transport of its own, the wrapped services don't take part in it.
+    let own = ReqwestTransport::new(reqwest::Client::new());
+    let given = builder("given").transport(own).build_layer::<Body>();
+    let plain: DurableLayer = builder("plain").build().unwrap().layer();
+    for layer in [given.unwrap(), plain] {
+        drop((layer.layer(hyper_client()), layer.layer(hyper_client())));
+    }
+    // A clone is no second service.
+    let once = builder("once").build_layer::<Body>().unwrap();
+    let service = once.layer(hyper_client());
+    drop(service.clone());
+    let twice = builder("twice").build_layer::<Body>().unwrap();
+    for _ in 0..4 {
+        drop(twice.clone().layer(hyper_client()));
+    }
+}
+
+#[tokio::test]
+async fn a_layer_that_wraps_nothing_is_one_warning() {
+    let run = || Output::of("wrap_nothing", &[]);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let idle = |line: &&str| line.contains("the layer has wrapped no service");
+    let warnings: Vec<_> = output.at("WARN").into_iter().filter(idle).collect();
+    let [warning] = &*warnings else {
+        panic!("{:#?}", output.logged);
+    };
+    assert!(warning.contains(r#"channel="idle""#), "{warning}");
+}
+
+#[tokio::test(start_paused = true)]
+#[ignore = "a part of another test"]
+async fn wrap_nothing() {
+    if !plays("wrap_nothing") {
+        return;
+    }
+    env_logger::init();
+    // The runner doesn't ask for the database before it has a client.
+    let pool = || PgPool::connect_lazy("postgres://127.0.0.1:9/none").unwrap();
+    let builder = |channel: &str| Durable::builder(pool()).channel(channel);
+    let _idle = builder("idle").build_layer::<Body>().unwrap();
+    let _quiet = builder("quiet").runner(false).build_layer::<Body>();
+    drop(builder("dropped").build_layer::<Body>().unwrap());
+    let late = builder("late").build_layer::<Body>().unwrap();
+    tokio::time::sleep(Duration::from_secs(9)).await;
+    let _service = late.layer(hyper_client());
+    tokio::time::sleep(Duration::from_secs(60)).await;
 }

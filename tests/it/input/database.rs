@@ -81,6 +81,32 @@ async fn a_database_that_is_away_is_named_soon_and_without_credentials() {
 }
 
 #[tokio::test]
+async fn a_pool_of_the_application_that_times_out_is_named() {
+    let database = migrated().await;
+    let pool = PgPoolOptions::new()
+        .max_connections(1)
+        .acquire_timeout(Duration::from_millis(50))
+        .connect_with(database.options())
+        .await
+        .unwrap();
+    let durable = Durable::new(pool.clone());
+    let _held = pool.acquire().await.unwrap();
+    let error = error_of_fire_in(&durable).await;
+    assert!(error.is_database(), "{error:?}");
+    assert_eq!(
+        error.to_string(),
+        "database error: the application's pool had no connection to give within its \
+         acquire_timeout"
+    );
+    let source = error.source().unwrap().downcast_ref::<sqlx::Error>();
+    assert!(matches!(source, Some(sqlx::Error::PoolTimedOut)));
+    // The crate's own pool has connections.
+    in_time(durable.fire(get("http://127.0.0.1:9/")))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
 async fn a_closed_pool_has_its_own_error() {
     let database = migrated().await;
     let durable = Durable::new(database.pool().clone());

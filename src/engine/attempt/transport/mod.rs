@@ -101,16 +101,18 @@ pub(crate) struct DefaultTransport {
 }
 
 impl DefaultTransport {
-    /// Sets the transport unless one is set.
-    pub(crate) fn offer(&self, transport: impl FnOnce() -> Transport) {
+    /// Sets the transport unless one is set. Returns whether it was set.
+    pub(crate) fn offer(&self, transport: impl FnOnce() -> Transport) -> bool {
         let mut current = self
             .transport
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if current.is_none() {
-            *current = Some(transport());
-            self.known.notify_waiters();
+        if current.is_some() {
+            return false;
         }
+        *current = Some(transport());
+        self.known.notify_waiters();
+        true
     }
 
     pub(crate) fn is_known(&self) -> bool {
