@@ -34,8 +34,8 @@ pub trait OutcomeHandler: Send + Sync + 'static {
     /// - `Ok` after a database error outside a savepoint: Postgres has aborted the transaction by
     ///   then. Return the error, or make the statement in a transaction of
     ///   [`Connection::begin`](sqlx::Connection::begin), which becomes a savepoint.
-    /// - `Ok` after a `COMMIT` or `ROLLBACK` of the transaction itself, or with a nested transaction
-    ///   that is still open.
+    /// - `Ok` after a `COMMIT` or `ROLLBACK` of the transaction itself, or with a nested
+    ///   transaction that is still open.
     fn handle<'a>(
         &'a self,
         transaction: &'a mut PgConnection,
