@@ -5,6 +5,7 @@ DROP FUNCTION purge_requests;
 DROP FUNCTION resolve_request;
 DROP FUNCTION replay_request;
 DROP FUNCTION refuses_order;
+DROP FUNCTION without_caller;
 DROP FUNCTION request_destination;
 DROP TRIGGER outcomes_kept_expiry ON outcomes_kept;
 DROP FUNCTION dead_letter_retention;

@@ -51,6 +51,16 @@ AS $$
     ) AS u(url);
 $$;
 
+-- A stored head without the mark of a caller that gets the response, whatever it is. No caller
+-- waits for a dead letter that is sent again.
+CREATE FUNCTION without_caller(p_head text) RETURNS text
+LANGUAGE sql
+IMMUTABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT regexp_replace(p_head, ',"awaited":true[}][}]$', '}}')
+$$;
+
 -- Locks an ordering key for a request that is about to return to it. Returns NULL, or the reason
 -- why the request can't return, in the terms of replay_request.
 CREATE FUNCTION refuses_order(p_channel text, p_group text) RETURNS text
@@ -108,7 +118,8 @@ BEGIN
     END IF;
     v_now := clock_timestamp();
     UPDATE mq_payloads p
-    SET id = p_new, returns = 0, response_status = NULL, response_head = NULL, response_body = NULL
+    SET id = p_new, head = without_caller(p.head), returns = 0, response_status = NULL,
+        response_head = NULL, response_body = NULL
     WHERE p.id = p_id RETURNING p.halts, request_destination(p.head) INTO v_halts, v_destination;
     IF NOT FOUND THEN
         RETURN 'gone';
@@ -221,7 +232,7 @@ BEGIN
                 RETURN v_refused;
             END IF;
         END IF;
-        UPDATE mq_payloads p SET returns = p.returns + 1
+        UPDATE mq_payloads p SET returns = p.returns + 1, head = without_caller(p.head)
         WHERE p.id = p_id RETURNING p.returns, p.halts, request_destination(p.head)
         INTO v_returns, v_halts, v_destination;
         IF NOT FOUND THEN

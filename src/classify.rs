@@ -6,6 +6,10 @@
 //! (RFC 8470 section 5.2), 429 (RFC 6585 section 4) and all of 5xx. An attempt without a response,
 //! which has a [`FailureClass`], is retried.
 //!
+//! A final response completes an awaited request, whatever its status: the caller gets it. A fired
+//! request is completed by 2xx only. No caller would see a final 401, 404 or 301, so such a request
+//! is discarded, and its dead letter keeps the request and the response.
+//!
 //! # Per request
 //!
 //! [`Options::accept`](crate::Options::accept) lists the responses that end one request. All other
@@ -26,7 +30,7 @@
 //!
 //! An answer that says that the same request can never succeed is final: retrying a 401 or a 422
 //! only keeps the receiver busy. To give a request up at once, as discarded rather than completed,
-//! return [`Verdict::Discard`].
+//! return [`Verdict::Discard`]. [`Verdict::Final`] completes it, also a fired one.
 //!
 //! # Examples
 //!
@@ -126,6 +130,7 @@ pub enum Verdict {
 pub struct Attempt<'a> {
     method: &'a Method,
     number: u32,
+    awaited: bool,
     result: Result<(StatusCode, &'a HeaderMap), FailureClass>,
 }
 
@@ -133,11 +138,13 @@ impl<'a> Attempt<'a> {
     pub(crate) fn new(
         method: &'a Method,
         number: u32,
+        awaited: bool,
         result: Result<(StatusCode, &'a HeaderMap), FailureClass>,
     ) -> Self {
         Self {
             method,
             number,
+            awaited,
             result,
         }
     }
@@ -152,6 +159,13 @@ impl<'a> Attempt<'a> {
         self.number
     }
 
+    /// Whether the request was made by a call that returns the response: `await_response`, or the
+    /// layer and the middleware without [`Options::fire`](crate::Options::fire). `false` for fired
+    /// requests and for replays.
+    pub fn is_awaited(&self) -> bool {
+        self.awaited
+    }
+
     /// The status and headers of the response, or why there is none.
     ///
     /// # Errors
@@ -164,8 +178,11 @@ impl<'a> Attempt<'a> {
     /// The verdict without a [`Classify`]: see the [module](self).
     pub fn default_verdict(&self) -> Verdict {
         match self.result {
-            Ok((status, _)) if !asks_for_repetition(status) => Verdict::Final,
-            Ok(_) | Err(_) => Verdict::Retry,
+            Ok((status, _)) if asks_for_repetition(status) => Verdict::Retry,
+            // No caller would ever see the answer.
+            Ok((status, _)) if !self.awaited && !status.is_success() => Verdict::Discard,
+            Ok(_) => Verdict::Final,
+            Err(_) => Verdict::Retry,
         }
     }
 }
@@ -378,7 +395,7 @@ mod tests {
     ) -> Verdict {
         let headers = HeaderMap::new();
         let result = result.map(|status| (StatusCode::from_u16(status).unwrap(), &headers));
-        classifier.judge(accept, &Attempt::new(&Method::POST, 3, result))
+        classifier.judge(accept, &Attempt::new(&Method::POST, 3, true, result))
     }
 
     fn by_default(result: Result<u16, FailureClass>) -> Verdict {
@@ -394,6 +411,29 @@ mod tests {
             assert_eq!(by_default(Ok(status)), Verdict::Retry, "{status}");
         }
         assert_eq!(by_default(Err(FailureClass::Protocol)), Verdict::Retry);
+    }
+
+    #[test]
+    fn a_fired_request_is_completed_by_success_only() {
+        let headers = HeaderMap::new();
+        let fired = |classifier: &Classifier, status| {
+            let result = Ok((StatusCode::from_u16(status).unwrap(), &headers));
+            classifier.judge(None, &Attempt::new(&Method::POST, 1, false, result))
+        };
+        let default = Classifier::default();
+        for status in [200, 204, 299] {
+            assert_eq!(fired(&default, status), Verdict::Final, "{status}");
+        }
+        for status in [301, 304, 400, 401, 404, 409, 600] {
+            assert_eq!(fired(&default, status), Verdict::Discard, "{status}");
+        }
+        assert_eq!(fired(&default, 503), Verdict::Retry);
+        let lenient = Classifier::new(classify_fn(|attempt| match attempt.result() {
+            Ok((StatusCode::CONFLICT, _)) if !attempt.is_awaited() => Verdict::Final,
+            _ => attempt.default_verdict(),
+        }));
+        assert_eq!(fired(&lenient, 409), Verdict::Final);
+        assert_eq!(fired(&lenient, 410), Verdict::Discard);
     }
 
     #[test]
@@ -443,7 +483,7 @@ mod tests {
             }
         }
         let headers = HeaderMap::new();
-        let attempt = Attempt::new(&Method::GET, 1, Ok((StatusCode::OK, &headers)));
+        let attempt = Attempt::new(&Method::GET, 1, true, Ok((StatusCode::OK, &headers)));
         let all: [Box<dyn Classify>; 2] =
             [Box::new(Never), Box::new(classify_fn(|_| Verdict::Discard))];
         for classify in all {

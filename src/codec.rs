@@ -134,6 +134,10 @@ pub(crate) struct Delivery {
     pub(crate) accept: Option<Vec<AcceptedResponse>>,
     #[serde(default, skip_serializing_if = "Guarantee::is_default")]
     pub(crate) guarantee: Guarantee,
+    /// A caller gets the response, whatever it is. Without one, a final response other than a
+    /// success makes a dead letter. Stays last: the migrations' `without_caller` takes it off.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) awaited: bool,
 }
 
 // Both heads repeat the fields of `Headers`: `flatten` would copy a whole head before reading it.
@@ -359,6 +363,7 @@ mod tests {
             retry: RetryPolicy::awaited(),
             accept: None,
             guarantee: Guarantee::default(),
+            awaited: true,
         }
     }
 
@@ -511,6 +516,7 @@ mod tests {
                 AcceptedResponse::Range(1, 2),
             ]),
             guarantee: Guarantee::AtMostOnce,
+            awaited: true,
             ..delivery()
         };
         let mut request =

@@ -42,10 +42,11 @@ pub enum Status {
     /// newer version deliver the channel, repair the row, or
     /// [cancel](crate::Durable::cancel) the request.
     Parked,
-    /// The request got a final response, or was resolved as sent.
+    /// The request got a final response, or was resolved as sent. For a fired request that is 2xx,
+    /// or one of its [accepted](crate::Options::accept) responses.
     Completed,
-    /// The request was given up and won't be attempted again. It is a dead letter, with its last
-    /// error.
+    /// The request was given up and won't be attempted again, or it was fired and got a final
+    /// response other than a success. It is a dead letter, with its last response or error.
     Discarded,
     /// The request was cancelled before it got a final response.
     Cancelled,

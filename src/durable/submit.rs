@@ -55,6 +55,7 @@ impl Durable {
             }),
             accept: options.accept.as_ref().map(|accept| accept.to_vec()),
             guarantee: options.guarantee,
+            awaited: mode == Mode::Awaited,
         };
         if options.guarantee == Guarantee::AtLeastOnce {
             let header = options.idempotency_header.as_ref();
@@ -127,7 +128,8 @@ impl Durable {
     }
 }
 
-/// Whether a caller waits for the response, which decides how long it is retried by default.
+/// Whether a caller waits for the response. Decides how long the request is retried by default, and
+/// whether a final response without success completes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Awaited,

@@ -1,5 +1,7 @@
 //! Dead letters: listing, replaying, resolving, reconciling and purging them.
 
+mod fired;
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

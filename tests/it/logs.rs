@@ -55,8 +55,15 @@ fn variable(name: &str) -> String {
 
 #[tokio::test]
 async fn a_request_that_is_given_up_is_one_warning() {
+    // Given up after its retries, and with a final answer that no caller sees.
+    for (status, attempts) in [(503, 2), (404, 1)] {
+        give_up(status, attempts).await;
+    }
+}
+
+async fn give_up(status: u16, attempts: usize) {
     let database = migrated().await;
-    let server = Server::always(503).await;
+    let server = Server::always(status).await;
     let variables = [
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         (
@@ -77,8 +84,8 @@ async fn a_request_that_is_given_up_is_one_warning() {
         format!("id={id}"),
         r#"channel="billing""#.to_owned(),
         format!(r#"destination="{}""#, server.url("")),
-        "attempts=2".to_owned(),
-        r#"reason="answered with 503"#.to_owned(),
+        format!("attempts={attempts}"),
+        format!(r#"reason="answered with {status}"#),
     ] {
         assert!(warning.contains(&part), "no {part} in {warning}");
     }
@@ -86,7 +93,7 @@ async fn a_request_that_is_given_up_is_one_warning() {
     let failed = failed
         .iter()
         .filter(|line| line.contains("an attempt failed"));
-    assert_eq!(failed.count(), 1, "{:#?}", output.logged);
+    assert_eq!(failed.count(), attempts - 1, "{:#?}", output.logged);
     assert_eq!(output.at("ERROR"), [""; 0]);
     for line in &output.logged {
         assert!(!line.contains("hunter2"), "{line}");

@@ -18,7 +18,12 @@ pub(super) enum Judgement {
 pub(super) fn judge(exchange: Exchange, claim: &Claim) -> Judgement {
     let job = claim.job();
     let driver = claim.driver();
-    let attempt = Attempt::new(&job.request.method, claim.attempts(), exchange.seen());
+    let attempt = Attempt::new(
+        &job.request.method,
+        claim.attempts(),
+        job.delivery.awaited,
+        exchange.seen(),
+    );
     let verdict = driver
         .config
         .classifier

@@ -206,7 +206,8 @@ async fn a_response_over_the_limit_is_final_and_keeps_its_head() {
         .unwrap_err();
     ids.push(is_too_large(of_middleware(&error)));
     let delayed = Options::default().delay(Duration::from_millis(10));
-    let request = Request::try_from(get(&url)).unwrap().with(delayed);
+    let accepting = delayed.accept([StatusCode::CONFLICT]);
+    let request = Request::try_from(get(&url)).unwrap().with(accepting);
     let id = durable.fire(request).await.unwrap();
     let outcome = outcome_of(&durable, id).await;
     ids.push(is_too_large(&outcome.into_result().unwrap_err()));
