@@ -48,6 +48,9 @@ CREATE TABLE mq_msgs (
     -- When the next attempt is due; while an attempt is under way, the end of its lease.
     attempt_at timestamptz NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Since when the request's age counts: its first attempt, and later by as much as it has waited
+    -- for a runner since. NULL means created_at, as for a request that was inserted claimed.
+    began_at timestamptz,
     -- Position among the requests of an ordering key, in commit order.
     seq bigint,
     -- The instance that waits for the outcome; nil if several instances wait.

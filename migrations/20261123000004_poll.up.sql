@@ -629,6 +629,13 @@ BEGIN
         -- A request that may have been sent and must not be sent again keeps its state until its
         -- outcome is recorded.
         SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
+            -- Time for which no runner came doesn't count, except while a caller waits.
+            began_at = CASE
+                WHEN m.attempts = 0 THEN v_now
+                WHEN m.waiter IS NULL THEN
+                    coalesce(m.began_at, m.created_at) + greatest(v_now - m.attempt_at, '0')
+                ELSE m.began_at
+            END,
             state = CASE WHEN m.state = 'sending_once' THEN m.state ELSE 'claimed' END,
             -- An attempt was under way, and its result will never come.
             lost = CASE
@@ -640,7 +647,8 @@ BEGIN
             END
         WHERE m.ctid = ANY (v.picked)
         RETURNING
-            m.id, m.channel_name, m.claim_no, m.attempts, m.created_at, m.deadline,
+            m.id, m.channel_name, m.claim_no, m.attempts, m.deadline,
+            coalesce(m.began_at, m.created_at) AS began_at,
             m.state = 'sending_once' AS once, m.lost
     )
     SELECT
@@ -652,7 +660,7 @@ BEGIN
         concat(
             '{"claim_no":', c.claim_no,
             ',"attempts":', c.attempts,
-            ',"age_ms":', (extract(epoch FROM v_now - c.created_at) * 1000)::bigint,
+            ',"age_ms":', (extract(epoch FROM v_now - c.began_at) * 1000)::bigint,
             ',"deadline_ms":',
             coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
             ',"lost":', c.once::text,

@@ -243,19 +243,20 @@ BEGIN
         v_attempts := greatest(v_kept.attempts - 1, 0);
         IF v_in_place THEN
             UPDATE mq_msgs m
-            SET attempt_at = v_now, waiter = NULL, claim_no = m.claim_no + 1, attempts = v_attempts,
-                lost = 0, state = 'waiting'
+            SET attempt_at = v_now, began_at = v_now, waiter = NULL, claim_no = m.claim_no + 1,
+                attempts = v_attempts, lost = 0, state = 'waiting'
             WHERE m.id = p_id;
         ELSE
             IF v_ordered THEN
                 v_seq := next_seq(v_kept.channel_name, v_kept.channel_args);
             END IF;
             INSERT INTO mq_msgs (
-                id, channel_name, channel_args, attempt_at, created_at, seq, claim_no, attempts,
-                destination, halts
+                id, channel_name, channel_args, attempt_at, began_at, created_at, seq, claim_no,
+                attempts, destination, halts
             )
             VALUES (
-                p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_kept.created_at, v_seq,
+                p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_now, v_kept.created_at,
+                v_seq,
                 -- Higher than any claim_no the request had before, so that an old claim is never
                 -- taken for a current one.
                 least(v_returns, 2000) * 1000000, v_attempts,

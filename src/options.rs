@@ -191,8 +191,7 @@ impl Options {
     /// not even the first, begins after the deadline. An attempt in flight may finish. Must be
     /// longer than the [`delay`](Self::delay). Defaults to none.
     ///
-    /// [`RetryPolicy::max_age`] limits retries only: a request that waited longer still gets its
-    /// first attempt.
+    /// [`RetryPolicy::max_age`] limits retries only, and counts from the first attempt.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);

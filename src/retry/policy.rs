@@ -16,9 +16,9 @@ pub const DEFAULT_BASE: Duration = Duration::from_secs(1);
 pub const DEFAULT_FACTOR: f64 = 2.0;
 /// The largest bound: five minutes.
 pub const DEFAULT_CAP: Duration = Duration::from_secs(5 * 60);
-/// How long an awaited request is retried: five minutes after it was enqueued.
+/// How long an awaited request is retried: five minutes after its first attempt.
 pub const DEFAULT_AWAITED_AGE: Duration = Duration::from_secs(5 * 60);
-/// How long a fired request is retried: 24 hours after it was enqueued.
+/// How long a fired request is retried: 24 hours after its first attempt.
 pub const DEFAULT_FIRED_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 /// How far a response's `Retry-After` can raise a delay: one hour.
 pub const DEFAULT_MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
@@ -131,7 +131,7 @@ impl Jitter {
 pub struct Retry {
     /// How many attempts have been made. At least 1.
     pub attempts: u32,
-    /// The time since the request was enqueued.
+    /// The time since the first attempt, as [`RetryPolicy::max_age`] counts it.
     pub age: Duration,
 }
 
@@ -290,8 +290,13 @@ impl RetryPolicy {
         self
     }
 
-    /// How long after it was enqueued a request is retried. The last attempt falls on the end of
+    /// How long after its first attempt a request is retried. The last attempt falls on the end of
     /// that time. Zero means one attempt.
+    ///
+    /// Time before the first attempt doesn't count: a [`delay`](crate::Options::delay), waiting
+    /// behind an [ordering key](crate::Options::ordered), or without a runner. Later, time for
+    /// which no runner comes doesn't count either, unless a caller waits for the response.
+    /// [`Options::deadline`](crate::Options::deadline) is a limit that always counts.
     #[must_use]
     pub fn max_age(mut self, age: Duration) -> Self {
         self.max_age = Some(age);

@@ -1,6 +1,8 @@
 //! Which failures are retried, when, and how each is classified. The servers are real sockets on
 //! loopback.
 
+mod age;
+
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -161,8 +161,8 @@ pub(crate) struct Claim {
     unconfirmed: bool,
     /// When the request is given up.
     deadline: Option<Instant>,
-    /// When the request was enqueued, by this process's clock.
-    enqueued: Instant,
+    /// Since when the request's age counts, by this process's clock.
+    began: Instant,
     /// When the attempt is due.
     due: Instant,
     /// When the attempt under way began.
@@ -203,7 +203,7 @@ impl Claim {
             counted: true,
             unconfirmed: false,
             deadline: deadline.and_then(|left| now.checked_add(left)),
-            enqueued: now.checked_sub(age).unwrap_or(now),
+            began: now.checked_sub(age).unwrap_or(now),
             due: now,
             sending: None,
             current: None,
@@ -320,7 +320,7 @@ impl Claim {
     /// The delay until the next attempt, or `None` to give the request up. `asked` is the delay
     /// that the response asked for.
     pub(super) fn next_delay(&self, asked: Option<Duration>) -> Option<Duration> {
-        let retry = Retry::new(self.attempts, self.enqueued.elapsed());
+        let retry = Retry::new(self.attempts, self.began.elapsed());
         let function = self.driver.config.retry_fired.function();
         let policy = &self.job.delivery.retry;
         let delay = policy.delay(retry, fastrand::f64(), asked, function)?;
