@@ -6,6 +6,10 @@
 //! (RFC 8470 section 5.2), 429 (RFC 6585 section 4) and all of 5xx. An attempt without a response,
 //! which has a [`FailureClass`], is retried.
 //!
+//! A receiver that answers with something that is no complete response ([`FailureClass::Protocol`],
+//! [`FailureClass::Incomplete`]) has probably acted, and answers the same again. The request is
+//! discarded after [`MAX_BROKEN_ANSWERS`] of them.
+//!
 //! A final response completes an awaited request, whatever its status: the caller gets it. A fired
 //! request is completed by 2xx only. No caller would see a final 401, 404 or 301, so such a request
 //! is discarded, and its dead letter keeps the request and the response.
@@ -61,6 +65,10 @@ use http::{HeaderMap, Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ParseNameError;
+
+/// After how many answers that are no complete response a request is discarded: ten. A classifier
+/// can decide otherwise.
+pub const MAX_BROKEN_ANSWERS: u32 = 10;
 
 /// A response that ends a request, for [`Options::accept`](crate::Options::accept) and
 /// [`Request::accept_responses`](crate::Request::accept_responses).
@@ -131,7 +139,37 @@ pub struct Attempt<'a> {
     method: &'a Method,
     number: u32,
     awaited: bool,
+    history: History,
     result: Result<(StatusCode, &'a HeaderMap), FailureClass>,
+}
+
+/// What the earlier attempts of a request tell about the last one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct History {
+    /// How many brought a broken answer.
+    broken: u32,
+}
+
+/// An earlier attempt, as it is recorded.
+#[derive(Clone, Debug)]
+pub(crate) struct Earlier {
+    pub(crate) number: u32,
+    pub(crate) class: String,
+    pub(crate) status: Option<u16>,
+}
+
+impl History {
+    /// The history of a request before its attempt with this number.
+    pub(crate) fn before(number: u32, earlier: &[Earlier]) -> Self {
+        let earlier = earlier.iter().filter(|earlier| earlier.number < number);
+        let broken = earlier.filter(|earlier| {
+            let class = earlier.class.parse::<FailureClass>();
+            class.is_ok_and(FailureClass::is_broken_answer)
+        });
+        Self {
+            broken: broken.count() as u32,
+        }
+    }
 }
 
 impl<'a> Attempt<'a> {
@@ -145,8 +183,18 @@ impl<'a> Attempt<'a> {
             method,
             number,
             awaited,
+            history: History::default(),
             result,
         }
+    }
+
+    pub(crate) fn after(self, history: History) -> Self {
+        Self { history, ..self }
+    }
+
+    /// Whether the default verdict depends on the earlier attempts.
+    pub(crate) fn depends_on_history(&self) -> bool {
+        self.number > 1 && matches!(self.result, Err(class) if class.is_broken_answer())
     }
 
     /// The request's method.
@@ -182,6 +230,11 @@ impl<'a> Attempt<'a> {
             // No caller would ever see the answer.
             Ok((status, _)) if !self.awaited && !status.is_success() => Verdict::Discard,
             Ok(_) => Verdict::Final,
+            Err(class)
+                if class.is_broken_answer() && self.history.broken + 1 >= MAX_BROKEN_ANSWERS =>
+            {
+                Verdict::Discard
+            }
             Err(_) => Verdict::Retry,
         }
     }
@@ -299,10 +352,14 @@ pub enum FailureClass {
     NotReady,
     /// No complete response came in time. The request may have been sent.
     Timeout,
-    /// The connection broke after the request may have been sent, or while the response was read.
+    /// The connection broke after the request may have been sent, and before a response came.
     Reset,
-    /// The answer was not valid HTTP, or its body could not be decoded.
+    /// The answer was not valid HTTP, its head exceeded the client's limits, or its body could not
+    /// be decoded.
     Protocol,
+    /// A response came, and ended before its body was complete: the connection broke, or the
+    /// response is shorter than its `Content-Length` (RFC 9112 section 8).
+    Incomplete,
     /// The client failed with an error that is not recognised.
     Other,
     /// A response came whose status asks for another attempt.
@@ -329,6 +386,7 @@ impl FailureClass {
             Self::Timeout => "timeout",
             Self::Reset => "reset",
             Self::Protocol => "protocol",
+            Self::Incomplete => "incomplete",
             Self::Other => "other",
             Self::Status => "status",
             Self::Abandoned => "abandoned",
@@ -336,6 +394,11 @@ impl FailureClass {
             Self::Unusable => "unusable",
             Self::Deadline => "deadline",
         }
+    }
+
+    /// Whether the receiver answered, with something that is no complete response.
+    pub(crate) fn is_broken_answer(self) -> bool {
+        matches!(self, Self::Protocol | Self::Incomplete)
     }
 
     /// Whether a part of the request may have been sent. `false` only if certainly nothing was.
@@ -367,6 +430,7 @@ impl FromStr for FailureClass {
             "timeout" => Self::Timeout,
             "reset" => Self::Reset,
             "protocol" => Self::Protocol,
+            "incomplete" => Self::Incomplete,
             "other" => Self::Other,
             "status" => Self::Status,
             "abandoned" => Self::Abandoned,
@@ -437,6 +501,36 @@ mod tests {
     }
 
     #[test]
+    fn the_tenth_broken_answer_is_the_last() {
+        let earlier = |class: &str, numbers: std::ops::RangeInclusive<u32>| {
+            let earlier = numbers.map(|number| Earlier {
+                number,
+                class: class.to_owned(),
+                status: None,
+            });
+            earlier.collect::<Vec<_>>()
+        };
+        let verdict = |number, earlier: &[Earlier]| {
+            let attempt = Attempt::new(&Method::POST, number, true, Err(FailureClass::Protocol));
+            assert!(attempt.depends_on_history());
+            attempt
+                .after(History::before(number, earlier))
+                .default_verdict()
+        };
+        // A receiver that was down for long counts for nothing.
+        let mut all = earlier("connect", 1..=90);
+        all.extend(earlier("incomplete", 91..=98));
+        assert_eq!(verdict(99, &all), Verdict::Retry);
+        all.extend(earlier("protocol", 99..=99));
+        assert_eq!(verdict(100, &all), Verdict::Discard);
+        // What this version doesn't know is none.
+        assert_eq!(
+            verdict(100, &earlier("of tomorrow", 1..=99)),
+            Verdict::Retry
+        );
+    }
+
+    #[test]
     fn a_list_of_accepted_responses_takes_precedence() {
         let accept = [AcceptedResponse::Success, AcceptedResponse::Status(409)];
         let discard = Classifier::new(classify_fn(|_| Verdict::Discard));
@@ -502,6 +596,7 @@ mod tests {
             FailureClass::Timeout,
             FailureClass::Reset,
             FailureClass::Protocol,
+            FailureClass::Incomplete,
             FailureClass::Other,
             FailureClass::Status,
             FailureClass::Abandoned,

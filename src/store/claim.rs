@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::enqueue::{CLAIMED, SENDING_ONCE};
 use super::settle::Fence;
 use super::{Store, StoreError, millis};
+use crate::classify::Earlier;
 use crate::codec::Unreadable;
 use crate::error::Error;
 use crate::id::RequestId;
@@ -129,6 +130,14 @@ impl Store {
         .await
     }
 
+    /// The recorded attempts of a request: its first ones and its last ones.
+    pub(crate) async fn earlier_attempts(&self, id: RequestId) -> Result<Vec<Earlier>, Error> {
+        self.run_verified("claim.earlier", async |connection| {
+            earlier_attempts(connection, id.into()).await
+        })
+        .await
+    }
+
     /// Takes a fresh lease if the claim is still the latest. Returns whether it is.
     pub(crate) async fn confirm(&self, fence: Fence, how: Confirm) -> Result<bool, Error> {
         let lease = self.config().lease;
@@ -146,6 +155,24 @@ impl Store {
         })
         .await
     }
+}
+
+async fn earlier_attempts(
+    connection: &mut PgConnection,
+    id: Uuid,
+) -> Result<Vec<Earlier>, sqlx::Error> {
+    let rows: Vec<(i32, String, Option<i16>)> = sqlx::query_as(
+        "SELECT a.number, a.error_class, a.http_status FROM attempts a WHERE a.id = $1",
+    )
+    .bind(id)
+    .fetch_all(connection)
+    .await?;
+    let earlier = rows.into_iter().map(|(number, class, status)| Earlier {
+        number: number as u32,
+        class,
+        status: status.map(|status| status as u16),
+    });
+    Ok(earlier.collect())
 }
 
 /// A stored body, as far as it is wanted.

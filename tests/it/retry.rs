@@ -2,6 +2,7 @@
 //! loopback.
 
 mod age;
+mod answers;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -167,17 +168,21 @@ async fn failures_after_possible_sending_are_told_apart() {
         ("HTTP/1.1 200 OK\r\ncontent-le", FailureClass::Reset),
         (
             "HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf",
-            FailureClass::Reset,
+            FailureClass::Incomplete,
         ),
         (
             "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhalf",
-            FailureClass::Reset,
+            FailureClass::Incomplete,
         ),
         (
             "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nnot a size\r\n",
             FailureClass::Protocol,
         ),
         ("+PONG this is no HTTP\r\n\r\n", FailureClass::Protocol),
+        (
+            "HTTP/1.1 200 OK\r\ncontent-length: 4\r\ncontent-length: 5\r\n\r\nfour",
+            FailureClass::Protocol,
+        ),
     ];
     let mut cases = vec![(
         silent.local_addr().unwrap(),

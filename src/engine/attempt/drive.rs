@@ -9,7 +9,7 @@ use std::time::Duration;
 use tracing::Instrument as _;
 
 use super::claim::Claim;
-use super::judge::{Judgement, judge};
+use super::judge::{Judgement, history, judge};
 use super::send::{ByEngine, Sender, exchange};
 use super::transport::Transport;
 use crate::store::settle::Failure;
@@ -53,7 +53,8 @@ pub(crate) fn drive(
             }
             let max_response_body = claim.driver().store.config().max_response_body;
             let exchange = exchange(claim.job(), claim.attempts(), sender, max_response_body).await;
-            match judge(exchange, &claim) {
+            let history = history(&exchange, &claim).await;
+            match judge(exchange, history, &claim) {
                 Judgement::Finish(outcome) => return claim.finish(outcome),
                 Judgement::Retry { delay, failure } => {
                     // Boxed, so that a task whose first attempt is answered doesn't take its room.

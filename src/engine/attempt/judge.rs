@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::claim::Claim;
 use super::send::{Answer, Exchange, Failed};
-use crate::classify::{Attempt, FailureClass, Verdict};
+use crate::classify::{Attempt, FailureClass, History, Verdict};
 use crate::outcome::Outcome;
 use crate::status::Status;
 use crate::store::settle::Failure;
@@ -15,15 +15,43 @@ pub(super) enum Judgement {
     Retry { delay: Duration, failure: Failure },
 }
 
-pub(super) fn judge(exchange: Exchange, claim: &Claim) -> Judgement {
+/// The attempt as a classifier sees it, without its history.
+fn attempt<'a>(exchange: &'a Exchange, claim: &'a Claim) -> Attempt<'a> {
     let job = claim.job();
-    let driver = claim.driver();
-    let attempt = Attempt::new(
+    Attempt::new(
         &job.request.method,
         claim.attempts(),
         job.delivery.awaited,
         exchange.seen(),
+    )
+}
+
+/// What the earlier attempts tell about this one. Read from the database, for the few results whose
+/// meaning depends on it.
+pub(super) async fn history(exchange: &Exchange, claim: &Claim) -> History {
+    if !attempt(exchange, claim).depends_on_history() {
+        return History::default();
+    }
+    let id = claim.job().id;
+    // Boxed, so that other attempts don't take the room that it needs.
+    let earlier = Box::pin(
+        claim
+            .driver()
+            .with_store(|store| async move { store.earlier_attempts(id).await }),
     );
+    match earlier.await {
+        Ok(earlier) => History::before(claim.attempts(), &earlier),
+        Err(error) => {
+            tracing::debug!(%id, ?error, "the earlier attempts of a request can't be read");
+            History::default()
+        }
+    }
+}
+
+pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judgement {
+    let job = claim.job();
+    let driver = claim.driver();
+    let attempt = attempt(&exchange, claim).after(history);
     let verdict = driver
         .config
         .classifier

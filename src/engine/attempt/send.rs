@@ -140,6 +140,14 @@ impl Failed {
         }
     }
 
+    /// As the failure of an attempt whose response has begun.
+    fn after_head(mut self) -> Self {
+        if self.class == FailureClass::Reset {
+            self.class = FailureClass::Incomplete;
+        }
+        self
+    }
+
     pub(super) fn into_text(self) -> String {
         self.text
     }
@@ -253,7 +261,7 @@ pub(super) async fn exchange(
             .await
             .map_err(Failed::with)?;
         let answer = read(job, response, max_response_body).await;
-        answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))))
+        answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))).after_head())
     };
     let timeout = job.delivery.attempt_timeout;
     let mut result = tokio::time::timeout(timeout + margin, exchange)

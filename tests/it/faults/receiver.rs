@@ -136,7 +136,7 @@ async fn an_incomplete_or_invalid_response_is_retried() {
     for (fault, class) in [
         (Fault::NoHeaders, "timeout"),
         (Fault::SlowBody, "timeout"),
-        (Fault::HalfABody, "reset"),
+        (Fault::HalfABody, "incomplete"),
         (Fault::Garbage, "protocol"),
     ] {
         let (response, requests, failed) = with_fault(fault).await;

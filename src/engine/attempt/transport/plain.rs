@@ -22,6 +22,10 @@ use crate::body::Body;
 /// would close it while a request is on its way.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many header fields a response may have. Its head may take 400 KiB, which is hyper's limit.
+const MAX_RESPONSE_HEADERS: usize = 1000;
+/// The limit of a head in HTTP/2, about that of HTTP/1.
+const MAX_HTTP2_HEAD: u32 = 400 * 1024;
 /// How many connections may be idle at least.
 const MIN_IDLE: usize = 64;
 
@@ -74,18 +78,22 @@ impl PlainTransport {
 impl Counted {
     fn new() -> Result<Self, reqwest::Error> {
         let opened = Opened::default();
-        let client = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .connect_timeout(CONNECT_TIMEOUT)
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .connector_layer(opened.clone())
-            .build()?;
+        let client = settings().connector_layer(opened.clone()).build()?;
         Ok(Self {
             client: ReqwestTransport::new(client),
             opened,
         })
     }
+}
+
+fn settings() -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .http1_max_headers(MAX_RESPONSE_HEADERS)
+        .http2_max_header_list_size(MAX_HTTP2_HEAD)
 }
 
 impl Service<http::Request<Body>> for PlainTransport {
@@ -163,5 +171,44 @@ impl<F: Future<Output = Result<T, E>>, T, E> Future for Connecting<F> {
             this.opened.0.fetch_add(1, Ordering::Relaxed);
         }
         Poll::Ready(connected)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use http_body_util::Empty;
+    use hyper::body::{Bytes, Incoming};
+    use hyper::service::service_fn;
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// Most clients take 16 KiB.
+    #[tokio::test]
+    async fn a_large_head_in_http2_is_a_response() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = service_fn(async |_: http::Request<Incoming>| {
+                let mut response = http::Response::new(Empty::<Bytes>::new());
+                for number in 0..300 {
+                    let name = http::HeaderName::try_from(format!("x-{number}")).unwrap();
+                    let value = http::HeaderValue::try_from("v".repeat(1000)).unwrap();
+                    response.headers_mut().insert(name, value);
+                }
+                Ok::<_, Infallible>(response)
+            });
+            let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+        let client = settings().http2_prior_knowledge().build().unwrap();
+        let response = client.get(url).send().await.unwrap();
+        assert_eq!(response.version(), http::Version::HTTP_2);
+        assert!(response.headers().len() >= 300);
     }
 }
