@@ -2,9 +2,22 @@
 //!
 //! # Defaults
 //!
-//! A response is final unless its status asks for a repetition: 408 (RFC 9110 section 15.5.9), 425
-//! (RFC 8470 section 5.2), 429 (RFC 6585 section 4) and all of 5xx. An attempt without a response,
+//! A response is final unless its status asks for a repetition: 408 (RFC 9110 section 15.5.9), 421,
+//! 425 (RFC 8470 section 5.2), 429 (RFC 6585 section 4) and all of 5xx. An attempt without a response,
 //! which has a [`FailureClass`], is retried.
+//!
+//! **Not processed.** 408, 421 (RFC 9110 section 15.5.20), 425, 429 and 503 (section 15.6.4) say
+//! that the request was not processed, and so do HTTP/2's REFUSED_STREAM and a GOAWAY without an
+//! error for a stream that it leaves out (RFC 9113 section 8.7), which are
+//! [`FailureClass::Refused`]. After these, an at-most-once request is sent again, too. Any other
+//! 5xx leaves open what happened: a 500 may come after half of the work, a gateway's 502 or 504
+//! after the receiver got the request. An at-most-once request then ends as ambiguous.
+//!
+//! **In progress.** A repetition that carries an idempotency key can overtake its own first
+//! transmission, and is then told so with 409, as the IETF draft for the header asks, or with 425.
+//! So a 409 is retried, up to [`MAX_IN_PROGRESS_ANSWERS`] times, if an earlier attempt left open
+//! what happened: it timed out, its connection broke, its process died, or a gateway answered for
+//! the receiver. Any other 409 is final.
 //!
 //! A receiver that answers with something that is no complete response ([`FailureClass::Protocol`],
 //! [`FailureClass::Incomplete`]) has probably acted, and answers the same again. The request is
@@ -65,10 +78,15 @@ use http::{HeaderMap, Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ParseNameError;
+use crate::options::Guarantee;
 
 /// After how many answers that are no complete response a request is discarded: ten. A classifier
 /// can decide otherwise.
 pub const MAX_BROKEN_ANSWERS: u32 = 10;
+
+/// How many answers that an earlier transmission is still in progress are retried: eight. With the
+/// default policy that takes about two minutes. The next one is the final response.
+pub const MAX_IN_PROGRESS_ANSWERS: u32 = 8;
 
 /// A response that ends a request, for [`Options::accept`](crate::Options::accept) and
 /// [`Request::accept_responses`](crate::Request::accept_responses).
@@ -127,10 +145,14 @@ pub enum Verdict {
     /// The response ends the request as completed. Without a response, the same as
     /// [`Discard`](Self::Discard).
     Final,
-    /// Another attempt is made, if the retry policy allows one.
+    /// Another attempt is made, if the retry policy allows one. Also for an at-most-once request,
+    /// if it was answered.
     Retry,
     /// The request is given up at once, with the response if there is one.
     Discard,
+    /// It is not known whether the receiver has acted, and the request must not be sent again. It
+    /// ends as [ambiguous](crate::Status::Ambiguous), with the response if there is one.
+    Ambiguous,
 }
 
 /// The result of an attempt, for [`Classify`].
@@ -138,9 +160,18 @@ pub enum Verdict {
 pub struct Attempt<'a> {
     method: &'a Method,
     number: u32,
-    awaited: bool,
+    kind: RequestKind,
     history: History,
     result: Result<(StatusCode, &'a HeaderMap), FailureClass>,
+}
+
+/// What the default verdict needs to know of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RequestKind {
+    pub(crate) awaited: bool,
+    pub(crate) guarantee: Guarantee,
+    /// The receiver can recognise a repetition.
+    pub(crate) keyed: bool,
 }
 
 /// What the earlier attempts of a request tell about the last one.
@@ -148,6 +179,10 @@ pub struct Attempt<'a> {
 pub(crate) struct History {
     /// How many brought a broken answer.
     broken: u32,
+    /// How many were answered with 409.
+    in_progress: u32,
+    /// After one of them it was open whether the receiver had acted, or would.
+    open: bool,
 }
 
 /// An earlier attempt, as it is recorded.
@@ -161,13 +196,30 @@ pub(crate) struct Earlier {
 impl History {
     /// The history of a request before its attempt with this number.
     pub(crate) fn before(number: u32, earlier: &[Earlier]) -> Self {
-        let earlier = earlier.iter().filter(|earlier| earlier.number < number);
-        let broken = earlier.filter(|earlier| {
-            let class = earlier.class.parse::<FailureClass>();
-            class.is_ok_and(FailureClass::is_broken_answer)
-        });
+        let mut history = Self::default();
+        for earlier in earlier.iter().filter(|earlier| earlier.number < number) {
+            let class = earlier.class.parse::<FailureClass>().ok();
+            let status = earlier.status.and_then(|s| StatusCode::from_u16(s).ok());
+            history.broken += u32::from(class.is_some_and(FailureClass::is_broken_answer));
+            history.in_progress += u32::from(status == Some(StatusCode::CONFLICT));
+            history.open |= match (class, status) {
+                (_, Some(status)) => leaves_open(status),
+                (Some(class), None) => class.may_have_been_sent(),
+                (None, None) => true,
+            };
+        }
+        // An attempt whose process died is not recorded. The first attempts stay recorded.
+        let is_recorded = |number| earlier.iter().any(|earlier| earlier.number == number);
+        history.open |= !(1..number.min(4)).all(is_recorded);
+        history.open |= number > 1 && !is_recorded(number - 1);
+        history
+    }
+
+    /// What is assumed if the earlier attempts can't be read: that the receiver may be at work.
+    pub(crate) fn unknown() -> Self {
         Self {
-            broken: broken.count() as u32,
+            open: true,
+            ..Self::default()
         }
     }
 }
@@ -176,13 +228,13 @@ impl<'a> Attempt<'a> {
     pub(crate) fn new(
         method: &'a Method,
         number: u32,
-        awaited: bool,
+        kind: RequestKind,
         result: Result<(StatusCode, &'a HeaderMap), FailureClass>,
     ) -> Self {
         Self {
             method,
             number,
-            awaited,
+            kind,
             history: History::default(),
             result,
         }
@@ -194,7 +246,18 @@ impl<'a> Attempt<'a> {
 
     /// Whether the default verdict depends on the earlier attempts.
     pub(crate) fn depends_on_history(&self) -> bool {
-        self.number > 1 && matches!(self.result, Err(class) if class.is_broken_answer())
+        self.number > 1
+            && match self.result {
+                Ok((status, _)) => status == StatusCode::CONFLICT && self.kind.keyed,
+                Err(class) => class.is_broken_answer(),
+            }
+    }
+
+    /// Whether the receiver says that it works on an earlier transmission of the request.
+    fn is_in_progress(&self) -> bool {
+        self.depends_on_history()
+            && self.history.open
+            && self.history.in_progress < MAX_IN_PROGRESS_ANSWERS
     }
 
     /// The request's method.
@@ -211,7 +274,12 @@ impl<'a> Attempt<'a> {
     /// layer and the middleware without [`Options::fire`](crate::Options::fire). `false` for fired
     /// requests and for replays.
     pub fn is_awaited(&self) -> bool {
-        self.awaited
+        self.kind.awaited
+    }
+
+    /// What is promised if the result of an attempt is unknown.
+    pub fn guarantee(&self) -> Guarantee {
+        self.kind.guarantee
     }
 
     /// The status and headers of the response, or why there is none.
@@ -225,10 +293,13 @@ impl<'a> Attempt<'a> {
 
     /// The verdict without a [`Classify`]: see the [module](self).
     pub fn default_verdict(&self) -> Verdict {
+        let once = self.kind.guarantee == Guarantee::AtMostOnce;
         match self.result {
+            Ok((status, _)) if once && leaves_open(status) => Verdict::Ambiguous,
             Ok((status, _)) if asks_for_repetition(status) => Verdict::Retry,
+            Ok(_) if self.is_in_progress() => Verdict::Retry,
             // No caller would ever see the answer.
-            Ok((status, _)) if !self.awaited && !status.is_success() => Verdict::Discard,
+            Ok((status, _)) if !self.kind.awaited && !status.is_success() => Verdict::Discard,
             Ok(_) => Verdict::Final,
             Err(class)
                 if class.is_broken_answer() && self.history.broken + 1 >= MAX_BROKEN_ANSWERS =>
@@ -241,7 +312,13 @@ impl<'a> Attempt<'a> {
 }
 
 fn asks_for_repetition(status: StatusCode) -> bool {
-    status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
+    status.is_server_error() || matches!(status.as_u16(), 408 | 421 | 425 | 429)
+}
+
+/// Whether the receiver may have acted on a request that was answered with this status, or may act
+/// yet. 501, 503 and 505 say that it did not (RFC 9110 section 15.6).
+fn leaves_open(status: StatusCode) -> bool {
+    status.is_server_error() && !matches!(status.as_u16(), 501 | 503 | 505)
 }
 
 /// Judges the results of attempts, for
@@ -312,6 +389,8 @@ impl Classifier {
         if let (Some(accept), Ok((status, _))) = (accept, attempt.result) {
             return if accept.iter().any(|accepted| accepted.matches(status)) {
                 Verdict::Final
+            } else if attempt.default_verdict() == Verdict::Ambiguous {
+                Verdict::Ambiguous
             } else {
                 Verdict::Retry
             };
@@ -350,6 +429,9 @@ pub enum FailureClass {
     ConnectTimeout,
     /// The client never became ready for the request, or failed before it was ready.
     NotReady,
+    /// The receiver's protocol said that it did not process the request: HTTP/2's REFUSED_STREAM,
+    /// or a GOAWAY without an error (RFC 9113 section 8.7).
+    Refused,
     /// No complete response came in time. The request may have been sent.
     Timeout,
     /// The connection broke after the request may have been sent, and before a response came.
@@ -383,6 +465,7 @@ impl FailureClass {
             Self::Tls => "tls",
             Self::ConnectTimeout => "connect_timeout",
             Self::NotReady => "not_ready",
+            Self::Refused => "refused",
             Self::Timeout => "timeout",
             Self::Reset => "reset",
             Self::Protocol => "protocol",
@@ -401,7 +484,8 @@ impl FailureClass {
         matches!(self, Self::Protocol | Self::Incomplete)
     }
 
-    /// Whether a part of the request may have been sent. `false` only if certainly nothing was.
+    /// Whether the request may have reached the receiver. `false` only if certainly nothing of it
+    /// was sent, or if the receiver's protocol said that it was not processed.
     pub fn may_have_been_sent(self) -> bool {
         !matches!(
             self,
@@ -410,6 +494,7 @@ impl FailureClass {
                 | Self::Tls
                 | Self::ConnectTimeout
                 | Self::NotReady
+                | Self::Refused
                 | Self::Unusable
                 | Self::Deadline
         )
@@ -427,6 +512,7 @@ impl FromStr for FailureClass {
             "tls" => Self::Tls,
             "connect_timeout" => Self::ConnectTimeout,
             "not_ready" => Self::NotReady,
+            "refused" => Self::Refused,
             "timeout" => Self::Timeout,
             "reset" => Self::Reset,
             "protocol" => Self::Protocol,
@@ -452,6 +538,14 @@ impl fmt::Display for FailureClass {
 mod tests {
     use super::*;
 
+    fn kind(awaited: bool) -> RequestKind {
+        RequestKind {
+            awaited,
+            guarantee: Guarantee::AtLeastOnce,
+            keyed: true,
+        }
+    }
+
     fn judged(
         classifier: &Classifier,
         accept: Option<&[AcceptedResponse]>,
@@ -459,7 +553,7 @@ mod tests {
     ) -> Verdict {
         let headers = HeaderMap::new();
         let result = result.map(|status| (StatusCode::from_u16(status).unwrap(), &headers));
-        classifier.judge(accept, &Attempt::new(&Method::POST, 3, true, result))
+        classifier.judge(accept, &Attempt::new(&Method::POST, 3, kind(true), result))
     }
 
     fn by_default(result: Result<u16, FailureClass>) -> Verdict {
@@ -471,7 +565,7 @@ mod tests {
         for status in [200, 204, 301, 304, 400, 401, 404, 409, 418, 600, 999] {
             assert_eq!(by_default(Ok(status)), Verdict::Final, "{status}");
         }
-        for status in [408, 425, 429, 500, 502, 503, 504, 599] {
+        for status in [408, 421, 425, 429, 500, 502, 503, 504, 599] {
             assert_eq!(by_default(Ok(status)), Verdict::Retry, "{status}");
         }
         assert_eq!(by_default(Err(FailureClass::Protocol)), Verdict::Retry);
@@ -482,7 +576,7 @@ mod tests {
         let headers = HeaderMap::new();
         let fired = |classifier: &Classifier, status| {
             let result = Ok((StatusCode::from_u16(status).unwrap(), &headers));
-            classifier.judge(None, &Attempt::new(&Method::POST, 1, false, result))
+            classifier.judge(None, &Attempt::new(&Method::POST, 1, kind(false), result))
         };
         let default = Classifier::default();
         for status in [200, 204, 299] {
@@ -501,6 +595,84 @@ mod tests {
     }
 
     #[test]
+    fn at_most_once_repeats_only_what_was_not_processed() {
+        let headers = HeaderMap::new();
+        let verdict = |accept: Option<&[AcceptedResponse]>, status| {
+            let kind = RequestKind {
+                guarantee: Guarantee::AtMostOnce,
+                ..kind(true)
+            };
+            let result = Ok((StatusCode::from_u16(status).unwrap(), &headers));
+            let attempt = Attempt::new(&Method::POST, 1, kind, result);
+            Classifier::default().judge(accept, &attempt)
+        };
+        let accept = [AcceptedResponse::Success];
+        for accept in [None, Some(&accept[..])] {
+            for status in [408, 421, 425, 429, 501, 503, 505] {
+                assert_eq!(verdict(accept, status), Verdict::Retry, "{status}");
+            }
+            for status in [500, 502, 504, 599] {
+                assert_eq!(verdict(accept, status), Verdict::Ambiguous, "{status}");
+            }
+            assert_eq!(verdict(accept, 200), Verdict::Final);
+        }
+        assert_eq!(verdict(None, 404), Verdict::Final);
+        assert_eq!(
+            verdict(Some(&[AcceptedResponse::Status(502)]), 502),
+            Verdict::Final
+        );
+    }
+
+    #[test]
+    fn a_409_is_in_progress_only_after_an_attempt_that_left_it_open() {
+        let headers = HeaderMap::new();
+        let earlier = |number, class: &str, status| Earlier {
+            number,
+            class: class.to_owned(),
+            status,
+        };
+        let verdict = |keyed, number, earlier: &[Earlier]| {
+            let kind = RequestKind {
+                keyed,
+                ..kind(true)
+            };
+            let attempt = Attempt::new(
+                &Method::POST,
+                number,
+                kind,
+                Ok((StatusCode::CONFLICT, &headers)),
+            );
+            attempt
+                .after(History::before(number, earlier))
+                .default_verdict()
+        };
+        for (class, status, expected) in [
+            ("timeout", None, Verdict::Retry),
+            ("reset", None, Verdict::Retry),
+            ("incomplete", None, Verdict::Retry),
+            ("abandoned", None, Verdict::Retry),
+            ("status", Some(504), Verdict::Retry),
+            ("status", Some(503), Verdict::Final),
+            ("status", Some(429), Verdict::Final),
+            ("connect", None, Verdict::Final),
+            ("refused", None, Verdict::Final),
+        ] {
+            let first = [earlier(1, class, status)];
+            assert_eq!(verdict(true, 2, &first), expected, "{class} {status:?}");
+            // Without a key, the receiver can't know that it is a repetition.
+            assert_eq!(verdict(false, 2, &first), Verdict::Final, "{class}");
+        }
+        assert_eq!(verdict(true, 1, &[]), Verdict::Final);
+        // The first attempt's process died.
+        assert_eq!(verdict(true, 2, &[]), Verdict::Retry);
+        let mut many = vec![earlier(1, "timeout", None)];
+        many.extend((2..=8).map(|number| earlier(number, "status", Some(409))));
+        assert_eq!(verdict(true, 9, &many), Verdict::Retry);
+        many.push(earlier(9, "status", Some(409)));
+        assert_eq!(verdict(true, 10, &many), Verdict::Final);
+    }
+
+    #[test]
     fn the_tenth_broken_answer_is_the_last() {
         let earlier = |class: &str, numbers: std::ops::RangeInclusive<u32>| {
             let earlier = numbers.map(|number| Earlier {
@@ -511,7 +683,12 @@ mod tests {
             earlier.collect::<Vec<_>>()
         };
         let verdict = |number, earlier: &[Earlier]| {
-            let attempt = Attempt::new(&Method::POST, number, true, Err(FailureClass::Protocol));
+            let attempt = Attempt::new(
+                &Method::POST,
+                number,
+                kind(true),
+                Err(FailureClass::Protocol),
+            );
             assert!(attempt.depends_on_history());
             attempt
                 .after(History::before(number, earlier))
@@ -577,7 +754,7 @@ mod tests {
             }
         }
         let headers = HeaderMap::new();
-        let attempt = Attempt::new(&Method::GET, 1, true, Ok((StatusCode::OK, &headers)));
+        let attempt = Attempt::new(&Method::GET, 1, kind(true), Ok((StatusCode::OK, &headers)));
         let all: [Box<dyn Classify>; 2] =
             [Box::new(Never), Box::new(classify_fn(|_| Verdict::Discard))];
         for classify in all {
@@ -593,6 +770,7 @@ mod tests {
             FailureClass::Tls,
             FailureClass::ConnectTimeout,
             FailureClass::NotReady,
+            FailureClass::Refused,
             FailureClass::Timeout,
             FailureClass::Reset,
             FailureClass::Protocol,

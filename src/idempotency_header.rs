@@ -96,6 +96,21 @@ impl IdempotencyHeader {
     }
 }
 
+/// Whether a request carries an idempotency key: in the usual header, or the request's id in any
+/// other one.
+pub(crate) fn is_in(headers: &HeaderMap, id: RequestId) -> bool {
+    headers.contains_key(DEFAULT_NAME) || {
+        let id = id.to_string();
+        headers.values().any(|value| {
+            let value = value.as_bytes();
+            let bare = value
+                .strip_prefix(b"\"")
+                .and_then(|value| value.strip_suffix(b"\""));
+            bare.unwrap_or(value) == id.as_bytes()
+        })
+    }
+}
+
 impl Default for IdempotencyHeader {
     fn default() -> Self {
         Self::quoted()

@@ -29,7 +29,9 @@ pub enum Guarantee {
     /// Once bytes of the request may have left without an answer, it is not sent again. It ends as
     /// [`Status::Ambiguous`](crate::Status::Ambiguous) and stays a dead letter until it is
     /// [resolved](crate::Durable::resolve), replayed or purged. After an attempt that certainly
-    /// sent nothing, or an answer that asks for a repetition, another attempt is made anyway.
+    /// sent nothing, or an answer that says that the request was not processed, such as 503,
+    /// another attempt is made anyway. After a 500, 502 or 504 it ends as ambiguous, with that
+    /// response. [`classify`](crate::classify) has the whole list.
     ///
     /// The client's report is believed. A client that follows redirects may report that it could
     /// not connect to the second server although the first one had acted. Use a client that

@@ -50,8 +50,8 @@ pub enum Status {
     Discarded,
     /// The request was cancelled before it got a final response.
     Cancelled,
-    /// The request may have been sent but got no response, and it must not be sent twice. It is a
-    /// dead letter.
+    /// The request may have been sent but got no response, or one that leaves open whether the
+    /// receiver has acted, and it must not be sent twice. It is a dead letter.
     Ambiguous,
 }
 

@@ -11,7 +11,8 @@
 //! # What is retried
 //!
 //! Every failure to get a response ([`FailureClass`](crate::FailureClass)), and the statuses 408,
-//! 425, 429 and 5xx. Every other response is final: a 404 is a response.
+//! 421, 425, 429 and 5xx. Every other response is final: a 404 is a response. The details are in
+//! [`classify`](crate::classify).
 //! [`Options::accept`](crate::Options::accept) narrows this for one request: only the accepted
 //! responses complete it. [`DurableBuilder::classify`](crate::DurableBuilder::classify) sets other
 //! rules for a handle.
@@ -27,7 +28,7 @@
 //!
 //! Use [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) for a request whose effect must not
 //! happen twice, if the receiver can't recognise a repetition. Such a request is retried only if it
-//! certainly did not arrive or was answered. [`RetryPolicy::none`] makes a single attempt. If the
+//! certainly did not arrive, or if the answer says that it was not processed. [`RetryPolicy::none`] makes a single attempt. If the
 //! process crashes during that attempt, the request ends as discarded.
 //!
 //! # Examples

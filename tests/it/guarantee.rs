@@ -1,6 +1,8 @@
 //! Attempts whose result is unknown: the idempotency key by which a receiver recognises retries,
 //! and `Guarantee::AtMostOnce`.
 
+mod answers;
+
 use std::process::Stdio;
 use std::time::Duration;
 

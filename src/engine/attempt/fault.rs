@@ -13,6 +13,8 @@ pub(super) fn class_of(error: &(dyn StdError + 'static)) -> FailureClass {
         FailureClass::Unusable
     } else if causes(error).any(is_connect) {
         while_connecting(error)
+    } else if causes(error).any(is_refused) {
+        FailureClass::Refused
     } else {
         after_connecting(error)
     }
@@ -51,6 +53,16 @@ fn is_connect(error: &(dyn StdError + 'static)) -> bool {
     }
     // An established connection never reports this.
     io_kind(error) == Some(ErrorKind::ConnectionRefused)
+}
+
+/// RFC 9113 section 8.7: neither stream has been processed.
+fn is_refused(error: &(dyn StdError + 'static)) -> bool {
+    let Some(error) = error.downcast_ref::<h2::Error>() else {
+        return false;
+    };
+    error.is_remote()
+        && (error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM)
+            || error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR))
 }
 
 fn while_connecting(error: &(dyn StdError + 'static)) -> FailureClass {

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use http::StatusCode;
+
 use super::claim::Claim;
 use super::send::{Answer, Exchange, Failed};
-use crate::classify::{Attempt, FailureClass, History, Verdict};
-use crate::outcome::Outcome;
+use crate::classify::{Attempt, FailureClass, History, RequestKind, Verdict};
+use crate::idempotency_header;
+use crate::outcome::{Fault, Outcome};
 use crate::status::Status;
 use crate::store::settle::Failure;
 
@@ -18,12 +21,15 @@ pub(super) enum Judgement {
 /// The attempt as a classifier sees it, without its history.
 fn attempt<'a>(exchange: &'a Exchange, claim: &'a Claim) -> Attempt<'a> {
     let job = claim.job();
-    Attempt::new(
-        &job.request.method,
-        claim.attempts(),
-        job.delivery.awaited,
-        exchange.seen(),
-    )
+    let seen = exchange.seen();
+    // Looked for only where it matters.
+    let is_conflict = matches!(seen, Ok((StatusCode::CONFLICT, _)));
+    let kind = RequestKind {
+        awaited: job.delivery.awaited,
+        guarantee: job.delivery.guarantee,
+        keyed: is_conflict && idempotency_header::is_in(&job.request.headers, job.id),
+    };
+    Attempt::new(&job.request.method, claim.attempts(), kind, seen)
 }
 
 /// What the earlier attempts tell about this one. Read from the database, for the few results whose
@@ -43,7 +49,7 @@ pub(super) async fn history(exchange: &Exchange, claim: &Claim) -> History {
         Ok(earlier) => History::before(claim.attempts(), &earlier),
         Err(error) => {
             tracing::debug!(%id, ?error, "the earlier attempts of a request can't be read");
-            History::default()
+            History::unknown()
         }
     }
 }
@@ -58,13 +64,14 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
         .judge(job.delivery.accept.as_deref(), &attempt);
     let delay = match verdict {
         Verdict::Retry => claim.next_delay(exchange.asked_delay()),
-        Verdict::Final | Verdict::Discard => None,
+        Verdict::Final | Verdict::Discard | Verdict::Ambiguous => None,
     };
     match (delay, exchange.result) {
         // Whatever the verdict: it is unknown whether the request arrived.
         (_, Err(failed)) if claim.is_once() && failed.class.may_have_been_sent() => {
             Judgement::Finish(Outcome::ambiguous(job.id, failed.into_fault()))
         }
+        (_, result) if verdict == Verdict::Ambiguous => Judgement::Finish(ambiguous(claim, result)),
         (Some(delay), result) => {
             let failure = failure(exchange.duration, result);
             tracing::debug!(
@@ -81,12 +88,31 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
         (None, Ok(answer)) => {
             let status = match verdict {
                 Verdict::Final => Status::Completed,
-                Verdict::Retry | Verdict::Discard => Status::Discarded,
+                Verdict::Retry | Verdict::Discard | Verdict::Ambiguous => Status::Discarded,
             };
             let limit = driver.store.config().max_response_body;
             Judgement::Finish(answer.into_outcome(status, limit))
         }
         (None, Err(failed)) => Judgement::Finish(Outcome::discarded(job.id, failed.into_fault())),
+    }
+}
+
+/// The outcome of a request that may have reached its receiver, with the answer to it.
+fn ambiguous(claim: &Claim, result: Result<Answer, Failed>) -> Outcome {
+    let id = claim.job().id;
+    match result {
+        Ok(answer) => {
+            let text = format!(
+                "answered with {}, which leaves open whether the receiver has acted",
+                answer.response().status
+            );
+            let fault = Fault::new(FailureClass::Status.as_str(), text);
+            Outcome {
+                response: answer.into_whole(),
+                ..Outcome::ambiguous(id, fault)
+            }
+        }
+        Err(failed) => Outcome::ambiguous(id, failed.into_fault()),
     }
 }
 
