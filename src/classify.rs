@@ -79,6 +79,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ParseNameError;
 use crate::options::Guarantee;
+use crate::redact::panic_text;
 
 /// After how many answers that are no complete response a request is discarded: ten. A classifier
 /// can decide otherwise.
@@ -325,7 +326,7 @@ fn leaves_open(status: StatusCode) -> bool {
 /// [`DurableBuilder::classify`](crate::DurableBuilder::classify). See the [module](self).
 ///
 /// It is called after each attempt that this process makes, so it must not block. If it panics, the
-/// default verdict applies.
+/// default verdict applies, and the attempt's record has the panic's text.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a classifier",
     label = "expected a `Classify`",
@@ -380,25 +381,30 @@ impl Classifier {
         Self(Some(Arc::new(classify)))
     }
 
-    /// Judges an attempt. For responses, `accept` takes precedence over everything else.
+    /// Judges an attempt. For responses, `accept` takes precedence over everything else. The text
+    /// is that of a panic.
     pub(crate) fn judge(
         &self,
         accept: Option<&[AcceptedResponse]>,
         attempt: &Attempt<'_>,
-    ) -> Verdict {
+    ) -> (Verdict, Option<String>) {
         if let (Some(accept), Ok((status, _))) = (accept, attempt.result) {
-            return if accept.iter().any(|accepted| accepted.matches(status)) {
+            let verdict = if accept.iter().any(|accepted| accepted.matches(status)) {
                 Verdict::Final
             } else if attempt.default_verdict() == Verdict::Ambiguous {
                 Verdict::Ambiguous
             } else {
                 Verdict::Retry
             };
+            return (verdict, None);
         }
-        let verdict = self.0.as_ref().and_then(|classify| {
-            catch_unwind(AssertUnwindSafe(|| classify.classify(attempt))).ok()
-        });
-        verdict.unwrap_or_else(|| attempt.default_verdict())
+        let Some(classify) = &self.0 else {
+            return (attempt.default_verdict(), None);
+        };
+        match catch_unwind(AssertUnwindSafe(|| classify.classify(attempt))) {
+            Ok(verdict) => (verdict, None),
+            Err(panic) => (attempt.default_verdict(), Some(panic_text(&*panic))),
+        }
     }
 }
 
@@ -553,7 +559,9 @@ mod tests {
     ) -> Verdict {
         let headers = HeaderMap::new();
         let result = result.map(|status| (StatusCode::from_u16(status).unwrap(), &headers));
-        classifier.judge(accept, &Attempt::new(&Method::POST, 3, kind(true), result))
+        classifier
+            .judge(accept, &Attempt::new(&Method::POST, 3, kind(true), result))
+            .0
     }
 
     fn by_default(result: Result<u16, FailureClass>) -> Verdict {
@@ -576,7 +584,9 @@ mod tests {
         let headers = HeaderMap::new();
         let fired = |classifier: &Classifier, status| {
             let result = Ok((StatusCode::from_u16(status).unwrap(), &headers));
-            classifier.judge(None, &Attempt::new(&Method::POST, 1, kind(false), result))
+            classifier
+                .judge(None, &Attempt::new(&Method::POST, 1, kind(false), result))
+                .0
         };
         let default = Classifier::default();
         for status in [200, 204, 299] {
@@ -604,7 +614,7 @@ mod tests {
             };
             let result = Ok((StatusCode::from_u16(status).unwrap(), &headers));
             let attempt = Attempt::new(&Method::POST, 1, kind, result);
-            Classifier::default().judge(accept, &attempt)
+            Classifier::default().judge(accept, &attempt).0
         };
         let accept = [AcceptedResponse::Success];
         for accept in [None, Some(&accept[..])] {

@@ -289,7 +289,7 @@ pub enum Resolution {
 )]
 pub trait Reconcile: Send + Sync + 'static {
     /// Returns what became of the request, or `None` if the receiver can't tell yet. After `None`
-    /// or an error the hook is called again later.
+    /// an error or a panic the hook is called again later.
     fn reconcile(
         &self,
         letter: DeadLetter,

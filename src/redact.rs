@@ -1,6 +1,30 @@
 //! Removes the secrets of URLs from logs, errors and texts stored in the database: credentials,
 //! path and query. Webhook URLs carry their tokens in the path.
 
+use std::any::Any;
+
+/// How much of a panic's text is kept, in bytes.
+const MAX_PANIC_TEXT: usize = 1000;
+
+/// The text of a panic in code of the application's, as it may be stored and shown.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => text,
+        (None, Some(text)) => text.as_str(),
+        (None, None) => "a value that is not text",
+    };
+    // Postgres stores no NUL in text.
+    let mut shown = redact_urls(text).replace('\0', "\u{fffd}");
+    if shown.len() > MAX_PANIC_TEXT {
+        let end = (0..=MAX_PANIC_TEXT)
+            .rev()
+            .find(|end| shown.is_char_boundary(*end));
+        shown.truncate(end.unwrap_or(0));
+        shown.push('…');
+    }
+    shown
+}
+
 /// Cuts the URLs in a text that this crate did not write down to scheme, host and port.
 ///
 /// A URL is assumed to reach up to the next whitespace, because its end can't be told from the text
@@ -25,6 +49,20 @@ pub(crate) fn redact_urls(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_text_of_a_panic_is_kept_without_secrets_and_up_to_a_limit() {
+        let of = |panic: Box<dyn Any + Send>| panic_text(&*panic);
+        assert_eq!(of(Box::new("static")), "static");
+        assert_eq!(of(Box::new("a\0b".to_owned())), "a\u{fffd}b");
+        assert_eq!(
+            of(Box::new("at https://u:p@h/s?q".to_owned())),
+            "at https://h"
+        );
+        assert_eq!(of(Box::new(7)), "a value that is not text");
+        let long = of(Box::new("é".repeat(800)));
+        assert_eq!(long, format!("{}…", "é".repeat(500)));
+    }
 
     #[test]
     fn urls_in_a_text_lose_their_secrets() {

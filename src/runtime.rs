@@ -3,12 +3,16 @@
 //! Futures that callers await use channels only, so they work on any executor. Work that needs
 //! tokio's timers or sockets is spawned here.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::task::Poll;
 
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
+
+use crate::redact::panic_text;
 
 pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -84,4 +88,16 @@ where
     receiver
         .await
         .unwrap_or_else(|_| Err(io::Error::other("the work panicked")))
+}
+/// Runs code of the application's that may panic. A panic ends the future, with its text as the
+/// error, and nothing else of the task.
+pub(crate) async fn caught<F: Future + Unpin>(mut future: F) -> Result<F::Output, String> {
+    poll_fn(|cx| {
+        // What a panic leaves behind is dropped, and not used again.
+        match catch_unwind(AssertUnwindSafe(|| Pin::new(&mut future).poll(cx))) {
+            Ok(poll) => poll.map(Ok),
+            Err(panic) => Poll::Ready(Err(panic_text(&*panic))),
+        }
+    })
+    .await
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::millis;
 use crate::error::Error;
+use crate::redact::panic_text;
 
 /// The upper bound of the first delay: one second.
 pub const DEFAULT_BASE: Duration = Duration::from_secs(1);
@@ -146,10 +147,10 @@ impl Retry {
 pub(crate) struct Function(Arc<dyn Fn(Retry) -> Option<Duration> + Send + Sync>);
 
 impl Function {
-    /// Returns `Err` if the function panicked. A panic must not escape: it would end more than this
+    /// Returns the text of a panic as `Err`. A panic must not escape: it would end more than this
     /// request's attempt.
-    fn call(&self, retry: Retry) -> Result<Option<Duration>, ()> {
-        catch_unwind(AssertUnwindSafe(|| (self.0)(retry))).map_err(|_| ())
+    fn call(&self, retry: Retry) -> Result<Option<Duration>, String> {
+        catch_unwind(AssertUnwindSafe(|| (self.0)(retry))).map_err(|panic| panic_text(&*panic))
     }
 }
 
@@ -348,13 +349,15 @@ impl RetryPolicy {
     /// The delay before the next attempt, or `None` to give up.
     ///
     /// `random` is drawn from 0 to 1. `asked` is the delay of the response's `Retry-After`.
-    /// `function` is this process's function, for a policy whose own one could not be stored.
+    /// `function` is this process's function, for a policy whose own one could not be stored. If it
+    /// panics, its text goes to `panicked`.
     pub(crate) fn delay(
         &self,
         retry: Retry,
         random: f64,
         asked: Option<Duration>,
         function: Option<&Function>,
+        panicked: &mut Option<String>,
     ) -> Option<Duration> {
         if !self.allows_after(retry.attempts) {
             return None;
@@ -372,8 +375,10 @@ impl RetryPolicy {
             Delays::FromFn(own) => match own.as_ref().or(function).map(|f| f.call(retry)) {
                 Some(Ok(delay)) => delay?.min(MAX_DURATION),
                 // The function is missing, or it panicked.
-                Some(Err(())) | None => {
-                    return self.without_function().delay(retry, random, asked, None);
+                failed => {
+                    *panicked = failed.and_then(Result::err);
+                    let policy = self.without_function();
+                    return policy.delay(retry, random, asked, None, panicked);
                 }
             },
         };
@@ -505,11 +510,11 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     fn delay(policy: &RetryPolicy, attempts: u32, age: Duration, random: f64) -> Option<Duration> {
-        policy.delay(Retry::new(attempts, age), random, None, None)
+        policy.delay(Retry::new(attempts, age), random, None, None, &mut None)
     }
 
     fn asked(policy: &RetryPolicy, age: Duration, asked: Duration) -> Option<Duration> {
-        policy.delay(Retry::new(1, age), 1.0, Some(asked), None)
+        policy.delay(Retry::new(1, age), 1.0, Some(asked), None, &mut None)
     }
 
     fn stored(policy: &RetryPolicy) -> RetryPolicy {
@@ -593,8 +598,8 @@ mod tests {
             wanted in prop_oneof![millis(0..200_000_000), Just(Duration::MAX)],
         ) {
             let retry = Retry::new(attempts, age);
-            let own = policy.delay(retry, random, None, None);
-            let raised = policy.delay(retry, random, Some(wanted), None);
+            let own = policy.delay(retry, random, None, None, &mut None);
+            let raised = policy.delay(retry, random, Some(wanted), None, &mut None);
             let bound = policy.max_retry_after.unwrap_or(DEFAULT_MAX_RETRY_AFTER);
             match (own, raised) {
                 (None, raised) => prop_assert_eq!(raised, None),
@@ -716,17 +721,17 @@ mod tests {
     fn a_stored_policy_uses_the_function_of_the_current_process() {
         let policy = stored(&RetryPolicy::from_fn(|_| Some(SECOND)).max_attempts(5));
         let other = RetryPolicy::from_fn(|_| Some(HOUR));
-        let delay = |function| policy.delay(Retry::new(2, SECOND), 1.0, None, function);
+        let delay = |function| policy.delay(Retry::new(2, SECOND), 1.0, None, function, &mut None);
         assert_eq!(delay(other.function()), Some(HOUR));
         // Without a function: the default's delays, and the request's own limits.
         assert_eq!(delay(None), Some(SECOND * 2));
         assert!(
             policy
-                .delay(Retry::new(5, SECOND), 1.0, None, None)
+                .delay(Retry::new(5, SECOND), 1.0, None, None, &mut None)
                 .is_none()
         );
         let limitless = stored(&other);
-        let at = |age| limitless.delay(Retry::new(2, age), 1.0, None, None);
+        let at = |age| limitless.delay(Retry::new(2, age), 1.0, None, None, &mut None);
         assert_eq!(at(DEFAULT_FIRED_AGE - SECOND), Some(SECOND));
         assert_eq!(at(DEFAULT_FIRED_AGE), None);
     }

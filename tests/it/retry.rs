@@ -3,6 +3,7 @@
 
 mod age;
 mod answers;
+mod panics;
 
 use std::future::Future;
 use std::net::SocketAddr;

@@ -318,12 +318,16 @@ impl Claim {
     }
 
     /// The delay until the next attempt, or `None` to give the request up. `asked` is the delay
-    /// that the response asked for.
-    pub(super) fn next_delay(&self, asked: Option<Duration>) -> Option<Duration> {
+    /// that the response asked for. `panicked` gets the text of a panic in the policy's function.
+    pub(super) fn next_delay(
+        &self,
+        asked: Option<Duration>,
+        panicked: &mut Option<String>,
+    ) -> Option<Duration> {
         let retry = Retry::new(self.attempts, self.began.elapsed());
         let function = self.driver.config.retry_fired.function();
         let policy = &self.job.delivery.retry;
-        let delay = policy.delay(retry, fastrand::f64(), asked, function)?;
+        let delay = policy.delay(retry, fastrand::f64(), asked, function, panicked)?;
         // The request is given up now if its deadline passes before the next attempt.
         let left = self
             .deadline
@@ -427,7 +431,7 @@ impl Drop for Claim {
                 self.finished(outcome)
             }
             Some(began) => {
-                if let Some(delay) = self.next_delay(None) {
+                if let Some(delay) = self.next_delay(None, &mut None) {
                     AttemptResult::PutBack {
                         delay,
                         hold: None,

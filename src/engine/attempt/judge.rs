@@ -58,22 +58,33 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
     let job = claim.job();
     let driver = claim.driver();
     let attempt = attempt(&exchange, claim).after(history);
-    let verdict = driver
-        .config
-        .classifier
-        .judge(job.delivery.accept.as_deref(), &attempt);
+    let accept = job.delivery.accept.as_deref();
+    let (verdict, classifier) = driver.config.classifier.judge(accept, &attempt);
+    let mut function = None;
     let delay = match verdict {
-        Verdict::Retry => claim.next_delay(exchange.asked_delay()),
+        Verdict::Retry => claim.next_delay(exchange.asked_delay(), &mut function),
         Verdict::Final | Verdict::Discard | Verdict::Ambiguous => None,
     };
-    match (delay, exchange.result) {
+    let panicked = classifier
+        .map(|text| format!("the classifier panicked: {text}"))
+        .or(function.map(|text| format!("the retry policy's function panicked: {text}")));
+    let mut result = exchange.result;
+    if let Some(panicked) = &panicked {
+        if driver.panics.allows("").is_some() {
+            tracing::error!(id = %job.id, error = panicked, "a hook panicked");
+        }
+        if let Err(failed) = &mut result {
+            failed.note(panicked);
+        }
+    }
+    match (delay, result) {
         // Whatever the verdict: it is unknown whether the request arrived.
         (_, Err(failed)) if claim.is_once() && failed.class.may_have_been_sent() => {
             Judgement::Finish(Outcome::ambiguous(job.id, failed.into_fault()))
         }
         (_, result) if verdict == Verdict::Ambiguous => Judgement::Finish(ambiguous(claim, result)),
         (Some(delay), result) => {
-            let failure = failure(exchange.duration, result);
+            let failure = failure(exchange.duration, result, panicked.as_deref());
             tracing::debug!(
                 id = %job.id,
                 destination = %job.destination(),
@@ -91,7 +102,13 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
                 Verdict::Retry | Verdict::Discard | Verdict::Ambiguous => Status::Discarded,
             };
             let limit = driver.store.config().max_response_body;
-            Judgement::Finish(answer.into_outcome(status, limit))
+            let text = panicked.map(|panicked| format!("{}; {panicked}", answered(&answer)));
+            let mut outcome = answer.into_outcome(status, limit);
+            if let (Status::Discarded, Some(text)) = (status, text) {
+                let fault = Fault::new(FailureClass::Status.as_str(), text);
+                outcome.fault.get_or_insert(fault);
+            }
+            Judgement::Finish(outcome)
         }
         (None, Err(failed)) => Judgement::Finish(Outcome::discarded(job.id, failed.into_fault())),
     }
@@ -103,8 +120,8 @@ fn ambiguous(claim: &Claim, result: Result<Answer, Failed>) -> Outcome {
     match result {
         Ok(answer) => {
             let text = format!(
-                "answered with {}, which leaves open whether the receiver has acted",
-                answer.response().status
+                "{}, which leaves open whether the receiver has acted",
+                answered(&answer)
             );
             let fault = Fault::new(FailureClass::Status.as_str(), text);
             Outcome {
@@ -116,12 +133,19 @@ fn ambiguous(claim: &Claim, result: Result<Answer, Failed>) -> Outcome {
     }
 }
 
+fn answered(answer: &Answer) -> String {
+    format!("answered with {}", answer.response().status)
+}
+
 /// The record of a failed attempt.
-fn failure(duration: Duration, result: Result<Answer, Failed>) -> Failure {
+fn failure(duration: Duration, result: Result<Answer, Failed>, panicked: Option<&str>) -> Failure {
     match result {
         Ok(answer) => Failure {
             class: FailureClass::Status,
-            text: format!("answered with {}", answer.response().status),
+            text: match panicked {
+                Some(panicked) => format!("{}; {panicked}", answered(&answer)),
+                None => answered(&answer),
+            },
             duration,
             response: answer.into_whole(),
         },

@@ -36,7 +36,7 @@ use crate::engine::config::Config;
 use crate::engine::lifecycle::Lifecycle;
 use crate::engine::runner::polls::Polls;
 use crate::engine::settle::{Settlement, Settler};
-use crate::engine::telemetry::Failures;
+use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{Error, Kind};
 use crate::runtime::Runtime;
 use crate::store::Store;
@@ -64,6 +64,8 @@ pub(crate) struct Driver {
     pub(crate) unfetched: Failures,
     /// Requests whose stored content could not be read.
     pub(crate) unusable: Failures,
+    /// Panics in code of the application's.
+    pub(crate) panics: LineLimit,
     pub(crate) settler: Arc<Settler>,
     /// The settle lane ends once the driver, and with it this sender, is gone.
     settlements: mpsc::UnboundedSender<Settlement>,
@@ -100,6 +102,7 @@ impl Driver {
             polls: parts.polls,
             unfetched: Failures::default(),
             unusable: Failures::default(),
+            panics: LineLimit::default(),
             settler: parts.settler,
             settlements: parts.settlements,
             tasks: parts.tasks,

@@ -5,6 +5,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
@@ -24,7 +25,7 @@ use crate::outcome::{Cause, Fault, Outcome};
 use crate::redact::redact_urls;
 use crate::response::Response;
 use crate::retry::retry_after;
-use crate::runtime::BoxFuture;
+use crate::runtime::{BoxFuture, caught};
 use crate::status::Status;
 
 /// A client that can send a request.
@@ -148,6 +149,11 @@ impl Failed {
         self
     }
 
+    /// Adds to the text.
+    pub(super) fn note(&mut self, note: &str) {
+        self.text = format!("{}; {note}", self.text);
+    }
+
     pub(super) fn into_text(self) -> String {
         self.text
     }
@@ -251,27 +257,32 @@ pub(super) async fn exchange(
     let began = Instant::now();
     let mut called = false;
     let margin = sender.timeout_margin();
-    let exchange = async {
-        poll_fn(|cx| sender.poll_ready(cx))
-            .await
-            .map_err(Failed::with)?;
-        called = true;
-        let response = sender
-            .send(to_http(job, number))
-            .await
-            .map_err(Failed::with)?;
-        let answer = read(job, response, max_response_body).await;
-        answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))).after_head())
-    };
     let timeout = job.delivery.attempt_timeout;
-    let mut result = tokio::time::timeout(timeout + margin, exchange)
-        .await
-        .unwrap_or_else(|_elapsed| {
-            Err(Failed::new(
+    let mut result = {
+        let exchange = pin!(async {
+            poll_fn(|cx| sender.poll_ready(cx))
+                .await
+                .map_err(Failed::with)?;
+            called = true;
+            let response = sender
+                .send(to_http(job, number))
+                .await
+                .map_err(Failed::with)?;
+            let answer = read(job, response, max_response_body).await;
+            answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))).after_head())
+        });
+        match tokio::time::timeout(timeout + margin, caught(exchange)).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(panic)) => Err(Failed::new(
+                FailureClass::Other,
+                &format!("the client panicked: {panic}"),
+            )),
+            Err(_elapsed) => Err(Failed::new(
                 FailureClass::Timeout,
                 &format!("no full response within {timeout:?}"),
-            ))
-        });
+            )),
+        }
+    };
     if let (false, Err(failed)) = (called, &mut result) {
         sender.give_up();
         // Whatever the error looks like, nothing has been sent.

@@ -3,6 +3,7 @@
 //! Each request is taken under a lease in the database, so that no two processes ask about it at
 //! the same time. No connection is held while the hook asks.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::engine::dead_letters::resolve;
 use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{BoxError, Error, chain};
 use crate::redact::redact_urls;
+use crate::runtime::caught;
 use crate::store::dead_letters::Question;
 
 /// How often the database is asked for ambiguous requests.
@@ -151,10 +153,13 @@ async fn answer(
     let head = question.head.take().ok_or("its payload is gone")?;
     let (mut request, _, _) = codec::decode_request(&head)?;
     request.body = question.body.take();
-    let asked = hook.reconcile(question.dead_letter.clone(), request);
-    tokio::time::timeout(HOOK_TIMEOUT, asked)
+    let letter = question.dead_letter.clone();
+    // The function that returns the future may panic, too.
+    let asked = pin!(async { hook.reconcile(letter, request).await });
+    tokio::time::timeout(HOOK_TIMEOUT, caught(asked))
         .await
         .map_err(|_elapsed| format!("the hook did not answer within {HOOK_TIMEOUT:?}"))?
+        .unwrap_or_else(|panic| Err(format!("the hook panicked: {panic}").into()))
 }
 
 fn backoff(asked: i32) -> Duration {
