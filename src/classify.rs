@@ -3,8 +3,8 @@
 //! # Defaults
 //!
 //! A response is final unless its status asks for a repetition: 408 (RFC 9110 section 15.5.9), 421,
-//! 425 (RFC 8470 section 5.2), 429 (RFC 6585 section 4) and all of 5xx. An attempt without a response,
-//! which has a [`FailureClass`], is retried.
+//! 425 (RFC 8470 section 5.2), 429 (RFC 6585 section 4) and all of 5xx. An attempt without a
+//! response, which has a [`FailureClass`], is retried.
 //!
 //! **Not processed.** 408, 421 (RFC 9110 section 15.5.20), 425, 429 and 503 (section 15.6.4) say
 //! that the request was not processed, and so do HTTP/2's REFUSED_STREAM and a GOAWAY without an

@@ -407,7 +407,9 @@ mod tests {
             };
             let builder = http::Request::builder().method(&*method).uri(uri.clone());
             let request = builder.body("x").unwrap();
-            let request = Request::try_from(request).unwrap();
+            let Ok(request) = Request::try_from(request) else {
+                return Ok(());
+            };
             let head = encode_request(&request, &uri, &delivery());
             let (back, back_uri, back_delivery) = decode_request(&head).unwrap();
             prop_assert_eq!(back_uri.to_string(), uri.to_string());

@@ -121,6 +121,7 @@ mod response;
 mod runtime;
 mod status;
 mod store;
+mod target;
 
 pub use body::{Body, BodyError, IntoBody};
 pub use classify::{AcceptedResponse, Classify, FailureClass, Verdict};

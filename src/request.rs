@@ -12,12 +12,17 @@ use crate::classify::AcceptedResponse;
 use crate::destination::Destination;
 use crate::error::Error;
 use crate::options::Options;
+use crate::target;
 
 /// The longest URL that is accepted, in bytes. It exceeds the 8000 bytes that RFC 9110 section 4.1
 /// recommends every recipient to support.
 pub const MAX_URL_LEN: usize = 8 * 1024;
 
 /// An HTTP request with its body in memory, ready to be persisted.
+///
+/// The URL is sent as it is given, by every client that makes an attempt. A URL that
+/// [`Url::parse`](url::Url::parse) would change, as `http://a/b/../c`, is refused with an error that
+/// names the field `url`: reqwest sends the changed one, and other clients the given one.
 ///
 /// Make one with the constructors below, or by `TryFrom` from a [`reqwest::Request`], a
 /// [`reqwest::RequestBuilder`] or an [`http::Request`] whose body is in memory.
@@ -225,6 +230,13 @@ impl Request {
                 .map_err(|_| Error::request("url", "must be a valid http or https URL"))?,
         };
         check_uri(&uri)?;
+        if !target::is_normal(&uri) {
+            return Err(Error::request(
+                "url",
+                "is not in its normal form, so not every client would send it as given; resolve \
+                 `.` and `..`, and percent-encode what `Url::parse` encodes",
+            ));
+        }
         Ok(uri)
     }
 

@@ -28,8 +28,9 @@
 //!
 //! Use [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) for a request whose effect must not
 //! happen twice, if the receiver can't recognise a repetition. Such a request is retried only if it
-//! certainly did not arrive, or if the answer says that it was not processed. [`RetryPolicy::none`] makes a single attempt. If the
-//! process crashes during that attempt, the request ends as discarded.
+//! certainly did not arrive, or if the answer says that it was not processed.
+//! [`RetryPolicy::none`] makes a single attempt. If the process crashes during that attempt, the
+//! request ends as discarded.
 //!
 //! # Examples
 //!

@@ -7,6 +7,7 @@ mod bodies;
 mod cases;
 mod metadata;
 mod raw;
+mod target;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -138,9 +139,11 @@ fn compare<F, G>(
     }
 }
 
-/// The `http` crate refuses URLs that need escaping. reqwest escapes them.
+/// The `http` crate refuses some URLs that need escaping, and this crate all URLs that reqwest
+/// would change. reqwest changes them.
 fn fits_http(target: &str) -> bool {
-    target.parse::<http::Uri>().is_ok()
+    let url = Url::parse(&format!("http://a{target}")).unwrap();
+    target.parse::<http::Uri>().is_ok() && &url[url::Position::BeforePath..] == target
 }
 
 impl Asked {
