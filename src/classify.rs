@@ -7,7 +7,7 @@
 //! response, which has a [`FailureClass`], is retried.
 //!
 //! **Not processed.** 408, 421 (RFC 9110 section 15.5.20), 425, 429 and 503 (section 15.6.4) say
-//! that the request was not processed, and so do HTTP/2's REFUSED_STREAM and a GOAWAY without an
+//! that the request was not processed, and so do HTTP/2's `REFUSED_STREAM` and a GOAWAY without an
 //! error for a stream that it leaves out (RFC 9113 section 8.7), which are
 //! [`FailureClass::Refused`]. After these, an at-most-once request is sent again, too. Any other
 //! 5xx leaves open what happened: a 500 may come after half of the work, a gateway's 502 or 504
@@ -435,8 +435,8 @@ pub enum FailureClass {
     ConnectTimeout,
     /// The client never became ready for the request, or failed before it was ready.
     NotReady,
-    /// The receiver's protocol said that it did not process the request: HTTP/2's REFUSED_STREAM,
-    /// or a GOAWAY without an error (RFC 9113 section 8.7).
+    /// The receiver's protocol said that it did not process the request: HTTP/2's
+    /// `REFUSED_STREAM`, or a GOAWAY without an error (RFC 9113 section 8.7).
     Refused,
     /// No complete response came in time. The request may have been sent.
     Timeout,

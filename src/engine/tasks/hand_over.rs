@@ -14,7 +14,7 @@ use crate::engine::attempt::Driver;
 use crate::engine::telemetry::{Failures, LineLimit, OwnCondition};
 use crate::error::{BoxError, chain};
 use crate::id::RequestId;
-use crate::redact::redact_urls;
+use crate::redact::{panic_text, redact_urls};
 use crate::store::StoreError;
 use crate::store::hand_over::{HandOver, OutcomeHandler, PutOff, Taken};
 
@@ -211,7 +211,10 @@ impl Subscription {
                 return;
             }
             Ok(Ok(Err(error))) => shown(error),
-            Ok(Err(_panic)) => "the handler panicked".to_owned(),
+            Ok(Err(error)) => match error.try_into_panic() {
+                Ok(panic) => format!("the handler panicked: {}", panic_text(&*panic)),
+                Err(error) => error.to_string(),
+            },
             Err(_elapsed) => {
                 handling.abort();
                 if let Err(error) = self.driver.store.end_hand_over(&xact).await {

@@ -1,5 +1,6 @@
 //! Answers that are no complete response, and odd ones that are.
 
+use std::fmt::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -38,7 +39,7 @@ async fn answering(bytes: impl Into<Vec<u8>>) -> (SocketAddr, Arc<AtomicUsize>) 
 fn many_headers(count: usize) -> String {
     let mut head = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n".to_owned();
     for number in 1..count {
-        head.push_str(&format!("x-{number}: {number}\r\n"));
+        write!(head, "x-{number}: {number}\r\n").unwrap();
     }
     head + "\r\ngood"
 }

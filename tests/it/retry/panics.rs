@@ -9,11 +9,14 @@ use requeuest::classify::classify_fn;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
-    Body, DeadLetter, DeadLetterFilter, FailureClass, Guarantee, Options, Request, Resolution,
-    Status,
+    Body, DeadLetter, DeadLetterFilter, FailureClass, Guarantee, Options, Outcome, Request,
+    Resolution, Status, outcome_fn,
 };
+use sqlx::PgConnection;
 
-use crate::support::{Server, builder, eventually, in_time, migrated, outcome_of, post, quick};
+use crate::support::{
+    Server, builder, eventually, eventually_rows, in_time, migrated, outcome_of, post, quick,
+};
 
 const SECRET: &str = "no https://user:hunter2@host.example/hunter2 today";
 
@@ -172,6 +175,22 @@ async fn a_panic_in_a_callers_own_middleware_is_a_failed_attempt() {
     let recorded = recorded(&database).await;
     assert_eq!(recorded.len(), 1);
     assert_safe(&recorded[0].1);
+}
+
+async fn fails(_: &mut PgConnection, _: &Outcome) -> Result<(), sqlx::Error> {
+    panic!("{SECRET}")
+}
+
+#[tokio::test]
+async fn a_handler_that_panics_leaves_its_text_with_the_outcome() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = builder(&database).build().unwrap();
+    let handled = durable.on_outcome("default", outcome_fn(fails)).await;
+    durable.fire(post(server.url("/"), "x")).await.unwrap();
+    let failed = "unhandled WHERE error = 'the handler panicked: no https://host.example today'";
+    eventually_rows(&database, failed, 1).await;
+    drop(handled);
 }
 
 #[tokio::test]
