@@ -33,6 +33,9 @@ use crate::retry::{RetryPolicy, millis};
 /// such outcomes alone.
 pub(crate) const OUTCOME_FORMAT: i16 = 1;
 
+/// A map of headers is given room for this many. It grows if there are more.
+const USUAL_HEADERS: usize = 64;
+
 /// Why a stored form can't be read. Names fields and positions, never values, so it may be stored
 /// and shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -215,15 +218,20 @@ impl<'a> Headers<'a> {
         {
             return Err(Unreadable::part("the list of sensitive headers"));
         }
-        let mut map = HeaderMap::with_capacity(self.headers.len());
+        let mut sensitive = self.sensitive;
+        sensitive.sort_unstable();
+        // A map takes any number of values of one name, and panics at too many names.
+        let too_many = |_| Unreadable::new("there are too many headers");
+        let capacity = self.headers.len().min(USUAL_HEADERS);
+        let mut map = HeaderMap::try_with_capacity(capacity).map_err(too_many)?;
         for (position, (Text(name), Text(value))) in self.headers.into_iter().enumerate() {
             let name =
                 HeaderName::from_str(&name).map_err(|_| Unreadable::part("a header name"))?;
             let mut value = from_latin1(&value)
                 .and_then(|bytes| HeaderValue::from_maybe_shared(bytes).ok())
                 .ok_or_else(|| Unreadable::part("a header value"))?;
-            value.set_sensitive(self.sensitive.contains(&position));
-            map.append(name, value);
+            value.set_sensitive(sensitive.binary_search(&position).is_ok());
+            map.try_append(name, value).map_err(too_many)?;
         }
         Ok(map)
     }
@@ -552,6 +560,29 @@ mod tests {
             let decoded = decode_response(response.id, 200, &head.to_string(), Bytes::new());
             assert!(decoded.is_err(), "{head}");
         }
+    }
+
+    #[test]
+    fn a_head_with_any_number_of_headers_is_read_or_refused() {
+        let request = http::Request::get("http://a/").body("").unwrap();
+        let request = Request::try_from(request).unwrap();
+        let head = encode_request(&request, &request.uri().unwrap(), &delivery());
+        let with = |name: &dyn Fn(usize) -> String, count| {
+            let pairs: Vec<_> = (0..count).map(|at| (name(at), "x")).collect();
+            let pairs = serde_json::to_string(&pairs).unwrap();
+            let positions: Vec<usize> = (0..count).collect();
+            head.replace(
+                r#""headers":[]"#,
+                &format!(r#""headers":{pairs},"sensitive":{positions:?}"#),
+            )
+        };
+        // As many values as http's map can have names.
+        for count in [24_576, 24_577, 70_000] {
+            let (request, _, _) = decode_request(&with(&|_| "a".to_owned(), count)).unwrap();
+            assert_eq!(request.headers.get_all("a").iter().count(), count);
+        }
+        let error = decode_request(&with(&|at| format!("a{at}"), 40_000)).unwrap_err();
+        assert_eq!(error.as_str(), "there are too many headers");
     }
 
     #[test]

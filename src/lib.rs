@@ -153,7 +153,7 @@ pub use metadata::MAX_METADATA_LEN;
 pub use migrate::migrate;
 pub use options::{Guarantee, Options};
 pub use outcome::Outcome;
-pub use request::{MAX_URL_LEN, Request};
+pub use request::{MAX_HEADERS, MAX_HEADERS_LEN, MAX_URL_LEN, Request};
 pub use response::Response;
 pub use status::{ParkedRequest, Status};
 pub use store::hand_over::{OutcomeFn, OutcomeFnWith, OutcomeHandler, outcome_fn, outcome_fn_with};

@@ -18,6 +18,13 @@ use crate::target;
 /// recommends every recipient to support.
 pub const MAX_URL_LEN: usize = 8 * 1024;
 
+/// The most header values that a request can have, and as many trailers again. Servers accept far
+/// fewer: most of them 100.
+pub const MAX_HEADERS: usize = 1000;
+/// The longest headers of a request, in bytes of names and values together: 256 KiB. As much again
+/// for trailers.
+pub const MAX_HEADERS_LEN: usize = 256 * 1024;
+
 /// An HTTP request with its body in memory, ready to be persisted.
 ///
 /// The URL is sent as it is given, by every client that makes an attempt. A URL that
@@ -240,6 +247,13 @@ impl Request {
         Ok(uri)
     }
 
+    /// Refuses more headers or trailers than are stored.
+    pub(crate) fn check_headers(&self) -> Result<(), Error> {
+        check_headers("headers", &self.headers)?;
+        let trailers = self.trailers.as_ref();
+        trailers.map_or(Ok(()), |trailers| check_headers("trailers", trailers))
+    }
+
     /// Builds the HTTP request for one attempt. The body is shared, not copied.
     pub(crate) fn to_http(&self, uri: Uri) -> http::Request<Body> {
         let mut request =
@@ -250,6 +264,23 @@ impl Request {
         *request.headers_mut() = self.headers.clone();
         request
     }
+}
+
+fn check_headers(field: &'static str, headers: &HeaderMap) -> Result<(), Error> {
+    let count = headers.len();
+    if count > MAX_HEADERS {
+        let reason = format!("must have at most {MAX_HEADERS} values, but have {count}");
+        return Err(Error::request(field, reason));
+    }
+    let len: usize = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len())
+        .sum();
+    if len > MAX_HEADERS_LEN {
+        let reason = format!("must be at most {MAX_HEADERS_LEN} bytes long, but have {len}");
+        return Err(Error::request(field, reason));
+    }
+    Ok(())
 }
 
 fn too_long() -> Error {

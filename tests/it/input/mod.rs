@@ -5,11 +5,13 @@ mod database;
 mod refusals;
 mod settings;
 
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use requeuest::{
-    Body, Durable, DurableService, Error, HeaderMap, MAX_URL_LEN, Request, RequestId, Url, Uuid,
-    reqwest,
+    Body, Durable, DurableService, Error, HeaderMap, MAX_HEADERS, MAX_HEADERS_LEN, MAX_URL_LEN,
+    Request, RequestId, Url, Uuid, reqwest,
 };
 use reqwest_middleware::ClientWithMiddleware;
 use tower::{Layer, ServiceExt};
@@ -73,6 +75,62 @@ async fn every_entry_point_refuses_a_url_that_is_not_absolute_http() {
         assert_refused(of_middleware(&refused.unwrap_err()), "url");
     }
     assert_nothing_persisted(&database).await;
+}
+
+#[tokio::test]
+async fn every_entry_point_refuses_too_many_or_too_long_headers() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = Durable::new(database.pool().clone());
+    let client = middleware(&durable);
+    let with = |count, len| {
+        let mut request = get(server.url("/"));
+        for _ in 0..count {
+            let value = "x".repeat(len).parse().unwrap();
+            request.headers_mut().append("a", value);
+        }
+        request
+    };
+    for (count, len, limit) in [
+        (25_000, 1, "at most 1000 values, but have 25000"),
+        (1001, 1, "at most 1000 values, but have 1001"),
+        (
+            1,
+            MAX_HEADERS_LEN,
+            "at most 262144 bytes long, but have 262145",
+        ),
+    ] {
+        let request = || with(count, len);
+        let mut refused = vec![
+            durable.fire(request()).await.unwrap_err(),
+            durable.await_response(request()).await.unwrap_err(),
+            durable
+                .fire_in(database.pool(), request())
+                .await
+                .unwrap_err(),
+            durable.fire_many([request()]).await.unwrap_err(),
+            in_time(layered(&durable).oneshot(request()))
+                .await
+                .unwrap_err(),
+        ];
+        let request = reqwest::Request::try_from(request()).unwrap();
+        refused.push(into_error(client.execute(request).await.unwrap_err()));
+        for error in refused {
+            assert_refused(&error, "headers");
+            assert!(error.to_string().contains(limit), "{error}");
+        }
+        let trailers = with(count, len).headers().clone();
+        let body = Full::new(Bytes::from("x")).with_trailers(async { Some(Ok(trailers)) });
+        let request = http::Request::post(server.url("/")).body(body).unwrap();
+        let error = in_time(layered(&durable).oneshot(request)).await;
+        let error = error.unwrap_err();
+        assert_refused(&error, "trailers");
+        assert!(error.to_string().contains(limit), "{error}");
+    }
+    assert_nothing_persisted(&database).await;
+    for (count, len) in [(MAX_HEADERS, 1), (2, MAX_HEADERS_LEN / 2 - 1)] {
+        durable.fire(with(count, len)).await.unwrap();
+    }
 }
 
 #[tokio::test]
