@@ -10,4 +10,6 @@ DROP TABLE mq_freed_keys;
 DROP SEQUENCE mq_seq;
 DROP TABLE mq_msgs;
 DROP FUNCTION known_formats;
+DROP FUNCTION next_claim_no;
+DROP FUNCTION epoch_us;
 DROP TYPE mq_state;

@@ -22,7 +22,9 @@ CREATE FUNCTION tell_runners(p_channel text) RETURNS void
 LANGUAGE sql
 SET search_path FROM CURRENT
 AS $$
-    SELECT pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
+    -- No runner can listen for a longer name, and the notification of one would be an error.
+    SELECT pg_notify('mq_' || p_channel, '') WHERE octet_length(p_channel) <= 60;
+    SELECT pg_notify('mq', '');
     SELECT NULL::void;
 $$;
 
@@ -109,7 +111,8 @@ BEGIN
     ), ending AS MATERIALIZED (
         SELECT
             i.*, m.claim_no AS last_claim, m.channel_name, m.channel_args, m.waiter, m.created_at,
-            m.attempts - coalesce(i.unmade, false)::int AS attempts,
+            greatest(m.attempts, coalesce(i.unmade, false)::int) - coalesce(i.unmade, false)::int
+                AS attempts,
             m.seq IS NOT NULL AS ordered, i.dead AND m.halts AND m.seq IS NOT NULL AS halts
         FROM mq_msgs m JOIN input i ON m.id = ANY (ARRAY[i.id])
         WHERE m.state <> 'halted' AND (p_claim_nos IS NULL OR m.claim_no = i.claim_no)
@@ -119,7 +122,7 @@ BEGIN
         DELETE FROM mq_msgs m USING ending e WHERE m.id = ANY (ARRAY[e.id]) AND NOT e.halts
     ), halted AS (
         UPDATE mq_msgs m
-        SET state = 'halted', claim_no = m.claim_no + 1, attempt_at = '9999-12-31 UTC',
+        SET state = 'halted', claim_no = next_claim_no(m.claim_no), attempt_at = '9999-12-31 UTC',
             deadline = NULL, supersede_key = NULL
         FROM ending e WHERE m.id = ANY (ARRAY[e.id]) AND e.halts
     ), dropped AS (
@@ -191,14 +194,22 @@ $$;
 
 -- Gives up requests whose deadline has passed and that have no attempt under way. Left to the claim
 -- that finds it out: a request that may have been sent and must not be sent again, and a request
--- that this session's process might not be able to read.
+-- that this session's process might not be able to read. A request that can't be ended, because a
+-- trigger refuses it or a partition is gone, keeps none of the others. If none can, the call fails.
 CREATE FUNCTION expire_requests(p_limit int) RETURNS int
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 DECLARE
+    -- None can be ended if this many in a row can't.
+    c_enough CONSTANT int := 8;
     v_now timestamptz := clock_timestamp();
     v_ids uuid[];
+    v_id uuid;
+    v_ended int := 0;
+    v_refused int := 0;
+    v_code text;
+    v_message text;
 BEGIN
     SELECT array_agg(expired.id) INTO v_ids FROM (
         SELECT m.id FROM unnest(known_formats()) AS known(format), LATERAL (
@@ -217,7 +228,7 @@ BEGIN
                     -- The process that looked at a parked request died before it could read it.
                     AND NOT EXISTS (
                         SELECT FROM mq_payloads p
-                        WHERE p.id = m.id AND p.parked_claim_no = m.claim_no - 1 OFFSET 0
+                        WHERE p.id = m.id AND next_claim_no(p.parked_claim_no) = m.claim_no OFFSET 0
                     )
             )
         LIMIT p_limit FOR UPDATE OF m SKIP LOCKED
@@ -225,7 +236,29 @@ BEGIN
     IF v_ids IS NULL THEN
         RETURN 0;
     END IF;
-    RETURN cardinality(end_requests(v_ids, 'discarded', 'deadline', 'its deadline passed', NULL));
+    BEGIN
+        RETURN cardinality(
+            end_requests(v_ids, 'discarded', 'deadline', 'its deadline passed', NULL)
+        );
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;
+    -- At random, so that those that can't be ended don't keep the others from being looked at.
+    FOR v_id IN SELECT i.id FROM unnest(v_ids) AS i(id) ORDER BY random() LOOP
+        BEGIN
+            v_ended := v_ended + cardinality(
+                end_requests(ARRAY[v_id], 'discarded', 'deadline', 'its deadline passed', NULL)
+            );
+        EXCEPTION WHEN OTHERS THEN
+            GET STACKED DIAGNOSTICS v_code = RETURNED_SQLSTATE, v_message = MESSAGE_TEXT;
+            v_refused := v_refused + 1;
+        END;
+        EXIT WHEN v_ended = 0 AND v_refused >= c_enough;
+    END LOOP;
+    IF v_ended = 0 AND v_refused > 0 THEN
+        RAISE EXCEPTION USING ERRCODE = v_code, MESSAGE = v_message;
+    END IF;
+    RETURN v_ended;
 END;
 $$;
 

@@ -62,7 +62,12 @@ BEGIN
         SELECT FROM mq_msgs m
         WHERE m.format = ANY (v.formats) AND m.deadline <= v.now AND m.state <> 'parked'
     ) THEN
-        PERFORM expire_requests(p_batch);
+        BEGIN
+            PERFORM expire_requests(p_batch);
+        EXCEPTION WHEN OTHERS THEN
+            -- The sweep fails of the same, and says so. A poll claims what there is.
+            NULL;
+        END;
     END IF;
     IF EXISTS (SELECT FROM mq_freed_keys) THEN
         PERFORM free_noted(p_channels, p_batch);
@@ -271,7 +276,9 @@ BEGIN
     v_busy := ARRAY(
         SELECT DISTINCT m.channel_name FROM mq_msgs m
         WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once')
-            AND m.attempt_at > p.now AND m.suspected_at > p.now - v_lease
+            AND m.attempt_at > p.now
+            -- Of the last lease. A time far ahead is a damaged row's.
+            AND m.suspected_at > p.now - v_lease AND m.suspected_at < p.now + v_lease
     );
     RETURN ARRAY(
         SELECT m.ctid FROM (
@@ -313,7 +320,7 @@ BEGIN
                 SELECT l.id FROM mq_msgs l
                 WHERE l.channel_name = wanted.channel AND l.format = known.format
                     AND l.state IN ('claimed', 'held', 'sending_once') AND l.attempt_at <= p.now
-                    AND (l.lost = 0 OR l.state = 'held')
+                    AND (l.lost <= 0 OR l.state = 'held')
                 ORDER BY l.attempt_at LIMIT p.batch
             )
             UNION ALL
@@ -356,7 +363,7 @@ BEGIN
     SELECT
         array_agg(rest.ctid) FILTER (WHERE rest.behind),
         cardinality(p_met) - p_locked - count(*),
-        min(p.now - rest.attempt_at) FILTER (WHERE NOT rest.behind)
+        min(p.now - rest.attempt_at) FILTER (WHERE NOT rest.behind AND isfinite(rest.attempt_at))
     INTO v_blocked, v_changed, v_overdue
     FROM (
         SELECT
@@ -608,8 +615,12 @@ SET enable_sort = off
 AS $$
 #variable_conflict use_column
 DECLARE
+    -- No request of this crate is older.
+    c_first CONSTANT timestamptz := '1970-01-01 UTC';
     -- Attempts fetch larger bodies themselves, under a memory budget.
     c_inline_body CONSTANT int := 65536;
+    -- No head that this crate wrote is as long. A longer one might be too long to be returned.
+    c_max_head CONSTANT int := 4194304;
     v poll_t := pick_due(channel_names, batch_size);
     v_now timestamptz := v.now;
     v_lease interval :=
@@ -628,19 +639,24 @@ BEGIN
         UPDATE mq_msgs m
         -- A request that may have been sent and must not be sent again keeps its state until its
         -- outcome is recorded.
-        SET attempt_at = v_now + v_lease, claim_no = m.claim_no + 1, attempts = m.attempts + 1,
+        --
+        -- Whatever a damaged row has in its numbers and times, it must not fail the others.
+        SET attempt_at = v_now + v_lease, claim_no = next_claim_no(m.claim_no),
+            attempts = least(greatest(m.attempts, 0), 2147483646) + 1,
             -- Time for which no runner came doesn't count, except while a caller waits.
             began_at = CASE
                 WHEN m.attempts = 0 THEN v_now
-                WHEN m.waiter IS NULL THEN
+                WHEN m.waiter IS NOT NULL THEN m.began_at
+                WHEN m.attempt_at > c_first AND coalesce(m.began_at, m.created_at) <= v_now THEN
                     coalesce(m.began_at, m.created_at) + greatest(v_now - m.attempt_at, '0')
-                ELSE m.began_at
+                ELSE v_now
             END,
             state = CASE WHEN m.state = 'sending_once' THEN m.state ELSE 'claimed' END,
             -- An attempt was under way, and its result will never come.
             lost = CASE
-                WHEN m.state IN ('claimed', 'sending_once') THEN least(m.lost, 9999) + 1
-                ELSE m.lost
+                WHEN m.state IN ('claimed', 'sending_once')
+                    THEN least(greatest(m.lost, 0), 9999) + 1
+                ELSE greatest(m.lost, 0)
             END,
             suspected_at = CASE
                 WHEN m.state IN ('claimed', 'sending_once') AND m.lost > 0 THEN v_now
@@ -657,12 +673,25 @@ BEGIN
         -- sqlxmq's runner drops rows without a name. A row without a payload must reach the code
         -- that ends it.
         coalesce(p.name, ''),
+        -- Put together as text, which takes half as long as JSON functions. Each value is JSON as
+        -- it is: numbers, booleans, the channel by to_json, and the metadata by its type. The head
+        -- is text that may be anything: if it is not JSON, the crate reads the claim around it.
         concat(
             '{"claim_no":', c.claim_no,
             ',"attempts":', c.attempts,
-            ',"age_ms":', (extract(epoch FROM v_now - c.began_at) * 1000)::bigint,
+            ',"age_ms":',
+            CASE
+                WHEN isfinite(c.began_at)
+                    THEN (extract(epoch FROM v_now - c.began_at) * 1000)::bigint
+                ELSE 0
+            END,
             ',"deadline_ms":',
-            coalesce((extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text, 'null'),
+            CASE
+                WHEN isfinite(c.deadline)
+                    THEN (extract(epoch FROM c.deadline - v_now) * 1000)::bigint::text
+                WHEN c.deadline < v_now THEN '0'
+                ELSE 'null'
+            END,
             ',"lost":', c.once::text,
             ',"lost_attempts":', c.lost,
             -- Whether more requests may be due than this poll took.
@@ -670,7 +699,12 @@ BEGIN
             ',"fetch_body":',
             CASE WHEN octet_length(p.body) > c_inline_body THEN 'true' ELSE 'false' END,
             ',"channel":', to_json(c.channel_name),
-            ',"head":', coalesce(p.head, 'null'),
+            ',"head":',
+            CASE
+                WHEN p.head IS NULL THEN 'null'
+                WHEN octet_length(p.head) <= c_max_head THEN p.head
+                ELSE '{"too_long":true}'
+            END,
             ',"metadata":' || p.metadata::text,
             '}'
         ),

@@ -22,7 +22,11 @@ DECLARE
 BEGIN
     FOR v_slot IN 0..15 LOOP
         EXECUTE format(
-            'SELECT o.expires_at, o.expires_at - o.finished_at FROM outcomes_%s o
+            'SELECT
+                o.expires_at,
+                CASE WHEN isfinite(o.expires_at) AND isfinite(o.finished_at)
+                    THEN o.expires_at - o.finished_at ELSE ''0'' END
+             FROM outcomes_%s o
              WHERE o.expires_at <= $1 ORDER BY o.expires_at LIMIT 1', v_slot
         ) INTO v_expired, v_retention USING v_now;
         CONTINUE WHEN v_expired IS NULL;

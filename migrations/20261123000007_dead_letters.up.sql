@@ -46,7 +46,8 @@ AS $$
         ELSE rtrim(u.url[2], ':') || CASE lower(u.url[1]) WHEN 'https' THEN ':443' ELSE ':80' END
     END) COLLATE "C")
     FROM regexp_match(
-        p_head COLLATE "C",
+        -- No URL of this crate's ends later. A longer head is a damaged one.
+        left(p_head, 16384) COLLATE "C",
         $re$^\{"method":"[^"\\]*","url":"(https?)://(?:[^/?#"\\]*@)?([^/?#"\\@]+)$re$, 'i'
     ) AS u(url);
 $$;
@@ -232,7 +233,8 @@ BEGIN
                 RETURN v_refused;
             END IF;
         END IF;
-        UPDATE mq_payloads p SET returns = p.returns + 1, head = without_caller(p.head)
+        UPDATE mq_payloads p
+        SET returns = least(p.returns, 2147483646) + 1, head = without_caller(p.head)
         WHERE p.id = p_id RETURNING p.returns, p.halts, request_destination(p.head)
         INTO v_returns, v_halts, v_destination;
         IF NOT FOUND THEN
@@ -240,10 +242,11 @@ BEGIN
         END IF;
         -- The attempt that did not arrive is not counted, so that a policy of one attempt allows
         -- the next.
-        v_attempts := greatest(v_kept.attempts - 1, 0);
+        v_attempts := greatest(v_kept.attempts, 1) - 1;
         IF v_in_place THEN
             UPDATE mq_msgs m
-            SET attempt_at = v_now, began_at = v_now, waiter = NULL, claim_no = m.claim_no + 1,
+            SET attempt_at = v_now, began_at = v_now, waiter = NULL,
+                claim_no = next_claim_no(m.claim_no),
                 attempts = v_attempts, lost = 0, state = 'waiting'
             WHERE m.id = p_id;
         ELSE

@@ -17,14 +17,15 @@ BEGIN
         RETURN NULL;
     END IF;
     UPDATE mq_payloads p
-    SET parked_since = CASE WHEN p.parked_claim_no = p_claim_no - 1
+    SET parked_since = CASE
+            WHEN next_claim_no(p.parked_claim_no) = p_claim_no AND isfinite(p.parked_since)
             THEN p.parked_since ELSE v_now END,
-        parked_claim_no = p_claim_no + 1, parked_reason = p_reason
+        parked_claim_no = next_claim_no(p_claim_no), parked_reason = p_reason
     WHERE p.id = p_id RETURNING p.parked_since INTO v_since;
     v_delay := least(greatest(v_now - v_since, '5 seconds'), '10 minutes');
     UPDATE mq_msgs m
-    SET state = 'parked', claim_no = m.claim_no + 1, attempts = m.attempts - 1,
-        attempt_at = v_now + v_delay
+    SET state = 'parked', claim_no = next_claim_no(m.claim_no),
+        attempts = greatest(m.attempts, 1) - 1, attempt_at = v_now + v_delay
     WHERE m.id = p_id;
     RETURN v_delay;
 END;

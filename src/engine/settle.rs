@@ -389,13 +389,13 @@ impl Settler {
         let settled = self.store.put_back(&put_backs, bytes).await?;
         let mut settled: HashMap<Fence, SettledRow> = settled
             .into_iter()
-            .map(|row| (row.fence.before(), row))
+            .map(|row| (row.fence, row))
             .collect();
         let mut returned = Vec::new();
         let mut unsettled = Vec::new();
         for (settlement, put_back) in std::mem::take(batch).into_iter().zip(put_backs) {
             let fence = put_back.fence;
-            let Some(row) = settled.remove(&fence) else {
+            let Some(row) = settled.remove(&fence.next()) else {
                 unsettled.push((settlement, fence));
                 continue;
             };

@@ -223,7 +223,7 @@ async fn confirm(
     let confirmed = sqlx::query(
         "UPDATE mq_msgs m
          SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond',
-            attempts = m.attempts + $4::int, state = $5::text::mq_state
+            attempts = least(m.attempts, 2147483646) + $4::int, state = $5::text::mq_state
          WHERE m.id = $1 AND m.claim_no = $2",
     )
     .bind(Uuid::from(fence.id))

@@ -166,8 +166,8 @@ async fn now(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
 const COLUMNS: &str = r#"
     o.id, o.channel_name, o.status, o.attempts, o.http_status, o.error_class, o.error,
     CASE WHEN is_ordered(o.channel_args) THEN substr(o.channel_args, 8) END AS ordering_key,
-    (extract(epoch FROM o.created_at) * 1000000)::bigint AS created_at,
-    (extract(epoch FROM o.finished_at) * 1000000)::bigint AS finished_at,
+    epoch_us(o.created_at) AS created_at,
+    epoch_us(o.finished_at) AS finished_at,
     request_destination(p.head) AS destination,
     substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method,
     o.metadata::text AS metadata"#;
@@ -370,8 +370,7 @@ async fn purge(connection: &mut PgConnection, ids: &[RequestId]) -> Result<u64, 
 async fn halted(connection: &mut PgConnection) -> Result<Vec<HaltedKey>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT m.channel_name, substr(m.channel_args, 8) AS key, m.id,
-            (extract(epoch FROM coalesce(o.finished_at, clock_timestamp())) * 1000000)::bigint
-                AS since
+            epoch_us(coalesce(o.finished_at, clock_timestamp())) AS since
          FROM mq_msgs m LEFT JOIN outcomes o ON o.id = ANY (ARRAY[m.id]) AND o.slot = -1
          WHERE m.state = 'halted'
          ORDER BY m.channel_name, m.channel_args, m.seq",
@@ -431,7 +430,7 @@ async fn take_ambiguous(
         ), o AS (
             UPDATE outcomes_kept k
             SET reconcile_at = clock_timestamp() + $2 * interval '1 millisecond',
-                reconciles = k.reconciles + 1
+                reconciles = least(k.reconciles, 2147483646) + 1
             FROM due WHERE k.id = ANY (ARRAY[due.id])
             RETURNING k.*
         )

@@ -531,7 +531,10 @@ pub(super) async fn notify_runners(
     sqlx::query(
         "SELECT pg_notify(c.name, '')
          FROM (
-            SELECT 'mq_' || i.name FROM unnest($1::text[]) AS i(name) UNION SELECT 'mq'
+            SELECT 'mq_' || i.name FROM unnest($1::text[]) AS i(name)
+            -- A longer name would be an error, and no runner can listen for it.
+            WHERE octet_length(i.name) <= 60
+            UNION SELECT 'mq'
          ) AS c(name)",
     )
     .bind(

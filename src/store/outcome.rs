@@ -184,7 +184,11 @@ impl From<Unreadable> for RowError {
 
 impl From<sqlx::Error> for RowError {
     fn from(error: sqlx::Error) -> Self {
-        Self::Database(error)
+        match error {
+            // Text that is not UTF-8, in a database that doesn't check it.
+            sqlx::Error::ColumnDecode { .. } => Unreadable::new("a column can't be decoded").into(),
+            error => Self::Database(error),
+        }
     }
 }
 
@@ -198,7 +202,7 @@ fn outcome(row: &PgRow, id: RequestId, name: &str) -> Result<Outcome, RowError> 
     let mut outcome = Outcome {
         id,
         status,
-        attempts: attempts as u32,
+        attempts: attempts.max(0) as u32,
         response: response(row, id)?,
         fault: None,
         metadata: row

@@ -212,7 +212,7 @@ const ATTEMPTS: &str = "
     )
     SELECT
         (SELECT count(*) FROM seen), (SELECT count(*) FROM gone),
-        (SELECT (extract(epoch FROM max(s.at)) * 1000000)::bigint FROM seen s)";
+        (SELECT epoch_us(max(s.at)) FROM seen s)";
 
 /// The key of a request that is just being inserted is too young to look abandoned. The time is
 /// checked again for the row that is deleted, because a new request may have taken the key over.
@@ -232,7 +232,7 @@ const KEYS: &str = "
     )
     SELECT
         (SELECT count(*) FROM seen), (SELECT count(*) FROM gone),
-        (SELECT (extract(epoch FROM max(s.at)) * 1000000)::bigint FROM seen s)";
+        (SELECT epoch_us(max(s.at)) FROM seen s)";
 
 async fn step(
     connection: &mut PgConnection,

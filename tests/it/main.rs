@@ -8,6 +8,7 @@ mod behind;
 mod bounds;
 mod bulk;
 mod client;
+mod damaged;
 mod dead_letters;
 mod delivery;
 mod destination;

@@ -154,13 +154,18 @@ impl Leases {
         if let Some(lease) = self.get(fence.id) {
             // If the number rose by more than one, this process released the claim in between, and
             // the old attempt has ended.
-            let follows = lease.claim_no.compare_exchange(
-                fence.claim_no - 1,
-                fence.claim_no,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            );
-            if follows.is_ok() {
+            let before = lease.fence();
+            let follows = before.next() == fence
+                && lease
+                    .claim_no
+                    .compare_exchange(
+                        before.claim_no,
+                        fence.claim_no,
+                        Ordering::AcqRel,
+                        Ordering::Acquire,
+                    )
+                    .is_ok();
+            if follows {
                 lease.lock().renewed = Instant::now();
                 return Registered::Adopted;
             }

@@ -288,7 +288,8 @@ async fn park(
 ) -> Result<bool, sqlx::Error> {
     let first: Option<bool> = sqlx::query_scalar(
         "WITH since AS MATERIALIZED (
-            SELECT u.id, coalesce(u.parked_since, now()) AS since
+            SELECT u.id, CASE WHEN isfinite(u.parked_since) THEN u.parked_since ELSE now() END
+                AS since
             FROM unhandled u WHERE u.id = $1 FOR UPDATE SKIP LOCKED
          )
          UPDATE unhandled u

@@ -61,7 +61,8 @@ macro_rules! finish {
                 WHERE m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
                 RETURNING
                     i.*, m.channel_name, m.channel_args, m.waiter, m.created_at,
-                    m.attempts - i.unmade::int AS attempts, m.seq IS NOT NULL AS frees_next
+                    greatest(m.attempts, i.unmade::int) - i.unmade::int AS attempts,
+                    m.seq IS NOT NULL AS frees_next
             ), payloads AS (
                 DELETE FROM mq_payloads p USING finished f WHERE p.id = ANY (ARRAY[f.id])
             ), stored AS (

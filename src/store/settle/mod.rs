@@ -34,10 +34,10 @@ pub(crate) struct Fence {
 }
 
 impl Fence {
-    /// The fence before a settle raised its number to this one.
-    pub(crate) fn before(self) -> Self {
+    /// The fence after a settle has raised the number, as `next_claim_no` does.
+    pub(crate) fn next(self) -> Self {
         Self {
-            claim_no: self.claim_no - 1,
+            claim_no: self.claim_no % i32::MAX + 1,
             ..self
         }
     }
@@ -100,7 +100,7 @@ fn settled_row(row: &PgRow) -> Result<SettledRow, sqlx::Error> {
             id: id.into(),
             claim_no,
         },
-        attempts: attempts as u32,
+        attempts: attempts.max(0) as u32,
         waiter,
         channel,
         ordered,

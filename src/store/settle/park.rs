@@ -92,7 +92,7 @@ async fn parked(
 ) -> Result<Vec<ParkedRequest>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT p.id, m.channel_name, p.parked_reason,
-            (extract(epoch FROM p.parked_since) * 1000000)::bigint AS since
+            epoch_us(p.parked_since) AS since
          FROM mq_payloads p JOIN mq_msgs m ON m.id = ANY (ARRAY[p.id])
          WHERE p.parked_since IS NOT NULL AND m.state = 'parked' AND ($1::uuid IS NULL OR p.id > $1)
          ORDER BY p.id LIMIT $2",

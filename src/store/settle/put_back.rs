@@ -52,7 +52,7 @@ const PUT_BACK: &str = "
                 http_status, head, number
             )
     ), locked AS MATERIALIZED (
-        SELECT i.*, m.attempts
+        SELECT i.*, greatest(m.attempts, 1) AS attempts
         FROM mq_msgs m JOIN input i ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
         ORDER BY i.id FOR UPDATE OF m
     ), payloads AS (
@@ -77,8 +77,8 @@ const PUT_BACK: &str = "
     UPDATE mq_msgs m
     SET attempt_at = clock_timestamp()
             + (l.delay_ms + CASE WHEN l.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
-        claim_no = m.claim_no + 1,
-        attempts = m.attempts - l.uncounted::int,
+        claim_no = next_claim_no(m.claim_no),
+        attempts = greatest(m.attempts, 1) - l.uncounted::int,
         lost = CASE WHEN l.uncounted THEN m.lost ELSE 0 END,
         state = CASE WHEN l.hold THEN 'held' ELSE 'waiting' END::mq_state
     FROM locked l WHERE m.id = ANY (ARRAY[l.id])

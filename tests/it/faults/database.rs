@@ -164,7 +164,7 @@ async fn a_retry_postgres_cannot_confirm_is_made_later() {
         .await;
     let durable = short_lease_builder(&pool).build().unwrap();
     for (round, code) in FAULTS.into_iter().enumerate() {
-        proxy.refuse("attempts = m.attempts + $4::int, state = $5", code);
+        proxy.refuse("+ $4::int, state = $5", code);
         let calling = in_time(durable.await_response(post(server.url("/"), code)));
         let (response, ()) = tokio::join!(calling, async {
             eventually("the statement is refused", || async { proxy.refused() > 0 }).await;
