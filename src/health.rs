@@ -68,3 +68,16 @@ pub struct HandledChannel {
     /// How many more are [parked](FailedHandOver::parked), counted up to 10,000.
     pub parked: u64,
 }
+
+/// A task that a handle runs in the background for as long as it lives.
+/// [`Durable::background_tasks`](crate::Durable::background_tasks) returns all of them.
+///
+/// Worth an alert, and a report: `panics` is above zero. The task has begun again.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct BackgroundTask {
+    /// What the task does: `sweep`, `renew`, …
+    pub name: &'static str,
+    /// How often it has panicked. The log has an error for each time.
+    pub panics: u64,
+}

@@ -22,7 +22,7 @@ use crate::engine::Engine;
 use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::error::Error;
-use crate::health::SweepPart;
+use crate::health::{BackgroundTask, SweepPart};
 use crate::id::RequestId;
 use crate::into_request::IntoRequest;
 use crate::outcome::Outcome;
@@ -438,6 +438,24 @@ impl Durable {
     /// ```
     pub fn set_connect_options(&self, options: PgConnectOptions) {
         self.engine().store().set_connect_options(options);
+    }
+
+    /// The tasks that this handle has run in the background, and how often each has panicked and
+    /// begun again. Reads no database.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(durable: requeuest::Durable) {
+    /// for task in durable.background_tasks() {
+    ///     if task.panics > 0 {
+    ///         println!("{} has panicked {} times", task.name, task.panics);
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub fn background_tasks(&self) -> Vec<BackgroundTask> {
+        self.engine().driver().panics.tasks()
     }
 
     pub(crate) fn engine(&self) -> &Arc<Engine> {

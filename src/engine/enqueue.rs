@@ -25,6 +25,7 @@ use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
 use super::budget::Share;
 use super::keys::BusyKeys;
 use super::lane;
+use super::supervise::Panics;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::options::Guarantee;
@@ -255,8 +256,14 @@ impl lane::Item for Submission {
 }
 
 /// Runs the lane until the last sender is gone.
-pub(crate) async fn run(store: Store, incoming: mpsc::UnboundedReceiver<Submission>) {
-    lane::run(incoming, |batch| {
+pub(crate) async fn run(
+    store: Store,
+    incoming: mpsc::UnboundedReceiver<Submission>,
+    panics: Arc<Panics>,
+) {
+    // After a panic while they are written, callers don't know whether their requests are
+    // persisted, and are told so.
+    lane::run(&panics, "enqueue", incoming, |batch| {
         let store = store.clone();
         async move { write(&store, batch).await }
     })
@@ -292,7 +299,7 @@ async fn write(store: &Store, mut batch: Vec<Submission>) {
                     begin(row.id, start, done);
                 }
             }
-            Err(error) if error.is_data() && rows.len() > 1 => {
+            Err(error) if error.may_concern_one_row() && rows.len() > 1 => {
                 let rest = rows.split_off(rows.len() / 2);
                 let rest_parts = parts.split_off(rows.len());
                 stack.push(rejoin(rest, rest_parts));

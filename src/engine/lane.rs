@@ -18,6 +18,8 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 
+use super::supervise::{Panics, Restarts};
+
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 const MAX_WRITES: usize = 2;
@@ -41,61 +43,111 @@ pub(crate) trait Item {
 }
 
 /// Hands incoming items to `write`, a batch at a time, until the last sender is gone and everything
-/// is written.
-pub(crate) async fn run<T, F>(mut incoming: mpsc::UnboundedReceiver<T>, write: impl Fn(Vec<T>) -> F)
-where
+/// is written. A panic of a write loses its batch.
+pub(crate) async fn run<T, F>(
+    panics: &Panics,
+    name: &'static str,
+    incoming: mpsc::UnboundedReceiver<T>,
+    write: impl Fn(Vec<T>) -> F,
+) where
     T: Item,
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut writes = JoinSet::new();
-    let mut large_writes = JoinSet::new();
-    let mut batch = Batch::default();
-    let mut large = VecDeque::new();
-    let mut arrived = Vec::with_capacity(MAX_BATCH);
-    let mut open = true;
-    let mut patience = pin!(sleep_until(Instant::now()));
-    loop {
-        tokio::select! {
-            biased;
-            Some(written) = writes.join_next() => check(written),
-            Some(written) = large_writes.join_next() => check(written),
-            count = incoming.recv_many(&mut arrived, MAX_BATCH), if open && batch.has_room() => {
-                open = count > 0;
-            }
-            () = &mut patience, if batch.is_patient() => batch.hurry(),
-            // No write is under way and no item will come.
-            else => break,
-        }
-        let was_empty = batch.is_empty();
-        for item in arrived.drain(..) {
-            if item.size() > MAX_BATCH_BYTES {
-                large.push_back(item);
-            } else {
-                batch.push(item);
-            }
-        }
-        if !open {
-            batch.hurry();
-        }
-        if was_empty && batch.is_patient() {
-            patience.as_mut().reset(Instant::now() + PATIENCE);
-        }
-        while large_writes.len() < MAX_LARGE {
-            let Some(item) = large.pop_front() else {
-                break;
-            };
-            large_writes.spawn(write(vec![item]));
-        }
-        while writes.len() < batch.wanted_writes() {
-            writes.spawn(write(batch.take()));
-        }
+    // Outlives a panic of the loop.
+    let mut lane = Lane {
+        incoming,
+        open: true,
+        arrived: VecDeque::new(),
+        batch: Batch::default(),
+        large: VecDeque::new(),
+        writes: JoinSet::new(),
+        large_writes: JoinSet::new(),
+    };
+    let mut restarts = Restarts::new(panics, name);
+    while panics
+        .catch(name, lane.run(panics, name, &write))
+        .await
+        .is_none()
+    {
+        restarts.pause().await;
     }
 }
 
-/// A panic would be a fault of this crate, and must not go unnoticed.
-fn check(written: Result<(), JoinError>) {
-    if let Err(error) = written {
-        tracing::error!(%error, "writing a batch panicked");
+struct Lane<T> {
+    incoming: mpsc::UnboundedReceiver<T>,
+    /// There may be more incoming items.
+    open: bool,
+    /// Items that are not sorted yet into the batch and the large ones.
+    arrived: VecDeque<T>,
+    batch: Batch<T>,
+    large: VecDeque<T>,
+    writes: JoinSet<()>,
+    large_writes: JoinSet<()>,
+}
+
+impl<T: Item> Lane<T> {
+    async fn run<F>(&mut self, panics: &Panics, name: &'static str, write: &impl Fn(Vec<T>) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let check = |written: Result<(), JoinError>| {
+            if written.is_err() {
+                panics.note(name);
+            }
+        };
+        let mut received = Vec::with_capacity(MAX_BATCH);
+        let mut patience = pin!(sleep_until(Instant::now()));
+        loop {
+            let Self {
+                incoming,
+                open,
+                arrived,
+                batch,
+                large,
+                writes,
+                large_writes,
+            } = &mut *self;
+            if arrived.is_empty() {
+                let has_room = *open && batch.has_room();
+                tokio::select! {
+                    biased;
+                    Some(written) = writes.join_next() => check(written),
+                    Some(written) = large_writes.join_next() => check(written),
+                    count = incoming.recv_many(&mut received, MAX_BATCH), if has_room => {
+                        *open = count > 0;
+                    }
+                    () = &mut patience, if batch.is_patient() => batch.hurry(),
+                    // No write is under way and no item will come.
+                    else => break,
+                }
+                // Neither this nor the way back copies an item.
+                *arrived = VecDeque::from(std::mem::take(&mut received));
+            }
+            let was_empty = batch.is_empty();
+            while let Some(item) = arrived.pop_front() {
+                if item.size() > MAX_BATCH_BYTES {
+                    large.push_back(item);
+                } else {
+                    batch.push(item);
+                }
+            }
+            received = Vec::from(std::mem::take(arrived));
+            if !*open {
+                batch.hurry();
+            }
+            if was_empty && batch.is_patient() {
+                patience.as_mut().reset(Instant::now() + PATIENCE);
+            }
+            while large_writes.len() < MAX_LARGE {
+                let Some(item) = large.pop_front() else {
+                    break;
+                };
+                large_writes.spawn(write(vec![item]));
+            }
+            while writes.len() < batch.wanted_writes() {
+                writes.spawn(write(batch.take()));
+            }
+        }
     }
 }
 
@@ -170,7 +222,10 @@ mod tests {
     enum Thing {
         Body(usize),
         Waited,
+        /// Its write panics.
         Bad,
+        /// The lane itself panics.
+        Worse,
     }
 
     impl Item for Thing {
@@ -178,6 +233,7 @@ mod tests {
             match self {
                 Self::Body(size) => *size,
                 Self::Waited | Self::Bad => 0,
+                Self::Worse => panic!("an item as bad as can be"),
             }
         }
 
@@ -193,13 +249,16 @@ mod tests {
     ) {
         let (sender, incoming) = mpsc::unbounded_channel();
         let (written, batches) = mpsc::unbounded_channel();
-        tokio::spawn(run(incoming, move |batch: Vec<Thing>| {
-            let written = written.clone();
-            async move {
-                assert!(!batch.contains(&Thing::Bad), "a batch as bad as can be");
-                let _ = written.send((batch, Instant::now()));
-            }
-        }));
+        tokio::spawn(async move {
+            let write = |batch: Vec<Thing>| {
+                let written = written.clone();
+                async move {
+                    assert!(!batch.contains(&Thing::Bad), "a batch as bad as can be");
+                    let _ = written.send((batch, Instant::now()));
+                }
+            };
+            run(&Panics::default(), "lane", incoming, write).await;
+        });
         (sender, batches)
     }
 
@@ -258,6 +317,18 @@ mod tests {
             batches,
             [vec![half], vec![half, half], vec![MAX_BATCH_BYTES + 1]]
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_of_the_lane_loses_no_other_item() {
+        let (lane, mut written) = lane();
+        for item in [Thing::Body(1), Thing::Worse, Thing::Body(2), Thing::Waited] {
+            lane.send(item).unwrap();
+        }
+        let batch = written.recv().await.unwrap().0;
+        assert_eq!(batch, [Thing::Body(1), Thing::Body(2), Thing::Waited]);
+        drop(lane);
+        assert!(written.recv().await.is_none());
     }
 
     #[tokio::test(start_paused = true)]

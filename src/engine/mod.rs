@@ -22,6 +22,7 @@ mod lane;
 mod lifecycle;
 pub(crate) mod runner;
 mod settle;
+mod supervise;
 pub(crate) mod tasks;
 mod telemetry;
 
@@ -40,6 +41,7 @@ use self::bulk::BULK_INSERTS;
 use self::enqueue::Submission;
 use self::keys::BusyKeys;
 use self::settle::Settler;
+use self::supervise::{Panics, supervise};
 use crate::error::{Error, Kind};
 use crate::health::SweepPart;
 use crate::id::RequestId;
@@ -81,8 +83,10 @@ impl Engine {
             Arc::default(),
             Arc::default(),
         );
+        let panics: Arc<Panics> = Arc::default();
         let settler = Arc::new(Settler::new(
             store.clone(),
+            Arc::clone(&panics),
             instance,
             Arc::clone(&leases),
             Arc::clone(&waiters),
@@ -93,17 +97,28 @@ impl Engine {
         let (settlements, settled) = mpsc::unbounded_channel();
         // The lanes end when their senders are gone. The other tasks have no end of their own.
         let spawn = runtime.handle();
-        spawn.spawn(enqueue::run(store.clone(), enqueued));
+        spawn.spawn(enqueue::run(store.clone(), enqueued, Arc::clone(&panics)));
         spawn.spawn(Arc::clone(&settler).run(settled));
+        let renew = {
+            let (store, leases) = (store.clone(), Arc::clone(&leases));
+            move || tasks::renew::run(store.clone(), Arc::clone(&leases))
+        };
+        let watch = {
+            let (store, leases) = (store.clone(), Arc::clone(&leases));
+            let waiters = Arc::clone(&waiters);
+            move || {
+                let (store, leases) = (store.clone(), Arc::clone(&leases));
+                tasks::watch::run(store, leases, Arc::clone(&waiters), instance)
+            }
+        };
+        let sweep_rows = {
+            let (store, sweep) = (store.clone(), Arc::clone(&sweep));
+            move || tasks::sweep::run(store.clone(), Arc::clone(&sweep))
+        };
         let tasks = vec![
-            spawn.spawn(tasks::renew::run(store.clone(), Arc::clone(&leases))),
-            spawn.spawn(tasks::watch::run(
-                store.clone(),
-                Arc::clone(&leases),
-                Arc::clone(&waiters),
-                instance,
-            )),
-            spawn.spawn(tasks::sweep::run(store.clone(), Arc::clone(&sweep))),
+            spawn.spawn(supervise(Arc::clone(&panics), "renew", renew)),
+            spawn.spawn(supervise(Arc::clone(&panics), "watch", watch)),
+            spawn.spawn(supervise(Arc::clone(&panics), "sweep", sweep_rows)),
         ];
         let caller_connections = store.caller_pool().options().get_max_connections();
         let handler_places = tasks::hand_over::Places::new(caller_connections);
@@ -118,6 +133,7 @@ impl Engine {
             settler,
             settlements,
             tasks,
+            panics,
             runtime,
         };
         Arc::new(Self {
@@ -277,10 +293,14 @@ impl Engine {
         let name = Arc::clone(&channel);
         self.with_store(|store| async move { store.register_handler(&name).await })
             .await?;
-        let driver = Arc::clone(&self.driver);
+        let (driver, handler) = (Arc::clone(&self.driver), Arc::new(handler));
         let places = Arc::clone(&self.handler_places);
-        let handing_over = tasks::hand_over::run(driver, places, channel, Arc::new(handler));
-        Ok(self.driver.spawn(handing_over))
+        let hand_over = move || {
+            let (driver, handler) = (Arc::clone(&driver), Arc::clone(&handler));
+            tasks::hand_over::run(driver, Arc::clone(&places), Arc::clone(&channel), handler)
+        };
+        let panics = Arc::clone(&self.driver.panics);
+        Ok(self.driver.spawn(supervise(panics, "hand over", hand_over)))
     }
 
     /// Refuses new requests and claims, waits for the attempts in flight, then gives them back:

@@ -139,6 +139,28 @@ impl StoreError {
         is_read_only(&self.error)
     }
 
+    /// As [`is_data`](Self::is_data), or a trigger raised an error, perhaps at one row.
+    pub(crate) fn may_concern_one_row(&self) -> bool {
+        self.is_data()
+            || self.error.as_database_error().is_some_and(|error| {
+                error
+                    .code()
+                    .is_some_and(|code| code.starts_with("P0") || code.starts_with("44"))
+            })
+    }
+
+    /// Whether the database refused the statement for another reason than how the connection, the
+    /// transaction or the server fares, which passes.
+    pub(crate) fn is_refusal(&self) -> bool {
+        const PASSING: [&str; 11] = [
+            "08", "0A", "25", "26", "28", "3D", "40", "53", "55", "57", "58",
+        ];
+        self.error.as_database_error().is_some_and(|error| {
+            let code = error.code().unwrap_or_default();
+            !PASSING.iter().any(|class| code.starts_with(class))
+        })
+    }
+
     /// The caller's error for a commit whose outcome is unknown.
     pub(crate) fn into_indeterminate(self) -> Error {
         Error::new(Kind::Indeterminate(Some(shared(self.error))))

@@ -484,7 +484,8 @@ fn settle(
         lease,
         result,
         urgent,
-        _current: current,
+        current,
+        refusals: 0,
         unsettled,
         _driver: Arc::clone(driver),
     });

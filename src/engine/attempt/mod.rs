@@ -36,6 +36,7 @@ use crate::engine::config::Config;
 use crate::engine::lifecycle::Lifecycle;
 use crate::engine::runner::polls::Polls;
 use crate::engine::settle::{Settlement, Settler};
+use crate::engine::supervise::Panics;
 use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{Error, Kind};
 use crate::runtime::Runtime;
@@ -71,6 +72,8 @@ pub(crate) struct Driver {
     settlements: mpsc::UnboundedSender<Settlement>,
     /// Tasks without an end of their own: the driver's end aborts them.
     tasks: Vec<JoinHandle<()>>,
+    /// How often the background tasks have panicked.
+    pub(crate) panics: Arc<Panics>,
     runtime: Runtime,
 }
 
@@ -84,6 +87,7 @@ pub(crate) struct Parts {
     pub(crate) settler: Arc<Settler>,
     pub(crate) settlements: mpsc::UnboundedSender<Settlement>,
     pub(crate) tasks: Vec<JoinHandle<()>>,
+    pub(crate) panics: Arc<Panics>,
     pub(crate) runtime: Runtime,
 }
 
@@ -106,6 +110,7 @@ impl Driver {
             settler: parts.settler,
             settlements: parts.settlements,
             tasks: parts.tasks,
+            panics: parts.panics,
             runtime: parts.runtime,
         }
     }

@@ -22,6 +22,7 @@ use tokio::task::{JoinError, JoinHandle};
 
 use crate::engine::DRAIN_POLL;
 use crate::engine::attempt::Driver;
+use crate::engine::supervise::supervise;
 use crate::engine::telemetry::OwnCondition;
 use crate::error::Error;
 use crate::store::runner_pool::RunnerPool;
@@ -51,9 +52,11 @@ impl RunnerGuard {
         driver.lifecycle.begin_claiming();
         // Counted from here on, so that a shutdown right after this waits for the runner.
         let counted = driver.lifecycle.count_runner();
+        let (panics, runs) = (Arc::clone(&driver.panics), Arc::clone(driver));
+        let keep_running = move || keep_running(Arc::clone(&runs), counted.clone());
         Self {
             driver: Arc::clone(driver),
-            supervisor: driver.spawn(supervise(Arc::clone(driver), counted)),
+            supervisor: driver.spawn(supervise(panics, "runner", keep_running)),
         }
     }
 
@@ -110,7 +113,7 @@ impl Drop for RunnerGuard {
 
 /// Keeps a runner running until the claiming is to end. Holds the driver until then, so that claims
 /// can still be given back.
-async fn supervise(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
+async fn keep_running(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
     if unless_ended(&driver, driver.transport.known())
         .await
         .is_none()
@@ -282,9 +285,11 @@ fn options(driver: &Arc<Driver>, pool: &RunnerPool) -> JobRunnerOptions {
     // Weak, or the runner that the driver owns would own the driver.
     let weak = Arc::downgrade(driver);
     let mut options = JobRunnerOptions::new(pool.for_sqlxmq(), move |current| {
-        // A panic here would end the runner silently: it only hands over.
+        // A panic here would end the runner silently: it only hands over. What it dropped is left
+        // to its lease.
         if let Some(driver) = weak.upgrade() {
-            dispatch::take(&driver, current);
+            let take = || dispatch::take(&driver, current);
+            driver.panics.catch_now("dispatch", take);
         }
     });
     // The runner polls again below the first number, and then holds up to the second. Requests

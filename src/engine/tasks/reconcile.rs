@@ -13,6 +13,7 @@ use crate::codec;
 use crate::dead_letter::{Reconcile, Resolution};
 use crate::engine::attempt::Driver;
 use crate::engine::dead_letters::resolve;
+use crate::engine::supervise::supervise;
 use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{BoxError, Error, chain};
 use crate::redact::redact_urls;
@@ -37,8 +38,10 @@ pub(crate) struct ReconcileGuard(JoinHandle<()>);
 
 impl ReconcileGuard {
     pub(crate) fn start(driver: &Arc<Driver>, hook: Arc<dyn Reconcile>) -> Self {
-        let asking = run(Arc::clone(driver), hook);
-        Self(driver.spawn(asking))
+        let panics = Arc::clone(&driver.panics);
+        let (asks, hook) = (Arc::clone(driver), hook);
+        let asking = move || run(Arc::clone(&asks), Arc::clone(&hook));
+        Self(driver.spawn(supervise(panics, "reconcile", asking)))
     }
 }
 
@@ -95,10 +98,10 @@ async fn round(
         ));
     }
     while let Some(done) = tasks.join_next().await {
-        if let Err(error) = done {
+        if done.is_err() {
             // The request is asked about again once its lease runs out.
             if panics.allows("").is_some() {
-                tracing::error!(%error, "a reconcile hook panicked");
+                tracing::error!("a reconcile hook panicked");
             }
         }
     }

@@ -126,7 +126,7 @@ async fn handled_channels(
     let rows = sqlx::query(
         "SELECT
             h.channel_name,
-            (extract(epoch FROM clock_timestamp() - b.seen_at) * 1000)::bigint AS seen,
+            (epoch_us(clock_timestamp()) - epoch_us(b.seen_at)) / 1000 AS seen,
             (SELECT count(*) FROM (
                 SELECT FROM unhandled u
                 WHERE u.channel_name = h.channel_name AND u.due_at < 'infinity' LIMIT $1
@@ -166,9 +166,7 @@ async fn failed(
         "SELECT
             u.id, u.channel_name, u.failures, u.error, u.due_at = 'infinity' AS parked,
             u.parked_since IS NOT NULL AS unreadable,
-            (extract(
-                epoch FROM coalesce(u.failing_since, u.parked_since, clock_timestamp())
-            ) * 1000000)::bigint AS since
+            epoch_us(coalesce(u.failing_since, u.parked_since, clock_timestamp())) AS since
          FROM unhandled u
          WHERE (u.failures > 0 OR u.parked_since IS NOT NULL) AND ($1::uuid IS NULL OR u.id > $1)
          ORDER BY u.id LIMIT $2",

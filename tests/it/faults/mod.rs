@@ -5,6 +5,7 @@ mod crowds;
 mod database;
 pub(crate) mod network;
 mod receiver;
+mod refusals;
 mod results;
 
 use std::collections::HashMap;

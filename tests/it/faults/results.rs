@@ -17,7 +17,7 @@ const FILL: usize = 4;
 const REQUESTS: usize = 40;
 
 /// Waits until a request that is enqueued now in another database, with this delay, has arrived.
-async fn passing_elsewhere(time: Duration) {
+pub async fn passing_elsewhere(time: Duration) {
     let database = migrated().await;
     let server = Server::always(200).await;
     let clock = builder(&database).build().unwrap();

@@ -1,9 +1,13 @@
 //! The settle lane: records the results of attempts, many at a time.
 //!
-//! No result is dropped: while the database fails, the lane keeps its results and tries again.
-//! Waiters are woken, and other processes notified, only after the commit.
+//! No result is dropped: while the database fails, the lane keeps its results and tries again, and
+//! results that are refused by the row are [`held`] beside it. Waiters are woken, and other
+//! processes notified, only after the commit.
+
+mod held;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,6 +23,7 @@ use crate::engine::attempt::slots::Unsettled;
 use crate::engine::attempt::waiters::Waiters;
 use crate::engine::lane::{self, Item};
 use crate::engine::runner::polls::Polls;
+use crate::engine::supervise::{Panics, Restarts};
 use crate::engine::telemetry::{Condition, Failures, Lasting, LineLimit};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
@@ -28,8 +33,12 @@ use crate::store::enqueue::RUNNER_WAIT;
 use crate::store::settle::{Failure, Fence, Finished, Park, PutBack, SettledRow};
 use crate::store::{Store, StoreError};
 
+use held::Held as HeldResults;
+
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
+/// The name of the task that writes held results.
+const HELD: &str = "held results";
 
 /// A result on its way into the database.
 pub(crate) struct Settlement {
@@ -38,7 +47,9 @@ pub(crate) struct Settlement {
     /// Whether anything waits for the commit.
     pub(crate) urgent: bool,
     /// Dropped after the commit: until then sqlxmq's runner counts the request as running.
-    pub(crate) _current: Option<CurrentJob>,
+    pub(crate) current: Option<CurrentJob>,
+    /// How often the database has refused this result alone.
+    pub(crate) refusals: u32,
     pub(crate) unsettled: Unsettled,
     /// Keeps the runtime that the result is written on: without it, the runtime could end with the
     /// last handle.
@@ -105,9 +116,27 @@ impl Settlement {
         matches!(self.result, AttemptResult::Park { .. })
     }
 
+    /// What [`drop_data`](Self::drop_data) removes from.
+    fn data(&self) -> Data {
+        match &self.result {
+            AttemptResult::Finish { outcome, .. } => Data::Outcome(Arc::clone(outcome)),
+            AttemptResult::PutBack { failure, .. } => Data::Failure(failure.clone()),
+            AttemptResult::Park { .. } => Data::Failure(None),
+        }
+    }
+
+    /// Puts back what was removed.
+    fn restore(&mut self, data: Data) {
+        match (&mut self.result, data) {
+            (AttemptResult::Finish { outcome, .. }, Data::Outcome(whole)) => *outcome = whole,
+            (AttemptResult::PutBack { failure, .. }, Data::Failure(whole)) => *failure = whole,
+            _ => {}
+        }
+    }
+
     /// Removes data that the database may have refused: the body, then the rest of the response,
     /// then the error text. `false` if there is nothing left to remove.
-    fn drop_refused_data(&mut self) -> bool {
+    fn drop_data(&mut self) -> bool {
         const REFUSED: &str = "the database refused the error text";
         let (response, text) = match &mut self.result {
             AttemptResult::Finish { outcome, .. } => {
@@ -135,6 +164,47 @@ impl Settlement {
     }
 }
 
+/// The data of a result.
+enum Data {
+    Outcome(Arc<Outcome>),
+    Failure(Option<Box<Failure>>),
+}
+
+/// Why a batch was not written.
+#[derive(Debug)]
+enum Unwritten {
+    Refused(StoreError),
+    /// This process failed to write it. The panic has been logged.
+    Panicked,
+}
+
+impl Unwritten {
+    /// Whether a part of the batch may be written alone.
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Refused(error) => error.is_refusal(),
+            Self::Panicked => true,
+        }
+    }
+
+    /// Whether a result may be written without its data.
+    fn is_data(&self) -> bool {
+        match self {
+            Self::Refused(error) => error.is_data(),
+            Self::Panicked => true,
+        }
+    }
+}
+
+impl fmt::Display for Unwritten {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(error) => error.fmt(f),
+            Self::Panicked => f.write_str("writing it panicked"),
+        }
+    }
+}
+
 impl Item for Settlement {
     fn size(&self) -> usize {
         self.unsettled.bytes()
@@ -149,6 +219,7 @@ impl Item for Settlement {
 #[derive(Debug)]
 pub(crate) struct Settler {
     store: Store,
+    panics: Arc<Panics>,
     instance: Uuid,
     leases: Arc<Leases>,
     waiters: Arc<Waiters>,
@@ -167,6 +238,7 @@ pub(crate) struct Settler {
 impl Settler {
     pub(crate) fn new(
         store: Store,
+        panics: Arc<Panics>,
         instance: Uuid,
         leases: Arc<Leases>,
         waiters: Arc<Waiters>,
@@ -174,6 +246,7 @@ impl Settler {
     ) -> Self {
         Self {
             store,
+            panics,
             instance,
             leases,
             waiters,
@@ -200,23 +273,63 @@ impl Settler {
 
     /// Runs until the last sender is gone and everything is settled.
     pub(crate) async fn run(self: Arc<Self>, incoming: mpsc::UnboundedReceiver<Settlement>) {
-        lane::run(incoming, |batch| {
-            let settler = Arc::clone(&self);
-            async move { settler.write(batch).await }
-        })
-        .await;
+        // Not in `self`: a held result keeps the driver, which has the settler. What is held keeps
+        // the lane's last sender, so the lane ends after it.
+        let held = Arc::new(HeldResults::default());
+        let lane = lane::run(&self.panics, "settle", incoming, |batch| {
+            let (settler, held) = (Arc::clone(&self), Arc::clone(&held));
+            async move { settler.write(batch, &held).await }
+        });
+        tokio::select! {
+            () = lane => {}
+            () = self.write_held(&held) => {}
+        }
     }
 
-    /// Writes a batch, splitting it down to the row that the database refuses.
-    async fn write(&self, mut batch: Vec<Settlement>) {
+    /// Writes held results again and again, until it is dropped.
+    async fn write_held(&self, held: &HeldResults) {
+        let mut restarts = Restarts::new(&self.panics, HELD);
+        loop {
+            let writing = async {
+                loop {
+                    let due = held.due().await;
+                    self.write_due(due, held).await;
+                }
+            };
+            self.panics.catch::<()>(HELD, writing).await;
+            restarts.pause().await;
+        }
+    }
+
+    async fn write_due(&self, mut due: Vec<Settlement>, held: &HeldResults) {
+        if self.store.is_closed() {
+            // After a shutdown, other processes take over.
+            held.clear();
+            return;
+        }
+        if held.are_all_refused() && due.len() > 1 {
+            // One of them shows whether anything has changed.
+            let rest = due.split_off(1);
+            self.write(due, held).await;
+            if held.are_all_refused() {
+                return held.add_all(rest);
+            }
+            due = rest;
+        }
+        self.write(due, held).await;
+    }
+
+    /// Writes a batch, splitting it down to the rows that the database refuses. They are held.
+    async fn write(&self, mut batch: Vec<Settlement>, held: &HeldResults) {
         // The statements lock rows in the order of their ids.
         batch.sort_unstable_by_key(|settlement| settlement.lease.id);
         let mut stack = vec![batch];
         let mut pause = RETRY_MIN;
         let mut failing = None;
         while let Some(mut batch) = stack.pop() {
-            let error = match self.write_once(&mut batch).await {
+            let error = match self.try_write(&mut batch).await {
                 Ok(()) => {
+                    held.note_accepted();
                     pause = RETRY_MIN;
                     if failing.take().is_some_and(Lasting::ends) {
                         tracing::info!("results are settled again");
@@ -225,25 +338,7 @@ impl Settler {
                 }
                 Err(error) => error,
             };
-            if error.is_data() && batch.len() > 1 {
-                let half = batch.split_off(batch.len() / 2);
-                stack.push(half);
-                stack.push(batch);
-                continue;
-            }
-            if error.is_data() {
-                let id = batch[0].lease.id;
-                if self.refused.is_news(id) {
-                    tracing::error!(
-                        %id, %error,
-                        "the database refused a result; it is settled without its data"
-                    );
-                }
-                if !batch[0].drop_refused_data() {
-                    // The lease will run out, as for a claim that was lost with its process.
-                    continue;
-                }
-            } else {
+            if !error.is_refusal() {
                 if failing.is_none() {
                     let (lasting, first) = self.failing.begins();
                     failing = Some(lasting);
@@ -257,8 +352,88 @@ impl Settler {
                     // After a shutdown, other processes take over.
                     return;
                 }
+                stack.push(batch);
+            } else if batch.len() == 1 {
+                if let Some(settlement) = batch.pop() {
+                    self.write_refused(settlement, error, held).await;
+                }
+            } else if held.are_all_refused() {
+                held.add_all(batch);
+            } else {
+                let half = batch.split_off(batch.len() / 2);
+                stack.push(half);
+                stack.push(batch);
             }
-            stack.push(batch);
+        }
+    }
+
+    /// Writes a result that was refused without its data. If it is refused without as well, its
+    /// data is not the reason, and it is held as it was. Dropped, its request would be sent again,
+    /// after an answer.
+    async fn write_refused(
+        &self,
+        settlement: Settlement,
+        mut error: Unwritten,
+        held: &HeldResults,
+    ) {
+        let id = settlement.lease.id;
+        let mut batch = vec![settlement];
+        if error.is_data() {
+            let whole = batch[0].data();
+            while error.is_data() && batch[0].drop_data() {
+                match self.try_write(&mut batch).await {
+                    Ok(()) => {
+                        if self.refused.is_news(id) {
+                            tracing::error!(
+                                %id, %error,
+                                "the database refused a result; it was settled without its data"
+                            );
+                        }
+                        self.refused.recovers(id);
+                        return held.note_accepted();
+                    }
+                    Err(_) if batch.is_empty() => return,
+                    Err(refused) => error = refused,
+                }
+            }
+            batch[0].restore(whole);
+        }
+        let Some(settlement) = batch.pop() else {
+            return;
+        };
+        if self.refused.is_news(id) {
+            tracing::error!(
+                %id, %error,
+                "the database refuses a result, whatever its data; it is held and written again"
+            );
+        }
+        held.add_refused(settlement);
+    }
+
+    /// Writes the batch once. A panic is noted, and refuses it.
+    async fn try_write(&self, batch: &mut Vec<Settlement>) -> Result<(), Unwritten> {
+        let refused: Vec<_> = batch
+            .iter()
+            .filter(|settlement| settlement.refusals > 0)
+            .map(|settlement| settlement.lease.id)
+            .collect();
+        match self.panics.catch("settle", self.write_once(batch)).await {
+            Some(Ok(())) => {
+                for id in &refused {
+                    self.refused.recovers(*id);
+                }
+                if !refused.is_empty() {
+                    tracing::info!(
+                        count = refused.len(),
+                        "results that were refused are settled"
+                    );
+                }
+                Ok(())
+            }
+            Some(Err(error)) => Err(Unwritten::Refused(error)),
+            // It panicked after the commit.
+            None if batch.is_empty() => Ok(()),
+            None => Err(Unwritten::Panicked),
         }
     }
 
@@ -387,10 +562,8 @@ impl Settler {
             .collect();
         let bytes = batch.iter().map(Settlement::size).sum();
         let settled = self.store.put_back(&put_backs, bytes).await?;
-        let mut settled: HashMap<Fence, SettledRow> = settled
-            .into_iter()
-            .map(|row| (row.fence, row))
-            .collect();
+        let mut settled: HashMap<Fence, SettledRow> =
+            settled.into_iter().map(|row| (row.fence, row)).collect();
         let mut returned = Vec::new();
         let mut unsettled = Vec::new();
         for (settlement, put_back) in std::mem::take(batch).into_iter().zip(put_backs) {
