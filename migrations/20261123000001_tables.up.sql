@@ -237,6 +237,8 @@ CREATE TABLE outcomes (
     reconcile_at timestamptz,
     -- How often the receiver was asked.
     reconciles int NOT NULL DEFAULT 0,
+    -- Of dead letters: scheme, host and port.
+    destination text COLLATE "C",
     -- Requests are looked up by id. The slot is here because the key of a partitioned table must
     -- have it.
     PRIMARY KEY (id, slot)
@@ -257,6 +259,16 @@ $$;
 -- Whether a slot has rows that have expired, and rows that have not, without reading the slot.
 CREATE INDEX outcomes_expires_at ON outcomes (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX outcomes_kept_reconcile ON outcomes_kept (reconcile_at) WHERE status = 'ambiguous';
+-- Lists of dead letters, one index for each combination of filters. What is filtered for is one
+-- expression, so that no plan can read another combination's index and filter its rows: statistics
+-- would lead to that if most dead letters are of one channel or destination.
+CREATE INDEX outcomes_kept_all ON outcomes_kept (status, format, finished_at, id);
+CREATE INDEX outcomes_kept_channel ON outcomes_kept
+    ((channel_name || ' ' || status), format, finished_at, id);
+CREATE INDEX outcomes_kept_destination ON outcomes_kept
+    ((destination || ' ' || status), format, finished_at, id);
+CREATE INDEX outcomes_kept_both ON outcomes_kept
+    ((channel_name || ' ' || destination || ' ' || status), format, finished_at, id);
 
 -- Channels whose outcomes are handed to an application in a transaction.
 CREATE TABLE handled_channels (

@@ -110,7 +110,8 @@ BEGIN
             AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)
     ), ending AS MATERIALIZED (
         SELECT
-            i.*, m.claim_no AS last_claim, m.channel_name, m.channel_args, m.waiter, m.created_at,
+            i.*, m.claim_no AS last_claim, m.channel_name, m.channel_args, m.destination, m.waiter,
+            m.created_at,
             greatest(m.attempts, coalesce(i.unmade, false)::int) - coalesce(i.unmade, false)::int
                 AS attempts,
             m.seq IS NOT NULL AS ordered, i.dead AND m.halts AND m.seq IS NOT NULL AS halts
@@ -130,13 +131,18 @@ BEGIN
     ), ended AS MATERIALIZED (
         SELECT
             e.*, p.metadata, p.response_status, p.response_head, p.response_body,
+            CASE WHEN e.dead THEN coalesce(
+                e.destination,
+                CASE WHEN substr(e.channel_args, 5, 3) = '|d|' THEN substr(e.channel_args, 8) END,
+                request_destination(p.head)
+            ) END AS letter_destination,
             e.http_status IS NULL AND e.status = 'discarded' AND p.response_head IS NOT NULL
                 AS earlier
         FROM ending e LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[e.id])
     ), stored AS (
         INSERT INTO outcomes (
             slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
-            expires_at, http_status, head, body, error_class, error, metadata
+            expires_at, http_status, head, body, error_class, error, metadata, destination
         )
         SELECT
             CASE WHEN e.dead THEN -1 ELSE v_slot END,
@@ -145,7 +151,9 @@ BEGIN
             CASE WHEN e.earlier THEN e.response_status ELSE e.http_status END,
             CASE WHEN e.earlier THEN e.response_head ELSE e.head END,
             CASE WHEN e.earlier THEN e.response_body ELSE p_bodies[e.number] END,
-            e.error_class, e.error, e.metadata
+            e.error_class, e.error, e.metadata,
+            -- Not longer than an index takes.
+            left(e.letter_destination, 500)
         FROM ended e
     ), to_handle AS (
         INSERT INTO unhandled (id, channel_name, slot)

@@ -139,7 +139,10 @@ BEGIN
         )
         VALUES (
             p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq,
-            CASE WHEN v_ordered THEN v_destination END, v_ordered AND v_halts
+            CASE
+                WHEN substr(v_kept.channel_args, 5) <> '|d|' || v_destination THEN v_destination
+            END,
+            v_ordered AND v_halts
         );
     END IF;
     UPDATE request_keys k SET id = p_new WHERE k.id = p_id;
@@ -263,7 +266,10 @@ BEGIN
                 -- Higher than any claim_no the request had before, so that an old claim is never
                 -- taken for a current one.
                 least(v_returns, 2000) * 1000000, v_attempts,
-                CASE WHEN v_ordered THEN v_destination END, v_ordered AND v_halts
+                CASE
+                    WHEN substr(v_kept.channel_args, 5) <> '|d|' || v_destination THEN v_destination
+                END,
+                v_ordered AND v_halts
             );
         END IF;
         -- The request has not ended after all.

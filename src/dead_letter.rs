@@ -43,7 +43,7 @@ pub struct DeadLetterFilter {
     finished_within: Option<Duration>,
     finished_before: Option<Duration>,
     limit: Option<u32>,
-    after: Option<RequestId>,
+    after: Option<Position>,
 }
 
 impl DeadLetterFilter {
@@ -92,12 +92,11 @@ impl DeadLetterFilter {
         self
     }
 
-    /// Only dead letters with a greater id. Lists are in the order of the ids, so this selects the
-    /// page that follows a page whose last id is `id`. The order of the ids is about the order of
-    /// the enqueueing.
+    /// Only dead letters that come after this one, which need not exist any more: the page that
+    /// follows the one that it ends.
     #[must_use]
-    pub fn after(mut self, id: RequestId) -> Self {
-        self.after = Some(id);
+    pub fn after(mut self, letter: &DeadLetter) -> Self {
+        self.after = Some(Position::of(letter));
         self
     }
 
@@ -151,13 +150,32 @@ impl DeadLetterFilter {
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted {
     pub(crate) channel: Option<String>,
-    /// As `request_destination` writes it.
+    /// As the column of that name has it.
     pub(crate) destination: Option<String>,
     pub(crate) status: Option<Status>,
     pub(crate) finished_within: Option<Duration>,
     pub(crate) finished_before: Option<Duration>,
     pub(crate) limit: Option<u32>,
-    pub(crate) after: Option<RequestId>,
+    pub(crate) after: Option<Position>,
+}
+
+/// Where a dead letter stands among the others: they are in the order in which they ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Position {
+    /// In microseconds since 1970, by the database's clock.
+    pub(crate) finished_at: i64,
+    pub(crate) id: RequestId,
+}
+
+impl Position {
+    fn of(letter: &DeadLetter) -> Self {
+        let since = letter.finished_at.duration_since(SystemTime::UNIX_EPOCH);
+        let micros = since.unwrap_or_default().as_micros();
+        Self {
+            finished_at: i64::try_from(micros).unwrap_or(i64::MAX),
+            id: letter.id,
+        }
+    }
 }
 
 fn origin(destination: &str) -> Result<String, Error> {

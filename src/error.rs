@@ -72,6 +72,14 @@ struct Inner {
     id: Option<RequestId>,
     /// What the database said, if the kind says what it means.
     refusal: Option<Arc<sqlx::Error>>,
+    done: Done,
+}
+
+/// What a call over many dead letters had done before it failed.
+enum Done {
+    Nothing,
+    Replayed(Vec<RequestId>),
+    Purged(u64),
 }
 
 pub(crate) enum Kind {
@@ -186,6 +194,7 @@ impl Error {
             kind,
             id: None,
             refusal: None,
+            done: Done::Nothing,
         }))
     }
 
@@ -212,6 +221,20 @@ impl Error {
         self
     }
 
+    pub(crate) fn with_replayed(mut self, ids: Vec<RequestId>) -> Self {
+        if !ids.is_empty() {
+            self.0.done = Done::Replayed(ids);
+        }
+        self
+    }
+
+    pub(crate) fn with_purged(mut self, letters: u64) -> Self {
+        if letters > 0 {
+            self.0.done = Done::Purged(letters);
+        }
+        self
+    }
+
     /// The wrapped service's error. The URL of a reqwest error is removed.
     pub(crate) fn pass_through(error: BoxError) -> Self {
         Self::new(Kind::PassThrough(without_url(error)))
@@ -232,6 +255,7 @@ impl Error {
             kind,
             id: self.0.id,
             refusal: self.0.refusal.clone(),
+            done: Done::Nothing,
         }))
     }
 
@@ -246,6 +270,38 @@ impl Error {
     /// The id of the request that the error is about, if a request was or may have been persisted.
     pub fn request_id(&self) -> Option<RequestId> {
         self.0.id
+    }
+
+    /// The ids of the new requests that [`Durable::replay_all`](crate::Durable::replay_all) had
+    /// made before it failed. Empty for the errors of other calls.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(durable: requeuest::Durable) {
+    /// let all = requeuest::DeadLetterFilter::default();
+    /// match durable.replay_all(&all).await {
+    ///     Ok(ids) => println!("{} requests are sent again", ids.len()),
+    ///     Err(error) => println!("{} are, then: {error}", error.replayed().len()),
+    /// }
+    /// # }
+    /// ```
+    pub fn replayed(&self) -> &[RequestId] {
+        match &self.0.done {
+            Done::Replayed(ids) => ids,
+            _ => &[],
+        }
+    }
+
+    /// How many dead letters
+    /// [`Durable::purge_dead_letters`](crate::Durable::purge_dead_letters) had deleted before it
+    /// failed. The batch that failed may be deleted too, and isn't counted. 0 for the errors of
+    /// other calls.
+    pub fn purged(&self) -> u64 {
+        match self.0.done {
+            Done::Purged(letters) => letters,
+            _ => 0,
+        }
     }
 
     /// The name of the refused part of a request or configuration: `"url"`, `"body"`, `"channel"`,
@@ -698,6 +754,11 @@ impl fmt::Display for Error {
         match self.0.id {
             Some(id) => write!(f, "request {id}: {}", self.0.kind),
             None => self.0.kind.fmt(f),
+        }?;
+        match &self.0.done {
+            Done::Nothing => Ok(()),
+            Done::Replayed(ids) => write!(f, "; {} were replayed before that", ids.len()),
+            Done::Purged(letters) => write!(f, "; {letters} were deleted before that"),
         }
     }
 }

@@ -15,12 +15,13 @@ use crate::id::RequestId;
 impl Durable {
     /// The dead letters that match: requests that were given up
     /// ([`Status::Discarded`](crate::Status::Discarded)) or may have been sent
-    /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order of their ids,
-    /// which is about the order in which they were enqueued. Dead letters stay until they are
-    /// replayed, resolved or purged, or until their
+    /// ([`Status::Ambiguous`](crate::Status::Ambiguous)). They come in the order in which they
+    /// ended. Dead letters stay until they are replayed, resolved or purged, or until their
     /// [retention](crate::DurableBuilder::dead_letter_retention) is over. Those that a newer
     /// version wrote in a form that this one doesn't know are left out, here and where they are
     /// replayed or purged by a filter.
+    ///
+    /// However many dead letters there are, a page costs what it shows, with any filter.
     ///
     /// # Errors
     ///
@@ -41,7 +42,7 @@ impl Durable {
     /// loop {
     ///     let letters = durable.dead_letters(&page).await?;
     ///     let Some(last) = letters.last() else { break };
-    ///     page = page.after(last.id);
+    ///     page = page.after(last);
     ///     for request in letters {
     ///         println!("{} {:?}: {:?}", request.id, request.destination, request.error);
     ///     }
@@ -128,8 +129,8 @@ impl Durable {
     }
 
     /// Replays all dead letters that match, as [`replay`](Self::replay) does, and returns the new
-    /// ids. It works in batches: after an error, some were replayed and the others were not. Dead
-    /// letters whose stored request is gone are left out.
+    /// ids. It works in batches: after an error, some were replayed ([`Error::replayed`] has their
+    /// new ids) and the others were not. Dead letters whose stored request is gone are left out.
     ///
     /// Without a [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call
     /// began are replayed.
@@ -170,7 +171,7 @@ impl Durable {
     /// # Errors
     ///
     /// If a field of the filter is not valid, with its name in [`Error::field`], or the database
-    /// fails. Some dead letters may be deleted then.
+    /// fails. Some dead letters may be deleted then: [`Error::purged`] says how many.
     ///
     /// # Cancel safety
     ///

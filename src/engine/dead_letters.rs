@@ -67,19 +67,31 @@ async fn replay_batch(
     }
 }
 
-/// Replays all dead letters that match. Returns the new ids.
+/// Replays all dead letters that match. Returns the new ids, or an error with the new ids of those
+/// that were replayed before it.
 pub(crate) async fn replay_all(
     driver: Arc<Driver>,
     wanted: Wanted,
 ) -> Result<Vec<RequestId>, Error> {
-    let mut pages = Pages::begin(&driver, wanted, REPLAY_BATCH).await?;
     let mut all = Vec::new();
-    while let Some(ids) = pages.next(&driver).await? {
+    match replay_pages(&driver, wanted, &mut all).await {
+        Ok(()) => Ok(all),
+        Err(error) => Err(error.with_replayed(all)),
+    }
+}
+
+async fn replay_pages(
+    driver: &Arc<Driver>,
+    wanted: Wanted,
+    all: &mut Vec<RequestId>,
+) -> Result<(), Error> {
+    let mut pages = Pages::begin(driver, wanted, REPLAY_BATCH).await?;
+    while let Some(ids) = pages.next(driver).await? {
         let pairs: Vec<_> = ids.iter().map(|id| (*id, RequestId::generate())).collect();
-        for (old, new, result) in replay_batch(&driver, &pairs).await? {
+        for (old, new, result) in replay_batch(driver, &pairs).await? {
             match result {
                 ChangeResult::Done => all.push(new),
-                ChangeResult::Busy => match replay_one(Arc::clone(&driver), old).await {
+                ChangeResult::Busy => match replay_one(Arc::clone(driver), old).await {
                     Ok(new) => all.push(new),
                     Err(error)
                         if error.is_wrong_state()
@@ -93,18 +105,26 @@ pub(crate) async fn replay_all(
             }
         }
     }
-    Ok(all)
+    Ok(())
 }
 
-/// Purges all dead letters that match. Returns how many there were.
+/// Purges all dead letters that match. Returns how many there were, or an error with the number of
+/// those that were deleted before it.
 pub(crate) async fn purge(driver: Arc<Driver>, wanted: Wanted) -> Result<u64, Error> {
-    let mut pages = Pages::begin(&driver, wanted, PURGE_BATCH).await?;
     let mut purged = 0;
-    while let Some(ids) = pages.next(&driver).await? {
-        driver.ensure_caller_pool()?;
-        purged += driver.store.purge(&ids).await?;
+    match purge_pages(&driver, wanted, &mut purged).await {
+        Ok(()) => Ok(purged),
+        Err(error) => Err(error.with_purged(purged)),
     }
-    Ok(purged)
+}
+
+async fn purge_pages(driver: &Driver, wanted: Wanted, purged: &mut u64) -> Result<(), Error> {
+    let mut pages = Pages::begin(driver, wanted, PURGE_BATCH).await?;
+    while let Some(ids) = pages.next(driver).await? {
+        driver.ensure_caller_pool()?;
+        *purged += driver.store.purge(&ids).await?;
+    }
+    Ok(())
 }
 
 /// The dead letters of a filter, a batch at a time.
@@ -136,11 +156,13 @@ impl Pages {
             return Ok(None);
         }
         driver.ensure_caller_pool()?;
-        let ids = driver.store.dead_letter_ids(&self.page).await?;
+        let letters = driver.store.dead_letter_ids(&self.page).await?;
         if self.left != u32::MAX {
-            self.left -= u32::try_from(ids.len()).unwrap_or(self.left).min(self.left);
+            let found = u32::try_from(letters.len()).unwrap_or(self.left);
+            self.left -= found.min(self.left);
         }
-        self.page.wanted.after = ids.last().copied();
+        self.page.wanted.after = letters.last().copied();
+        let ids: Vec<_> = letters.into_iter().map(|letter| letter.id).collect();
         Ok((!ids.is_empty()).then_some(ids))
     }
 }

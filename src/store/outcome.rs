@@ -101,9 +101,7 @@ async fn find(
             f.error_class, f.error, f.metadata,
             CASE WHEN f.fetched THEN f.head END AS head,
             CASE WHEN f.fetched THEN f.body END AS body,
-            CASE WHEN f.status IN ('discarded', 'ambiguous') THEN (
-                SELECT request_destination(p.head) FROM mq_payloads p WHERE p.id = f.id
-            ) END AS destination
+            f.destination
          FROM (
             SELECT
                 s.*,
@@ -113,7 +111,7 @@ async fn find(
                 SELECT
                     i.number, i.id, m.claim_no IS NOT NULL AS queued,
                     o.format, o.status, o.attempts, o.http_status, o.head, o.body,
-                    o.error_class, o.error, o.metadata::text,
+                    o.error_class, o.error, o.metadata::text, o.destination,
                     coalesce(octet_length(o.head), 0)::bigint + coalesce(octet_length(o.body), 0)
                         AS bytes
                 FROM unnest($1::uuid[]) WITH ORDINALITY AS i(id, number)

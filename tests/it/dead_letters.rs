@@ -12,7 +12,7 @@ use requeuest::{
     DeadLetter, DeadLetterFilter, Durable, DurableBuilder, Guarantee, Options, Outcome, Request,
     RequestId, Resolution, Status, Uuid, outcome_fn_with,
 };
-use sqlx::PgConnection;
+use sqlx::{Executor, PgConnection};
 
 use crate::support::{
     Server, builder, eventually, eventually_rows, in_time, migrated, outcome_of, post, quick,
@@ -140,16 +140,38 @@ async fn filters_select_by_channel_destination_status_and_time() {
 
     let hour = Duration::from_secs(3600);
     let filter = DeadLetterFilter::default;
+    let letters = all_dead_letters(&durable).await;
     for (filter, wanted) in [
-        (filter(), vec![here, other, ambiguous_id]),
+        (filter(), vec![other, here, ambiguous_id]),
         (filter().channel("other"), vec![other]),
-        (filter().destination(server.url("")), vec![here, other]),
+        (filter().destination(server.url("")), vec![other, here]),
         (filter().destination("https://example.com"), vec![]),
         (filter().status(Status::Ambiguous), vec![ambiguous_id]),
         (filter().finished_within(hour), vec![here, ambiguous_id]),
         (filter().finished_before(hour), vec![other]),
-        (filter().limit(2), vec![here, other]),
-        (filter().limit(2).after(other), vec![ambiguous_id]),
+        (filter().limit(2), vec![other, here]),
+        (filter().limit(2).after(&letters[1]), vec![ambiguous_id]),
+        (
+            filter().after(&letters[0]).destination(server.url("")),
+            vec![here],
+        ),
+        (
+            filter().channel("other").destination(server.url("")),
+            vec![other],
+        ),
+        (
+            filter().channel("other").destination(silent.url("")),
+            vec![],
+        ),
+        (
+            filter()
+                .channel("default")
+                .destination(silent.url(""))
+                .status(Status::Ambiguous)
+                .finished_within(hour),
+            vec![ambiguous_id],
+        ),
+        (filter().channel("other").finished_within(hour), vec![]),
     ] {
         let letters = durable.dead_letters(&filter).await.unwrap();
         assert_eq!(ids(&letters), wanted, "{filter:?}");
@@ -558,4 +580,99 @@ async fn a_count_reads_no_more_dead_letters_than_its_limit() {
     assert_eq!(durable.dead_letter_count(&few).await.unwrap(), 7);
     let error = durable.dead_letter_count(&all.channel("")).await;
     assert_eq!(error.unwrap_err().field(), Some("channel"));
+}
+
+/// Adds dead letters of one channel and destination, with their payloads. The last one that ended
+/// can't be changed.
+async fn dead_letters_of_which_the_last_is_stuck(database: &TestDatabase, number: i32) {
+    let fill = format!(
+        "WITH letters AS (
+            INSERT INTO requeuest.outcomes (
+                slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+                destination
+            )
+            SELECT
+                -1, gen_random_uuid(), 'c', '0000|d|http://a.example:80', 'discarded', 1, now(),
+                now() - i * interval '1 second', 'http://a.example:80'
+            FROM generate_series(0, {number} - 1) i
+            RETURNING id
+         )
+         INSERT INTO requeuest.mq_payloads (id, name, head)
+         SELECT id, 'requeuest', '{{}}' FROM letters"
+    );
+    let stuck = "CREATE FUNCTION stuck() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF OLD.id = (
+                SELECT id FROM requeuest.outcomes_kept ORDER BY finished_at DESC LIMIT 1
+            ) THEN
+                RAISE 'stuck';
+            END IF;
+            RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
+        END $$;
+        CREATE TRIGGER stuck BEFORE UPDATE OR DELETE ON requeuest.mq_payloads
+        FOR EACH ROW EXECUTE FUNCTION stuck()";
+    database.pool().execute(&*fill).await.unwrap();
+    database.pool().execute(stuck).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_replay_that_fails_later_says_what_it_has_replayed() {
+    let database = migrated().await;
+    dead_letters_of_which_the_last_is_stuck(&database, 250).await;
+    let durable = builder(&database).runner(false).build().unwrap();
+    let all = DeadLetterFilter::default();
+    let error = in_time(durable.replay_all(&all)).await.unwrap_err();
+    assert!(error.is_database(), "{error:?}");
+    assert_eq!(error.replayed().len(), 200);
+    let text = error.to_string();
+    assert!(
+        text.contains("stuck") && text.contains("200 were replayed"),
+        "{text}"
+    );
+    for id in [error.replayed()[0], error.replayed()[199]] {
+        assert_eq!(durable.status(id).await.unwrap(), Some(Status::Available));
+    }
+    assert_eq!(rows(&database, "mq_msgs").await, 200);
+    assert_eq!(durable.dead_letter_count(&all).await.unwrap(), 50);
+    // Nothing was done before this one failed.
+    let again = in_time(durable.replay_all(&all)).await.unwrap_err();
+    assert!(again.replayed().is_empty() && !again.to_string().contains("before"));
+}
+
+#[tokio::test]
+async fn a_purge_that_fails_later_says_how_many_it_has_deleted() {
+    let database = migrated().await;
+    dead_letters_of_which_the_last_is_stuck(&database, 1200).await;
+    let durable = builder(&database).runner(false).build().unwrap();
+    let all = DeadLetterFilter::default().destination("http://a.example");
+    let error = in_time(durable.purge_dead_letters(&all)).await.unwrap_err();
+    assert!(error.is_database(), "{error:?}");
+    assert_eq!(error.purged(), 1000);
+    assert!(error.to_string().contains("1000 were deleted"), "{error}");
+    assert_eq!(durable.dead_letter_count(&all).await.unwrap(), 200);
+}
+
+#[tokio::test]
+async fn a_replayed_request_keeps_its_destination() {
+    let database = migrated().await;
+    let (server, _) = failing_server().await;
+    let durable = single_attempt(&database).build().unwrap();
+    for options in [
+        Options::default(),
+        Options::default().ordered("key"),
+        Options::default().ordered("halted").halt_on_discard(),
+    ] {
+        let request = post(server.url("/"), "x").with(options);
+        let id = ends(&durable, request, Status::Discarded).await;
+        let filter = DeadLetterFilter::default().destination(server.url(""));
+        for _ in 0..2 {
+            let letters = durable.dead_letters(&filter).await.unwrap();
+            assert_eq!(letters.len(), 1);
+            assert_eq!(letters[0].destination, Some(server.url("")));
+            let again = durable.replay(letters[0].id).await.unwrap();
+            outcome_of(&durable, again).await;
+        }
+        let error = durable.response(id).await;
+        assert_eq!(error.unwrap().status(), 503);
+        assert_eq!(durable.purge_dead_letters(&filter).await.unwrap(), 1);
+    }
 }

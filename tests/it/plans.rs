@@ -3,7 +3,7 @@
 //! A queue is empty most of the time, and its statistics say so. No statement may read through a
 //! backlog that builds up afterwards.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use requeuest::retry::RetryPolicy;
@@ -340,4 +340,107 @@ async fn no_statement_scans_a_table_that_was_empty_when_planned() {
     .await
     .unwrap();
     assert_eq!(read, []);
+}
+
+/// The quick form has enough dead letters for a scan to be seen. The long form measures.
+fn letters() -> i64 {
+    let long = std::env::var("REQUEUEST_LONG_FAULTS").is_ok_and(|value| value == "1");
+    if long { 300_000 } else { 20_000 }
+}
+
+#[tokio::test]
+async fn a_page_of_dead_letters_reads_what_it_shows_whatever_the_filter() {
+    let database = migrated().await;
+    let pool = database.pool();
+    for statement in [
+        "ALTER TABLE requeuest.outcomes_kept SET (autovacuum_enabled = false)",
+        "ANALYZE requeuest.outcomes_kept",
+    ] {
+        pool.execute(statement).await.unwrap();
+    }
+    let options = database.options().application_name(SESSIONS);
+    let counted = PgPoolOptions::new().connect_lazy_with(options);
+    // One connection, so that a plan that is kept would be one for few rows.
+    let durable = Durable::builder(counted.clone())
+        .runner(false)
+        .max_connections(2)
+        .build()
+        .unwrap();
+    let fill = |number: i64| {
+        format!(
+            "INSERT INTO requeuest.outcomes (
+                slot, id, channel_name, channel_args, status, attempts, created_at, finished_at,
+                destination, format
+             )
+             SELECT
+                -1, gen_random_uuid(), 'c', 'g', 'discarded', 1, now(),
+                now() - i * interval '5 seconds', 'https://a.example:443', 1 + i % 2
+             FROM generate_series(1, {number}) i"
+        )
+    };
+    let common = "https://a.example";
+    let (hour, year) = (Duration::from_secs(3600), Duration::from_secs(365 * 86_400));
+    let filter = || DeadLetterFilter::default().limit(50);
+    let filters = [
+        filter(),
+        filter().channel("c"),
+        filter().channel("none"),
+        filter().destination(common),
+        filter().destination("https://b.example"),
+        filter().channel("c").destination(common),
+        filter().channel("c").destination("https://b.example"),
+        filter().channel("none").destination(common),
+        filter().status(Status::Discarded),
+        filter().status(Status::Ambiguous),
+        filter().status(Status::Ambiguous).channel("c"),
+        filter().status(Status::Ambiguous).destination(common),
+        filter()
+            .status(Status::Discarded)
+            .channel("c")
+            .destination(common),
+        filter().finished_within(hour / 3600),
+        filter()
+            .finished_within(hour)
+            .channel("c")
+            .destination(common),
+        filter().finished_before(year),
+        filter().finished_before(year).channel("c"),
+        filter().finished_before(year).destination(common),
+    ];
+    let round = async |print: bool| {
+        for filter in &filters {
+            let began = Instant::now();
+            let page = durable.dead_letters(filter).await.unwrap();
+            let listed = began.elapsed();
+            let counted = durable.dead_letter_count(filter).await.unwrap();
+            assert_eq!(counted, page.len() as u64, "{filter:?}");
+            if let Some(last) = page.last() {
+                let next = filter.clone().after(last);
+                assert_eq!(durable.dead_letters(&next).await.unwrap().len(), page.len());
+            }
+            if page.is_empty() {
+                assert_eq!(durable.purge_dead_letters(filter).await.unwrap(), 0);
+                assert!(durable.replay_all(filter).await.unwrap().is_empty());
+            }
+            if print {
+                let took = began.elapsed() - listed;
+                println!(
+                    "{} of {} in {listed:?}, the rest {took:?}: {filter:?}",
+                    page.len(),
+                    letters()
+                );
+            }
+        }
+    };
+    pool.execute(&*fill(400)).await.unwrap();
+    round(false).await;
+    pool.execute(&*fill(letters())).await.unwrap();
+    round(true).await;
+    durable.shutdown(Duration::ZERO).await.unwrap();
+    counted.close().await;
+    let read = read(&database).await;
+    assert!(
+        read < letters() / 2,
+        "{read} rows and index entries were read"
+    );
 }
