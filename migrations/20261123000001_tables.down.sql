@@ -1,3 +1,6 @@
+DROP TABLE undelivered;
+DROP TABLE undelivered_channels;
+DROP TABLE runners;
 DROP TABLE claimed_keys;
 DROP TABLE request_keys;
 DROP TABLE attempts;

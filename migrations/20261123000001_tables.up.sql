@@ -338,3 +338,51 @@ CREATE UNLOGGED TABLE claimed_keys (
     autovacuum_vacuum_threshold = 5000,
     autovacuum_vacuum_cost_delay = 0
 );
+
+-- The runners of all processes. A runner renews its row, and counts as gone after expires_at.
+CREATE TABLE runners (
+    -- The handle whose runner it is.
+    id uuid PRIMARY KEY,
+    -- NULL: all channels.
+    channels text[] COLLATE "C",
+    -- Which formats of requests the runner claims.
+    formats smallint[] NOT NULL,
+    -- The version of the crate.
+    version text NOT NULL,
+    host text,
+    pid bigint NOT NULL,
+    started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    expires_at timestamptz NOT NULL
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000
+);
+
+-- Channels whose requests are due and that no runner delivers. Empty most of the time.
+CREATE TABLE undelivered_channels (
+    channel_name text COLLATE "C" NOT NULL,
+    format smallint NOT NULL,
+    -- NULL: there is a runner again.
+    since timestamptz DEFAULT clock_timestamp(),
+    -- Requests that were due by then are in `undelivered`. NULL: none are.
+    noted_until timestamptz,
+    -- When noted_until was last set back, for rows that were committed late.
+    reread_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (channel_name, format)
+);
+
+-- The due requests of these channels, and when they are given up. A table of its own, because
+-- finding them by a column of mq_msgs would need an index that each insert pays for.
+CREATE TABLE undelivered (
+    id uuid PRIMARY KEY,
+    channel_name text COLLATE "C" NOT NULL,
+    format smallint NOT NULL,
+    -- `infinity`: never.
+    give_up_at timestamptz NOT NULL
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+CREATE INDEX undelivered_give_up_at ON undelivered (channel_name, format, give_up_at);

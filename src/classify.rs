@@ -460,6 +460,10 @@ pub enum FailureClass {
     Unusable,
     /// The request's deadline passed before it was sent.
     Deadline,
+    /// No runner has delivered the request's channel within the time that the request may take: the
+    /// [`max_age`](crate::retry::RetryPolicy::max_age) of its retry policy, or a day where that
+    /// limits its attempts only.
+    NoRunner,
 }
 
 impl FailureClass {
@@ -482,6 +486,7 @@ impl FailureClass {
             Self::Lost => "lost",
             Self::Unusable => "unusable",
             Self::Deadline => "deadline",
+            Self::NoRunner => "no_runner",
         }
     }
 
@@ -503,6 +508,7 @@ impl FailureClass {
                 | Self::Refused
                 | Self::Unusable
                 | Self::Deadline
+                | Self::NoRunner
         )
     }
 }
@@ -529,6 +535,7 @@ impl FromStr for FailureClass {
             "lost" => Self::Lost,
             "unusable" => Self::Unusable,
             "deadline" => Self::Deadline,
+            "no_runner" => Self::NoRunner,
             _ => return Err(ParseNameError::new("the name of a failure class")),
         })
     }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use uuid::Uuid;
+
 use crate::id::RequestId;
 
 /// A channel's handler counts as gone once no process has had one for this long: 2 minutes.
@@ -80,4 +82,34 @@ pub struct BackgroundTask {
     pub name: &'static str,
     /// How often it has panicked. The log has an error for each time.
     pub panics: u64,
+}
+
+/// A runner that is alive, in any process. [`Durable::runners`](crate::Durable::runners) returns
+/// all of them.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RunnerInfo {
+    /// Identifies the runner: each handle has another id.
+    pub id: Uuid,
+    /// The channels that it delivers. `None` for every channel.
+    pub channels: Option<Vec<String>>,
+    /// The version of this crate in its process.
+    pub version: String,
+    /// The machine, if its name is known.
+    pub host: Option<String>,
+    /// The process on that machine.
+    pub pid: u32,
+    /// When it registered, by the database's clock.
+    pub started_at: SystemTime,
+    /// When it last said that it is alive, by the database's clock.
+    pub seen_at: SystemTime,
+}
+
+impl RunnerInfo {
+    /// Whether the runner delivers this channel.
+    pub fn delivers(&self, channel: &str) -> bool {
+        self.channels
+            .as_ref()
+            .is_none_or(|channels| channels.iter().any(|delivered| delivered == channel))
+    }
 }

@@ -144,7 +144,9 @@ pub use durable::{
 pub use engine::attempt::transport::MiddlewareTransport;
 pub use engine::attempt::transport::{HttpClient, MapBody, ReqwestFuture, ReqwestTransport};
 pub use error::Error;
-pub use health::{BackgroundTask, FailedHandOver, HANDLER_GONE_AFTER, HandledChannel, SweepPart};
+pub use health::{
+    BackgroundTask, FailedHandOver, HANDLER_GONE_AFTER, HandledChannel, RunnerInfo, SweepPart,
+};
 pub use id::RequestId;
 pub use idempotency_header::IdempotencyHeader;
 pub use into_request::IntoRequest;

@@ -204,7 +204,7 @@ impl DurableBuilder {
     }
 
     /// Whether this handle delivers. With `false` it only enqueues and waits, and other processes
-    /// deliver. Defaults to `true`.
+    /// deliver: [`Durable::runners`] lists those that do. Defaults to `true`.
     pub fn runner(mut self, runner: bool) -> Self {
         self.runner = runner;
         self

@@ -115,10 +115,12 @@ impl Durable {
         for request in requests {
             if let Some(full) = chunk.push(self.row(request).await?) {
                 ids.append(&mut store.write_chunk_for_caller(connection, &full).await?);
+                self.engine().left_to_runners(full.channels());
             }
         }
         if !chunk.is_empty() {
             ids.append(&mut store.write_chunk_for_caller(connection, &chunk).await?);
+            self.engine().left_to_runners(chunk.channels());
         }
         Ok(ids)
     }

@@ -8,6 +8,7 @@ mod hand_overs;
 mod outcomes;
 mod parked;
 mod pass_through;
+mod runners;
 mod submit;
 
 use std::fmt;
@@ -204,11 +205,11 @@ impl Durable {
         let request = self.read(request).await?;
         let prepared = self.prepare(request, Mode::Fired)?;
         self.engine().ensure_not_closing()?;
-        self.engine()
-            .store()
-            .insert_for_caller(executor, &prepared.row)
-            .await?
-            .persisted(&prepared.row)
+        let row = &prepared.row;
+        let store = self.engine().store();
+        let inserted = store.insert_for_caller(executor, row).await?;
+        self.engine().left_to_runners([&row.channel]);
+        inserted.persisted(row)
     }
 
     /// Persists a request, delivers it and waits for its response: a final one, or the last one

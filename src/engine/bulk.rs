@@ -8,9 +8,9 @@ use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::Engine;
+use super::attempt::Driver;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
-use crate::store::Store;
 use crate::store::bulk::Chunk;
 
 /// How many bulk inserts run at the same time: each holds a connection, perhaps while it waits for
@@ -32,7 +32,7 @@ impl Engine {
         let (mut done, written) = oneshot::channel();
         let (driver, permits) = (Arc::clone(self.driver()), Arc::clone(&self.bulk_permits));
         self.driver().spawn(async move {
-            let written = run(&driver.store, &permits, incoming, &mut done).await;
+            let written = run(&driver, &permits, incoming, &mut done).await;
             let _ = done.send(written);
         });
         BulkTransaction { chunks, written }
@@ -55,20 +55,20 @@ impl BulkTransaction {
 }
 
 async fn run(
-    store: &Store,
+    driver: &Driver,
     permits: &Semaphore,
     incoming: mpsc::Receiver<Option<Chunk>>,
     done: &mut oneshot::Sender<Result<Vec<RequestId>, Error>>,
 ) -> Result<Vec<RequestId>, Error> {
     tokio::select! {
-        written = write(store, permits, incoming) => written,
+        written = write(driver, permits, incoming) => written,
         // The caller was dropped, perhaps while this waits for a key. The transaction rolls back.
         () = done.closed() => Err(Error::new(Kind::Closed)),
     }
 }
 
 async fn write(
-    store: &Store,
+    driver: &Driver,
     permits: &Semaphore,
     mut incoming: mpsc::Receiver<Option<Chunk>>,
 ) -> Result<Vec<RequestId>, Error> {
@@ -76,7 +76,7 @@ async fn write(
     // Postgres ends a transaction that is idle for long.
     let mut next = incoming.recv().await;
     let _permit = permits.acquire().await;
-    let mut bulk = store.begin_bulk().await?;
+    let mut bulk = driver.store.begin_bulk().await?;
     let mut ids = Vec::new();
     while let Some(chunk) = next {
         let Some(chunk) = chunk else {
@@ -84,6 +84,7 @@ async fn write(
             return Ok(ids);
         };
         ids.append(&mut bulk.write(&chunk).await?);
+        driver.channels.note(chunk.channels());
         next = incoming.recv().await;
     }
     // The caller was dropped before it asked for the commit.

@@ -26,6 +26,7 @@ use super::budget::Share;
 use super::keys::BusyKeys;
 use super::lane;
 use super::supervise::Panics;
+use super::tasks::channels::UsedChannels;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::options::Guarantee;
@@ -162,8 +163,9 @@ impl Engine {
         self.ensure_open()?;
         if submission.row.needs_lock() {
             let (store, keys) = (self.store().clone(), Arc::clone(&self.busy_keys));
+            let channels = Arc::clone(&self.driver().channels);
             self.driver()
-                .spawn(insert_locked(store, keys, submission, false));
+                .spawn(insert_locked(store, channels, keys, submission, false));
             return Ok(());
         }
         self.submissions
@@ -185,7 +187,8 @@ impl Engine {
             {
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
-            insert_locked(driver.store.clone(), keys, submission, true).await;
+            let channels = Arc::clone(&driver.channels);
+            insert_locked(driver.store.clone(), channels, keys, submission, true).await;
         });
         Ok(())
     }
@@ -258,21 +261,22 @@ impl lane::Item for Submission {
 /// Runs the lane until the last sender is gone.
 pub(crate) async fn run(
     store: Store,
+    channels: Arc<UsedChannels>,
     incoming: mpsc::UnboundedReceiver<Submission>,
     panics: Arc<Panics>,
 ) {
     // After a panic while they are written, callers don't know whether their requests are
     // persisted, and are told so.
     lane::run(&panics, "enqueue", incoming, |batch| {
-        let store = store.clone();
-        async move { write(&store, batch).await }
+        let (store, channels) = (store.clone(), Arc::clone(&channels));
+        async move { write(&store, &channels, batch).await }
     })
     .await;
 }
 
 type Parts = (Option<Start>, Done);
 
-async fn write(store: &Store, mut batch: Vec<Submission>) {
+async fn write(store: &Store, channels: &UsedChannels, mut batch: Vec<Submission>) {
     // Callers that left while their requests waited here don't expect them to be persisted.
     batch.retain(|submission| !submission.done.sender.is_closed());
     if batch.is_empty() {
@@ -293,6 +297,8 @@ async fn write(store: &Store, mut batch: Vec<Submission>) {
             .unzip();
         match insert(store, &rows).await {
             Ok(()) => {
+                let waiting = |row: &&NewRequest| row.initial == Initial::Waiting;
+                channels.note(rows.iter().filter(waiting).map(|row| &row.channel));
                 let ready = rows.iter().filter(|row| row.needs_runner());
                 runners.extend(ready.map(|row| Arc::clone(&row.channel)));
                 for (row, (start, done)) in rows.iter().zip(parts) {
@@ -371,14 +377,25 @@ fn begin(id: RequestId, start: Option<Start>, done: Done) {
 /// Inserts a request that takes locks. Such requests have a task each instead of a shared lane,
 /// because a caller's transaction may hold the lock for long. No connection is kept, and only
 /// requests of the same key wait meanwhile. With `again`, a request that exists stays as it is.
-async fn insert_locked(store: Store, keys: Arc<BusyKeys>, submission: Submission, again: bool) {
+async fn insert_locked(
+    store: Store,
+    channels: Arc<UsedChannels>,
+    keys: Arc<BusyKeys>,
+    submission: Submission,
+    again: bool,
+) {
     let Submission {
         row,
         start,
         mut done,
     } = submission;
     match insert_when_free(&store, &keys, &row, &mut done, again).await {
-        Ok(id) if id == row.id => begin(id, start, done),
+        Ok(id) if id == row.id => {
+            if row.initial == Initial::Waiting {
+                channels.note([&row.channel]);
+            }
+            begin(id, start, done);
+        }
         attached_or_refused => {
             done.send(attached_or_refused);
         }

@@ -93,11 +93,18 @@ impl Engine {
             Arc::clone(&polls),
         ));
         let sweep: Arc<tasks::sweep::Health> = Arc::default();
+        let channels: Arc<tasks::channels::UsedChannels> = Arc::default();
         let (submissions, enqueued) = mpsc::unbounded_channel();
         let (settlements, settled) = mpsc::unbounded_channel();
         // The lanes end when their senders are gone. The other tasks have no end of their own.
         let spawn = runtime.handle();
-        spawn.spawn(enqueue::run(store.clone(), enqueued, Arc::clone(&panics)));
+        let enqueuing = enqueue::run(
+            store.clone(),
+            Arc::clone(&channels),
+            enqueued,
+            Arc::clone(&panics),
+        );
+        spawn.spawn(enqueuing);
         spawn.spawn(Arc::clone(&settler).run(settled));
         let renew = {
             let (store, leases) = (store.clone(), Arc::clone(&leases));
@@ -115,10 +122,15 @@ impl Engine {
             let (store, sweep) = (store.clone(), Arc::clone(&sweep));
             move || tasks::sweep::run(store.clone(), Arc::clone(&sweep))
         };
+        let look_at_channels = {
+            let (store, channels) = (store.clone(), Arc::clone(&channels));
+            move || tasks::channels::run(store.clone(), Arc::clone(&channels))
+        };
         let tasks = vec![
             spawn.spawn(supervise(Arc::clone(&panics), "renew", renew)),
             spawn.spawn(supervise(Arc::clone(&panics), "watch", watch)),
             spawn.spawn(supervise(Arc::clone(&panics), "sweep", sweep_rows)),
+            spawn.spawn(supervise(Arc::clone(&panics), "channels", look_at_channels)),
         ];
         let caller_connections = store.caller_pool().options().get_max_connections();
         let handler_places = tasks::hand_over::Places::new(caller_connections);
@@ -130,6 +142,7 @@ impl Engine {
             leases,
             waiters,
             polls,
+            channels,
             settler,
             settlements,
             tasks,
@@ -185,6 +198,11 @@ impl Engine {
                 );
             }
         });
+    }
+
+    /// Notes that requests were persisted in these channels, for runners to claim.
+    pub(crate) fn left_to_runners<'a>(&self, channels: impl IntoIterator<Item = &'a Arc<str>>) {
+        self.driver.channels.note(channels);
     }
 
     /// Refuses new requests after a shutdown, and once the caller's pool is closed.

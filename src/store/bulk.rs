@@ -40,6 +40,11 @@ impl Chunk {
         before
     }
 
+    /// The channels of the rows.
+    pub(crate) fn channels(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.rows.iter().map(|row| &row.channel)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }

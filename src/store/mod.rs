@@ -16,6 +16,7 @@ mod idle;
 pub(crate) mod listen;
 pub(crate) mod outcome;
 pub(crate) mod runner_pool;
+pub(crate) mod runners;
 mod schema;
 pub(crate) mod settle;
 pub(crate) mod sweep;

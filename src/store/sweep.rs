@@ -22,6 +22,13 @@ pub(crate) struct ExpiredSlot {
     pub(crate) overdue: bool,
 }
 
+/// A channel that no runner delivers, or whose runner has just come back.
+#[derive(Clone, Debug)]
+pub(crate) struct NotedChannel {
+    pub(crate) name: String,
+    format: i16,
+}
+
 /// What an attempt to truncate a slot did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Emptied {
@@ -65,6 +72,60 @@ impl Store {
                 .fetch_one(connection)
                 .await?;
             Ok(ended >= BATCH)
+        })
+        .await
+    }
+
+    /// Looks at channels with requests, those after this one, and notes those that no runner
+    /// delivers. Returns where to continue.
+    pub(crate) async fn note_channels(
+        &self,
+        after: Option<&str>,
+    ) -> Result<Option<String>, StoreError> {
+        self.run("sweep.channels", async |connection| {
+            sqlx::query_scalar("SELECT note_channels($1, $2)")
+                .bind(after.unwrap_or_default())
+                .bind(BATCH)
+                .fetch_one(connection)
+                .await
+        })
+        .await
+    }
+
+    /// The channels that were noted, with a format each: those first that wait for longest.
+    pub(crate) async fn noted_channels(&self) -> Result<Vec<NotedChannel>, StoreError> {
+        self.run("sweep.noted", async |connection| {
+            let rows: Vec<(String, i16)> = sqlx::query_as(
+                "SELECT u.channel_name, u.format FROM undelivered_channels u
+                 WHERE u.format = ANY (known_formats())
+                 ORDER BY u.noted_until NULLS FIRST LIMIT $1",
+            )
+            .bind(i64::from(BATCH))
+            .fetch_all(connection)
+            .await?;
+            let noted = rows.into_iter();
+            Ok(noted
+                .map(|(name, format)| NotedChannel { name, format })
+                .collect())
+        })
+        .await
+    }
+
+    /// Gives up requests of a channel that no runner has delivered within the time that they may
+    /// take. Returns how many, and whether there may be more to do.
+    pub(crate) async fn sweep_channel(
+        &self,
+        channel: &NotedChannel,
+    ) -> Result<(u64, bool), StoreError> {
+        self.run("sweep.undelivered", async |connection| {
+            let (given_up, more): (i64, bool) =
+                sqlx::query_as("SELECT given_up, more FROM sweep_channel($1, $2, $3)")
+                    .bind(&channel.name)
+                    .bind(channel.format)
+                    .bind(BATCH)
+                    .fetch_one(connection)
+                    .await?;
+            Ok((given_up.unsigned_abs(), more))
         })
         .await
     }

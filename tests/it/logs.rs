@@ -311,6 +311,7 @@ async fn polls_that_always_fail_are_one_warning() {
         "CREATE ROLE {role} LOGIN PASSWORD 'test';
          GRANT USAGE ON SCHEMA requeuest TO {role};
          GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA requeuest TO {role};
+         GRANT UPDATE ON requeuest.runners, requeuest.undelivered_channels TO {role};
          INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
          VALUES (gen_random_uuid(), 'default', '0000|d|x', now())"
     );
@@ -773,4 +774,68 @@ async fn wrap_nothing() {
     tokio::time::sleep(Duration::from_secs(9)).await;
     let _service = late.layer(hyper_client());
     tokio::time::sleep(Duration::from_secs(60)).await;
+}
+
+#[tokio::test]
+async fn a_channel_that_no_runner_delivers_is_one_warning() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let variables = [
+        ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
+        ("REQUEUEST_TEST_SERVER", server.url("/?token=hunter2")),
+    ];
+    let run = move || Output::of("fire_into_a_channel_without_a_runner", &variables);
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let warnings = output.at("WARN");
+    let [warning] = &*warnings else {
+        panic!("{warnings:#?}");
+    };
+    for part in [
+        "no runner delivers",
+        r#"channels=["emials", "orders"]"#,
+        "count=2",
+    ] {
+        assert!(warning.contains(part), "no {part} in {warning}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "a part of another test"]
+async fn fire_into_a_channel_without_a_runner() {
+    if !plays("fire_into_a_channel_without_a_runner") {
+        return;
+    }
+    env_logger::init();
+    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
+        .await
+        .unwrap();
+    let durable = Durable::builder(pool.clone())
+        .deliver(["emails"])
+        .build()
+        .unwrap();
+    let request = |channel: &str| {
+        let options = Options::default().channel(channel);
+        post(variable("REQUEUEST_TEST_SERVER"), "x").with(options)
+    };
+    for _ in 0..3 {
+        durable.fire(request("emials")).await.unwrap();
+    }
+    let mut transaction = pool.begin().await.unwrap();
+    durable
+        .fire_in(&mut *transaction, request("orders"))
+        .await
+        .unwrap();
+    durable
+        .fire_in(&mut *transaction, request("emails"))
+        .await
+        .unwrap();
+    transaction.commit().await.unwrap();
+    // The channels have been looked at in the meantime.
+    let delay = Options::default()
+        .channel("emails")
+        .delay(Duration::from_secs(5));
+    let late = post(variable("REQUEUEST_TEST_SERVER"), "x").with(delay);
+    let id = durable.fire(late).await.unwrap();
+    in_time(durable.outcome(id)).await.unwrap();
+    durable.shutdown(LONG).await.unwrap();
 }

@@ -7,6 +7,7 @@
 mod behind;
 mod bounds;
 mod bulk;
+mod channels;
 mod client;
 mod damaged;
 mod dead_letters;

@@ -70,7 +70,7 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
         .or(function.map(|text| format!("the retry policy's function panicked: {text}")));
     let mut result = exchange.result;
     if let Some(panicked) = &panicked {
-        if driver.panics.allows("").is_some() {
+        if driver.policy_panics.allows("").is_some() {
             tracing::error!(id = %job.id, error = panicked, "a hook panicked");
         }
         if let Err(failed) = &mut result {

@@ -37,6 +37,7 @@ use crate::engine::lifecycle::Lifecycle;
 use crate::engine::runner::polls::Polls;
 use crate::engine::settle::{Settlement, Settler};
 use crate::engine::supervise::Panics;
+use crate::engine::tasks::channels::UsedChannels;
 use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{Error, Kind};
 use crate::runtime::Runtime;
@@ -60,13 +61,14 @@ pub(crate) struct Driver {
     pub(crate) transport: DefaultTransport,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) polls: Arc<Polls>,
+    pub(crate) channels: Arc<UsedChannels>,
     pub(crate) bodies: Bodies,
     /// Requests whose large body could not be fetched.
     pub(crate) unfetched: Failures,
     /// Requests whose stored content could not be read.
     pub(crate) unusable: Failures,
-    /// Panics in code of the application's.
-    pub(crate) panics: LineLimit,
+    /// Bounds the lines about panics in the application's code.
+    pub(crate) policy_panics: LineLimit,
     pub(crate) settler: Arc<Settler>,
     /// The settle lane ends once the driver, and with it this sender, is gone.
     settlements: mpsc::UnboundedSender<Settlement>,
@@ -84,6 +86,7 @@ pub(crate) struct Parts {
     pub(crate) leases: Arc<Leases>,
     pub(crate) waiters: Arc<Waiters>,
     pub(crate) polls: Arc<Polls>,
+    pub(crate) channels: Arc<UsedChannels>,
     pub(crate) settler: Arc<Settler>,
     pub(crate) settlements: mpsc::UnboundedSender<Settlement>,
     pub(crate) tasks: Vec<JoinHandle<()>>,
@@ -104,9 +107,10 @@ impl Driver {
             transport: DefaultTransport::default(),
             lifecycle: Lifecycle::new(),
             polls: parts.polls,
+            channels: parts.channels,
             unfetched: Failures::default(),
             unusable: Failures::default(),
-            panics: LineLimit::default(),
+            policy_panics: LineLimit::default(),
             settler: parts.settler,
             settlements: parts.settlements,
             tasks: parts.tasks,

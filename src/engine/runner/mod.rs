@@ -9,6 +9,7 @@
 
 mod dispatch;
 pub(crate) mod polls;
+mod presence;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -20,6 +21,7 @@ use sqlxmq::{JobRunnerHandle, JobRunnerOptions};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 
+use self::presence::Presence;
 use crate::engine::DRAIN_POLL;
 use crate::engine::attempt::Driver;
 use crate::engine::supervise::supervise;
@@ -124,6 +126,7 @@ async fn keep_running(driver: Arc<Driver>, _counted: watch::Receiver<()>) {
         driver: &driver,
         unreachable: OwnCondition::default(),
         replaced: None,
+        presence: Presence::new(&driver),
     };
     while let Some(runner) = unless_ended(&driver, start(&driver)).await {
         if database.replaced.is_none() {
@@ -174,6 +177,7 @@ impl Runner {
         let driver = database.driver;
         let mut before: Option<u64> = None;
         while database.probe().await {
+            database.presence.announce().await;
             if before == Some(self.pool.used()) && self.has_room(driver) {
                 database.note_replaced("it has stopped polling");
                 return;
@@ -320,6 +324,7 @@ struct Database<'a> {
     unreachable: OwnCondition,
     /// When a runner was replaced last.
     replaced: Option<Instant>,
+    presence: Presence,
 }
 
 impl Database<'_> {

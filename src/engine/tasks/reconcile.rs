@@ -52,10 +52,10 @@ impl Drop for ReconcileGuard {
 }
 
 async fn run(driver: Arc<Driver>, hook: Arc<dyn Reconcile>) {
-    let (failures, panics) = (Arc::default(), LineLimit::default());
+    let (failures, hook_panics) = (Arc::default(), LineLimit::default());
     let asking = async {
         loop {
-            match round(&driver, &hook, &failures, &panics).await {
+            match round(&driver, &hook, &failures, &hook_panics).await {
                 // There may be more.
                 Ok(BATCH..) => continue,
                 Ok(_) => {}
@@ -76,7 +76,7 @@ async fn round(
     driver: &Arc<Driver>,
     hook: &Arc<dyn Reconcile>,
     failures: &Arc<Failures>,
-    panics: &LineLimit,
+    hook_panics: &LineLimit,
 ) -> Result<usize, Error> {
     let channels: Option<Vec<String>> = driver.config.deliver.as_ref().map(|channels| {
         let channels = channels.iter();
@@ -100,7 +100,7 @@ async fn round(
     while let Some(done) = tasks.join_next().await {
         if done.is_err() {
             // The request is asked about again once its lease runs out.
-            if panics.allows("").is_some() {
+            if hook_panics.allows("").is_some() {
                 tracing::error!("a reconcile hook panicked");
             }
         }

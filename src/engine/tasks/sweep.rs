@@ -1,4 +1,4 @@
-//! Removing rows that have outlived the retention.
+//! Removing rows that have outlived the retention, and requests whose time is over.
 //!
 //! A sweep has parts, and one that fails stops no other. Each part looks at a bounded number of
 //! rows in a run. Where old rows may have to stay, a part goes through them by a cursor that it
@@ -103,6 +103,7 @@ struct Sweep {
     store: Store,
     health: Arc<Health>,
     deadlines: Part,
+    undelivered: Part,
     outcomes: Part,
     late: Part,
     attempts: Part,
@@ -110,6 +111,8 @@ struct Sweep {
     dead_letters: Part,
     order: Part,
     handlers: Part,
+    /// The last channel whose runners were looked for.
+    channels_after: Option<String>,
     old_attempts: Cursor,
     old_keys: Cursor,
     late_after: Option<Uuid>,
@@ -132,6 +135,7 @@ impl Sweep {
             store,
             health,
             deadlines: Part::new("deadlines"),
+            undelivered: Part::new("undelivered channels"),
             outcomes: Part::new("outcomes"),
             late: Part::new("handled outcomes"),
             attempts: Part::new("attempts"),
@@ -139,6 +143,7 @@ impl Sweep {
             dead_letters: Part::new("dead letters"),
             order: Part::new("ordering keys"),
             handlers: Part::new("handlers"),
+            channels_after: None,
             old_attempts: Cursor::new(Old::Attempts),
             old_keys: Cursor::new(Old::Keys),
             late_after: None,
@@ -154,6 +159,8 @@ impl Sweep {
     async fn run(&mut self) {
         let ended = self.end_requests().await;
         self.deadlines.note(&self.store, &self.health, &ended);
+        let given_up = self.give_up_undelivered().await;
+        self.undelivered.note(&self.store, &self.health, &given_up);
         let emptied = self.empty_slots().await;
         self.outcomes.note(&self.store, &self.health, &emptied);
         let deleted = self.delete_handled().await;
@@ -240,6 +247,41 @@ impl Sweep {
             }
         }
         Ok(Progress::Behind)
+    }
+
+    /// Gives up requests that no runner has delivered in their time.
+    async fn give_up_undelivered(&mut self) -> Result<Progress, StoreError> {
+        self.channels_after = self
+            .store
+            .note_channels(self.channels_after.as_deref())
+            .await?;
+        let mut behind = false;
+        let mut steps = MAX_STEPS;
+        for channel in self.store.noted_channels().await? {
+            let mut requests = 0;
+            // Each channel has one step at least.
+            let result = loop {
+                match self.store.sweep_channel(&channel).await {
+                    Ok((given_up, more)) => {
+                        requests += given_up;
+                        if !more || steps == 0 {
+                            break Ok(more);
+                        }
+                        steps -= 1;
+                    }
+                    Err(error) => break Err(error),
+                }
+            };
+            if requests > 0 {
+                tracing::warn!(
+                    channel = channel.name,
+                    requests,
+                    "requests were given up, because no runner has delivered their channel"
+                );
+            }
+            behind |= result?;
+        }
+        Ok(Progress::behind(behind))
     }
 
     async fn empty_slots(&mut self) -> Result<Progress, StoreError> {
