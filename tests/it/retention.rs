@@ -143,9 +143,7 @@ async fn one_outcome_that_its_handler_refuses_keeps_none_of_the_others() {
     database.pool().execute(unhandled).await.unwrap();
     add_outcomes(&database, 4, 299, 100, 60).await;
     let poison = outcome_fn(async |_: &mut PgConnection, outcome: &Outcome| {
-        if outcome.status() == Status::Completed {
-            panic!("poison");
-        }
+        assert_ne!(outcome.status(), Status::Completed, "poison");
         Ok::<_, sqlx::Error>(())
     });
     let _handler = durable.on_outcome("c", poison).await.unwrap();

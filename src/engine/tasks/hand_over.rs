@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::engine::attempt::Driver;
 use crate::engine::telemetry::{Failures, LineLimit, OwnCondition};
-use crate::error::{BoxError, chain};
+use crate::error::chain;
 use crate::id::RequestId;
 use crate::redact::{panic_text, redact_urls};
 use crate::store::StoreError;
@@ -290,6 +290,7 @@ fn shown(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::BoxError;
 
     #[tokio::test]
     async fn a_busy_channel_leaves_the_others_a_place_each() {

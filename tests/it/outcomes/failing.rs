@@ -81,12 +81,16 @@ async fn faulty(
             tx.execute("SAVEPOINT mine").await?;
             let _ = tx.execute("SELECT 1 / 0").await;
         }
-        Fault::Commits => drop(tx.execute("COMMIT").await?),
-        Fault::RollsBack => drop(tx.execute("ROLLBACK").await?),
-        Fault::BeginsAnew => drop(
+        Fault::Commits => {
+            tx.execute("COMMIT").await?;
+        }
+        Fault::RollsBack => {
+            tx.execute("ROLLBACK").await?;
+        }
+        Fault::BeginsAnew => {
             tx.execute("COMMIT; BEGIN; SELECT pg_current_xact_id()")
-                .await?,
-        ),
+                .await?;
+        }
         Fault::LeavesANestedTransaction => std::mem::forget(tx.begin().await?),
         Fault::LosesItsSession => {
             let _ = tx
@@ -192,8 +196,12 @@ async fn hanging(
     }
     match state.hang {
         Hang::Pending => std::future::pending().await,
-        Hang::InAStatement => drop(tx.execute("SELECT pg_sleep(600)").await?),
-        Hang::OnALock => drop(tx.execute("LOCK TABLE locked").await?),
+        Hang::InAStatement => {
+            tx.execute("SELECT pg_sleep(600)").await?;
+        }
+        Hang::OnALock => {
+            tx.execute("LOCK TABLE locked").await?;
+        }
     }
     Ok(())
 }
@@ -345,7 +353,7 @@ async fn hanging_handlers_of_two_processes_are_counted_together() {
 #[derive(Default)]
 struct Peak {
     now: AtomicUsize,
-    peak: AtomicUsize,
+    most: AtomicUsize,
     /// The outcomes that a call has at this moment.
     handled: Mutex<HashSet<RequestId>>,
 }
@@ -361,7 +369,7 @@ async fn gated(
         "twice at once"
     );
     let now = peak.now.fetch_add(1, Ordering::SeqCst) + 1;
-    peak.peak.fetch_max(now, Ordering::SeqCst);
+    peak.most.fetch_max(now, Ordering::SeqCst);
     gate.acquire().await?.forget();
     insert(tx, outcome.id(), outcome.status()).await;
     peak.now.fetch_sub(1, Ordering::SeqCst);
@@ -392,7 +400,7 @@ async fn handlers_work_on_several_outcomes_and_each_on_its_own() {
         count(&database, DONE).await == 9
     })
     .await;
-    assert_eq!(peak.peak.load(Ordering::SeqCst), 3);
+    assert_eq!(peak.most.load(Ordering::SeqCst), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]
