@@ -263,10 +263,12 @@ END;
 $$;
 
 -- Requests of a channel that are due and that no process has: those that are due after p_after, the
--- oldest first. Up to p_limit of them, and all that are due at the same time as the last.
+-- oldest first. Up to p_limit of them, and all that are due at the same time as the last. The time
+-- without a runner counts from `since`: as in mq_poll, that of a retry counts from when it was due,
+-- unless a caller waits.
 CREATE FUNCTION due_requests(
     p_channel text, p_format smallint, p_after timestamptz, p_until timestamptz, p_limit int
-) RETURNS TABLE (id uuid, due timestamptz)
+) RETURNS TABLE (id uuid, due timestamptz, since timestamptz)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 SET enable_seqscan = off
@@ -276,9 +278,18 @@ AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
-    SELECT first.id, first.attempt_at FROM (
+    SELECT
+        first.id, first.attempt_at,
+        CASE
+            WHEN first.attempts > 0 AND first.waiter IS NOT NULL THEN first.began_at
+            ELSE first.attempt_at
+        END
+    FROM (
         (
-            SELECT m.id, m.attempt_at FROM mq_msgs m
+            SELECT
+                m.id, m.attempt_at, m.attempts, m.waiter,
+                coalesce(m.began_at, m.created_at) AS began_at
+            FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format AND m.state = 'waiting'
                 AND m.attempt_at > p_after AND m.attempt_at <= p_until
             ORDER BY m.attempt_at FETCH FIRST p_limit ROWS WITH TIES
@@ -286,7 +297,10 @@ BEGIN
         UNION ALL
         -- Their leases have run out.
         (
-            SELECT m.id, m.attempt_at FROM mq_msgs m
+            SELECT
+                m.id, m.attempt_at, m.attempts, m.waiter,
+                coalesce(m.began_at, m.created_at) AS began_at
+            FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format
                 AND m.state IN ('claimed', 'held', 'sending_once')
                 AND m.attempt_at > p_after AND m.attempt_at <= p_until
@@ -294,7 +308,10 @@ BEGIN
         )
         UNION ALL
         (
-            SELECT m.id, m.attempt_at FROM mq_msgs m
+            SELECT
+                m.id, m.attempt_at, m.attempts, m.waiter,
+                coalesce(m.began_at, m.created_at) AS began_at
+            FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format AND m.state = 'behind'
                 AND m.attempt_at > p_after AND m.attempt_at <= p_until
             ORDER BY m.attempt_at FETCH FIRST p_limit ROWS WITH TIES
@@ -373,23 +390,17 @@ DECLARE
     c_very_late CONSTANT interval := '10 minutes';
     v_now timestamptz := clock_timestamp();
     v_ids uuid[];
-    v_dues timestamptz[];
+    v_since timestamptz[];
     v_until timestamptz;
 BEGIN
-    SELECT array_agg(d.id), array_agg(d.due), max(d.due) INTO v_ids, v_dues, v_until
+    SELECT array_agg(d.id), array_agg(d.since), max(d.due) INTO v_ids, v_since, v_until
     FROM due_requests(p_channel, p_format, coalesce(p_after, '-infinity'), v_now, p_limit) d;
     INSERT INTO undelivered (id, channel_name, format, give_up_at)
     SELECT
         d.id, p_channel, p_format,
-        -- A retry is due later than the request was at first.
-        coalesce(
-            coalesce(a.ended_at - a.duration_ms * interval '1 millisecond', d.due)
-                + waits_at_most(p.head),
-            'infinity'
-        )
-    FROM unnest(v_ids, v_dues) AS d(id, due)
+        coalesce(d.since + waits_at_most(p.head), 'infinity')
+    FROM unnest(v_ids, v_since) AS d(id, since)
     LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[d.id])
-    LEFT JOIN attempts a ON a.id = ANY (ARRAY[d.id]) AND a.number = 1
     WHERE NOT EXISTS (SELECT FROM undelivered u WHERE u.id = d.id OFFSET 0)
     ON CONFLICT DO NOTHING;
     IF cardinality(v_ids) >= p_limit THEN

@@ -172,6 +172,24 @@ async fn requests_that_a_lost_runner_had_end_too() {
 }
 
 #[tokio::test]
+async fn a_retry_without_a_runner_counts_from_its_due_time_unless_a_caller_waits() {
+    let database = migrated().await;
+    let durable = enqueuing(&database);
+    let request = || post(URL, "x").with(for_at_most(Duration::from_secs(1800)));
+    let attempted = "attempts = 1, began_at = now() - interval '1 hour'";
+    let fired = durable.fire(request()).await.unwrap();
+    set(&database, fired, attempted).await;
+    let awaited = durable.fire(request()).await.unwrap();
+    let waiter = format!("{attempted}, waiter = gen_random_uuid()");
+    set(&database, awaited, &waiter).await;
+    eventually_rows(&database, "undelivered", 2).await;
+    for (id, over) in [(fired, 0), (awaited, 1)] {
+        let noted = format!("undelivered WHERE id = '{id}' AND give_up_at < now()");
+        assert_eq!(rows(&database, &noted).await, over);
+    }
+}
+
+#[tokio::test]
 async fn requests_are_kept_while_a_runner_lives_or_after_it_came() {
     let database = migrated().await;
     let (server, gate) = Server::held(200).await;
