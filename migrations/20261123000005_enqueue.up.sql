@@ -376,12 +376,14 @@ BEGIN
                     LIMIT 1
                 )
             ) END,
-            (
+            -- A serializable transaction that reads the key's requests could not be committed after
+            -- another one that inserts such a request. It relies on the sequence alone.
+            CASE WHEN current_setting('transaction_isolation') <> 'serializable' THEN (
                 SELECT m.seq FROM mq_msgs m
                 WHERE m.channel_name = p_channel AND m.channel_args = p_group
                     AND m.seq IS NOT NULL
                 ORDER BY m.seq DESC LIMIT 1
-            )
+            ) END
         INTO v_elsewhere, v_last;
     END IF;
     IF p_key IS NOT NULL THEN
@@ -631,7 +633,8 @@ BEGIN
         FROM (SELECT nextval('mq_seq') AS seq) base, (
             SELECT DISTINCT i.channel, i.key_group
             FROM unnest(p_channels, p_groups, p_ordered) AS i(channel, key_group, ordered)
-            WHERE i.ordered
+            -- As in enqueue.
+            WHERE i.ordered AND current_setting('transaction_isolation') <> 'serializable'
         ) k, LATERAL (
             SELECT m.seq FROM mq_msgs m
             WHERE m.channel_name = k.channel AND m.channel_args = k.key_group

@@ -82,8 +82,8 @@ struct Subscription {
     channel: Arc<str>,
     handler: Arc<dyn OutcomeHandler>,
     failures: Failures,
-    /// The outcomes that are in this subscription's hands. One whose handler has failed is due until
-    /// its failure is recorded, and must not be taken again before.
+    /// The outcomes that are in this subscription's hands. One whose handler has failed is due
+    /// until its failure is recorded, and must not be taken again before.
     taken: Mutex<HashSet<RequestId>>,
     /// Bounds the lines about parked outcomes.
     parked: LineLimit,
