@@ -353,6 +353,7 @@ $$;
 CREATE FUNCTION mark_handled(p_id uuid, p_xact text) RETURNS boolean
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
+SET enable_seqscan = off
 AS $$
 BEGIN
     IF pg_current_xact_id_if_assigned()::text IS DISTINCT FROM p_xact THEN

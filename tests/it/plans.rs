@@ -71,7 +71,7 @@ async fn a_callers_session_that_knew_the_queue_empty_reads_through_no_backlog() 
         .runner(false)
         .build()
         .unwrap();
-    for table in ["mq_msgs", "mq_payloads", "request_keys"] {
+    for table in ["mq_msgs", "mq_payloads", "request_keys", "unhandled"] {
         let kept = format!("ALTER TABLE requeuest.{table} SET (autovacuum_enabled = false)");
         database.pool().execute(&*kept).await.unwrap();
     }
@@ -88,10 +88,15 @@ async fn a_callers_session_that_knew_the_queue_empty_reads_through_no_backlog() 
             durable.fire_in(&mut *transaction, alone).await.unwrap();
             let many = (0..10).map(|one| request(options(round, 10 + number * 10 + one)));
             durable.fire_many_in(&mut transaction, many).await.unwrap();
-            sqlx::query("SELECT requeuest.take_unhandled('default')")
-                .execute(&mut *transaction)
-                .await
-                .unwrap();
+            for handing_over in [
+                "SELECT requeuest.take_unhandled('default')",
+                "SELECT requeuest.mark_handled(gen_random_uuid(), pg_current_xact_id()::text)",
+            ] {
+                sqlx::query(handing_over)
+                    .execute(&mut *transaction)
+                    .await
+                    .unwrap();
+            }
             if round == 0 {
                 transaction.rollback().await.unwrap();
             } else {
@@ -103,10 +108,16 @@ async fn a_callers_session_that_knew_the_queue_empty_reads_through_no_backlog() 
     round(0).await;
     let waiting = (0..WAITING).map(|number| request(options(2, number)));
     durable.fire_many(waiting).await.unwrap();
+    let unhandled = format!(
+        "INSERT INTO requeuest.unhandled (id, channel_name, slot)
+         SELECT gen_random_uuid(), 'default', 0 FROM generate_series(1, {WAITING})"
+    );
+    database.pool().execute(&*unhandled).await.unwrap();
     round(1).await;
     caller.close().await;
     let read = "SELECT coalesce(sum(seq_tup_read), 0)::bigint FROM pg_stat_user_tables
-                WHERE schemaname = 'requeuest' AND relname IN ('mq_msgs', 'request_keys')";
+                WHERE schemaname = 'requeuest'
+                    AND relname IN ('mq_msgs', 'request_keys', 'unhandled')";
     sessions_end(&database).await;
     let read = count(&database, read).await;
     assert!(read < WAITING as i64, "{read} rows were read");
