@@ -12,7 +12,7 @@ use crate::support::{
     outcome_of, post, quick, rows,
 };
 
-async fn damage(database: &TestDatabase, id: RequestId, table: &str, damage: &str) {
+pub async fn damage(database: &TestDatabase, id: RequestId, table: &str, damage: &str) {
     let change = format!("UPDATE requeuest.{table} SET {damage} WHERE id = $1");
     let changed = sqlx::query(&change)
         .bind(Uuid::from(id))

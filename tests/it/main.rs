@@ -10,6 +10,7 @@ mod bulk;
 mod channels;
 mod client;
 mod damaged;
+mod day;
 mod dead_letters;
 mod delivery;
 mod destination;

@@ -2,7 +2,7 @@
 //! loopback.
 
 mod age;
-mod answers;
+pub mod answers;
 mod panics;
 
 use std::future::Future;

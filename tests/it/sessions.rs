@@ -20,7 +20,7 @@ use crate::support::{
 };
 
 /// The shortest retention, which is swept every few seconds.
-const RETENTION: Duration = Duration::from_secs(60);
+pub const RETENTION: Duration = Duration::from_secs(60);
 
 /// Settings with which a role or a database might come. Some are odd, and all are allowed.
 const ODD: &[(&str, &str)] = &[
@@ -117,7 +117,7 @@ const HARSH: [&str; 7] = [
 ];
 
 /// Gives a role these settings in the database. Every second one is the database's.
-async fn set_odd(database: &TestDatabase, role: &Role<'_>) -> usize {
+pub async fn set_odd(database: &TestDatabase, role: &Role<'_>) -> usize {
     let name = database.name();
     let mut set = 0;
     for (number, (setting, value)) in ODD.iter().enumerate() {
@@ -146,7 +146,7 @@ async fn set_odd(database: &TestDatabase, role: &Role<'_>) -> usize {
 
 /// A pool of an application that works in spite of its settings: it can write, its sessions last,
 /// and sqlx's own settings are as odd as the others.
-fn application_pool(role: &Role<'_>) -> PgPool {
+pub fn application_pool(role: &Role<'_>) -> PgPool {
     PgPoolOptions::new()
         .max_connections(4)
         .after_connect(|connection, _| {
@@ -283,7 +283,7 @@ async fn works(durable: &Durable, application: &PgPool) {
 }
 
 /// A database with what the flows of [`works`] need.
-async fn with_table() -> TestDatabase {
+pub async fn with_table() -> TestDatabase {
     let _ = env_logger::builder().is_test(true).try_init();
     let database = Postgres::shared().await.unwrap().database().await.unwrap();
     database
@@ -366,7 +366,7 @@ async fn destinations_are_lower_cased_alike_in_every_locale() {
 }
 
 /// Makes sessions of before the current time fail to write, as those of a standby do.
-const DEMOTE: &str = "
+pub const DEMOTE: &str = "
     CREATE TABLE public.demoted AS SELECT clock_timestamp() AS at;
     CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
@@ -416,7 +416,7 @@ async fn sessions_that_cannot_write_any_more_are_replaced_at_once() {
 }
 
 /// Ends all sessions of a role.
-async fn terminate(database: &TestDatabase, role: &Role<'_>) {
+pub async fn terminate(database: &TestDatabase, role: &Role<'_>) {
     let terminate = format!(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{}'",
         role.name

@@ -329,6 +329,10 @@ impl<'a> Role<'a> {
         Self { database, name }
     }
 
+    pub fn database(&self) -> &'a TestDatabase {
+        self.database
+    }
+
     /// Runs statements with the role's name for each `ROLE`.
     pub async fn granted(&self, statements: &str) {
         let statements = statements.replace("ROLE", &self.name);

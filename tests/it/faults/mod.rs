@@ -26,7 +26,7 @@ use crate::support::{
 const LEASE: Duration = Duration::from_secs(1);
 
 /// Whether to run the long form of each fault.
-fn is_long() -> bool {
+pub fn is_long() -> bool {
     std::env::var_os("REQUEUEST_LONG_FAULTS").is_some()
 }
 

@@ -14,7 +14,7 @@ use crate::support::{builder, hyper_client, in_time, migrated, outcome_of, post,
 
 /// A server that answers each request with these bytes, and closes the connection. Counts the
 /// requests.
-async fn answering(bytes: impl Into<Vec<u8>>) -> (SocketAddr, Arc<AtomicUsize>) {
+pub async fn answering(bytes: impl Into<Vec<u8>>) -> (SocketAddr, Arc<AtomicUsize>) {
     let (bytes, requests) = (Arc::new(bytes.into()), Arc::new(AtomicUsize::new(0)));
     let counted = Arc::clone(&requests);
     let addr = raw(move |mut stream| {
@@ -36,7 +36,7 @@ async fn answering(bytes: impl Into<Vec<u8>>) -> (SocketAddr, Arc<AtomicUsize>) 
     (addr, requests)
 }
 
-fn many_headers(count: usize) -> String {
+pub fn many_headers(count: usize) -> String {
     let mut head = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n".to_owned();
     for number in 1..count {
         write!(head, "x-{number}: {number}\r\n").unwrap();
