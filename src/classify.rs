@@ -41,7 +41,7 @@
 //!
 //! An attempt without a known result is not classified. If the process that made the attempt died,
 //! or the caller that made it went away, the request is retried within the policy. With
-//! [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) it ends as ambiguous instead.
+//! [`Guarantee::AtMostOnce`] it ends as ambiguous instead.
 //!
 //! # When not to retry
 //!

@@ -1,5 +1,5 @@
-//! A day in production: odd settings, receivers with odd answers, a handler that fails now and then,
-//! and in each hour another trouble with the database.
+//! A day in production: odd settings, receivers with odd answers, a handler that fails now and
+//! then, and in each hour another trouble with the database.
 //!
 //! The quick form has a short hour of each trouble. `REQUEUEST_LONG_FAULTS=1` runs a whole day.
 
