@@ -1,7 +1,7 @@
 //~ unused `OutcomeSubscription` that must be used
 #![deny(unused_must_use)]
 
-async fn subscribe(
+pub async fn subscribe(
     durable: requeuest::Durable,
     handler: impl requeuest::OutcomeHandler,
 ) -> Result<(), requeuest::Error> {
@@ -9,6 +9,4 @@ async fn subscribe(
     Ok(())
 }
 
-fn main() {
-    drop(subscribe);
-}
+fn main() {}
