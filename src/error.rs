@@ -19,7 +19,7 @@ use crate::outcome::{Cause, Fault};
 use crate::redact::redact_urls;
 use crate::status::Status;
 
-pub(crate) use self::database::{database_text, is_lock_timeout, shared};
+pub(crate) use self::database::{database_text, has_sqlstate, is_lock_timeout, shared};
 
 /// The error that [`Client`](crate::client::Client)'s `spawn` functions return.
 pub type SpawnError = Error;
@@ -803,11 +803,8 @@ impl StdError for Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        let missing = error
-            .as_database_error()
-            .and_then(sqlx::error::DatabaseError::code)
-            // undefined_table, invalid_schema_name, undefined_function, undefined_object
-            .is_some_and(|code| matches!(&*code, "42P01" | "3F000" | "42883" | "42704"));
+        // undefined_table, invalid_schema_name, undefined_function, undefined_object
+        let missing = has_sqlstate(&error, &["42P01", "3F000", "42883", "42704"]);
         match error {
             sqlx::Error::PoolClosed => Self::new(Kind::Closed),
             error if missing => {

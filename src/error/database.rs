@@ -22,11 +22,17 @@ pub(crate) fn shared(error: sqlx::Error) -> Arc<sqlx::Error> {
     })
 }
 
-/// Whether the statement met a lock of another transaction (`lock_not_available`), and did nothing.
-pub(crate) fn is_lock_timeout(error: &sqlx::Error) -> bool {
+/// Whether the error has a SQLSTATE that is one of these, or of one of these classes.
+pub(crate) fn has_sqlstate(error: &sqlx::Error, any_of: &[&str]) -> bool {
     error
         .as_database_error()
-        .is_some_and(|error| error.code().as_deref() == Some("55P03"))
+        .and_then(sqlx::error::DatabaseError::code)
+        .is_some_and(|code| any_of.iter().any(|wanted| code.starts_with(wanted)))
+}
+
+/// Whether the statement met a lock of another transaction (`lock_not_available`), and did nothing.
+pub(crate) fn is_lock_timeout(error: &sqlx::Error) -> bool {
+    has_sqlstate(error, &["55P03"])
 }
 
 /// What the database or the connection to it says, on one line. Of an error of Postgres only the

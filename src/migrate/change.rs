@@ -17,7 +17,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Row, Transaction};
 
 use super::ledger::{self, Applied, Ledger, Tables};
-use crate::error::{Error, Kind, MigrationState};
+use crate::error::{Error, Kind, MigrationState, has_sqlstate};
 use crate::store::connect::located;
 
 /// How long a statement waits for a lock on a table.
@@ -394,11 +394,8 @@ fn is_lock(error: &MigrateError) -> bool {
     let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else {
         return false;
     };
-    error
-        .as_database_error()
-        .and_then(sqlx::error::DatabaseError::code)
-        // lock_not_available, deadlock_detected
-        .is_some_and(|code| matches!(&*code, "55P03" | "40P01"))
+    // lock_not_available, deadlock_detected
+    has_sqlstate(error, &["55P03", "40P01"])
 }
 
 #[cfg(all(test, feature = "testkit"))]

@@ -17,7 +17,7 @@ use super::connect::located;
 use super::idle::{Checkout, IdleConnections};
 use super::runner_pool::Uses;
 use super::{millis, quoted};
-use crate::error::{Error, Kind, database_text, shared};
+use crate::error::{Error, Kind, database_text, has_sqlstate, shared};
 
 /// A statement without an answer for this long loses its connection. sqlx sets no keepalive, so a
 /// black-holed socket would otherwise hang for minutes.
@@ -124,14 +124,7 @@ impl StoreError {
     /// Whether the database refused the data (SQLSTATE classes 22, 23 and 54), so that a part of
     /// the batch may still be good.
     pub(crate) fn is_data(&self) -> bool {
-        self.error
-            .as_database_error()
-            .and_then(sqlx::error::DatabaseError::code)
-            .is_some_and(|code| {
-                ["22", "23", "54"]
-                    .iter()
-                    .any(|class| code.starts_with(class))
-            })
+        has_sqlstate(&self.error, &["22", "23", "54"])
     }
 
     /// Whether the session can't write: its server is a standby.
@@ -141,12 +134,7 @@ impl StoreError {
 
     /// As [`is_data`](Self::is_data), or a trigger raised an error, perhaps at one row.
     pub(crate) fn may_concern_one_row(&self) -> bool {
-        self.is_data()
-            || self.error.as_database_error().is_some_and(|error| {
-                error
-                    .code()
-                    .is_some_and(|code| code.starts_with("P0") || code.starts_with("44"))
-            })
+        self.is_data() || has_sqlstate(&self.error, &["P0", "44"])
     }
 
     /// Whether the database refused the statement for another reason than how the connection, the
@@ -155,10 +143,7 @@ impl StoreError {
         const PASSING: [&str; 11] = [
             "08", "0A", "25", "26", "28", "3D", "40", "53", "55", "57", "58",
         ];
-        self.error.as_database_error().is_some_and(|error| {
-            let code = error.code().unwrap_or_default();
-            !PASSING.iter().any(|class| code.starts_with(class))
-        })
+        self.error.as_database_error().is_some() && !has_sqlstate(&self.error, &PASSING)
     }
 
     /// The caller's error for a commit whose outcome is unknown.
@@ -415,20 +400,15 @@ fn is_unknown(error: &sqlx::Error) -> bool {
     match error {
         // Postgres refused the statement. The exceptions are errors that end the session (class 08,
         // and 57P for an operator's shutdown), which may follow a commit.
-        sqlx::Error::Database(error) => error
-            .code()
-            .is_some_and(|code| code.starts_with("08") || code.starts_with("57P")),
+        sqlx::Error::Database(_) => has_sqlstate(error, &["08", "57P"]),
         sqlx::Error::Encode(_) => false,
         _ => true,
     }
 }
 
 fn is_read_only(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .and_then(sqlx::error::DatabaseError::code)
-        // read_only_sql_transaction
-        .is_some_and(|code| code == "25006")
+    // read_only_sql_transaction
+    has_sqlstate(error, &["25006"])
 }
 
 /// The caller's options, with the settings that the statements were written for.

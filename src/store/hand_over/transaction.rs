@@ -8,7 +8,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::{Connection, PgConnection, Postgres, Row, TransactionManager};
 use uuid::Uuid;
 
-use crate::error::BoxError;
+use crate::error::{BoxError, has_sqlstate};
 use crate::id::RequestId;
 use crate::store::db::within;
 use crate::store::quoted;
@@ -91,7 +91,7 @@ impl CallerTransaction {
                         .into(),
                 );
             }
-            Err(error) if is_in_failed_transaction(&error) => {
+            Err(error) if has_sqlstate(&error, &[IN_FAILED_TRANSACTION]) => {
                 self.roll_back().await?;
                 return Err(
                     "the handler returned `Ok` after a database error that had aborted \
@@ -143,11 +143,4 @@ impl Drop for CallerTransaction {
             self.connection.close_on_drop();
         }
     }
-}
-
-fn is_in_failed_transaction(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .and_then(sqlx::error::DatabaseError::code)
-        .is_some_and(|code| code == IN_FAILED_TRANSACTION)
 }
