@@ -89,7 +89,8 @@ where
         .await
         .unwrap_or_else(|_| Err(io::Error::other("the work panicked")))
 }
-/// Runs code of the application's that may panic. A panic ends the future, with its text as the
+
+/// Runs code that may panic: the application's, or a task that must not end. A panic ends the future, with its text as the
 /// error, and nothing else of the task.
 pub(crate) async fn caught<F: Future + Unpin>(mut future: F) -> Result<F::Output, String> {
     poll_fn(|cx| {

@@ -4,17 +4,17 @@
 //! as long as the process lives, and unnoticed. It is logged without its message, which may show
 //! what the task worked on.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::engine::telemetry::LineLimit;
 use crate::health::BackgroundTask;
+use crate::runtime::caught;
 
 /// The pause before a task begins again. It doubles while the task keeps panicking.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -60,12 +60,8 @@ impl Panics {
         task: &'static str,
         work: impl Future<Output = T>,
     ) -> Option<T> {
-        let mut work = pin!(work);
-        let result = poll_fn(|cx| {
-            catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(cx)))
-                .map_or_else(|panic| Poll::Ready(Err(panic)), |poll| poll.map(Ok))
-        });
-        result.await.inspect_err(|_| self.note(task)).ok()
+        let result = caught(pin!(work)).await;
+        result.inspect_err(|_| self.note(task)).ok()
     }
 
     /// As [`catch`](Self::catch), for work that doesn't wait.
