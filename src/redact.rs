@@ -13,16 +13,26 @@ pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
         (None, Some(text)) => text.as_str(),
         (None, None) => "a value that is not text",
     };
-    // Postgres stores no NUL in text.
-    let mut shown = redact_urls(text).replace('\0', "\u{fffd}");
-    if shown.len() > MAX_PANIC_TEXT {
-        let end = (0..=MAX_PANIC_TEXT)
-            .rev()
-            .find(|end| shown.is_char_boundary(*end));
-        shown.truncate(end.unwrap_or(0));
+    let mut shown = storable(&redact_urls(text));
+    if cut(&mut shown, MAX_PANIC_TEXT) {
         shown.push('…');
     }
     shown
+}
+
+/// The text without NUL, which Postgres stores in no text.
+pub(crate) fn storable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
+/// Shortens a text to at most this many bytes. Returns whether it was longer.
+pub(crate) fn cut(text: &mut String, bytes: usize) -> bool {
+    let is_longer = text.len() > bytes;
+    if is_longer {
+        let end = (0..=bytes).rev().find(|end| text.is_char_boundary(*end));
+        text.truncate(end.unwrap_or(0));
+    }
+    is_longer
 }
 
 /// Cuts the URLs in a text that this crate did not write down to scheme, host and port.

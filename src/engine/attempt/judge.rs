@@ -102,7 +102,7 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
                 Verdict::Retry | Verdict::Discard | Verdict::Ambiguous => Status::Discarded,
             };
             let limit = driver.store.config().max_response_body;
-            let text = panicked.map(|panicked| format!("{}; {panicked}", answered(&answer)));
+            let text = panicked.map(|panicked| answered(&answer, Some(&panicked)));
             let mut outcome = answer.into_outcome(status, limit);
             if let (Status::Discarded, Some(text)) = (status, text) {
                 let fault = Fault::new(FailureClass::Status.as_str(), text);
@@ -121,7 +121,7 @@ fn ambiguous(claim: &Claim, result: Result<Answer, Failed>) -> Outcome {
         Ok(answer) => {
             let text = format!(
                 "{}, which leaves open whether the receiver has acted",
-                answered(&answer)
+                answered(&answer, None)
             );
             let fault = Fault::new(FailureClass::Status.as_str(), text);
             Outcome {
@@ -133,8 +133,12 @@ fn ambiguous(claim: &Claim, result: Result<Answer, Failed>) -> Outcome {
     }
 }
 
-fn answered(answer: &Answer) -> String {
-    format!("answered with {}", answer.response().status)
+fn answered(answer: &Answer, panicked: Option<&str>) -> String {
+    let status = answer.response().status;
+    match panicked {
+        Some(panicked) => format!("answered with {status}; {panicked}"),
+        None => format!("answered with {status}"),
+    }
 }
 
 /// The record of a failed attempt.
@@ -142,10 +146,7 @@ fn failure(duration: Duration, result: Result<Answer, Failed>, panicked: Option<
     match result {
         Ok(answer) => Failure {
             class: FailureClass::Status,
-            text: match panicked {
-                Some(panicked) => format!("{}; {panicked}", answered(&answer)),
-                None => answered(&answer),
-            },
+            text: answered(&answer, panicked),
             duration,
             response: answer.into_whole(),
         },

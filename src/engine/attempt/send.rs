@@ -22,7 +22,7 @@ use crate::classify::FailureClass;
 use crate::context;
 use crate::error::{BoxError, chain, without_url};
 use crate::outcome::{Cause, Fault, Outcome};
-use crate::redact::redact_urls;
+use crate::redact::{redact_urls, storable};
 use crate::response::Response;
 use crate::retry::retry_after;
 use crate::runtime::{BoxFuture, caught};
@@ -112,8 +112,7 @@ impl Failed {
     fn new(class: FailureClass, text: &str) -> Self {
         Self {
             class,
-            // Postgres stores no NUL in text.
-            text: text.replace('\0', "\u{fffd}"),
+            text: storable(text),
             cause: None,
         }
     }

@@ -14,7 +14,7 @@ use crate::engine::attempt::Driver;
 use crate::engine::telemetry::{Failures, LineLimit, OwnCondition};
 use crate::error::chain;
 use crate::id::RequestId;
-use crate::redact::{panic_text, redact_urls};
+use crate::redact::{cut, panic_text, redact_urls, storable};
 use crate::store::StoreError;
 use crate::store::hand_over::{HandOver, OutcomeHandler, PutOff, Taken};
 
@@ -275,15 +275,8 @@ impl Subscription {
 
 /// A handler's error as it is logged and stored.
 fn shown(error: &(dyn std::error::Error + 'static)) -> String {
-    // Postgres stores no NUL in text.
-    let mut text = redact_urls(&chain(error)).replace('\0', "\u{fffd}");
-    if text.len() > MAX_ERROR {
-        let mut end = MAX_ERROR;
-        while !text.is_char_boundary(end) {
-            end -= 1;
-        }
-        text.truncate(end);
-    }
+    let mut text = storable(&redact_urls(&chain(error)));
+    cut(&mut text, MAX_ERROR);
     text
 }
 
