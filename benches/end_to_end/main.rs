@@ -7,7 +7,7 @@
 //! ```
 //!
 //! - `--only`: some of `limits,await,fire,single,drain`.
-//! - `--set synchronous_commit=off`: a setting of the Postgres server.
+//! - `--set max_wal_size=4GB`: a setting of the Postgres server.
 //!
 //! The receiver, Postgres (with `fsync` on) and the callers share the machine. The same run also
 //! measures what bounds the durable calls: the exchange alone, and bare statements that write the

@@ -10,7 +10,7 @@
 //! - `--concurrency`: concurrent attempts in each process, if not the default.
 //! - `--threads`: threads of each process's runtime, if not its share of the cores.
 //! - `--body`: bytes in each body, if not 256.
-//! - `--set synchronous_commit=off`: a setting of the Postgres server.
+//! - `--set max_wal_size=4GB`: a setting of the Postgres server.
 //!
 //! The processes are copies of this program. They share the machine with Postgres (with `fsync` on)
 //! and the receiver, so the ratio shows what they cost each other, not what more machines would
