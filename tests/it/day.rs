@@ -16,7 +16,7 @@ use sqlx::{Executor, PgConnection, PgPool};
 use crate::damaged::damage;
 use crate::faults::is_long;
 use crate::retry::answers::{answering, many_headers};
-use crate::sessions::{DEMOTE, RETENTION, application_pool, set_odd, terminate, with_table};
+use crate::sessions::{DEMOTE, RETENTION, application_pool, odd_role, terminate, with_table};
 use crate::support::{
     LONG, Role, Server, count, eventually, eventually_rows, in_time, post, quick,
 };
@@ -195,14 +195,7 @@ async fn outcome(durable: &Durable, id: RequestId) -> Outcome {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_day_of_odd_settings_roles_and_receivers_loses_nothing() {
     let database = with_table().await;
-    let role = Role::create(&database).await;
-    role.granted(
-        "CREATE SCHEMA requeuest AUTHORIZATION ROLE;
-         GRANT ALL ON public.done TO ROLE;
-         CREATE ACCESS METHOD odd TYPE TABLE HANDLER heap_tableam_handler",
-    )
-    .await;
-    set_odd(&database, &role).await;
+    let (role, _) = odd_role(&database).await;
     let application = application_pool(&role);
     in_time(requeuest::migrate(&application)).await.unwrap();
     let build = || {
@@ -220,7 +213,7 @@ async fn a_day_of_odd_settings_roles_and_receivers_loses_nothing() {
             note(calls, tx, outcome).await
         },
     );
-    let _subscription = durable.on_outcome("default", handler).await.unwrap();
+    let subscription = durable.on_outcome("default", handler).await.unwrap();
     let (server, missing) = (
         Server::in_turn(&[503, 200]).await,
         Server::always(404).await,
@@ -276,4 +269,8 @@ async fn a_day_of_odd_settings_roles_and_receivers_loses_nothing() {
             .iter()
             .all(|task| task.panics == 0)
     );
+    drop(subscription);
+    in_time(durable.shutdown(LONG)).await.unwrap();
+    application.close().await;
+    role.dropped().await;
 }

@@ -18,8 +18,8 @@ use tower::{Layer, ServiceExt};
 
 use crate::layer::repetition::Tries;
 use crate::support::{
-    LONG, Server, closed_port, eventually, hyper_client, in_time, migrated, part, plays, post,
-    quick,
+    LONG, Role, Server, closed_port, eventually, hyper_client, in_time, migrated, part, plays,
+    post, quick,
 };
 
 /// What a copy of this binary prints and logs while it plays a part.
@@ -29,12 +29,13 @@ struct Output {
 }
 
 impl Output {
-    fn of(name: &str, variables: &[(&str, String)]) -> Self {
+    async fn of(name: &str, variables: &[(&str, String)]) -> Self {
         let mut command = part(module_path!(), name);
         command
             .env("RUST_LOG", "requeuest=debug")
             .envs(variables.iter().map(|(name, value)| (name, value)));
-        let output = command.output().unwrap();
+        let run = tokio::task::spawn_blocking(move || command.output());
+        let output = run.await.unwrap().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         let (printed, logged) = (text(output.stdout), text(output.stderr));
         assert!(output.status.success(), "{printed}{logged}");
@@ -51,6 +52,12 @@ impl Output {
 
 fn variable(name: &str) -> String {
     std::env::var(name).unwrap()
+}
+
+/// The pool of a part's application.
+async fn application_pool() -> PgPool {
+    let url = variable("REQUEUEST_TEST_DATABASE");
+    PgPool::connect(&url).await.unwrap()
 }
 
 #[tokio::test]
@@ -71,8 +78,7 @@ async fn give_up(status: u16, attempts: usize) {
             server.url("/orders/hunter2?token=hunter2"),
         ),
     ];
-    let run = move || Output::of("give_up_a_request", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("give_up_a_request", &variables).await;
     let warnings = output.at("WARN");
     let [warning] = &*warnings else {
         panic!("{warnings:#?}");
@@ -107,9 +113,7 @@ async fn give_up_a_request() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let policy = RetryPolicy::exponential()
         .base(Duration::from_millis(1))
         .max_attempts(2);
@@ -137,8 +141,7 @@ async fn a_retry_layer_above_the_layer_is_one_warning() {
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", server.url("")),
     ];
-    let run = move || Output::of("call_below_a_retry_layer", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("call_below_a_retry_layer", &variables).await;
     let warnings = output.at("WARN");
     let retried = |line: &&&str| line.contains("remove the retry layer");
     assert_eq!(warnings.iter().filter(retried).count(), 1, "{warnings:#?}");
@@ -156,9 +159,7 @@ async fn call_below_a_retry_layer() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let builder = Durable::builder(pool).retry(quick().max_attempts(2));
     let layer = builder.build_layer().unwrap();
     let call = |path| {
@@ -182,8 +183,7 @@ async fn call_below_a_retry_layer() {
 
 #[tokio::test]
 async fn an_unreachable_database_is_one_warning() {
-    let run = || Output::of("look_for_a_database", &[]);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("look_for_a_database", &[]).await;
     let warnings = output.at("WARN");
     assert_eq!(warnings.len(), 1, "{warnings:#?}");
     // The other tries left traces that only a closer look shows.
@@ -229,8 +229,7 @@ async fn a_sweep_that_keeps_failing_is_one_warning_for_each_part() {
         .await
         .unwrap();
     let variables = [("REQUEUEST_TEST_DATABASE", database.url().to_owned())];
-    let run = move || Output::of("sweep_without_attempts", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("sweep_without_attempts", &variables).await;
     let warnings = output.at("WARN");
     let [warning] = &*warnings else {
         panic!("{warnings:#?}");
@@ -246,9 +245,7 @@ async fn sweep_without_attempts() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let durable = Durable::builder(pool.clone())
         .retention(Duration::from_secs(60))
         .runner(false)
@@ -306,20 +303,18 @@ impl Write for Counting {
 #[tokio::test]
 async fn polls_that_always_fail_are_one_warning() {
     let database = migrated().await;
-    let role = format!("{}_role", database.name());
-    let without = format!(
-        "CREATE ROLE {role} LOGIN PASSWORD 'test';
-         GRANT USAGE ON SCHEMA requeuest TO {role};
-         GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA requeuest TO {role};
-         GRANT UPDATE ON requeuest.runners, requeuest.undelivered_channels TO {role};
+    let role = Role::create(&database).await;
+    role.granted(
+        "GRANT USAGE ON SCHEMA requeuest TO ROLE;
+         GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA requeuest TO ROLE;
+         GRANT UPDATE ON requeuest.runners, requeuest.undelivered_channels TO ROLE;
          INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
-         VALUES (gen_random_uuid(), 'default', '0000|d|x', now())"
-    );
-    database.pool().execute(&*without).await.unwrap();
-    let url = database.options().username(&role).password("test");
-    let variables = [("REQUEUEST_TEST_DATABASE", url.to_url_lossy().to_string())];
-    let run = move || Output::of("poll_without_the_right", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+         VALUES (gen_random_uuid(), 'default', '0000|d|x', now())",
+    )
+    .await;
+    let url = role.options().to_url_lossy().to_string();
+    let variables = [("REQUEUEST_TEST_DATABASE", url)];
+    let output = Output::of("poll_without_the_right", &variables).await;
     let warnings = output.at("WARN");
     // The sweep may have come by as well.
     let of_runner = |line: &&&str| line.contains("runner");
@@ -328,8 +323,7 @@ async fn polls_that_always_fail_are_one_warning() {
         panic!("{warnings:#?}");
     };
     assert!(warning.contains("the runner is replaced"), "{warning}");
-    let dropped = format!("DROP OWNED BY {role} CASCADE; DROP ROLE {role}");
-    database.pool().execute(&*dropped).await.unwrap();
+    role.dropped().await;
 }
 
 #[tokio::test]
@@ -339,9 +333,7 @@ async fn poll_without_the_right() {
         return;
     }
     let replaced = Counting::init("the runner is replaced");
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let durable = Durable::new(pool);
     for number in 1..=3 {
         eventually("another replacement", || async {
@@ -360,8 +352,7 @@ async fn a_thousand_requests_to_a_receiver_that_is_down_are_few_warnings() {
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", format!("http://{down}/")),
     ];
-    let run = move || Output::of("give_up_a_thousand_requests", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("give_up_a_thousand_requests", &variables).await;
     let warnings = output.at("WARN");
     assert!((1..=20).contains(&warnings.len()), "{}", warnings.len());
     let given_up = |line: &&&str| line.contains("a request was given up");
@@ -376,9 +367,7 @@ async fn give_up_a_thousand_requests() {
         return;
     }
     let given_up = Counting::init("a request was given up");
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let policy = RetryPolicy::exponential().max_attempts(1);
     let durable = Durable::builder(pool).retry(policy).build().unwrap();
     let url = variable("REQUEUEST_TEST_SERVER");
@@ -395,8 +384,7 @@ async fn give_up_a_thousand_requests() {
 async fn many_requests_that_cannot_be_read_are_few_warnings() {
     let database = migrated().await;
     let variables = [("REQUEUEST_TEST_DATABASE", database.url().to_owned())];
-    let run = move || Output::of("park_many_requests", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("park_many_requests", &variables).await;
     let warnings = output.at("WARN");
     assert!((1..=20).contains(&warnings.len()), "{}", warnings.len());
     let parked = |line: &&&str| line.contains("and is parked");
@@ -411,9 +399,7 @@ async fn park_many_requests() {
         return;
     }
     let parked = Counting::init("and is parked");
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let enqueues = Durable::builder(pool.clone())
         .runner(false)
         .build()
@@ -439,8 +425,7 @@ async fn what_cannot_be_read_is_one_warning() {
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", server.url("/hunter2")),
     ];
-    let run = move || Output::of("read_what_a_newer_version_wrote", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("read_what_a_newer_version_wrote", &variables).await;
     let mut warnings = output.at("WARN");
     warnings.sort_unstable();
     let [request, outcome] = &*warnings else {
@@ -481,9 +466,7 @@ async fn read_what_a_newer_version_wrote() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let execute = async |statement: &str| pool.execute(statement).await.unwrap().rows_affected();
     let count = async |from: &str| {
         let query = format!("SELECT count(*) FROM requeuest.{from}");
@@ -541,8 +524,7 @@ async fn parked_outcomes_and_a_handler_that_is_gone_are_one_warning_each() {
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", server.url("/")),
     ];
-    let run = move || Output::of("park_outcomes_and_lose_the_handler", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("park_outcomes_and_lose_the_handler", &variables).await;
     let warnings = output.at("WARN");
     let [fails, parked, gone] = &*warnings else {
         panic!("{warnings:#?}");
@@ -578,9 +560,7 @@ async fn park_outcomes_and_lose_the_handler() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let durable = Durable::builder(pool.clone())
         .retention(Duration::from_secs(60))
         .max_handler_failures(2)
@@ -642,8 +622,7 @@ async fn refusals_of_the_database_show_no_row_in_the_log() {
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", server.url("/hunter2")),
     ];
-    let run = move || Output::of("meet_refusals", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("meet_refusals", &variables).await;
     for constraint in ["of_results", "of_handlers", "of_requests"] {
         let named = |line: &String| line.contains(constraint);
         assert!(
@@ -672,9 +651,7 @@ async fn meet_refusals() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     for statement in [
         "ALTER TABLE requeuest.outcomes ADD CONSTRAINT of_results CHECK (body IS NULL)",
         "CREATE TABLE secrets (secret text CONSTRAINT of_handlers CHECK (secret IS NULL))",
@@ -707,8 +684,7 @@ async fn meet_refusals() {
 async fn a_second_service_of_a_layer_is_one_warning() {
     let database = migrated().await;
     let variables = [("REQUEUEST_TEST_DATABASE", database.url().to_owned())];
-    let run = move || Output::of("wrap_services", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("wrap_services", &variables).await;
     let second = |line: &&str| line.contains("wraps a second service");
     let warnings: Vec<_> = output.at("WARN").into_iter().filter(second).collect();
     let [warning] = &*warnings else {
@@ -724,9 +700,7 @@ async fn wrap_services() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let builder = |channel: &str| Durable::builder(pool.clone()).channel(channel);
     // Where the background has a transport of its own, the wrapped services don't take part in it.
     let own = ReqwestTransport::new(reqwest::Client::new());
@@ -747,8 +721,7 @@ async fn wrap_services() {
 
 #[tokio::test]
 async fn a_layer_that_wraps_nothing_is_one_warning() {
-    let run = || Output::of("wrap_nothing", &[]);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("wrap_nothing", &[]).await;
     let idle = |line: &&str| line.contains("the layer has wrapped no service");
     let warnings: Vec<_> = output.at("WARN").into_iter().filter(idle).collect();
     let [warning] = &*warnings else {
@@ -784,8 +757,7 @@ async fn a_channel_that_no_runner_delivers_is_one_warning() {
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", server.url("/?token=hunter2")),
     ];
-    let run = move || Output::of("fire_into_a_channel_without_a_runner", &variables);
-    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    let output = Output::of("fire_into_a_channel_without_a_runner", &variables).await;
     let warnings = output.at("WARN");
     let [warning] = &*warnings else {
         panic!("{warnings:#?}");
@@ -806,9 +778,7 @@ async fn fire_into_a_channel_without_a_runner() {
         return;
     }
     env_logger::init();
-    let pool = PgPool::connect(&variable("REQUEUEST_TEST_DATABASE"))
-        .await
-        .unwrap();
+    let pool = application_pool().await;
     let durable = Durable::builder(pool.clone())
         .deliver(["emails"])
         .build()

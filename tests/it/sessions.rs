@@ -116,8 +116,16 @@ const HARSH: [&str; 7] = [
     "client_min_messages",
 ];
 
-/// Gives a role these settings in the database. Every second one is the database's.
-pub async fn set_odd(database: &TestDatabase, role: &Role<'_>) -> usize {
+/// A role that may migrate, with these settings in the database, and how many they are. Every
+/// second one is the database's.
+pub async fn odd_role(database: &TestDatabase) -> (Role<'_>, usize) {
+    let role = Role::create(database).await;
+    role.granted(
+        "CREATE SCHEMA requeuest AUTHORIZATION ROLE;
+         GRANT ALL ON public.done TO ROLE;
+         CREATE ACCESS METHOD odd TYPE TABLE HANDLER heap_tableam_handler",
+    )
+    .await;
     let name = database.name();
     let mut set = 0;
     for (number, (setting, value)) in ODD.iter().enumerate() {
@@ -141,7 +149,7 @@ pub async fn set_odd(database: &TestDatabase, role: &Role<'_>) -> usize {
         database.pool().execute(&*alter).await.unwrap();
         set += 1;
     }
-    set
+    (role, set)
 }
 
 /// A pool of an application that works in spite of its settings: it can write, its sessions last,
@@ -297,14 +305,7 @@ pub async fn with_table() -> TestDatabase {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn settings_of_a_role_or_a_database_have_no_effect() {
     let database = with_table().await;
-    let role = Role::create(&database).await;
-    role.granted(
-        "CREATE SCHEMA requeuest AUTHORIZATION ROLE;
-         GRANT ALL ON public.done TO ROLE;
-         CREATE ACCESS METHOD odd TYPE TABLE HANDLER heap_tableam_handler",
-    )
-    .await;
-    let set = set_odd(&database, &role).await;
+    let (role, set) = odd_role(&database).await;
     assert!(set > 65, "{set}");
     let pool = application_pool(&role);
     for _ in 0..2 {
