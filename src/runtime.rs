@@ -90,8 +90,8 @@ where
         .unwrap_or_else(|_| Err(io::Error::other("the work panicked")))
 }
 
-/// Runs code that may panic: the application's, or a task that must not end. A panic ends the future, with its text as the
-/// error, and nothing else of the task.
+/// Runs code that may panic: the application's, or a task that must not end. A panic ends the
+/// future, with its text as the error, and nothing else of the task.
 pub(crate) async fn caught<F: Future + Unpin>(mut future: F) -> Result<F::Output, String> {
     poll_fn(|cx| {
         // What a panic leaves behind is dropped, and not used again.
