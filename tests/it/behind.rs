@@ -561,7 +561,9 @@ async fn polls_inserts_and_endings_at_once_leave_no_key_stuck() {
             }
         }
     };
-    // Requests that are not the first ones of their keys go, too.
+    // Requests that are not the first ones of their keys go, too. Locked, because a request that a
+    // poll claims meanwhile must not go: the next one could be claimed before this test has noted
+    // the claim.
     let cancel = async {
         while !inserted.load(Ordering::SeqCst) {
             database
@@ -569,7 +571,7 @@ async fn polls_inserts_and_endings_at_once_leave_no_key_stuck() {
                 .execute(
                     "SELECT requeuest.cancel_request(id, '1 day') FROM (
                          SELECT id FROM requeuest.mq_msgs WHERE state IN ('waiting', 'behind')
-                         ORDER BY random() LIMIT 1
+                         ORDER BY random() LIMIT 1 FOR UPDATE SKIP LOCKED
                      ) any_one",
                 )
                 .await
