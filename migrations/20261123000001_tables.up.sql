@@ -20,6 +20,8 @@ CREATE TYPE mq_state AS ENUM (
     'sending_once',
     -- Waiting, and known not to be the first of its ordering key.
     'behind',
+    -- Waiting, for its destination to take more requests.
+    'deferred',
     -- Could not be read by the process that claimed it; looked at again after attempt_at.
     'parked',
     -- Ended without success, and halts its ordering key.
@@ -93,8 +95,8 @@ CREATE TABLE mq_msgs (
     lost smallint NOT NULL DEFAULT 0,
     -- When the request was last claimed as a suspect: see `lock_suspects`.
     suspected_at timestamptz,
-    -- The destination, of a request with an ordering key or a group of its own. The group of any
-    -- other request names it.
+    -- The destination, of a request with an ordering key or a group of its own, and of each request
+    -- that was deferred. The group of any other request names it.
     destination text COLLATE "C",
     -- When the request is given up, whether or not it has been sent.
     deadline timestamptz,
@@ -139,7 +141,10 @@ CREATE UNIQUE INDEX mq_msgs_order ON mq_msgs (channel_args, channel_name, seq)
 -- Requests that are out of the way, and when parked ones may be looked at again. One index, because
 -- each new row version has to pass the conditions of all of them.
 CREATE INDEX mq_msgs_aside ON mq_msgs (state, channel_name, format, attempt_at)
-    WHERE state IN ('behind', 'parked', 'halted');
+    WHERE state IN ('behind', 'deferred', 'parked', 'halted');
+-- The deferred requests of a destination.
+CREATE INDEX mq_msgs_deferred ON mq_msgs (destination, channel_name, format, attempt_at)
+    WHERE state = 'deferred';
 
 -- Requests that are given up at a deadline.
 CREATE INDEX mq_msgs_deadline ON mq_msgs (format, deadline)
@@ -163,6 +168,28 @@ CREATE TABLE mq_freed_keys (
 CREATE INDEX mq_freed_keys_channel ON mq_freed_keys (channel_name);
 -- A publication of all tables refuses deletes from a table without an identity of its rows.
 ALTER TABLE mq_freed_keys REPLICA IDENTITY FULL;
+
+-- Destinations that are limited, closed, or watched because of failures. Healthy ones have no row.
+CREATE TABLE destinations (
+    -- Scheme, host and port, or the caller's limit key.
+    name text COLLATE "C" PRIMARY KEY,
+    -- Until when no request is sent to it, `infinity` for until further notice.
+    closed_until timestamptz,
+    -- Whether its requests need permits or tokens.
+    limited boolean NOT NULL DEFAULT false,
+    -- A policy that was set at run time. NULL: the policy of each process's code.
+    policy json,
+    -- What its processes have seen of it.
+    state json NOT NULL DEFAULT '{}',
+    changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
+CREATE INDEX destinations_changed_at ON destinations (changed_at);
+-- Whether there are any that a poll has to look for.
+CREATE INDEX destinations_gated ON destinations (name) WHERE limited OR closed_until IS NOT NULL;
 
 -- The content of requests. Read once per attempt, so it is kept out of the hot table.
 CREATE TABLE mq_payloads (

@@ -224,14 +224,14 @@ BEGIN
             SELECT d.id FROM mq_msgs d
             WHERE d.format = known.format AND d.deadline <= v_now AND d.state <> 'parked'
                 AND (
-                    d.state IN ('waiting', 'behind')
+                    d.state IN ('waiting', 'behind', 'deferred')
                     OR d.state IN ('claimed', 'held') AND d.attempt_at <= v_now
                 )
             ORDER BY d.deadline LIMIT p_limit
         ) past JOIN mq_msgs m ON m.id = ANY (ARRAY[past.id])
         WHERE m.deadline <= v_now
             AND (
-                m.state IN ('waiting', 'behind')
+                m.state IN ('waiting', 'behind', 'deferred')
                 OR m.state IN ('claimed', 'held') AND m.attempt_at <= v_now
                     -- The process that looked at a parked request died before it could read it.
                     AND NOT EXISTS (
@@ -317,6 +317,9 @@ BEGIN
                 UNION ALL
                 SELECT b.id FROM mq_msgs b
                 WHERE b.channel_name = ANY (channel_names) AND b.state = 'behind'
+                UNION ALL
+                SELECT d.id FROM mq_msgs d
+                WHERE d.channel_name = ANY (channel_names) AND d.state = 'deferred'
                 UNION ALL
                 SELECT p.id FROM mq_msgs p
                 WHERE p.channel_name = ANY (channel_names) AND p.state = 'parked'

@@ -5,6 +5,10 @@
 -- one destination's backlog can't hide the others. Requests behind the first one of their ordering
 -- key are moved out of the way, a bounded number by one poll: the rows that a poll reads are then
 -- rows that it can claim.
+--
+-- So are the requests of destinations that take no more of them now. They become deferred, and a
+-- poll claims deferred requests one destination after the other, as many as its process has room
+-- for. The session setting `requeuest.room` says for how many that is, as a JSON object.
 
 -- A poll under way. Rows are held by ctid, which saves another index lookup for each row. No other
 -- row can take over one of these ctids while the poll runs, because its snapshot is older. A row
@@ -27,7 +31,14 @@ CREATE TYPE poll_t AS (
     picked tid[],
     -- Rows in view that are behind the first request of their ordering key.
     blocked tid[],
-    -- How many such rows were moved, and how many may be, about 10 µs each.
+    -- The process's room for requests of the destinations that it knows. Their waiting requests are
+    -- deferred before they are claimed.
+    room jsonb,
+    -- Whether any destination is in the way: one of these, or one that is limited or closed.
+    gated boolean,
+    -- Rows in view that are to be deferred.
+    surplus tid[],
+    -- How many rows of both kinds were moved, and how many may be, about 10 µs each.
     moved int,
     moved_max int,
     -- Groups with rows picked by age.
@@ -54,6 +65,11 @@ BEGIN
     v.looked := 0;
     v.picked := '{}';
     v.blocked := '{}';
+    v.room := coalesce(nullif(current_setting('requeuest.room', true), ''), '{}')::jsonb;
+    v.gated := v.room <> '{}' OR EXISTS (
+        SELECT FROM destinations d WHERE d.limited OR d.closed_until IS NOT NULL
+    );
+    v.surplus := '{}';
     v.moved := 0;
     v.moved_max := 4096;
     v.served := '{}';
@@ -168,6 +184,93 @@ BEGIN
 END;
 $$;
 
+-- Whether a destination is in the way: the process has told its room for it, or it is limited or
+-- closed. The group names the destination where that is NULL.
+CREATE FUNCTION is_gated(p_room jsonb, p_now timestamptz, p_destination text, p_group text)
+RETURNS boolean
+LANGUAGE plpgsql
+STABLE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_name text := coalesce(p_destination, substr(p_group, 8));
+BEGIN
+    RETURN p_room ? v_name OR EXISTS (
+        SELECT FROM destinations d
+        WHERE d.name = v_name AND (d.limited OR d.closed_until > p_now)
+    );
+END;
+$$;
+
+-- Defers requests that wait, except those that are locked. Returns how many it deferred.
+CREATE FUNCTION defer_rows(p_rows tid[]) RETURNS int
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_rows tid[];
+BEGIN
+    SELECT array_agg(locked.ctid) INTO v_rows FROM (
+        SELECT m.ctid FROM mq_msgs m
+        WHERE m.ctid = ANY (p_rows) AND m.state <= 'waiting'
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) locked;
+    UPDATE mq_msgs m
+    SET state = 'deferred', destination = coalesce(m.destination, substr(m.channel_args, 8))
+    WHERE m.ctid = ANY (v_rows);
+    RETURN coalesce(cardinality(v_rows), 0);
+END;
+$$;
+
+-- The channels with deferred requests of a destination.
+CREATE FUNCTION deferred_channels(p_destination text) RETURNS text[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN (
+        WITH RECURSIVE found(channel) AS (
+            SELECT '' COLLATE "C"
+            UNION ALL
+            SELECT (
+                SELECT m.channel_name FROM mq_msgs m
+                WHERE m.state = 'deferred' AND m.destination = p_destination
+                    AND m.channel_name > f.channel
+                ORDER BY m.channel_name LIMIT 1
+            )
+            FROM found f WHERE f.channel IS NOT NULL
+        )
+        SELECT coalesce(array_agg(f.channel), '{}') FROM found f WHERE f.channel <> ''
+    );
+END;
+$$;
+
+-- Up to p_limit destinations with deferred requests, in order: those after p_after.
+CREATE FUNCTION deferred_destinations(p_after text, p_limit int) RETURNS text[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+-- As for mq_poll.
+SET enable_sort = off
+AS $$
+BEGIN
+    RETURN (
+        WITH RECURSIVE found(number, name) AS (
+            SELECT 0, p_after COLLATE "C"
+            UNION ALL
+            SELECT f.number + 1, (
+                SELECT m.destination FROM mq_msgs m
+                WHERE m.state = 'deferred' AND m.destination > f.name
+                ORDER BY m.destination LIMIT 1
+            )
+            FROM found f WHERE f.number < p_limit AND f.name IS NOT NULL
+        )
+        SELECT coalesce(array_agg(f.name ORDER BY f.number), '{}') FROM found f
+        WHERE f.number > 0 AND f.name IS NOT NULL
+    );
+END;
+$$;
+
 -- Looks at what is due in the given channels.
 CREATE FUNCTION view_channels(p poll_t, p_channels text[]) RETURNS poll_t
 LANGUAGE plpgsql
@@ -237,15 +340,17 @@ AS $$
 DECLARE
     v_moved int;
 BEGIN
-    IF NOT p.backlog OR p.moved >= p.moved_max OR p.blocked = '{}' THEN
+    IF NOT p.backlog OR p.moved >= p.moved_max OR p.blocked = '{}' AND p.surplus = '{}' THEN
         RETURN p;
     END IF;
-    v_moved := move_behind(p.blocked);
+    v_moved := CASE WHEN p.blocked = '{}' THEN 0 ELSE move_behind(p.blocked) END
+        + CASE WHEN p.surplus = '{}' THEN 0 ELSE defer_rows(p.surplus) END;
     IF v_moved = 0 THEN
         RETURN p;
     END IF;
     p.moved := p.moved + v_moved;
     p.blocked := '{}';
+    p.surplus := '{}';
     p.looked := 0;
     IF p.moved < p.moved_max THEN
         p.view := oldest_due(p, p.channels);
@@ -357,14 +462,18 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_blocked tid[];
+    v_surplus tid[];
     v_changed int;
     v_overdue interval;
 BEGIN
     SELECT
         array_agg(rest.ctid) FILTER (WHERE rest.behind),
+        array_agg(rest.ctid) FILTER (WHERE rest.surplus AND NOT rest.behind),
         cardinality(p_met) - p_locked - count(*),
-        min(p.now - rest.attempt_at) FILTER (WHERE NOT rest.behind AND isfinite(rest.attempt_at))
-    INTO v_blocked, v_changed, v_overdue
+        min(p.now - rest.attempt_at) FILTER (
+            WHERE NOT rest.behind AND NOT rest.surplus AND isfinite(rest.attempt_at)
+        )
+    INTO v_blocked, v_surplus, v_changed, v_overdue
     FROM (
         SELECT
             m.ctid, m.attempt_at,
@@ -373,11 +482,13 @@ BEGIN
                 WHERE ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
                     AND ahead.seq < m.seq
                 OFFSET 0
-            ) AS behind
+            ) AS behind,
+            p.gated AND is_gated(p.room, p.now, m.destination, m.channel_args) AS surplus
         FROM mq_msgs m
         WHERE m.ctid = ANY (p_met) AND m.state <= 'waiting' AND NOT m.ctid = ANY (p.picked)
     ) rest;
     p.blocked := p.blocked || coalesce(v_blocked, '{}');
+    p.surplus := p.surplus || coalesce(v_surplus, '{}');
     -- A row that another transaction locks, or has just changed, may be claimable in a moment, and
     -- no notification says so. One that stays locked is looked at less often the longer that lasts.
     p.again := least(p.again, v_overdue, CASE WHEN v_changed > 0 THEN interval '0' END);
@@ -387,6 +498,7 @@ $$;
 
 -- Picks rows by age until p_room are picked. Each step takes as many rows as there is room for.
 -- Only the first row of an ordering key may be picked; a leased one still blocks the others.
+-- Requests of destinations that are in the way are left to defer_surplus.
 CREATE FUNCTION pick_by_age(p poll_t, p_room int) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -406,7 +518,10 @@ BEGIN
             EXIT WHEN p.looked >= cardinality(p.view);
         END IF;
         -- Fewer and larger steps where rows are blocked, or the last ones would be single rows.
-        v_step := CASE WHEN p.blocked = '{}' THEN v_open ELSE greatest(v_open, 64) END;
+        v_step := CASE
+            WHEN p.blocked = '{}' AND p.surplus = '{}' THEN v_open
+            ELSE greatest(v_open, 64)
+        END;
         v_met := p.view[p.looked + 1:p.looked + v_step];
         SELECT
             array_agg(locked.ctid),
@@ -421,6 +536,9 @@ BEGIN
                     WHERE ahead.channel_name = m.channel_name
                         AND ahead.channel_args = m.channel_args AND ahead.seq < m.seq
                 ))
+                AND (
+                    NOT p.gated OR NOT is_gated(p.room, p.now, m.destination, m.channel_args)
+                )
             FOR NO KEY UPDATE OF m SKIP LOCKED
         ) locked;
         p.picked := p.picked || coalesce(v_some[1:v_open], '{}');
@@ -452,8 +570,14 @@ BEGIN
                 ORDER BY head.seq LIMIT 1
             ) AND m.format = p_format AND m.state <= 'waiting' AND m.attempt_at <= p.now
                 AND NOT m.ctid = ANY (p.picked)
+                AND (
+                    NOT p.gated OR NOT is_gated(p.room, p.now, m.destination, m.channel_args)
+                )
             FOR NO KEY UPDATE SKIP LOCKED
         ) locked;
+    END IF;
+    IF p.gated AND is_gated(p.room, p.now, NULL, p_group) THEN
+        RETURN NULL;
     END IF;
     -- A range over a single group, sorted by the group as well. With an equality, a plan made while
     -- there was one group would use the index by due time, and would read all of it once there are
@@ -524,6 +648,72 @@ BEGIN
 END;
 $$;
 
+-- Defers the requests that the poll met and whose destinations take no more of them now.
+CREATE FUNCTION defer_surplus(p poll_t) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF p.surplus <> '{}' THEN
+        p.moved := p.moved + defer_rows(p.surplus);
+        p.surplus := '{}';
+    END IF;
+    RETURN p;
+END;
+$$;
+
+-- Picks deferred requests of the destinations that the process has room for, until p_room rows are
+-- picked. Each destination has the same share, and more if others need less.
+CREATE FUNCTION pick_deferred(p poll_t, p_channels text[], p_room int) RETURNS poll_t
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_names text[];
+    v_rooms int[];
+    v_share int;
+    v_channel text;
+    v_format smallint;
+    v_some tid[];
+    v_left int;
+BEGIN
+    IF p.room = '{}' OR cardinality(p.picked) >= p_room THEN
+        RETURN p;
+    END IF;
+    SELECT array_agg(r.key ORDER BY r.place), array_agg(r.room ORDER BY r.place)
+    INTO v_names, v_rooms FROM (
+        SELECT e.key, e.value::int AS room, random() AS place FROM jsonb_each_text(p.room) e
+        WHERE e.value::int > 0
+    ) r;
+    FOR i IN 1..coalesce(cardinality(v_names), 0) LOOP
+        EXIT WHEN cardinality(p.picked) >= p_room;
+        v_share := ceil(
+            (p_room - cardinality(p.picked))::float8 / (cardinality(v_names) - i + 1)
+        );
+        v_left := least(v_rooms[i], greatest(v_share, 1));
+        FOR v_channel, v_format IN
+            SELECT wanted.channel, known.format
+            FROM unnest(coalesce(p_channels, deferred_channels(v_names[i]))) AS wanted(channel),
+                unnest(p.formats) AS known(format)
+            ORDER BY random()
+        LOOP
+            EXIT WHEN v_left <= 0;
+            SELECT array_agg(locked.ctid) INTO v_some FROM (
+                SELECT m.ctid FROM mq_msgs m
+                WHERE m.destination = v_names[i] AND m.channel_name = v_channel
+                    AND m.format = v_format AND m.state = 'deferred' AND m.attempt_at <= p.now
+                    AND NOT m.ctid = ANY (p.picked)
+                ORDER BY m.attempt_at LIMIT v_left
+                FOR NO KEY UPDATE SKIP LOCKED
+            ) locked;
+            p.picked := p.picked || coalesce(v_some, '{}');
+            v_left := v_left - coalesce(cardinality(v_some), 0);
+        END LOOP;
+    END LOOP;
+    RETURN p;
+END;
+$$;
+
 -- Moves the rows out of the way that the poll met, except where they are so few that meeting them
 -- costs less than moving them.
 CREATE FUNCTION end_poll(p poll_t) RETURNS poll_t
@@ -534,7 +724,7 @@ BEGIN
     IF cardinality(p.blocked) >= greatest(p.batch / 4, 16) THEN
         p.moved := p.moved + move_behind(p.blocked);
     END IF;
-    RETURN p;
+    RETURN defer_surplus(p);
 END;
 $$;
 
@@ -545,8 +735,11 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     c_min CONSTANT interval := '50 milliseconds';
-    -- An upper bound, so that a row whose notification was lost is still found.
-    c_max CONSTANT interval := '1 second';
+    -- An upper bound, so that a row whose notification was lost is still found. The process says if
+    -- it will soon have room for deferred requests.
+    c_max CONSTANT interval := CASE
+        WHEN current_setting('requeuest.soon', true) = 'on' THEN c_min ELSE '1 second'
+    END;
     v_next timestamptz;
 BEGIN
     IF cardinality(p.picked) >= p.batch THEN
@@ -578,7 +771,15 @@ BEGIN
     p := CASE WHEN p_channels IS NULL
         THEN view_all_channels(p) ELSE view_channels(p, p_channels) END;
     p := pick_lapsed(p, p_channels);
-    IF p.backlog THEN
+    IF p.gated THEN
+        -- What is due to healthy destinations and what is deferred share the batch.
+        p := pick_by_age(p, greatest(p_batch / 4, 1));
+        p := pick_by_group(p, greatest(1, p_batch / 32));
+        p := defer_surplus(p);
+        p := pick_deferred(p, p_channels, p_batch);
+        p := pick_by_age(p, p_batch);
+        p := pick_by_group(p, p_batch);
+    ELSIF p.backlog THEN
         -- A quarter of the batch goes group by group to groups with no row picked by age, so that
         -- no destination waits behind everything that came earlier for another destination. The
         -- share is no larger because the oldest rows lie side by side on disk, and the rows of one

@@ -428,14 +428,14 @@ BEGIN
         SELECT array_agg(older.id) INTO v_older FROM (
             SELECT m.id FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede
-                AND m.attempts = 0 AND m.state IN ('waiting', 'behind', 'parked')
+                AND m.attempts = 0 AND m.state IN ('waiting', 'behind', 'deferred', 'parked')
             FOR NO KEY UPDATE SKIP LOCKED
         ) older;
         -- An ordered one may be locked by a poll that moves it behind others, and not be sent.
         SELECT nullif(coalesce(v_older, '{}') || array_agg(older.id), '{}') INTO v_older FROM (
             SELECT m.id FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.supersede_key = p_supersede
-                AND m.attempts = 0 AND m.state IN ('waiting', 'behind', 'parked')
+                AND m.attempts = 0 AND m.state IN ('waiting', 'behind', 'deferred', 'parked')
                 AND coalesce(m.seq, 0) > 0
                 AND (v_older IS NULL OR NOT m.id = ANY (v_older))
             FOR NO KEY UPDATE
@@ -463,8 +463,9 @@ BEGIN
     )
     VALUES (
         p_id, p_channel, p_group,
-        v_now + CASE WHEN p_state = 'waiting' THEN p_delay ELSE p_lease END,
-        v_seq, p_waiter, (p_state <> 'waiting')::int, (p_state <> 'waiting')::int, p_state,
+        v_now + CASE WHEN p_state IN ('waiting', 'deferred') THEN p_delay ELSE p_lease END,
+        v_seq, p_waiter, (p_state NOT IN ('waiting', 'deferred'))::int,
+        (p_state NOT IN ('waiting', 'deferred'))::int, p_state,
         p_destination, v_now + p_deadline, p_supersede, p_halts
     );
     IF p_notify THEN

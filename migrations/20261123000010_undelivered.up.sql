@@ -67,6 +67,11 @@ BEGIN
                     SELECT m.channel_name FROM mq_msgs m
                     WHERE m.state = 'behind' AND m.channel_name > q.channel
                     ORDER BY m.channel_name LIMIT 1
+                ),
+                (
+                    SELECT m.channel_name FROM mq_msgs m
+                    WHERE m.state = 'deferred' AND m.channel_name > q.channel
+                    ORDER BY m.channel_name LIMIT 1
                 )
             )
             FROM queued q WHERE q.number < p_limit AND q.channel IS NOT NULL
@@ -131,6 +136,16 @@ BEGIN
                 AND m.attempt_at > p_after AND m.attempt_at <= p_until
             ORDER BY m.attempt_at FETCH FIRST p_limit ROWS WITH TIES
         )
+        UNION ALL
+        (
+            SELECT
+                m.id, m.attempt_at, m.attempts, m.waiter,
+                coalesce(m.began_at, m.created_at) AS began_at
+            FROM mq_msgs m
+            WHERE m.channel_name = p_channel AND m.format = p_format AND m.state = 'deferred'
+                AND m.attempt_at > p_after AND m.attempt_at <= p_until
+            ORDER BY m.attempt_at FETCH FIRST p_limit ROWS WITH TIES
+        )
     ) first
     ORDER BY first.attempt_at FETCH FIRST p_limit ROWS WITH TIES;
 END;
@@ -159,6 +174,11 @@ BEGIN
         (
             SELECT m.attempt_at FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format AND m.state = 'behind'
+            ORDER BY m.attempt_at LIMIT 1
+        ),
+        (
+            SELECT m.attempt_at FROM mq_msgs m
+            WHERE m.channel_name = p_channel AND m.format = p_format AND m.state = 'deferred'
             ORDER BY m.attempt_at LIMIT 1
         )
     ), false);
@@ -292,7 +312,7 @@ BEGIN
                 SELECT m.id, m.state FROM mq_msgs m
                 WHERE m.id = ANY (v_ids) AND m.attempt_at <= v_now
                     AND (
-                        m.state IN ('waiting', 'behind', 'sending_once')
+                        m.state IN ('waiting', 'behind', 'deferred', 'sending_once')
                         OR m.state IN ('claimed', 'held')
                             -- The process that looked at a parked request died before it could
                             -- read it.

@@ -26,6 +26,11 @@ pub(crate) fn ordering_key(group: &str) -> &str {
     group.get("hhhh|o|".len()..).unwrap_or_default()
 }
 
+/// The destination that a group of unordered requests names.
+pub(crate) fn destination_of(group: &str) -> &str {
+    group.get("hhhh|d|".len()..).unwrap_or_default()
+}
+
 /// The group of unordered requests, named by the caller.
 pub(crate) fn named_group(name: &str) -> String {
     group('d', name)

@@ -29,6 +29,8 @@ use crate::store::{Store, StoreConfig};
 pub const DEFAULT_CHANNEL: &str = "default";
 /// How many attempts a handle makes at the same time: 256.
 pub const DEFAULT_CONCURRENCY: usize = 256;
+/// The default of [`DurableBuilder::max_share`].
+pub const DEFAULT_MAX_SHARE: f64 = 0.5;
 /// How long other processes leave a claimed request alone if its process goes silent: 15 seconds.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(15);
 /// How long one attempt may take: 30 seconds.
@@ -130,6 +132,7 @@ impl DurableBuilder {
                 channel: DEFAULT_CHANNEL.into(),
                 deliver: None,
                 concurrency: DEFAULT_CONCURRENCY,
+                max_share: DEFAULT_MAX_SHARE,
                 max_queued_requests: DEFAULT_MAX_QUEUED_REQUESTS,
                 max_queued_bytes: DEFAULT_MAX_QUEUED_BYTES,
                 max_key_wait: DEFAULT_MAX_KEY_WAIT,
@@ -225,6 +228,19 @@ impl DurableBuilder {
     /// Defaults to [`DEFAULT_CONCURRENCY`].
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.config.concurrency = concurrency;
+        self
+    }
+
+    /// The share of the [`concurrency`](Self::concurrency) that one destination (scheme, host and
+    /// port) takes at most in this process, over 0 and up to 1: what is left is for the others. At
+    /// least one attempt is made at a time. Requests over it stay in the queue, and no attempt is
+    /// counted. Defaults to [`DEFAULT_MAX_SHARE`].
+    ///
+    /// Whatever the share, destinations that take longer than 250 ms for an answer take at most
+    /// half of the concurrency all together, and share that half, so that receivers that hang leave
+    /// room for those that answer.
+    pub fn max_share(mut self, share: f64) -> Self {
+        self.config.max_share = share;
         self
     }
 
@@ -563,6 +579,11 @@ impl DurableBuilder {
             (1..=100_000).contains(&config.concurrency),
             "concurrency",
             "must be from 1 to 100,000",
+        )?;
+        ensure(
+            config.max_share > 0.0 && config.max_share <= 1.0,
+            "max_share",
+            "must be over 0 and up to 1",
         )?;
         ensure(
             config.max_queued_requests > 0,

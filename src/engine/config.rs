@@ -14,6 +14,8 @@ pub(crate) struct Config {
     /// The channels that the runner delivers. `None` for every channel.
     pub(crate) deliver: Option<Vec<Arc<str>>>,
     pub(crate) concurrency: usize,
+    /// The share of the slots that one destination takes at most.
+    pub(crate) max_share: f64,
     /// How many requests, and bytes of them, may wait to be persisted.
     pub(crate) max_queued_requests: usize,
     pub(crate) max_queued_bytes: usize,

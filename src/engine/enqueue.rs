@@ -19,7 +19,7 @@ use super::attempt::caller_client::{self, CallerClient};
 use super::attempt::claim::Claim;
 use super::attempt::drive::drive_by_engine;
 use super::attempt::job::Job;
-use super::attempt::slots::Slot;
+use super::attempt::slots::{NoSlot, Slot};
 use super::attempt::waiters::Waiter;
 use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
 use super::budget::Share;
@@ -124,15 +124,26 @@ impl Engine {
         // What an earlier call persisted may have a claim already.
         let may_start = earlier.is_none() && !row.ordered && row.delay.is_zero();
         let body = row.body.as_ref().map_or(0, Bytes::len);
-        let slot = may_start
-            .then(|| self.driver().try_inline(&row.channel, has_client, body))
-            .flatten();
-        if slot.is_some() {
-            row.initial = match job.delivery.guarantee {
-                Guarantee::AtLeastOnce => Initial::Claimed,
-                Guarantee::AtMostOnce => Initial::ClaimedOnce,
-            };
-        }
+        let slot = if may_start {
+            let driver = self.driver();
+            match driver.try_inline(&row.channel, row.destination(), has_client, body) {
+                Ok(slot) => {
+                    row.initial = match job.delivery.guarantee {
+                        Guarantee::AtLeastOnce => Initial::Claimed,
+                        Guarantee::AtMostOnce => Initial::ClaimedOnce,
+                    };
+                    Some(slot)
+                }
+                Err(NoSlot::Full) => {
+                    let first = driver.slots.gate.note_deferred(row.destination());
+                    row.defer(first);
+                    None
+                }
+                Err(NoSlot::Busy) => None,
+            }
+        } else {
+            None
+        };
         let start = slot.map(|(slot, room)| Start {
             driver: Arc::clone(self.driver()),
             slot,
@@ -297,7 +308,7 @@ async fn write(store: &Store, channels: &UsedChannels, mut batch: Vec<Submission
             .unzip();
         match insert(store, &rows).await {
             Ok(()) => {
-                let waiting = |row: &&NewRequest| row.initial == Initial::Waiting;
+                let waiting = |row: &&NewRequest| row.initial.is_unclaimed();
                 channels.note(rows.iter().filter(waiting).map(|row| &row.channel));
                 let ready = rows.iter().filter(|row| row.needs_runner());
                 runners.extend(ready.map(|row| Arc::clone(&row.channel)));
@@ -391,7 +402,7 @@ async fn insert_locked(
     } = submission;
     match insert_when_free(&store, &keys, &row, &mut done, again).await {
         Ok(id) if id == row.id => {
-            if row.initial == Initial::Waiting {
+            if row.initial.is_unclaimed() {
                 channels.note([&row.channel]);
             }
             begin(id, start, done);

@@ -34,6 +34,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use self::attempt::gate::Gate;
 use self::attempt::transport::Transport;
 use self::attempt::{Driver, Parts};
 use self::budget::Budget;
@@ -122,6 +123,11 @@ impl Engine {
             let (store, sweep) = (store.clone(), Arc::clone(&sweep));
             move || tasks::sweep::run(store.clone(), Arc::clone(&sweep))
         };
+        let gate = Gate::new(config.concurrency, config.max_share);
+        let look_at_destinations = {
+            let (store, gate) = (store.clone(), Arc::clone(&gate));
+            move || tasks::destinations::run(store.clone(), Arc::clone(&gate))
+        };
         let look_at_channels = {
             let (store, channels) = (store.clone(), Arc::clone(&channels));
             move || tasks::channels::run(store.clone(), Arc::clone(&channels))
@@ -131,6 +137,11 @@ impl Engine {
             spawn.spawn(supervise(Arc::clone(&panics), "watch", watch)),
             spawn.spawn(supervise(Arc::clone(&panics), "sweep", sweep_rows)),
             spawn.spawn(supervise(Arc::clone(&panics), "channels", look_at_channels)),
+            spawn.spawn(supervise(
+                Arc::clone(&panics),
+                "destinations",
+                look_at_destinations,
+            )),
         ];
         let caller_connections = store.caller_pool().options().get_max_connections();
         let handler_places = tasks::hand_over::Places::new(caller_connections);
@@ -141,6 +152,7 @@ impl Engine {
             instance,
             leases,
             waiters,
+            gate,
             polls,
             channels,
             settler,

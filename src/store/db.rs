@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use sqlx::{Executor, PgConnection, PgPool, Row};
 
 use super::connect::located;
 use super::idle::{Checkout, IdleConnections};
-use super::runner_pool::Uses;
+use super::runner_pool::{Room, RoomNow, Uses};
 use super::{millis, quoted};
 use crate::error::{Error, Kind, database_text, has_sqlstate, shared};
 
@@ -212,7 +213,8 @@ impl Db {
     /// A pool for one runner, closed together with it. Its polls don't wait for other statements,
     /// and holding its second connection proves that no poll is under way. `uses` notes when a
     /// connection is taken. Must be called within a tokio runtime.
-    pub(super) fn runner_pool(&self, uses: &Arc<Uses>) -> PgPool {
+    pub(super) fn runner_pool(&self, uses: &Arc<Uses>, room: RoomNow) -> PgPool {
+        let told = Arc::default();
         let (connected, taken) = (Arc::clone(uses), Arc::clone(uses));
         let obsolete = Arc::clone(&self.obsolete);
         let mut source = self.source();
@@ -223,7 +225,14 @@ impl Db {
             })
             .before_acquire(move |connection, meta| {
                 taken.note();
-                Box::pin(is_of_use(connection, meta, Arc::clone(&obsolete)))
+                let (obsolete, room, told) = (Arc::clone(&obsolete), room(), Arc::clone(&told));
+                Box::pin(async move {
+                    if !is_of_use(connection, meta, obsolete).await? {
+                        return Ok(false);
+                    }
+                    tell_room(connection, room, &told).await?;
+                    Ok(true)
+                })
             })
             .connect_lazy_with(pinned_for_polls(&source.options, &self.session));
         source.runner_pools.retain(|pool| !pool.is_closed());
@@ -379,6 +388,27 @@ async fn is_of_use(
     Ok(row.try_get::<String, _>(0)? == "off")
 }
 
+/// Tells the session of the next poll which room its process has. Nothing is sent while there is
+/// nothing to tell, which is most of the time. `told` says whether an earlier poll was told of some.
+async fn tell_room(
+    connection: &mut PgConnection,
+    room: Room,
+    told: &AtomicBool,
+) -> Result<(), sqlx::Error> {
+    let is_some = room != Room::default();
+    if told.swap(is_some, Ordering::Relaxed) || is_some {
+        let set = sqlx::query(
+            "SELECT set_config('requeuest.room', $1, false), set_config('requeuest.soon', $2, false)",
+        )
+        .bind(room.json)
+        .bind(if room.soon { "on" } else { "" });
+        tokio::time::timeout(PING_TIMEOUT, set.execute(connection))
+            .await
+            .map_err(|_elapsed| timed_out())??;
+    }
+    Ok(())
+}
+
 /// Closes a pool, waiting up to `within`. A connection that hangs in the network is left alone.
 pub(super) async fn close(pool: &PgPool, within: Duration) {
     let closed = async {
@@ -514,7 +544,9 @@ mod tests {
     async fn an_idle_session_that_cannot_write_is_not_used_again() {
         let database = Postgres::shared().await.unwrap().database().await.unwrap();
         let store = store(&database);
-        let runner_pool = store.db().runner_pool(&Arc::default());
+        let runner_pool = store
+            .db()
+            .runner_pool(&Arc::default(), Arc::new(Room::default));
         for pool in [store.db().pool(), &runner_pool] {
             let mut sessions = Vec::new();
             for mode in ["WRITE", "ONLY", "WRITE"] {

@@ -10,7 +10,7 @@ use sqlx::{PgConnection, PgExecutor, Postgres};
 use uuid::Uuid;
 
 use super::{Store, StoreError, millis, quoted};
-use crate::destination::ordering_key;
+use crate::destination::{destination_of, ordering_key};
 use crate::error::{Error, Kind, is_lock_timeout};
 use crate::id::RequestId;
 use crate::metadata::Metadata;
@@ -81,6 +81,9 @@ impl KeyField {
 pub(crate) enum Initial {
     /// Any runner may claim the row.
     Waiting,
+    /// Any runner whose process has room for the destination may claim the row. Whether the
+    /// runners are told.
+    Deferred { tell: bool },
     /// Claimed with a lease by the process that inserts the row and makes the first attempt.
     Claimed,
     /// As `Claimed`. If the lease runs out, the request may have been sent and isn't sent again.
@@ -88,10 +91,16 @@ pub(crate) enum Initial {
 }
 
 impl Initial {
+    /// Whether a poll claims the row.
+    pub(crate) fn is_unclaimed(self) -> bool {
+        matches!(self, Self::Waiting | Self::Deferred { .. })
+    }
+
     /// The state's name in the database.
     fn state(self) -> &'static str {
         match self {
             Self::Waiting => "waiting",
+            Self::Deferred { .. } => "deferred",
             Self::Claimed => CLAIMED,
             Self::ClaimedOnce => SENDING_ONCE,
         }
@@ -106,7 +115,24 @@ pub(super) const SENDING_ONCE: &str = "sending_once";
 impl NewRequest {
     /// Whether runners must be notified, because the next regular poll may be too late.
     pub(crate) fn needs_runner(&self) -> bool {
-        self.initial == Initial::Waiting && self.delay < RUNNER_WAIT
+        matches!(
+            self.initial,
+            Initial::Waiting | Initial::Deferred { tell: true }
+        ) && self.delay < RUNNER_WAIT
+    }
+
+    /// The name of the destination.
+    pub(crate) fn destination(&self) -> &str {
+        match &self.destination {
+            Some(destination) => destination,
+            None => destination_of(&self.group),
+        }
+    }
+
+    /// Has the row inserted as deferred. `tell` says whether the runners are told.
+    pub(crate) fn defer(&mut self, tell: bool) {
+        self.destination = Some(self.destination().to_owned());
+        self.initial = Initial::Deferred { tell };
     }
 
     /// Whether the insert takes a lock that another transaction may hold.
@@ -188,9 +214,12 @@ macro_rules! insert_many {
             SELECT
                 i.id, i.channel_name, i.channel_args,
                 clock_timestamp()
-                    + (i.delay_ms + CASE WHEN i.state = 'waiting' THEN 0 ELSE $13 END)
-                    * interval '1 millisecond',
-                i.waiter, (i.state <> 'waiting')::int, (i.state <> 'waiting')::int,
+                    + (
+                        i.delay_ms
+                        + CASE WHEN i.state IN ('waiting', 'deferred') THEN 0 ELSE $13 END
+                    ) * interval '1 millisecond',
+                i.waiter, (i.state NOT IN ('waiting', 'deferred'))::int,
+                (i.state NOT IN ('waiting', 'deferred'))::int,
                 i.state::mq_state, i.destination,
                 clock_timestamp() + i.deadline_ms * interval '1 millisecond'
             FROM input i"
@@ -223,9 +252,12 @@ const INSERT_ALONE: &str = "
     VALUES (
         $1, $2, $3,
         clock_timestamp()
-            + ($4::bigint + CASE WHEN $11::text = 'waiting' THEN 0 ELSE $13::bigint END)
-            * interval '1 millisecond',
-        $10, ($11 <> 'waiting')::int, ($11 <> 'waiting')::int, $11::mq_state, $9,
+            + (
+                $4::bigint
+                + CASE WHEN $11::text IN ('waiting', 'deferred') THEN 0 ELSE $13::bigint END
+            ) * interval '1 millisecond',
+        $10, ($11 NOT IN ('waiting', 'deferred'))::int, ($11 NOT IN ('waiting', 'deferred'))::int,
+        $11::mq_state, $9,
         clock_timestamp() + $5::bigint * interval '1 millisecond'
     )";
 

@@ -10,6 +10,7 @@ pub(crate) mod claim;
 pub(crate) mod connect;
 mod db;
 pub(crate) mod dead_letters;
+pub(crate) mod destinations;
 pub(crate) mod enqueue;
 pub(crate) mod hand_over;
 mod idle;

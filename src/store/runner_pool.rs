@@ -45,12 +45,24 @@ pub(crate) struct PollConnection {
     _connection: PoolConnection<Postgres>,
 }
 
+/// The room of this process for requests of the destinations that it knows, as a poll is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// A JSON object with a number for each destination, or empty.
+    pub(crate) json: String,
+    /// Deferred requests will have room before a poll would be due.
+    pub(crate) soon: bool,
+}
+
+/// Asked before each poll.
+pub(crate) type RoomNow = Arc<dyn Fn() -> Room + Send + Sync>;
+
 impl Store {
     /// A pool for one runner. Must be called within a tokio runtime.
-    pub(crate) fn runner_pool(&self) -> RunnerPool {
+    pub(crate) fn runner_pool(&self, room: RoomNow) -> RunnerPool {
         let uses = Arc::default();
         RunnerPool {
-            pool: self.db().runner_pool(&uses),
+            pool: self.db().runner_pool(&uses, room),
             uses,
         }
     }
@@ -111,7 +123,7 @@ mod tests {
     #[tokio::test]
     async fn a_poll_is_not_waited_for_once_the_database_has_ended_it() {
         let database = Postgres::shared().await.unwrap().database().await.unwrap();
-        let pool = store(&database).runner_pool();
+        let pool = store(&database).runner_pool(Arc::new(Room::default));
         assert!(pool.wait_for_poll().await);
         let before = pool.used();
         // As a runner's listener does, and a poll whose connection vanishes.

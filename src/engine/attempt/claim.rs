@@ -123,9 +123,18 @@ impl PolledClaim {
         self.settle(AttemptResult::PutBack {
             delay,
             hold: None,
+            defer: false,
             uncounted: true,
             failure: None,
         });
+    }
+
+    /// Puts the request back until its destination takes more.
+    pub(crate) fn defer(self) {
+        if let Some(destination) = self.destination() {
+            self.driver.slots.gate.note_deferred(&destination);
+        }
+        self.settle(AttemptResult::deferred(true));
     }
 
     /// Puts the request back because this version can't read it, without counting an attempt.
@@ -258,8 +267,14 @@ impl Claim {
         };
         if !lease.has_slot() {
             lease.mark_waiting();
-            if let Some(slot) = self.driver.slots.acquire().await {
+            let destination = self.job.destination().to_string();
+            if let Ok(slot) = self.driver.slots.acquire(&destination).await {
                 lease.take_slot(slot);
+            } else {
+                self.driver.slots.gate.note_deferred(&destination);
+                let counted = self.counted;
+                self.settle(AttemptResult::deferred(counted));
+                return false;
             }
         }
         let now = Instant::now();
@@ -364,6 +379,7 @@ impl Claim {
         self.settle(AttemptResult::PutBack {
             delay,
             hold: None,
+            defer: false,
             uncounted: false,
             failure: Some(Box::new(failure)),
         });
@@ -377,6 +393,7 @@ impl Claim {
         self.settle(AttemptResult::PutBack {
             delay,
             hold: Some(hold),
+            defer: false,
             uncounted: false,
             failure: Some(Box::new(failure)),
         });
@@ -422,6 +439,7 @@ impl Drop for Claim {
             None => AttemptResult::PutBack {
                 delay: self.due.saturating_duration_since(Instant::now()),
                 hold: None,
+                defer: false,
                 uncounted: self.counted,
                 failure: None,
             },
@@ -435,6 +453,7 @@ impl Drop for Claim {
                     AttemptResult::PutBack {
                         delay,
                         hold: None,
+                        defer: false,
                         uncounted: false,
                         failure: Some(Box::new(Failure {
                             class,

@@ -16,6 +16,7 @@ pub(crate) mod caller_client;
 pub(crate) mod claim;
 pub(crate) mod drive;
 mod fault;
+pub(crate) mod gate;
 pub(crate) mod job;
 mod judge;
 pub(crate) mod leases;
@@ -44,8 +45,9 @@ use crate::runtime::Runtime;
 use crate::store::Store;
 
 use bodies::{Bodies, Room};
+use gate::Gate;
 use leases::Leases;
-use slots::{Slot, Slots};
+use slots::{NoSlot, Slot, Slots};
 use transport::DefaultTransport;
 use waiters::Waiters;
 
@@ -85,6 +87,7 @@ pub(crate) struct Parts {
     pub(crate) instance: Uuid,
     pub(crate) leases: Arc<Leases>,
     pub(crate) waiters: Arc<Waiters>,
+    pub(crate) gate: Arc<Gate>,
     pub(crate) polls: Arc<Polls>,
     pub(crate) channels: Arc<UsedChannels>,
     pub(crate) settler: Arc<Settler>,
@@ -97,7 +100,7 @@ pub(crate) struct Parts {
 impl Driver {
     pub(super) fn new(config: Config, parts: Parts) -> Self {
         Self {
-            slots: Slots::new(config.concurrency, config.max_unsettled_bytes),
+            slots: Slots::new(config.concurrency, parts.gate, config.max_unsettled_bytes),
             bodies: Bodies::new(config.max_sending_bytes),
             config,
             store: parts.store,
@@ -168,20 +171,21 @@ impl Driver {
     pub(crate) fn try_inline(
         &self,
         channel: &str,
+        destination: &str,
         has_client: bool,
         body: usize,
-    ) -> Option<(Slot, Option<Room>)> {
+    ) -> Result<(Slot, Option<Room>), NoSlot> {
         let has_client = has_client || self.transport.is_known();
         if !(self.config.delivers(channel) && self.lifecycle.is_claiming() && has_client) {
-            return None;
+            return Err(NoSlot::Busy);
         }
-        let slot = self.slots.try_inline()?;
+        let slot = self.slots.try_inline(destination)?;
         let room = if bodies::is_large(body) {
-            Some(self.bodies.try_take(body)?)
+            Some(self.bodies.try_take(body).ok_or(NoSlot::Busy)?)
         } else {
             None
         };
-        Some((slot, room))
+        Ok((slot, room))
     }
 }
 

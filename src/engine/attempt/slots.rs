@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::gate::{Full, Gate, Pass};
+
 /// How many results may wait for their commit before new requests are left to the queue, or the
 /// concurrency if that is more.
 const MAX_UNSETTLED: usize = 1024;
@@ -16,6 +18,8 @@ const ROOM_SHARE: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Slots {
     concurrency: usize,
+    /// Which destinations may take one.
+    pub(crate) gate: Arc<Gate>,
     attempts: Arc<Semaphore>,
     /// Half of the slots. During a backlog, new requests may only use these, so that they can't
     /// starve the requests in the queue.
@@ -41,6 +45,16 @@ struct Results {
 pub(crate) struct Slot {
     _attempt: OwnedSemaphorePermit,
     _inline: Option<OwnedSemaphorePermit>,
+    _pass: Pass,
+}
+
+/// Why a new request has no slot at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoSlot {
+    /// A poll claims the request.
+    Busy,
+    /// The request's destination takes no more now.
+    Full,
 }
 
 /// Counts a result that waits for its commit, until it is dropped.
@@ -88,9 +102,10 @@ impl Results {
 }
 
 impl Slots {
-    pub(super) fn new(concurrency: usize, max_unsettled_bytes: usize) -> Self {
+    pub(super) fn new(concurrency: usize, gate: Arc<Gate>, max_unsettled_bytes: usize) -> Self {
         Self {
             concurrency,
+            gate,
             attempts: Arc::new(Semaphore::new(concurrency)),
             inline: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
             backlog: AtomicBool::new(false),
@@ -102,33 +117,57 @@ impl Slots {
         }
     }
 
-    /// Waits for a slot, and while the results that wait for their commit are too large.
-    pub(crate) async fn acquire(&self) -> Option<Slot> {
-        let attempt = Arc::clone(&self.attempts).acquire_owned().await.ok()?;
+    /// Waits for a slot, and while the results that wait for their commit are too large. An error
+    /// says that the destination takes no more attempts for a while.
+    pub(crate) async fn acquire(&self, destination: &str) -> Result<Slot, Full> {
+        // The pass first: no slot waits for a destination.
+        let mut pass = match self.gate.try_enter(destination) {
+            Err(full) if !full.lasting => Box::pin(self.gate.enter(destination)).await?,
+            entered => entered?,
+        };
+        let attempt = Arc::clone(&self.attempts).acquire_owned().await;
+        // The semaphore is never closed.
+        let attempt = attempt.map_err(|_closed| Full { lasting: true })?;
         if self.results.are_too_large() {
             // With the slot, in the order of arrival: no result needs a slot to be settled.
             Box::pin(self.results.are_settled()).await;
         }
-        Some(Slot {
+        pass.begin();
+        Ok(Slot {
             _attempt: attempt,
             _inline: None,
+            _pass: pass,
         })
     }
 
     /// A slot for the first attempt of a new request, if one is free and results don't pile up.
-    pub(super) fn try_inline(&self) -> Option<Slot> {
+    pub(super) fn try_inline(&self, destination: &str) -> Result<Slot, NoSlot> {
         if self.is_behind() {
-            return None;
+            return Err(NoSlot::Busy);
         }
-        let attempt = Arc::clone(&self.attempts).try_acquire_owned().ok()?;
+        let mut pass = self.gate.try_enter(destination).map_err(|full| {
+            if full.lasting {
+                NoSlot::Full
+            } else {
+                NoSlot::Busy
+            }
+        })?;
+        let taken = |slots: &Arc<Semaphore>| {
+            Arc::clone(slots)
+                .try_acquire_owned()
+                .map_err(|_none_free| NoSlot::Busy)
+        };
+        let attempt = taken(&self.attempts)?;
         let inline = if self.backlog.load(Ordering::Relaxed) {
-            Some(Arc::clone(&self.inline).try_acquire_owned().ok()?)
+            Some(taken(&self.inline)?)
         } else {
             None
         };
-        Some(Slot {
+        pass.begin();
+        Ok(Slot {
             _attempt: attempt,
             _inline: inline,
+            _pass: pass,
         })
     }
 
@@ -173,13 +212,13 @@ mod tests {
 
     #[test]
     fn no_slot_is_had_until_results_are_below_their_limit() {
-        let slots = Slots::new(3, 100);
+        let slots = Slots::new(3, Gate::new(3, 1.0), 100);
         let mut cx = Context::from_waker(Waker::noop());
         let small = slots.count_unsettled(60);
-        assert!(slots.try_inline().is_some());
+        assert!(slots.try_inline("a").is_ok());
         let large = slots.count_unsettled(1000);
-        assert!(slots.try_inline().is_none());
-        let mut acquired = [Box::pin(slots.acquire()), Box::pin(slots.acquire())];
+        assert!(slots.try_inline("a").is_err());
+        let mut acquired = [Box::pin(slots.acquire("a")), Box::pin(slots.acquire("b"))];
         for slot in &mut acquired {
             assert!(slot.as_mut().poll(&mut cx).is_pending());
         }
@@ -189,6 +228,6 @@ mod tests {
         for slot in &mut acquired {
             assert!(slot.as_mut().poll(&mut cx).is_ready());
         }
-        assert!(pin!(slots.acquire()).poll(&mut cx).is_ready());
+        assert!(pin!(slots.acquire("c")).poll(&mut cx).is_ready());
     }
 }

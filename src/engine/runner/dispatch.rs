@@ -9,6 +9,7 @@ use sqlxmq::CurrentJob;
 
 use crate::classify::FailureClass;
 use crate::codec::{self, Delivery, Unreadable};
+use crate::destination::destination;
 use crate::engine::attempt::Driver;
 use crate::engine::attempt::caller_client;
 use crate::engine::attempt::claim::{Claim, PolledClaim};
@@ -117,6 +118,10 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             claim.put_back(Duration::ZERO);
             None
         }
+        Err(Unusable::Full) => {
+            claim.defer();
+            None
+        }
     }
 }
 
@@ -156,6 +161,8 @@ enum Unusable {
     Later(StoreError),
     /// The handle shut down before the body was read.
     Closing,
+    /// The destination takes no more attempts now.
+    Full,
 }
 
 /// Reads the stored request.
@@ -163,7 +170,7 @@ async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
     let (mut request, uri, delivery) = read_head(claim)?;
     request.body = if claim.head().fetch_body {
         // Boxed, so that other requests don't take the room that it needs.
-        Box::pin(fetch(claim, id)).await?
+        Box::pin(fetch(claim, id, &destination(&uri))).await?
     } else {
         claim.current().raw_bytes().map(Bytes::copy_from_slice)
     };
@@ -190,18 +197,23 @@ fn read_head(claim: &PolledClaim) -> Result<(Request, Uri, Delivery), Unusable> 
 }
 
 /// Reads a large body once its attempt has a slot, and the body room in memory.
-async fn fetch(claim: &PolledClaim, id: RequestId) -> Result<Option<Bytes>, Unusable> {
+async fn fetch(
+    claim: &PolledClaim,
+    id: RequestId,
+    destination: &str,
+) -> Result<Option<Bytes>, Unusable> {
     let driver = claim.driver();
     let mut limit = FIRST_READ;
     loop {
         let admitted = async {
             let room = driver.bodies.take(limit).await;
-            (driver.slots.acquire().await, room)
+            (driver.slots.acquire(destination).await, room)
         };
         let (slot, mut room) = tokio::select! {
             admitted = admitted => admitted,
             () = driver.lifecycle.closing() => return Err(Unusable::Closing),
         };
+        let slot = slot.map_err(|_full| Unusable::Full)?;
         let fetched = driver.store.fetch_body(id, limit).await;
         match fetched.map_err(Unusable::Later)? {
             StoredBody::Larger(bytes) => {
@@ -213,9 +225,7 @@ async fn fetch(claim: &PolledClaim, id: RequestId) -> Result<Option<Bytes>, Unus
                 if let Some(room) = &mut room {
                     room.shrink_to(body.as_ref().map_or(0, Vec::len));
                 }
-                if let Some(slot) = slot {
-                    claim.take(slot, room);
-                }
+                claim.take(slot, room);
                 return Ok(body.map(Bytes::from));
             }
         }

@@ -261,7 +261,7 @@ async fn start(driver: &Arc<Driver>) -> Runner {
     loop {
         let problem = match driver.store.verify().await {
             Ok(()) => {
-                let pool = driver.polls.open(&driver.store);
+                let pool = driver.polls.open(&driver.store, &driver.slots.gate);
                 match options(driver, &pool).run().await {
                     Ok(handle) => {
                         return Runner {

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use crate::engine::attempt::gate::Gate;
 use crate::store::Store;
 use crate::store::runner_pool::RunnerPool;
 
@@ -18,8 +19,9 @@ pub(crate) struct Polls {
 
 impl Polls {
     /// Opens the pool of a new runner. Must be called within a tokio runtime.
-    pub(super) fn open(&self, store: &Store) -> Arc<RunnerPool> {
-        let pool = Arc::new(store.runner_pool());
+    pub(super) fn open(&self, store: &Store, gate: &Arc<Gate>) -> Arc<RunnerPool> {
+        let gate = Arc::clone(gate);
+        let pool = Arc::new(store.runner_pool(Arc::new(move || gate.room())));
         let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
         pools.retain(|pool| pool.strong_count() > 0);
         pools.push(Arc::downgrade(&pool));

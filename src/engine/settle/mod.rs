@@ -67,6 +67,8 @@ pub(crate) enum AttemptResult {
         delay: Duration,
         /// Receives the claim after the commit, if this process holds it for the next attempt.
         hold: Option<oneshot::Sender<Held>>,
+        /// The request waits until its destination takes more.
+        defer: bool,
         uncounted: bool,
         failure: Option<Box<Failure>>,
     },
@@ -78,6 +80,18 @@ pub(crate) enum AttemptResult {
 }
 
 impl AttemptResult {
+    /// No attempt was made, because the destination takes no more now. `counted` says whether the
+    /// database has counted one.
+    pub(crate) fn deferred(counted: bool) -> Self {
+        Self::PutBack {
+            delay: Duration::ZERO,
+            hold: None,
+            defer: true,
+            uncounted: counted,
+            failure: None,
+        }
+    }
+
     /// How many bytes the result has, about.
     pub(crate) fn size(&self) -> usize {
         let (response, text) = match self {
@@ -549,12 +563,14 @@ impl Settler {
                 AttemptResult::PutBack {
                     delay,
                     hold,
+                    defer,
                     uncounted,
                     failure,
                 } => Some(PutBack {
                     fence: settlement.lease.fence(),
                     delay: *delay,
                     hold: hold.is_some(),
+                    defer: *defer,
                     uncounted: *uncounted,
                     failure: failure.as_deref().cloned(),
                 }),

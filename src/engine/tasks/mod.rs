@@ -1,6 +1,7 @@
 //! The engine's background tasks. Each runs until its owner aborts it, or until a shutdown.
 
 pub(crate) mod channels;
+pub(crate) mod destinations;
 pub(crate) mod hand_over;
 pub(crate) mod reconcile;
 pub(crate) mod renew;

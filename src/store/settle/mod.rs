@@ -140,6 +140,7 @@ mod tests {
                 fence: fence(claim_no),
                 delay: Duration::from_secs(seconds),
                 hold: false,
+                defer: false,
                 uncounted: false,
                 failure: None,
             };

@@ -17,6 +17,8 @@ pub(crate) struct PutBack {
     /// This process holds the request and makes the next attempt. Other processes may claim it if
     /// this one hasn't by one lease after the due time.
     pub(crate) hold: bool,
+    /// The request waits until its destination takes more.
+    pub(crate) defer: bool,
     /// The claim made no attempt, so none is counted.
     pub(crate) uncounted: bool,
     pub(crate) failure: Option<Failure>,
@@ -45,11 +47,11 @@ const PUT_BACK: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
             $1::uuid[], $2::int[], $3::bigint[], $4::bool[], $5::bool[],
-            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[]
+            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[], $13::bool[]
         ) WITH ORDINALITY
             AS i(
                 id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms,
-                http_status, head, number
+                http_status, head, defer, number
             )
     ), locked AS MATERIALIZED (
         SELECT i.*, greatest(m.attempts, 1) AS attempts
@@ -80,7 +82,15 @@ const PUT_BACK: &str = "
         claim_no = next_claim_no(m.claim_no),
         attempts = greatest(m.attempts, 1) - l.uncounted::int,
         lost = CASE WHEN l.uncounted THEN m.lost ELSE 0 END,
-        state = CASE WHEN l.hold THEN 'held' ELSE 'waiting' END::mq_state
+        state = CASE
+            WHEN l.hold THEN 'held'
+            WHEN l.defer THEN 'deferred'
+            ELSE 'waiting'
+        END::mq_state,
+        destination = CASE
+            WHEN l.defer THEN coalesce(m.destination, substr(m.channel_args, 8))
+            ELSE m.destination
+        END
     FROM locked l WHERE m.id = ANY (ARRAY[l.id])
     RETURNING m.id, m.claim_no, m.attempts, m.waiter, m.channel_name, m.seq IS NOT NULL AS ordered";
 
@@ -154,6 +164,12 @@ pub(super) async fn put_back(
                 .collect::<Vec<_>>(),
         )
         .bind(millis(lease))
+        .bind(
+            put_backs
+                .iter()
+                .map(|put_back| put_back.defer)
+                .collect::<Vec<_>>(),
+        )
         .fetch_all(connection)
         .await?;
     rows.iter().map(settled_row).collect()
