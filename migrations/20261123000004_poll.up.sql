@@ -38,7 +38,8 @@ CREATE TYPE poll_t AS (
     gated boolean,
     -- Rows in view that are to be deferred.
     surplus tid[],
-    -- How many rows of both kinds were moved, and how many may be, about 10 µs each.
+    -- How many rows were moved, and how many may be, about 10 µs each. A deferred one counts four
+    -- times, because its destination is written too.
     moved int,
     moved_max int,
     -- Groups with rows picked by age.
@@ -344,7 +345,7 @@ BEGIN
         RETURN p;
     END IF;
     v_moved := CASE WHEN p.blocked = '{}' THEN 0 ELSE move_behind(p.blocked) END
-        + CASE WHEN p.surplus = '{}' THEN 0 ELSE defer_rows(p.surplus) END;
+        + CASE WHEN p.surplus = '{}' THEN 0 ELSE 4 * defer_rows(p.surplus) END;
     IF v_moved = 0 THEN
         RETURN p;
     END IF;
@@ -655,7 +656,7 @@ SET search_path FROM CURRENT
 AS $$
 BEGIN
     IF p.surplus <> '{}' THEN
-        p.moved := p.moved + defer_rows(p.surplus);
+        p.moved := p.moved + 4 * defer_rows(p.surplus);
         p.surplus := '{}';
     END IF;
     RETURN p;

@@ -389,7 +389,7 @@ async fn is_of_use(
 }
 
 /// Tells the session of the next poll which room its process has. Nothing is sent while there is
-/// nothing to tell, which is most of the time. `told` says whether an earlier poll was told of some.
+/// nothing to tell, which is most of the time. `told` says whether the last poll was told anything.
 async fn tell_room(
     connection: &mut PgConnection,
     room: Room,
@@ -398,7 +398,9 @@ async fn tell_room(
     let is_some = room != Room::default();
     if told.swap(is_some, Ordering::Relaxed) || is_some {
         let set = sqlx::query(
-            "SELECT set_config('requeuest.room', $1, false), set_config('requeuest.soon', $2, false)",
+            "SELECT
+                set_config('requeuest.room', $1, false),
+                set_config('requeuest.soon', $2, false)",
         )
         .bind(room.json)
         .bind(if room.soon { "on" } else { "" });
