@@ -16,7 +16,7 @@ DROP FUNCTION view_channels;
 DROP FUNCTION deferred_destinations;
 DROP FUNCTION deferred_channels;
 DROP FUNCTION defer_rows;
-DROP FUNCTION is_gated;
+DROP FUNCTION is_closed;
 DROP FUNCTION latest_due;
 DROP FUNCTION oldest_due;
 DROP FUNCTION leased_channels;

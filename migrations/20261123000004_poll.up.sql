@@ -36,10 +36,11 @@ CREATE TYPE poll_t AS (
     room jsonb,
     -- Whether any destination is in the way: one of these, or one that is limited or closed.
     gated boolean,
+    any_closed boolean,
     -- Rows in view that are to be deferred.
     surplus tid[],
-    -- How many rows were moved, and how many may be, about 10 µs each. A deferred one counts four
-    -- times, because its destination is written too.
+    -- How many rows were moved, and how many may be, about 10 µs each. A deferred one counts as
+    -- sixteen: those that are not in the way are found without waiting for that.
     moved int,
     moved_max int,
     -- Groups with rows picked by age.
@@ -67,9 +68,10 @@ BEGIN
     v.picked := '{}';
     v.blocked := '{}';
     v.room := coalesce(nullif(current_setting('requeuest.room', true), ''), '{}')::jsonb;
-    v.gated := v.room <> '{}' OR EXISTS (
+    v.any_closed := EXISTS (
         SELECT FROM destinations d WHERE d.limited OR d.closed_until IS NOT NULL
     );
+    v.gated := v.any_closed OR v.room <> '{}';
     v.surplus := '{}';
     v.moved := 0;
     v.moved_max := 4096;
@@ -185,20 +187,17 @@ BEGIN
 END;
 $$;
 
--- Whether a destination is in the way: the process has told its room for it, or it is limited or
--- closed. The group names the destination where that is NULL.
-CREATE FUNCTION is_gated(p_room jsonb, p_now timestamptz, p_destination text, p_group text)
-RETURNS boolean
+-- Whether a destination is limited or closed. The group names the destination where that is NULL.
+CREATE FUNCTION is_closed(p_now timestamptz, p_destination text, p_group text) RETURNS boolean
 LANGUAGE plpgsql
 STABLE
 SET search_path FROM CURRENT
 AS $$
-DECLARE
-    v_name text := coalesce(p_destination, substr(p_group, 8));
 BEGIN
-    RETURN p_room ? v_name OR EXISTS (
+    RETURN EXISTS (
         SELECT FROM destinations d
-        WHERE d.name = v_name AND (d.limited OR d.closed_until > p_now)
+        WHERE d.name = coalesce(p_destination, substr(p_group, 8))
+            AND (d.limited OR d.closed_until > p_now)
     );
 END;
 $$;
@@ -345,7 +344,7 @@ BEGIN
         RETURN p;
     END IF;
     v_moved := CASE WHEN p.blocked = '{}' THEN 0 ELSE move_behind(p.blocked) END
-        + CASE WHEN p.surplus = '{}' THEN 0 ELSE 4 * defer_rows(p.surplus) END;
+        + CASE WHEN p.surplus = '{}' THEN 0 ELSE 16 * defer_rows(p.surplus) END;
     IF v_moved = 0 THEN
         RETURN p;
     END IF;
@@ -484,7 +483,10 @@ BEGIN
                     AND ahead.seq < m.seq
                 OFFSET 0
             ) AS behind,
-            p.gated AND is_gated(p.room, p.now, m.destination, m.channel_args) AS surplus
+            p.gated AND (
+                p.room ? coalesce(m.destination, substr(m.channel_args, 8))
+                OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+            ) AS surplus
         FROM mq_msgs m
         WHERE m.ctid = ANY (p_met) AND m.state <= 'waiting' AND NOT m.ctid = ANY (p.picked)
     ) rest;
@@ -514,7 +516,10 @@ BEGIN
     LOOP
         v_open := p_room - cardinality(p.picked);
         EXIT WHEN v_open <= 0;
-        IF p.looked >= cardinality(p.view) THEN
+        -- Not the whole view, if all of it is in the way: new requests are to be looked at too.
+        IF p.looked >= cardinality(p.view)
+            OR 16 * cardinality(p.surplus) >= p.moved_max - p.moved
+        THEN
             p := view_beyond_blocked(p);
             EXIT WHEN p.looked >= cardinality(p.view);
         END IF;
@@ -537,8 +542,11 @@ BEGIN
                     WHERE ahead.channel_name = m.channel_name
                         AND ahead.channel_args = m.channel_args AND ahead.seq < m.seq
                 ))
-                AND (
-                    NOT p.gated OR NOT is_gated(p.room, p.now, m.destination, m.channel_args)
+                AND NOT (
+                    p.gated AND (
+                        p.room ? coalesce(m.destination, substr(m.channel_args, 8))
+                        OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+                    )
                 )
             FOR NO KEY UPDATE OF m SKIP LOCKED
         ) locked;
@@ -571,13 +579,18 @@ BEGIN
                 ORDER BY head.seq LIMIT 1
             ) AND m.format = p_format AND m.state <= 'waiting' AND m.attempt_at <= p.now
                 AND NOT m.ctid = ANY (p.picked)
-                AND (
-                    NOT p.gated OR NOT is_gated(p.room, p.now, m.destination, m.channel_args)
+                AND NOT (
+                    p.gated AND (
+                        p.room ? coalesce(m.destination, substr(m.channel_args, 8))
+                        OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+                    )
                 )
             FOR NO KEY UPDATE SKIP LOCKED
         ) locked;
     END IF;
-    IF p.gated AND is_gated(p.room, p.now, NULL, p_group) THEN
+    IF p.gated AND (
+        p.room ? substr(p_group, 8) OR p.any_closed AND is_closed(p.now, NULL, p_group)
+    ) THEN
         RETURN NULL;
     END IF;
     -- A range over a single group, sorted by the group as well. With an equality, a plan made while
@@ -655,8 +668,8 @@ LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    IF p.surplus <> '{}' THEN
-        p.moved := p.moved + 4 * defer_rows(p.surplus);
+    IF p.surplus <> '{}' AND p.moved < p.moved_max THEN
+        p.moved := p.moved + 16 * defer_rows(p.surplus);
         p.surplus := '{}';
     END IF;
     RETURN p;
