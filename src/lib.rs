@@ -132,6 +132,9 @@ pub use dead_letter::{
     DEFAULT_DEAD_LETTER_LIMIT, DeadLetter, DeadLetterFilter, HaltedKey, MAX_DEAD_LETTER_COUNT,
     Reconcile, Resolution,
 };
+pub use destination::{
+    AutoDisable, CircuitBreaker, DestinationPattern, DestinationPolicy, RateLimit, RetryBudget,
+};
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_DEAD_LETTER_RETENTION,
     DEFAULT_HANDLER_CONCURRENCY, DEFAULT_HANDLER_TIMEOUT, DEFAULT_LEASE, DEFAULT_MAX_CONNECTIONS,

@@ -1,4 +1,7 @@
-//! The groups that a poll is fair over.
+//! Destinations, and the groups that a poll is fair over.
+//!
+//! A destination is the scheme, host and port of a URL, or the caller's limit key. What it may be
+//! asked to take is in [`policy`], which destinations a policy is for in [`pattern`].
 //!
 //! A group is the second part of a row's queue (`channel_args`): `hhhh|o|key` for requests with an
 //! ordering key, `hhhh|c|key` for requests with an ordering key that each channel orders
@@ -6,9 +9,24 @@
 //! rest. They spread the groups evenly over the index, so that a runner can start its round
 //! anywhere and skip from group to group.
 
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "the engine doesn't use all of it yet"
+)]
+
+mod name;
+mod pattern;
+mod policy;
+
 use std::fmt;
 
 use http::Uri;
+
+pub(crate) use self::name::{validate_limit_key, validate_name};
+pub use self::pattern::DestinationPattern;
+pub(crate) use self::pattern::Policies;
+pub use self::policy::{AutoDisable, CircuitBreaker, DestinationPolicy, RateLimit, RetryBudget};
 
 /// The group of requests with this ordering key.
 pub(crate) fn ordered_group(key: &str) -> String {
