@@ -133,7 +133,8 @@ pub use dead_letter::{
     Reconcile, Resolution,
 };
 pub use destination::{
-    AutoDisable, CircuitBreaker, DestinationPattern, DestinationPolicy, RateLimit, RetryBudget,
+    AutoDisable, CircuitBreaker, DestinationEvent, DestinationEventKind, DestinationPattern,
+    DestinationPolicy, DestinationState, DestinationStatus, RateLimit, RetryBudget,
 };
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_DEAD_LETTER_RETENTION,

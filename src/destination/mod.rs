@@ -1,7 +1,8 @@
 //! Destinations, and the groups that a poll is fair over.
 //!
 //! A destination is the scheme, host and port of a URL, or the caller's limit key. What it may be
-//! asked to take is in [`policy`], which destinations a policy is for in [`pattern`].
+//! asked to take is in [`policy`], which destinations a policy is for in [`pattern`], and what all
+//! processes know of it in [`state`].
 //!
 //! A group is the second part of a row's queue (`channel_args`): `hhhh|o|key` for requests with an
 //! ordering key, `hhhh|c|key` for requests with an ordering key that each channel orders
@@ -15,18 +16,29 @@
     reason = "the engine doesn't use all of it yet"
 )]
 
+mod breaker;
+mod event;
 mod name;
 mod pattern;
 mod policy;
+mod retry_budget;
+mod state;
+mod streak;
+mod window;
 
 use std::fmt;
 
 use http::Uri;
 
+pub use self::event::{
+    DestinationEvent, DestinationEventKind, DestinationState, DestinationStatus,
+};
 pub(crate) use self::name::{validate_limit_key, validate_name};
 pub use self::pattern::DestinationPattern;
 pub(crate) use self::pattern::Policies;
 pub use self::policy::{AutoDisable, CircuitBreaker, DestinationPolicy, RateLimit, RetryBudget};
+pub(crate) use self::retry_budget::RetryMeter;
+pub(crate) use self::state::{Millis, Report, State, Until, millis, time};
 
 /// The group of requests with this ordering key.
 pub(crate) fn ordered_group(key: &str) -> String {

@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::retry::{MAX_DURATION, millis};
 
 /// Fields that a newer release wrote.
-type Unknown = BTreeMap<String, serde_json::Value>;
+pub(super) type Unknown = BTreeMap<String, serde_json::Value>;
 
 /// Limits, circuit breaker and other rules for a destination: the scheme, host and port of a URL,
 /// or a limit key.
