@@ -23,6 +23,9 @@
 //! raise the policy's delay, up to [`RetryPolicy::max_retry_after`], but never lowers it. If the
 //! allowed age ends before the requested time, the request is given up at once, with that response.
 //! A date is taken relative to the response's own `Date`, so this machine's clock doesn't matter.
+//! Besides seconds and dates, the header may have fractions of seconds, timestamps of RFC 3339, or
+//! seconds since 1970. Of several values the longest counts. The header is honoured on each
+//! response that is retried, whatever its status.
 //!
 //! # When not to retry
 //!
