@@ -8,6 +8,7 @@ DROP TABLE unhandled;
 DROP TABLE handler_heartbeats;
 DROP TABLE handled_channels;
 DROP TABLE outcomes;
+DROP TABLE destination_leases;
 DROP TABLE destinations;
 DROP TABLE mq_payloads;
 DROP TABLE mq_freed_keys;

@@ -181,6 +181,9 @@ CREATE TABLE destinations (
     policy json,
     -- What its processes have seen of it.
     state json NOT NULL DEFAULT '{}',
+    -- The token bucket of its rate limit, as of filled_at.
+    tokens float8,
+    filled_at timestamptz,
     changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (
     autovacuum_vacuum_scale_factor = 0,
@@ -190,6 +193,22 @@ CREATE TABLE destinations (
 CREATE INDEX destinations_changed_at ON destinations (changed_at);
 -- Whether there are any that a poll has to look for.
 CREATE INDEX destinations_gated ON destinations (name) WHERE limited OR closed_until IS NOT NULL;
+
+-- The permits of limited destinations that processes have leased.
+CREATE TABLE destination_leases (
+    name text COLLATE "C" NOT NULL,
+    -- The handle whose process it is.
+    instance uuid NOT NULL,
+    permits int NOT NULL,
+    -- How many the process could use.
+    wanted int NOT NULL,
+    expires_at timestamptz NOT NULL,
+    PRIMARY KEY (name, instance)
+) WITH (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
 
 -- The content of requests. Read once per attempt, so it is kept out of the hot table.
 CREATE TABLE mq_payloads (

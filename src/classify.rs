@@ -337,6 +337,24 @@ pub trait Classify: Send + Sync + 'static {
     fn classify(&self, attempt: &Attempt<'_>) -> Verdict;
 }
 
+/// The verdicts of [`DurableBuilder::webhooks`](crate::DurableBuilder::webhooks).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Webhooks;
+
+impl Classify for Webhooks {
+    fn classify(&self, attempt: &Attempt<'_>) -> Verdict {
+        let default = attempt.default_verdict();
+        if attempt.is_awaited() || default == Verdict::Ambiguous {
+            return default;
+        }
+        match attempt.result {
+            Ok((StatusCode::GONE, _)) => Verdict::Discard,
+            Ok((status, _)) if !status.is_success() => Verdict::Retry,
+            _ => default,
+        }
+    }
+}
+
 /// Makes a [`Classify`] from a function.
 ///
 /// # Examples

@@ -141,6 +141,8 @@ pub(crate) enum Kind {
     /// An operator or hook resolved the request as sent, so its response was never recorded.
     ResponseUnknown,
     UnknownId,
+    /// Nothing is known of a destination of this name.
+    UnknownDestination(Box<str>),
     /// The pool was closed or the handle shut down.
     Closed,
     /// Too much waits in this process to be persisted: so many requests and bytes.
@@ -447,6 +449,12 @@ impl Error {
         matches!(self.0.kind, Kind::UnknownId)
     }
 
+    /// Whether an operation on a [destination](crate::Durable::destination) found nothing to work
+    /// on: it isn't paused, disabled, limited or failing, or its name is wrong.
+    pub fn is_unknown_destination(&self) -> bool {
+        matches!(self.0.kind, Kind::UnknownDestination(_))
+    }
+
     /// Whether this version can't read what is stored of the request or of its outcome: a newer
     /// version wrote it, or it is damaged. Nothing was changed. A process of the version that wrote
     /// it can read it.
@@ -729,6 +737,12 @@ impl fmt::Display for Kind {
             Self::ResponseUnknown => f.write_str(
                 "the request was resolved as sent, so it was delivered but its response is unknown",
             ),
+            Self::UnknownDestination(name) => write!(
+                f,
+                "nothing is known of the destination {name:?}: it is not paused, disabled, limited \
+                 or failing; check the name, which has the scheme and host of its URLs, such as \
+                 https://api.example.com, or is a limit key"
+            ),
             Self::UnknownId => f.write_str(
                 "there is no such request, or its outcome has expired; see \
                  DurableBuilder::retention",
@@ -926,6 +940,7 @@ mod tests {
             } => &["only ambiguous requests can be resolved; "],
             Kind::ResponseUnknown => &["resolved as sent", "response is unknown"],
             Kind::UnknownId => &["no such request", "DurableBuilder::retention"],
+            Kind::UnknownDestination(_) => &["destination", "check the name", "limit key"],
             Kind::Closed => &["shut down", "pool was closed", "build a new handle"],
             Kind::Overloaded { .. } => &["5 requests", "70 bytes", "retry later"],
             Kind::Unreadable(_) => &["can't read", "format 2", "of the version that wrote it"],
@@ -982,6 +997,7 @@ mod tests {
             state(Operation::Replay, Status::Discarded, Some(id)),
             Kind::ResponseUnknown,
             Kind::UnknownId,
+            Kind::UnknownDestination("https://a.example:443".into()),
             Kind::Closed,
             Kind::Overloaded {
                 requests: 5,

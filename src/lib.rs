@@ -142,8 +142,8 @@ pub use durable::{
     DEFAULT_MAX_HANDLER_FAILURES, DEFAULT_MAX_KEY_WAIT, DEFAULT_MAX_LOST_ATTEMPTS,
     DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY,
     DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_SHARE,
-    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, Durable, DurableBuilder, OutcomeSubscription,
-    RequestHead,
+    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DestinationHandle, Durable, DurableBuilder,
+    OutcomeSubscription, RequestHead, WEBHOOKS_ATTEMPT_TIMEOUT,
 };
 #[cfg(feature = "reqwest-middleware")]
 pub use engine::attempt::transport::MiddlewareTransport;

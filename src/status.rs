@@ -14,8 +14,8 @@ use crate::id::RequestId;
 ///
 /// ```text
 /// Scheduled → Available → Running → Completed | Discarded | Cancelled | Ambiguous
-///                 ↑          ↓
-///                 ├── Retryable
+///              ↕  ↑          ↓
+///        Deferred ├── Retryable
 ///                 └── Parked
 /// ```
 ///
@@ -28,6 +28,9 @@ pub enum Status {
     Scheduled,
     /// Due, and waiting for a runner.
     Available,
+    /// Due, and its destination takes no more requests now: it is paused, disabled, or as many
+    /// attempts as it may have are under way. No attempt is counted meanwhile.
+    Deferred,
     /// An attempt is in progress.
     Running,
     /// An attempt failed, and the next one is due later.
@@ -69,6 +72,7 @@ impl Status {
         match self {
             Self::Scheduled => "scheduled",
             Self::Available => "available",
+            Self::Deferred => "deferred",
             Self::Running => "running",
             Self::Retryable => "retryable",
             Self::Parked => "parked",
@@ -113,6 +117,7 @@ impl FromStr for Status {
             "available" => Self::Available,
             "running" => Self::Running,
             "retryable" => Self::Retryable,
+            "deferred" => Self::Deferred,
             "parked" => Self::Parked,
             "completed" => Self::Completed,
             "discarded" => Self::Discarded,

@@ -10,12 +10,6 @@
 //! rest. They spread the groups evenly over the index, so that a runner can start its round
 //! anywhere and skip from group to group.
 
-#![allow(
-    dead_code,
-    unused_imports,
-    reason = "the engine doesn't use all of it yet"
-)]
-
 mod breaker;
 mod event;
 mod name;
@@ -38,7 +32,7 @@ pub use self::pattern::DestinationPattern;
 pub(crate) use self::pattern::Policies;
 pub use self::policy::{AutoDisable, CircuitBreaker, DestinationPolicy, RateLimit, RetryBudget};
 pub(crate) use self::retry_budget::RetryMeter;
-pub(crate) use self::state::{Millis, Report, State, Until, millis, time};
+pub(crate) use self::state::{Millis, Report, State, Until, millis};
 
 /// The group of requests with this ordering key.
 pub(crate) fn ordered_group(key: &str) -> String {

@@ -10,12 +10,13 @@ use sqlx::postgres::PgConnectOptions;
 
 use super::pass_through::{PassThrough, RequestHead};
 use super::{Durable, Inner};
-use crate::classify::{Classifier, Classify};
+use crate::classify::{Classifier, Classify, Webhooks};
 use crate::dead_letter::Reconcile;
+use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
 use crate::engine::attempt::transport::{HttpClient, PlainTransport, Transport, erase};
 use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
-use crate::engine::{Config, Engine};
+use crate::engine::{Config, DestinationObserver, Engine};
 use crate::error::Error;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
@@ -29,6 +30,8 @@ use crate::store::{Store, StoreConfig};
 pub const DEFAULT_CHANNEL: &str = "default";
 /// How many attempts a handle makes at the same time: 256.
 pub const DEFAULT_CONCURRENCY: usize = 256;
+/// How long an attempt may take with [`DurableBuilder::webhooks`]: 20 seconds.
+pub const WEBHOOKS_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(20);
 /// The default of [`DurableBuilder::max_share`].
 pub const DEFAULT_MAX_SHARE: f64 = 0.5;
 /// How long other processes leave a claimed request alone if its process goes silent: 15 seconds.
@@ -97,6 +100,8 @@ pub struct DurableBuilder {
     max_queued_bytes: Option<usize>,
     max_sending_bytes: Option<usize>,
     max_unsettled_bytes: Option<usize>,
+    /// Their patterns are checked by `build`.
+    policies: Vec<(String, DestinationPolicy)>,
     config: Config,
     store: StoreConfig,
 }
@@ -128,11 +133,15 @@ impl DurableBuilder {
             max_queued_bytes: None,
             max_sending_bytes: None,
             max_unsettled_bytes: None,
+            policies: Vec::new(),
             config: Config {
                 channel: DEFAULT_CHANNEL.into(),
                 deliver: None,
                 concurrency: DEFAULT_CONCURRENCY,
                 max_share: DEFAULT_MAX_SHARE,
+                policies: Policies::default(),
+                destination_policy: DestinationPolicy::default(),
+                on_destination_event: None,
                 max_queued_requests: DEFAULT_MAX_QUEUED_REQUESTS,
                 max_queued_bytes: DEFAULT_MAX_QUEUED_BYTES,
                 max_key_wait: DEFAULT_MAX_KEY_WAIT,
@@ -241,6 +250,59 @@ impl DurableBuilder {
     /// room for those that answer.
     pub fn max_share(mut self, share: f64) -> Self {
         self.config.max_share = share;
+        self
+    }
+
+    /// The policy of destinations that match a pattern: limits, a circuit breaker, a retry budget. Of
+    /// several patterns that match, the most specific one counts. See [`DestinationPattern`] for
+    /// their forms, and [`DestinationPolicy`] for what happens without a policy. All processes that
+    /// deliver to a destination should set the same policy;
+    /// [`DestinationHandle::set_policy`](crate::DestinationHandle::set_policy) replaces it at run
+    /// time for all of them.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    /// use requeuest::{DestinationPolicy, Durable, RateLimit};
+    ///
+    /// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+    /// let partner = DestinationPolicy::default()
+    ///     .max_concurrency(10)
+    ///     .rate(RateLimit::new(100, Duration::from_secs(1)));
+    /// let durable = Durable::builder(pool).destination("api.partner.example", partner).build()?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// [`DestinationPattern`]: crate::DestinationPattern
+    pub fn destination(mut self, pattern: impl Into<String>, policy: DestinationPolicy) -> Self {
+        self.policies.push((pattern.into(), policy));
+        self
+    }
+
+    /// Tells the application what happens to destinations: their breaker opens or closes, they are
+    /// paused or disabled, or come near that. Called in the process in which it happens, on the
+    /// handle's runtime, so it must not block. Each event is also an `info` line. Defaults to none.
+    pub fn on_destination_event(
+        mut self,
+        observer: impl Fn(&DestinationEvent) + Send + Sync + 'static,
+    ) -> Self {
+        self.config.on_destination_event = Some(DestinationObserver(Arc::new(observer)));
+        self
+    }
+
+    /// Sets what [Standard Webhooks](https://www.standardwebhooks.com) asks of a sender, for requests
+    /// that are fired: only a 2xx is a success, and after anything else the request is sent again
+    /// after 5 seconds, 5 and 30 minutes, 2, 5, 10, 14, 20 and 24 hours, each with jitter
+    /// ([`RetryPolicy::webhooks`]); a 410 ends it and disables the endpoint; 429, 502, 503 and 504
+    /// slow down ([`DestinationPolicy::webhooks`]); an attempt may take 20 seconds. Requests whose
+    /// response is awaited keep their defaults but for the destination's. What is set after this
+    /// replaces it.
+    pub fn webhooks(mut self) -> Self {
+        self.config.attempt_timeout = WEBHOOKS_ATTEMPT_TIMEOUT;
+        self.config.retry_fired = RetryPolicy::webhooks();
+        self.config.destination_policy = DestinationPolicy::webhooks();
+        self.config.classifier = Classifier::new(Webhooks);
         self
     }
 
@@ -485,6 +547,11 @@ impl DurableBuilder {
     pub fn build(self) -> Result<Durable, Error> {
         self.check()?;
         let mut config = self.config;
+        for (pattern, policy) in self.policies {
+            config.policies.insert(pattern.parse()?, policy)?;
+        }
+        config.policies.validate(config.attempt_timeout)?;
+        config.destination_policy.validate(config.attempt_timeout)?;
         let (request, response) = (self.store.max_request_body, self.store.max_response_body);
         config.max_queued_bytes = budget(self.max_queued_bytes, config.max_queued_bytes, request);
         config.max_sending_bytes =

@@ -4,6 +4,7 @@ mod again;
 mod builder;
 mod bulk;
 mod dead_letters;
+mod destination;
 mod hand_overs;
 mod outcomes;
 mod parked;
@@ -38,8 +39,9 @@ pub use self::builder::{
     DEFAULT_MAX_HANDLER_FAILURES, DEFAULT_MAX_KEY_WAIT, DEFAULT_MAX_LOST_ATTEMPTS,
     DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY,
     DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_SHARE,
-    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DurableBuilder,
+    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DurableBuilder, WEBHOOKS_ATTEMPT_TIMEOUT,
 };
+pub use self::destination::DestinationHandle;
 pub use self::outcomes::OutcomeSubscription;
 pub use self::pass_through::RequestHead;
 pub(crate) use self::submit::{Awaiting, Mode};

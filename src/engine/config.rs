@@ -1,11 +1,23 @@
 //! What an engine was told by its builder.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::classify::Classifier;
+use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
 use crate::idempotency_header::IdempotencyHeader;
 use crate::retry::RetryPolicy;
+
+/// Told of what happens to destinations.
+#[derive(Clone)]
+pub(crate) struct DestinationObserver(pub(crate) Arc<dyn Fn(&DestinationEvent) + Send + Sync>);
+
+impl fmt::Debug for DestinationObserver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DestinationObserver")
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Config {
@@ -16,6 +28,10 @@ pub(crate) struct Config {
     pub(crate) concurrency: usize,
     /// The share of the slots that one destination takes at most.
     pub(crate) max_share: f64,
+    pub(crate) policies: Policies,
+    /// The policy of destinations without another one.
+    pub(crate) destination_policy: DestinationPolicy,
+    pub(crate) on_destination_event: Option<DestinationObserver>,
     /// How many requests, and bytes of them, may wait to be persisted.
     pub(crate) max_queued_requests: usize,
     pub(crate) max_queued_bytes: usize,

@@ -34,7 +34,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use self::attempt::gate::Gate;
+use self::attempt::gate::{Gate, Rules};
 use self::attempt::transport::Transport;
 use self::attempt::{Driver, Parts};
 use self::budget::Budget;
@@ -53,7 +53,7 @@ use crate::store::cancel::Cancelled;
 use crate::store::hand_over::OutcomeHandler;
 use crate::store::outcome::Found;
 
-pub(crate) use self::config::Config;
+pub(crate) use self::config::{Config, DestinationObserver};
 
 /// Longer than any statement may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -123,10 +123,20 @@ impl Engine {
             let (store, sweep) = (store.clone(), Arc::clone(&sweep));
             move || tasks::sweep::run(store.clone(), Arc::clone(&sweep))
         };
-        let gate = Gate::new(config.concurrency, config.max_share);
+        let gate = Gate::new(Rules {
+            slots: config.concurrency,
+            share: config.max_share,
+            policies: config.policies.clone(),
+            policy: config.destination_policy.clone(),
+            lease: store.config().lease,
+        });
         let look_at_destinations = {
             let (store, gate) = (store.clone(), Arc::clone(&gate));
-            move || tasks::destinations::run(store.clone(), Arc::clone(&gate))
+            let tell = config.on_destination_event.clone();
+            move || {
+                let (store, gate) = (store.clone(), Arc::clone(&gate));
+                tasks::destinations::run(store, gate, instance, tell.clone())
+            }
         };
         let look_at_channels = {
             let (store, channels) = (store.clone(), Arc::clone(&channels));

@@ -200,6 +200,25 @@ impl RetryPolicy {
         Self::exponential().max_age(DEFAULT_FIRED_AGE)
     }
 
+    /// What [Standard Webhooks](https://www.standardwebhooks.com) recommends: 5 seconds, 5 and 30
+    /// minutes, 2, 5, 10, 14, 20 and 24 hours, with [equal jitter](Jitter::Equal). The last attempt
+    /// is up to 76 hours after the first.
+    pub fn webhooks() -> Self {
+        const HOUR: u64 = 60 * 60;
+        let delays = [
+            5,
+            5 * 60,
+            HOUR / 2,
+            2 * HOUR,
+            5 * HOUR,
+            10 * HOUR,
+            14 * HOUR,
+            20 * HOUR,
+            24 * HOUR,
+        ];
+        Self::schedule(delays.map(Duration::from_secs)).jitter(Jitter::Equal)
+    }
+
     /// These delays in order, then no more: one attempt more than there are delays. No jitter
     /// unless set. 1 to 1,000 delays of at least one millisecond.
     pub fn schedule(delays: impl IntoIterator<Item = Duration>) -> Self {

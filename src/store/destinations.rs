@@ -1,6 +1,56 @@
 //! What all processes know of destinations.
 
-use super::{Store, StoreError};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::postgres::PgRow;
+use sqlx::{Connection, PgConnection, Row};
+use uuid::Uuid;
+
+use super::{Store, StoreError, millis};
+use crate::destination::{DestinationPolicy, Millis, State, Until, millis as to_millis};
+use crate::error::Error;
+
+/// A destination as the database has it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct StoredDestination {
+    pub(crate) name: String,
+    pub(crate) state: State,
+    /// A policy that was set at run time.
+    pub(crate) policy: Option<DestinationPolicy>,
+    /// The database's time.
+    pub(crate) now: Millis,
+    /// Whether there was a row.
+    pub(crate) exists: bool,
+}
+
+/// What a process asks of a destination's limits.
+#[derive(Clone, Debug)]
+pub(crate) struct LeaseRequest {
+    pub(crate) name: Arc<str>,
+    /// The attempts at the same time, of all processes.
+    pub(crate) limit: Option<u32>,
+    /// How many permits are in use.
+    pub(crate) used: u32,
+    /// How many permits the process could use.
+    pub(crate) permits: u32,
+    /// Tokens a second, and the most that the bucket holds.
+    pub(crate) rate: Option<(f64, u32)>,
+    pub(crate) tokens: u32,
+}
+
+/// What it got.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leased {
+    pub(crate) permits: u32,
+    pub(crate) tokens: u32,
+    /// When there will be a token, if there is none.
+    pub(crate) wait: Duration,
+}
+
+/// How far back changes are looked for again: a change may be committed some time after it was made.
+const OVERLAP: Duration = Duration::from_secs(5);
 
 impl Store {
     /// The names of destinations with deferred requests, in order: those after `after`.
@@ -18,4 +68,263 @@ impl Store {
         })
         .await
     }
+
+    /// The destinations that have changed since a time of the database, and its time now. All of
+    /// them for `None`.
+    pub(crate) async fn changed_destinations(
+        &self,
+        since: Option<Millis>,
+    ) -> Result<Vec<StoredDestination>, StoreError> {
+        self.run("destinations.changed", async |connection| {
+            let since = since.map(|since| since.saturating_sub(to_millis(OVERLAP)));
+            let rows = sqlx::query(CHANGED)
+                .bind(since)
+                .fetch_all(connection)
+                .await?;
+            rows.iter().map(stored).collect()
+        })
+        .await
+    }
+
+    /// One destination.
+    pub(crate) async fn destination(&self, name: &str) -> Result<StoredDestination, Error> {
+        self.run_verified("destinations.one", async |connection| {
+            let row = sqlx::query(ONE).bind(name).fetch_one(connection).await?;
+            stored(&row)
+        })
+        .await
+    }
+
+    /// Changes destinations under their locks, in the order of their names, which must be sorted.
+    /// `change` gets each, and returns whether it changed it.
+    pub(crate) async fn change_destinations(
+        &self,
+        names: &[&str],
+        mut change: impl FnMut(&mut StoredDestination) -> bool + Send,
+    ) -> Result<Vec<StoredDestination>, StoreError> {
+        self.run("destinations.change", async |connection| {
+            change_all(connection, names, &mut change).await
+        })
+        .await
+    }
+
+    /// Leases permits and tokens.
+    pub(crate) async fn lease_destinations(
+        &self,
+        instance: Uuid,
+        requests: &[LeaseRequest],
+    ) -> Result<HashMap<String, Leased>, StoreError> {
+        let lease = self.config().lease;
+        self.run("destinations.lease", async |connection| {
+            lease_all(connection, instance, requests, lease).await
+        })
+        .await
+    }
+
+    /// Removes rows of destinations that nothing is worth keeping of. Returns whether there may be
+    /// more.
+    pub(crate) async fn forget_destinations(&self) -> Result<bool, StoreError> {
+        const LIMIT: i32 = 1000;
+        self.run("destinations.forget", async |connection| {
+            let removed: i32 =
+                sqlx::query_scalar("SELECT forget_destinations(interval '1 hour', $1)")
+                    .bind(LIMIT)
+                    .fetch_one(connection)
+                    .await?;
+            Ok(removed == LIMIT)
+        })
+        .await
+    }
+}
+
+macro_rules! columns {
+    ($rest:literal) => {
+        concat!(
+            "SELECT
+                i.name, d.state::text, d.policy::text,
+                (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now,
+                d.name IS NOT NULL AS found ",
+            $rest
+        )
+    };
+}
+
+const ONE: &str = columns!(
+    "FROM (SELECT $1::text AS name) i LEFT JOIN destinations d ON d.name = ANY (ARRAY[i.name])"
+);
+
+/// The first row has no name, so that the database's time comes in any case.
+const CHANGED: &str = columns!(
+    "FROM (
+        SELECT '' AS name
+        UNION ALL
+        SELECT c.name FROM destinations c
+        WHERE c.changed_at > coalesce(
+            to_timestamp($1::bigint / 1000.0), timestamptz '-infinity'
+        )
+    ) i LEFT JOIN destinations d ON d.name = ANY (ARRAY[i.name])"
+);
+
+const LOCKED: &str = columns!(
+    "FROM unnest($1::text[]) WITH ORDINALITY AS i(name, number)
+     JOIN destinations d ON d.name = ANY (ARRAY[i.name])
+     ORDER BY i.number FOR NO KEY UPDATE OF d"
+);
+
+fn stored(row: &PgRow) -> Result<StoredDestination, sqlx::Error> {
+    let name: String = row.try_get("name")?;
+    let state: Option<String> = row.try_get("state")?;
+    let policy: Option<String> = row.try_get("policy")?;
+    // What a newer version or an operator has written in another form says nothing.
+    Ok(StoredDestination {
+        state: state
+            .and_then(|state| serde_json::from_str(&state).ok())
+            .unwrap_or_default(),
+        policy: policy.and_then(|policy| serde_json::from_str(&policy).ok()),
+        now: row.try_get("now")?,
+        exists: row.try_get("found")?,
+        name,
+    })
+}
+
+async fn change_all(
+    connection: &mut PgConnection,
+    names: &[&str],
+    change: &mut (impl FnMut(&mut StoredDestination) -> bool + Send),
+) -> Result<Vec<StoredDestination>, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    let inserted: Vec<String> = sqlx::query_scalar(
+        "INSERT INTO destinations (name) SELECT i.name FROM unnest($1::text[]) AS i(name)
+         ON CONFLICT DO NOTHING RETURNING name",
+    )
+    .bind(names)
+    .fetch_all(&mut *transaction)
+    .await?;
+    let rows = sqlx::query(LOCKED)
+        .bind(names)
+        .fetch_all(&mut *transaction)
+        .await?;
+    let mut changed = Vec::new();
+    let mut all = Vec::new();
+    for row in &rows {
+        let mut destination = stored(row)?;
+        destination.exists = !inserted.contains(&destination.name);
+        if change(&mut destination) {
+            changed.push(all.len());
+        }
+        all.push(destination);
+    }
+    let column = || changed.iter().map(|&number| &all[number]);
+    let (mut closed, mut states, mut policies, mut limited) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for destination in column() {
+        let state = &destination.state;
+        closed.push(match state.closed_until(destination.now) {
+            None => None,
+            Some(Until::At(at)) => Some(at),
+            Some(Until::Forever) => Some(Millis::MAX),
+        });
+        states.push(encode(state)?);
+        policies.push(destination.policy.as_ref().map(encode).transpose()?);
+        limited.push(
+            destination
+                .policy
+                .as_ref()
+                .is_some_and(DestinationPolicy::has_limits),
+        );
+    }
+    sqlx::query(
+        "UPDATE destinations d
+         SET state = i.state::json, policy = i.policy::json,
+            limited = d.limited OR i.limited,
+            closed_until = CASE
+                WHEN i.closed = 9223372036854775807 THEN 'infinity'
+                ELSE to_timestamp(least(i.closed, 253402300799000) / 1000.0)
+            END,
+            changed_at = clock_timestamp()
+         FROM unnest($1::text[], $2::text[], $3::text[], $4::bool[], $5::bigint[])
+            AS i(name, state, policy, limited, closed)
+         WHERE d.name = ANY (ARRAY[i.name])",
+    )
+    .bind(column().map(|d| &*d.name).collect::<Vec<_>>())
+    .bind(states)
+    .bind(policies)
+    .bind(limited)
+    .bind(closed)
+    .execute(&mut *transaction)
+    .await?;
+    // Those that are healthy need no row.
+    let idle: Vec<&str> = all
+        .iter()
+        .filter(|d| d.policy.is_none() && d.state.is_idle(d.now))
+        .map(|d| &*d.name)
+        .collect();
+    sqlx::query("DELETE FROM destinations d WHERE d.name = ANY ($1) AND NOT d.limited")
+        .bind(idle)
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    Ok(all)
+}
+
+fn encode(value: &impl serde::Serialize) -> Result<String, sqlx::Error> {
+    serde_json::to_string(value).map_err(|error| sqlx::Error::Encode(error.into()))
+}
+
+async fn lease_all(
+    connection: &mut PgConnection,
+    instance: Uuid,
+    requests: &[LeaseRequest],
+    lease: Duration,
+) -> Result<HashMap<String, Leased>, sqlx::Error> {
+    let column = requests.iter();
+    let number = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
+    let rows = sqlx::query(
+        "SELECT destination, permits, tokens, wait_ms FROM lease_destinations(
+            $1, $2, $3, $4, $5, $6, $7, $8, $9 * interval '1 millisecond'
+         )",
+    )
+    .bind(instance)
+    .bind(column.clone().map(|r| &*r.name).collect::<Vec<_>>())
+    .bind(
+        column
+            .clone()
+            .map(|r| r.limit.map(number))
+            .collect::<Vec<_>>(),
+    )
+    .bind(column.clone().map(|r| number(r.used)).collect::<Vec<_>>())
+    .bind(
+        column
+            .clone()
+            .map(|r| number(r.permits))
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        column
+            .clone()
+            .map(|r| r.rate.map(|(rate, _)| rate))
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        column
+            .clone()
+            .map(|r| r.rate.map(|(_, bucket)| number(bucket)))
+            .collect::<Vec<_>>(),
+    )
+    .bind(column.map(|r| number(r.tokens)).collect::<Vec<_>>())
+    .bind(millis(lease))
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let count = |name| row.try_get::<i32, _>(name).map(|n| n.max(0) as u32);
+            let wait: i64 = row.try_get("wait_ms")?;
+            let leased = Leased {
+                permits: count("permits")?,
+                tokens: count("tokens")?,
+                wait: Duration::from_millis(wait.max(0) as u64),
+            };
+            Ok((row.try_get("destination")?, leased))
+        })
+        .collect()
 }

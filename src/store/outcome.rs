@@ -293,6 +293,7 @@ pub(super) async fn status(
         "SELECT coalesce(o.status, CASE
              WHEN m.id IS NULL THEN NULL
              WHEN m.state = 'parked' THEN 'parked'
+             WHEN m.state = 'deferred' AND m.attempt_at <= clock_timestamp() THEN 'deferred'
              -- A held row's due time includes a lease. Once the lease runs out, any runner may
              -- claim the row.
              WHEN m.state = 'held'

@@ -8,6 +8,7 @@ mod behind;
 mod bounds;
 mod bulk;
 mod channels;
+mod citizen;
 mod client;
 mod damaged;
 mod day;

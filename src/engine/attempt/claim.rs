@@ -15,6 +15,7 @@ use tracing::Span;
 
 use super::Driver;
 use super::bodies::Room;
+use super::gate::{Full, Seen, Turn};
 use super::job::Job;
 use super::leases::Lease;
 use super::slots::Slot;
@@ -130,11 +131,14 @@ impl PolledClaim {
     }
 
     /// Puts the request back until its destination takes more.
-    pub(crate) fn defer(self) {
-        if let Some(destination) = self.destination() {
-            self.driver.slots.gate.note_deferred(&destination);
-        }
-        self.settle(AttemptResult::deferred(true));
+    pub(crate) fn defer(self, destination: &str, full: Full) {
+        let result = refused(&self.driver, destination, full, true);
+        self.settle(result);
+    }
+
+    /// Which attempt of the request it is.
+    pub(crate) fn turn(&self) -> Turn {
+        turn_after(self.head.attempts - 1)
     }
 
     /// Puts the request back because this version can't read it, without counting an attempt.
@@ -268,13 +272,13 @@ impl Claim {
         if !lease.has_slot() {
             lease.mark_waiting();
             let destination = self.job.destination().to_string();
-            if let Ok(slot) = self.driver.slots.acquire(&destination).await {
-                lease.take_slot(slot);
-            } else {
-                self.driver.slots.gate.note_deferred(&destination);
-                let counted = self.counted;
-                self.settle(AttemptResult::deferred(counted));
-                return false;
+            match self.driver.slots.acquire(&destination, self.turn()).await {
+                Ok(slot) => lease.take_slot(slot),
+                Err(full) => {
+                    let result = refused(&self.driver, &destination, full, self.counted);
+                    self.settle(result);
+                    return false;
+                }
             }
         }
         let now = Instant::now();
@@ -319,6 +323,18 @@ impl Claim {
                 tracing::debug!(id = %self.job.id, ?error, "a claim could not be confirmed");
                 false
             }
+        }
+    }
+
+    /// Which attempt of the request is next, or under way.
+    pub(super) fn turn(&self) -> Turn {
+        turn_after(self.attempts - u32::from(self.counted))
+    }
+
+    /// Notes what the attempt has shown of its destination.
+    pub(super) fn note(&self, seen: Seen) {
+        if let Some(lease) = &self.lease {
+            lease.note(seen);
         }
     }
 
@@ -471,6 +487,30 @@ impl Drop for Claim {
         };
         self.settle(result);
     }
+}
+
+fn turn_after(attempts: u32) -> Turn {
+    if attempts == 0 {
+        Turn::First
+    } else {
+        Turn::Retry
+    }
+}
+
+/// What becomes of a request whose destination takes no attempt now. `counted` says whether the
+/// database has counted one.
+fn refused(driver: &Driver, destination: &str, full: Full, counted: bool) -> AttemptResult {
+    if let Full::Later(delay) = full {
+        return AttemptResult::PutBack {
+            delay,
+            hold: None,
+            defer: false,
+            uncounted: counted,
+            failure: None,
+        };
+    }
+    driver.slots.gate.note_deferred(destination);
+    AttemptResult::deferred(counted)
 }
 
 /// `destination` is only called for a dead letter, whose log line shows it.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use http::StatusCode;
 
 use super::claim::Claim;
+use super::gate::{Blame, Seen};
 use super::send::{Answer, Exchange, Failed};
 use crate::classify::{Attempt, FailureClass, History, RequestKind, Verdict};
 use crate::idempotency_header;
@@ -60,6 +61,7 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
     let attempt = attempt(&exchange, claim).after(history);
     let accept = job.delivery.accept.as_deref();
     let (verdict, classifier) = driver.config.classifier.judge(accept, &attempt);
+    note(claim, &exchange, verdict);
     let mut function = None;
     let delay = match verdict {
         Verdict::Retry => claim.next_delay(exchange.asked_delay(), &mut function),
@@ -112,6 +114,29 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
         }
         (None, Err(failed)) => Judgement::Finish(Outcome::discarded(job.id, failed.into_fault())),
     }
+}
+
+/// Notes what the attempt has shown of its destination.
+fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
+    let seen = exchange.seen();
+    let fault = match seen {
+        Ok(_) if verdict == Verdict::Final => Blame::Success,
+        Ok((StatusCode::PROXY_AUTHENTICATION_REQUIRED, _)) => Blame::Other,
+        Err(
+            FailureClass::NotReady
+            | FailureClass::Unusable
+            | FailureClass::Abandoned
+            | FailureClass::Other,
+        ) => Blame::Other,
+        Ok(_) | Err(_) => Blame::Destination,
+    };
+    let seen = Seen {
+        turn: claim.turn(),
+        status: seen.ok().map(|(status, _)| status),
+        retry_after: exchange.asked_delay(),
+        fault,
+    };
+    claim.note(seen);
 }
 
 /// The outcome of a request that may have reached its receiver, with the answer to it.

@@ -13,6 +13,7 @@ use crate::id::RequestId;
 use crate::store::settle::Fence;
 
 use super::bodies::Room;
+use super::gate::Seen;
 use super::slots::Slot;
 
 /// How long a claim that is held for its retry keeps the room of its body: longer than any delay
@@ -86,6 +87,13 @@ impl Lease {
 
     pub(crate) fn has_slot(&self) -> bool {
         self.lock().slot.is_some()
+    }
+
+    /// Notes what the attempt has shown of its destination.
+    pub(crate) fn note(&self, seen: Seen) {
+        if let Some(slot) = &self.lock().slot {
+            slot.note(seen);
+        }
     }
 
     pub(crate) fn take_slot(&self, slot: Slot) {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::gate::{Full, Gate, Pass};
+use super::gate::{Full, Gate, Pass, Seen, Turn};
 
 /// How many results may wait for their commit before new requests are left to the queue, or the
 /// concurrency if that is more.
@@ -45,7 +45,14 @@ struct Results {
 pub(crate) struct Slot {
     _attempt: OwnedSemaphorePermit,
     _inline: Option<OwnedSemaphorePermit>,
-    _pass: Pass,
+    pass: Pass,
+}
+
+impl Slot {
+    /// Notes what the attempt has shown of its destination.
+    pub(super) fn note(&self, seen: Seen) {
+        self.pass.note(seen);
+    }
 }
 
 /// Why a new request has no slot at once.
@@ -119,15 +126,15 @@ impl Slots {
 
     /// Waits for a slot, and while the results that wait for their commit are too large. An error
     /// says that the destination takes no more attempts for a while.
-    pub(crate) async fn acquire(&self, destination: &str) -> Result<Slot, Full> {
+    pub(crate) async fn acquire(&self, destination: &str, turn: Turn) -> Result<Slot, Full> {
         // The pass first: no slot waits for a destination.
-        let mut pass = match self.gate.try_enter(destination) {
-            Err(full) if !full.lasting => Box::pin(self.gate.enter(destination)).await?,
+        let mut pass = match self.gate.try_enter(destination, turn) {
+            Err(Full::Soon | Full::Short) => Box::pin(self.gate.enter(destination, turn)).await?,
             entered => entered?,
         };
         let attempt = Arc::clone(&self.attempts).acquire_owned().await;
         // The semaphore is never closed.
-        let attempt = attempt.map_err(|_closed| Full { lasting: true })?;
+        let attempt = attempt.map_err(|_closed| Full::Lasting)?;
         if self.results.are_too_large() {
             // With the slot, in the order of arrival: no result needs a slot to be settled.
             Box::pin(self.results.are_settled()).await;
@@ -136,7 +143,7 @@ impl Slots {
         Ok(Slot {
             _attempt: attempt,
             _inline: None,
-            _pass: pass,
+            pass,
         })
     }
 
@@ -145,13 +152,13 @@ impl Slots {
         if self.is_behind() {
             return Err(NoSlot::Busy);
         }
-        let mut pass = self.gate.try_enter(destination).map_err(|full| {
-            if full.lasting {
-                NoSlot::Full
-            } else {
-                NoSlot::Busy
-            }
-        })?;
+        let mut pass =
+            self.gate
+                .try_enter(destination, Turn::First)
+                .map_err(|full| match full {
+                    Full::Soon => NoSlot::Busy,
+                    Full::Short | Full::Lasting | Full::Later(_) => NoSlot::Full,
+                })?;
         let taken = |slots: &Arc<Semaphore>| {
             Arc::clone(slots)
                 .try_acquire_owned()
@@ -167,7 +174,7 @@ impl Slots {
         Ok(Slot {
             _attempt: attempt,
             _inline: inline,
-            _pass: pass,
+            pass,
         })
     }
 
@@ -207,18 +214,34 @@ mod tests {
     use std::future::Future;
     use std::pin::pin;
     use std::task::{Context, Waker};
+    use std::time::Duration;
 
     use super::*;
+    use crate::destination::{DestinationPolicy, Policies};
+    use crate::engine::attempt::gate::Rules;
 
     #[test]
     fn no_slot_is_had_until_results_are_below_their_limit() {
-        let slots = Slots::new(3, Gate::new(3, 1.0), 100);
+        let slots = Slots::new(
+            3,
+            Gate::new(Rules {
+                slots: 3,
+                share: 1.0,
+                policies: Policies::default(),
+                policy: DestinationPolicy::default(),
+                lease: Duration::from_secs(15),
+            }),
+            100,
+        );
         let mut cx = Context::from_waker(Waker::noop());
         let small = slots.count_unsettled(60);
         assert!(slots.try_inline("a").is_ok());
         let large = slots.count_unsettled(1000);
         assert!(slots.try_inline("a").is_err());
-        let mut acquired = [Box::pin(slots.acquire("a")), Box::pin(slots.acquire("b"))];
+        let mut acquired = [
+            Box::pin(slots.acquire("a", Turn::First)),
+            Box::pin(slots.acquire("b", Turn::First)),
+        ];
         for slot in &mut acquired {
             assert!(slot.as_mut().poll(&mut cx).is_pending());
         }
@@ -228,6 +251,10 @@ mod tests {
         for slot in &mut acquired {
             assert!(slot.as_mut().poll(&mut cx).is_ready());
         }
-        assert!(pin!(slots.acquire("c")).poll(&mut cx).is_ready());
+        assert!(
+            pin!(slots.acquire("c", Turn::First))
+                .poll(&mut cx)
+                .is_ready()
+        );
     }
 }

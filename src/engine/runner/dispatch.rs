@@ -14,6 +14,7 @@ use crate::engine::attempt::Driver;
 use crate::engine::attempt::caller_client;
 use crate::engine::attempt::claim::{Claim, PolledClaim};
 use crate::engine::attempt::drive::drive_by_engine;
+use crate::engine::attempt::gate::Full;
 use crate::engine::attempt::job::Job;
 use crate::engine::attempt::leases::Registered;
 use crate::engine::attempt::transport::Transport;
@@ -118,8 +119,8 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             claim.put_back(Duration::ZERO);
             None
         }
-        Err(Unusable::Full) => {
-            claim.defer();
+        Err(Unusable::Full { destination, full }) => {
+            claim.defer(&destination, full);
             None
         }
     }
@@ -162,7 +163,7 @@ enum Unusable {
     /// The handle shut down before the body was read.
     Closing,
     /// The destination takes no more attempts now.
-    Full,
+    Full { destination: String, full: Full },
 }
 
 /// Reads the stored request.
@@ -207,13 +208,16 @@ async fn fetch(
     loop {
         let admitted = async {
             let room = driver.bodies.take(limit).await;
-            (driver.slots.acquire(destination).await, room)
+            (driver.slots.acquire(destination, claim.turn()).await, room)
         };
         let (slot, mut room) = tokio::select! {
             admitted = admitted => admitted,
             () = driver.lifecycle.closing() => return Err(Unusable::Closing),
         };
-        let slot = slot.map_err(|_full| Unusable::Full)?;
+        let slot = slot.map_err(|full| Unusable::Full {
+            destination: destination.to_owned(),
+            full,
+        })?;
         let fetched = driver.store.fetch_body(id, limit).await;
         match fetched.map_err(Unusable::Later)? {
             StoredBody::Larger(bytes) => {

@@ -1,24 +1,66 @@
-//! Keeping this process's view of destinations current.
+//! Keeping what this process knows of destinations, and what all of them know, the same.
+//!
+//! Once a second, and at once where others should know soon: what attempts have shown goes to the
+//! database, where it changes the destination's state under a lock, and what has changed there comes
+//! back. Permits and tokens are leased whenever attempts are short of them.
 
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::engine::attempt::gate::Gate;
-use crate::store::Store;
+use uuid::Uuid;
 
-/// How often the destinations with deferred requests are looked for.
+use crate::destination::{DestinationEvent, DestinationEventKind, Millis};
+use crate::engine::attempt::gate::{Gate, Known};
+use crate::engine::config::DestinationObserver;
+use crate::redact::panic_text;
+use crate::store::destinations::LeaseRequest;
+use crate::store::{Store, StoreError};
+
+/// How often the database is asked.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How many are looked at in one step. The next step continues from there.
+/// The least time between two reports.
+const PAUSE: Duration = Duration::from_millis(50);
+/// How many destinations with deferred requests are looked at in one step. The next step continues
+/// from there.
 const STEP: usize = 256;
 
-/// Looks until the task is aborted.
-pub(crate) async fn run(store: Store, gate: Arc<Gate>) {
+/// Runs until the task is aborted.
+pub(crate) async fn run(
+    store: Store,
+    gate: Arc<Gate>,
+    instance: Uuid,
+    observer: Option<DestinationObserver>,
+) {
+    tokio::join!(
+        sync(&store, &gate, observer.as_ref()),
+        lease(&store, &gate, instance)
+    );
+}
+
+async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut after = String::new();
+    let mut since: Option<Millis> = None;
     loop {
-        ticks.tick().await;
-        // Other processes, or earlier ones, have deferred requests too. The store logs failures.
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = gate.urgent.notified() => tokio::time::sleep(PAUSE).await,
+        }
+        // A handle that delivers nothing asks nothing.
+        if !gate.is_used() {
+            continue;
+        }
+        report(store, gate, observer).await;
+        // The store logs failures.
+        if let Ok(changed) = store.changed_destinations(since).await {
+            since = changed.first().map(|row| row.now).or(since);
+            let known = changed.into_iter().filter(|row| !row.name.is_empty());
+            gate.learn(known.map(Known::from).collect());
+        }
+        // Other processes, or earlier ones, have deferred requests too.
         if let Ok(names) = store.deferred_destinations(&after, STEP).await {
             for name in &names {
                 gate.note_deferred(name);
@@ -28,5 +70,79 @@ pub(crate) async fn run(store: Store, gate: Arc<Gate>) {
                 _ => String::new(),
             };
         }
+    }
+}
+
+async fn report(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>) {
+    let mut reports = gate.take_reports();
+    if reports.is_empty() {
+        return;
+    }
+    reports.sort_unstable_by(|one, other| one.0.cmp(&other.0));
+    let names: Vec<&str> = reports.iter().map(|(name, _, _)| &**name).collect();
+    let by_name: HashMap<&str, _> = reports.iter().map(|report| (&*report.0, report)).collect();
+    let mut events = Vec::new();
+    let changed: Result<_, StoreError> = store
+        .change_destinations(&names, |row| {
+            let Some((_, policy, report)) = by_name.get(&*row.name) else {
+                return false;
+            };
+            let policy = row.policy.as_ref().unwrap_or(policy);
+            let before = row.state.clone();
+            let happened = row.state.apply(policy, report, row.now);
+            events.extend(happened.into_iter().map(|kind| (row.name.clone(), kind)));
+            row.state != before
+        })
+        .await;
+    match changed {
+        Ok(rows) => {
+            gate.learn(rows.into_iter().map(Known::from).collect());
+            for (name, kind) in events {
+                tell(observer, &name, kind);
+            }
+        }
+        Err(_) => gate.restore_reports(&reports),
+    }
+}
+
+/// Logs an event, and tells the application.
+pub(crate) fn tell(observer: Option<&DestinationObserver>, name: &str, kind: DestinationEventKind) {
+    tracing::info!(destination = name, event = ?kind, "a destination has changed");
+    let Some(observer) = observer else {
+        return;
+    };
+    let event = DestinationEvent::new(name.into(), kind);
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (observer.0)(&event))) {
+        let error = panic_text(&*panic);
+        tracing::error!(destination = name, error, "a hook panicked");
+    }
+}
+
+async fn lease(store: &Store, gate: &Gate, instance: Uuid) {
+    loop {
+        let next = gate.next_ask().unwrap_or_else(|| Instant::now() + INTERVAL);
+        let next = next.min(Instant::now() + INTERVAL);
+        tokio::select! {
+            () = gate.wanting.notified() => {}
+            () = tokio::time::sleep_until(next.into()) => {}
+        }
+        let asks = gate.asks();
+        if asks.is_empty() {
+            continue;
+        }
+        let requests: Vec<LeaseRequest> = asks
+            .iter()
+            .map(|(name, ask)| LeaseRequest {
+                name: Arc::clone(name),
+                limit: ask.limits.concurrency,
+                used: ask.used,
+                permits: ask.permits,
+                rate: ask.limits.rate.map(|rate| (rate.per_second, rate.bucket)),
+                tokens: ask.tokens,
+            })
+            .collect();
+        let asked = Instant::now();
+        let grants = store.lease_destinations(instance, &requests).await.ok();
+        gate.answer(asked, &asks, grants.as_ref());
     }
 }

@@ -416,7 +416,8 @@ async fn a_result_the_database_refuses_fails_alone() {
     .await
     .unwrap();
     let (server, gate) = Server::held(200).await;
-    let durable = short_lease_builder(database.pool()).build().unwrap();
+    let durable = short_lease_builder(database.pool());
+    let durable = durable.max_share(1.0).build().unwrap();
     let mut callers = JoinSet::new();
     for number in 0..256 {
         let durable = durable.clone();

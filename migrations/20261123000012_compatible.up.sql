@@ -5,4 +5,4 @@ CREATE TABLE compatible_from (
     version bigint NOT NULL,
     one_row boolean PRIMARY KEY DEFAULT true CHECK (one_row)
 );
-INSERT INTO compatible_from (version) VALUES (20261123000011);
+INSERT INTO compatible_from (version) VALUES (20261123000012);

@@ -1,0 +1,2 @@
+DROP FUNCTION forget_destinations;
+DROP FUNCTION lease_destinations;

@@ -1,0 +1,250 @@
+//! What this process has leased of a destination's limits.
+//!
+//! Permits are for attempts at the same time, tokens for attempts in a period. Both are leased in
+//! lumps, so that most attempts cost no question to the database, and both expire, so that a process
+//! that dies gives them back.
+
+use std::time::{Duration, Instant};
+
+use crate::destination::{DestinationPolicy, RateLimit};
+use crate::store::destinations::Leased as Grant;
+
+/// How much time's worth of tokens one lump holds, and a process has unspent at most. At least one.
+pub(crate) const LUMP: Duration = Duration::from_millis(100);
+/// How long unspent tokens are good for.
+const TOKENS_LAST: Duration = Duration::from_secs(1);
+/// How soon permits are asked for again, if others have all of them.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// A destination without an attempt for this long gives its permits back.
+const KEPT: Duration = Duration::from_secs(5);
+
+/// The limits that a destination has now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Limits {
+    /// Attempts at the same time, of all processes.
+    pub(crate) concurrency: Option<u32>,
+    pub(crate) rate: Option<Rate>,
+}
+
+/// A token bucket.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Rate {
+    /// Tokens a second.
+    pub(crate) per_second: f64,
+    /// The most tokens that it holds.
+    pub(crate) bucket: u32,
+}
+
+impl Rate {
+    fn of(limit: &RateLimit) -> Self {
+        Self {
+            per_second: f64::from(limit.count) / limit.per.as_secs_f64().max(1e-6),
+            bucket: limit.bucket(),
+        }
+    }
+
+    /// How many tokens are leased at once.
+    fn lump(self) -> u32 {
+        let lump = self.per_second * LUMP.as_secs_f64();
+        (lump as u32).clamp(1, self.bucket.max(1))
+    }
+}
+
+impl Limits {
+    /// `probes` is how many attempts a half-open breaker allows.
+    pub(super) fn of(policy: &DestinationPolicy, probes: Option<u32>) -> Self {
+        let concurrency = match (policy.max_concurrency, probes) {
+            (Some(limit), Some(probes)) => Some(limit.min(probes)),
+            (limit, probes) => limit.or(probes),
+        };
+        Self {
+            concurrency,
+            rate: policy.rate.as_ref().map(Rate::of),
+        }
+    }
+
+    pub(super) fn is_none(self) -> bool {
+        self.concurrency.is_none() && self.rate.is_none()
+    }
+}
+
+/// The permits and tokens of this process.
+#[derive(Debug, Default)]
+pub(super) struct Leased {
+    permits: u32,
+    permits_until: Option<Instant>,
+    tokens: u32,
+    tokens_until: Option<Instant>,
+    /// Not asked for before this time.
+    not_before: Option<Instant>,
+    /// Attempts were turned away for want of permits or tokens since the last answer.
+    wanted: bool,
+    /// A row of this process may be in the database.
+    has_row: bool,
+}
+
+/// A question to the database.
+#[derive(Clone, Debug)]
+pub(crate) struct Ask {
+    pub(crate) limits: Limits,
+    /// How many permits are in use.
+    pub(crate) used: u32,
+    /// How many permits the process could use.
+    pub(crate) permits: u32,
+    pub(crate) tokens: u32,
+}
+
+/// Whether an attempt may begin, as far as the limits say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    Nothing,
+    /// The database has to be asked first.
+    Answer,
+    /// All permits are in use, or there are no tokens.
+    Some,
+}
+
+impl Leased {
+    fn has_permits(&self, now: Instant) -> bool {
+        self.permits_until.is_some_and(|until| now < until)
+    }
+
+    fn tokens(&self, now: Instant) -> u32 {
+        match self.tokens_until {
+            Some(until) if now < until => self.tokens,
+            _ => 0,
+        }
+    }
+
+    fn may_ask(&self, now: Instant) -> bool {
+        self.not_before.is_none_or(|at| now >= at)
+    }
+
+    /// What an attempt lacks while `passes` of them are under way.
+    pub(super) fn lacks(&mut self, limits: Limits, passes: u32, now: Instant) -> Lack {
+        let permits = match limits.concurrency {
+            None => Lack::Nothing,
+            Some(_) if !self.has_permits(now) => Lack::Answer,
+            Some(limit) if passes >= self.permits.min(limit) => Lack::Some,
+            Some(_) => Lack::Nothing,
+        };
+        let tokens = match limits.rate {
+            Some(_) if self.tokens(now) == 0 => Lack::Answer,
+            _ => Lack::Nothing,
+        };
+        let may_ask = self.may_ask(now);
+        let lack = match (permits, tokens) {
+            (Lack::Some, _) => Lack::Some,
+            (Lack::Answer, _) | (_, Lack::Answer) if may_ask => Lack::Answer,
+            (Lack::Answer, _) | (_, Lack::Answer) => Lack::Some,
+            _ => Lack::Nothing,
+        };
+        self.wanted |= lack != Lack::Nothing;
+        lack
+    }
+
+    /// How many attempts more may begin, or could once the database has answered.
+    pub(super) fn free(&self, limits: Limits, passes: u32, now: Instant) -> usize {
+        let may_ask = self.may_ask(now);
+        let permits = match limits.concurrency {
+            None => u32::MAX,
+            Some(limit) if self.has_permits(now) => self.permits.min(limit),
+            Some(limit) if may_ask => limit,
+            Some(_) => 0,
+        };
+        let tokens = match limits.rate {
+            None => u32::MAX,
+            Some(rate) if may_ask => self.tokens(now).saturating_add(rate.lump()),
+            Some(_) => self.tokens(now),
+        };
+        permits.saturating_sub(passes).min(tokens) as usize
+    }
+
+    /// Takes a token.
+    pub(super) fn spend(&mut self, limits: Limits) {
+        if let Some(rate) = limits.rate {
+            self.tokens = self.tokens.saturating_sub(1);
+            // Asked for before the last one is spent.
+            self.wanted |= self.tokens < rate.lump().div_ceil(2);
+        }
+    }
+
+    /// Gives a token back that wasn't used.
+    pub(super) fn give_back(&mut self, limits: Limits) {
+        if limits.rate.is_some() {
+            self.tokens = self.tokens.saturating_add(1);
+        }
+    }
+
+    /// What the database is to be asked now, if anything. `most` is how many attempts the process
+    /// could make, and `quiet` how long it has made none.
+    pub(super) fn ask(
+        &mut self,
+        limits: Limits,
+        passes: u32,
+        most: u32,
+        quiet: Duration,
+        now: Instant,
+    ) -> Option<Ask> {
+        let in_use = passes > 0 || self.wanted;
+        if !in_use && quiet > KEPT {
+            // Nothing is asked for, so what is leased is given back.
+            return std::mem::take(&mut self.has_row).then_some(Ask {
+                limits,
+                used: 0,
+                permits: 0,
+                tokens: 0,
+            });
+        }
+        if limits.is_none() || !(self.wanted || self.has_row) || !self.may_ask(now) {
+            return None;
+        }
+        self.has_row |= limits.concurrency.is_some();
+        let lump = limits.rate.map_or(0, Rate::lump);
+        Some(Ask {
+            limits,
+            used: passes,
+            permits: limits.concurrency.map_or(0, |limit| limit.min(most)),
+            tokens: if self.wanted {
+                lump.saturating_sub(self.tokens(now))
+            } else {
+                0
+            },
+        })
+    }
+
+    /// Notes the answer. `asked` is when the question was asked.
+    pub(super) fn granted(&mut self, ask: &Ask, grant: Grant, lease: Duration, asked: Instant) {
+        self.permits = grant.permits;
+        self.permits_until = (ask.permits > 0).then_some(asked + lease);
+        self.tokens = self.tokens(asked).saturating_add(grant.tokens);
+        self.tokens_until = (self.tokens > 0).then_some(asked + TOKENS_LAST);
+        self.wanted = false;
+        let no_permit = ask.permits > 0 && grant.permits == 0;
+        let no_token = ask.tokens > 0 && grant.tokens == 0;
+        let wait = match (no_permit, no_token) {
+            (true, _) => ASK_AGAIN,
+            (false, true) => grant.wait.clamp(Duration::from_millis(5), ASK_AGAIN),
+            (false, false) => Duration::ZERO,
+        };
+        if no_permit {
+            self.permits_until = None;
+        }
+        self.not_before = (!wait.is_zero()).then_some(asked + wait);
+    }
+
+    /// Asks again later, because the question failed.
+    pub(super) fn not_answered(&mut self, now: Instant) {
+        self.not_before = Some(now + ASK_AGAIN);
+        self.wanted = true;
+    }
+
+    /// When the database is to be asked again, if it is to be.
+    pub(super) fn next_ask(&self) -> Option<Instant> {
+        self.not_before.filter(|_| self.wanted)
+    }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted
+    }
+}

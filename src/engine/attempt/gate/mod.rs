@@ -1,0 +1,758 @@
+//! How many attempts each destination may have now.
+//!
+//! In this process, one destination takes at most a share of the slots while there is work for
+//! others. Destinations that answer slowly, or that have not answered yet, have that share among
+//! them, so that attempts that hang leave room for those that don't. Each of them may take three
+//! times as many slots of the share as are left free: one alone gets three quarters of it, and many
+//! get equal parts. Without work for others, one destination takes all slots but a few, which are
+//! for the first requests to others.
+//!
+//! What the processes have in common (limits, pauses, breakers) is in the database. A task brings
+//! it here and takes what attempts have shown there, so that an attempt asks only this memory.
+
+mod leased;
+mod pace;
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
+use tokio::sync::Notify;
+
+use self::leased::{Lack, Leased, Limits};
+use self::pace::{Pace, Paced, SLOW};
+use crate::destination::{DestinationPolicy, Millis, Policies, Report, RetryMeter, State, millis};
+use crate::store::destinations::{Leased as Grant, StoredDestination};
+use crate::store::runner_pool::Room;
+
+pub(crate) use self::leased::Ask;
+
+/// The part of the slots that is kept for others while there is work for one destination only: one
+/// in sixteen.
+const RESERVE: usize = 16;
+/// How many times the free slots of the slow share one slow destination may take.
+const GREED: usize = 3;
+/// The fraction of all slots from which every slow destination may take its first one.
+const FIRST_SHARE: f64 = 0.75;
+/// How long a destination is remembered after its last attempt.
+const REMEMBERED: Duration = Duration::from_secs(60);
+/// How many idle destinations are remembered.
+const MAX_IDLE: usize = 10_000;
+/// How many requests beyond its free passes a poll may bring for a fast destination.
+const AHEAD: usize = 64;
+/// The longest delay of a retry for which there is no budget.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(600);
+
+/// What a gate goes by.
+#[derive(Debug)]
+pub(crate) struct Rules {
+    pub(crate) slots: usize,
+    /// The share of the slots that one destination takes at most.
+    pub(crate) share: f64,
+    pub(crate) policies: Policies,
+    /// The policy of destinations without another one.
+    pub(crate) policy: DestinationPolicy,
+    /// How long permits are leased for.
+    pub(crate) lease: Duration,
+}
+
+/// The passes of all destinations.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    rules: Rules,
+    /// The most passes that one destination has, and the slow ones together.
+    most: usize,
+    /// The same while there is work for no other.
+    most_alone: usize,
+    default_policy: Arc<DestinationPolicy>,
+    inner: Mutex<Inner>,
+    /// Told when permits or tokens are wanted.
+    pub(crate) wanting: Notify,
+    /// Told when other processes should know soon what an attempt has shown.
+    pub(crate) urgent: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    destinations: HashMap<Arc<str>, Destination>,
+    /// Passes of destinations that are not known to be fast.
+    slow_passes: usize,
+    /// When the idle destinations were last looked for.
+    swept: Option<Instant>,
+    /// Whether anything was sent or polled for.
+    used: bool,
+    /// The destination that was asked for last, and when the last one before it was another.
+    last: Option<Arc<str>>,
+    switched: Option<Instant>,
+}
+
+/// What this process knows of a destination.
+#[derive(Debug)]
+struct Destination {
+    policy: Arc<DestinationPolicy>,
+    /// Attempts under way, and those that wait for their slot.
+    passes: usize,
+    pace: Paced,
+    /// Whether its passes count among the slow ones.
+    counted_slow: bool,
+    /// When deferred requests of it were last known to exist.
+    deferred: Option<Instant>,
+    /// Told when a pass is free.
+    freed: Arc<Notify>,
+    leased: Leased,
+    retries: Option<RetryMeter>,
+    /// When the next retry is due for which there was no budget.
+    next_retry: Option<Instant>,
+    /// Until when this process alone knows that it is closed.
+    throttled: Option<Instant>,
+    /// What the database has of it, if anything.
+    shared: Option<Shared>,
+    report: Report,
+}
+
+/// What the database has of a destination.
+#[derive(Clone, Debug)]
+struct Shared {
+    state: State,
+    /// The database's time at an instant of this process.
+    clock: (Instant, Millis),
+    /// Whether it was closed when it was last looked at.
+    was_closed: bool,
+}
+
+impl Shared {
+    fn now(&self, now: Instant) -> Millis {
+        let (at, time) = self.clock;
+        time.saturating_add(millis(now.saturating_duration_since(at)))
+    }
+}
+
+/// A destination as the database has it.
+#[derive(Clone, Debug)]
+pub(crate) struct Known {
+    pub(crate) name: String,
+    pub(crate) state: State,
+    /// A policy that was set at run time.
+    pub(crate) policy: Option<DestinationPolicy>,
+    /// The database's time.
+    pub(crate) now: Millis,
+}
+
+impl From<StoredDestination> for Known {
+    fn from(row: StoredDestination) -> Self {
+        Self {
+            name: row.name,
+            state: row.state,
+            policy: row.policy,
+            now: row.now,
+        }
+    }
+}
+
+/// Which attempt of its request asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    First,
+    Retry,
+}
+
+/// A destination takes no more attempts of this process now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Full {
+    /// It will soon, so the request waits here.
+    Soon,
+    /// As `Soon`, once the database has answered, or another attempt has ended.
+    Short,
+    /// It won't for a while, so the request is deferred.
+    Lasting,
+    /// It would take a first attempt. The retry is made after this delay.
+    Later(Duration),
+}
+
+/// What the answer to an attempt, or its failure, says of the destination.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    pub(crate) turn: Turn,
+    pub(crate) status: Option<StatusCode>,
+    /// The pause that the answer asked for.
+    pub(crate) retry_after: Option<Duration>,
+    pub(crate) fault: Blame,
+}
+
+/// Whose fault a failure is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Blame {
+    Success,
+    Destination,
+    /// A proxy's, or this side's.
+    Other,
+}
+
+/// The permit for one attempt at a destination.
+#[derive(Debug)]
+pub(crate) struct Pass {
+    gate: Arc<Gate>,
+    name: Arc<str>,
+    began: Option<Instant>,
+}
+
+impl Pass {
+    /// The attempt has its slot.
+    pub(crate) fn begin(&mut self) {
+        let now = Instant::now();
+        self.began = Some(now);
+        if let Some(destination) = self.gate.lock().destinations.get_mut(&*self.name) {
+            destination.pace.begin(now);
+        }
+    }
+
+    /// Notes what the attempt has shown.
+    pub(super) fn note(&self, seen: Seen) {
+        self.gate.note(&self.name, seen);
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.gate.leave(&self.name, self.began, Instant::now());
+    }
+}
+
+impl Destination {
+    fn new(policy: Arc<DestinationPolicy>, now: Instant) -> Self {
+        let mut new = Self {
+            policy: Arc::clone(&policy),
+            passes: 0,
+            pace: Paced::new(now),
+            counted_slow: true,
+            deferred: None,
+            freed: Arc::default(),
+            leased: Leased::default(),
+            retries: None,
+            next_retry: None,
+            throttled: None,
+            shared: None,
+            report: Report::default(),
+        };
+        new.set_policy(policy);
+        new
+    }
+
+    fn set_policy(&mut self, policy: Arc<DestinationPolicy>) {
+        match (&mut self.retries, &policy.retry_budget) {
+            (Some(meter), Some(budget)) => meter.set_budget(budget.clone()),
+            (meter, budget) => *meter = budget.clone().map(RetryMeter::new),
+        }
+        self.policy = policy;
+    }
+
+    fn is_closed(&self, now: Instant) -> bool {
+        self.throttled.is_some_and(|until| now < until)
+            || self
+                .shared
+                .as_ref()
+                .is_some_and(|shared| shared.state.closed_until(shared.now(now)).is_some())
+    }
+
+    fn limits(&self, now: Instant) -> Limits {
+        let half_open = self
+            .shared
+            .as_ref()
+            .is_some_and(|shared| shared.state.is_half_open(shared.now(now)));
+        let probes = half_open.then(|| State::probes(&self.policy));
+        Limits::of(&self.policy, probes)
+    }
+
+    fn is_half_open(&self, now: Instant) -> bool {
+        self.shared
+            .as_ref()
+            .is_some_and(|shared| shared.state.is_half_open(shared.now(now)))
+    }
+
+    fn is_idle(&self, now: Instant) -> bool {
+        self.passes == 0
+            && self.pace.quiet(now) > REMEMBERED
+            && self
+                .deferred
+                .is_none_or(|seen| now.saturating_duration_since(seen) > REMEMBERED)
+            && self.shared.is_none()
+            && self.report.is_empty()
+    }
+
+    /// Whether what was seen matters to other processes.
+    fn is_to_be_reported(&self) -> bool {
+        let report = &self.report;
+        !report.is_empty()
+            && (self.shared.is_some()
+                || report.retry_after.is_some()
+                || report.gone
+                || report.failures > 0 && self.policy.watches_failures())
+    }
+}
+
+impl Inner {
+    /// Whether there has been work for one destination only.
+    fn is_alone(&self, now: Instant) -> bool {
+        self.switched
+            .is_none_or(|at| now.saturating_duration_since(at) > REMEMBERED)
+    }
+
+    /// Counts the destination's passes among the slow ones, or no longer.
+    fn recount(&mut self, name: &str, now: Instant) -> Pace {
+        let Some(destination) = self.destinations.get_mut(name) else {
+            return Pace::Unknown;
+        };
+        let pace = destination.pace.pace(now);
+        let slow = pace != Pace::Fast;
+        if slow != destination.counted_slow {
+            destination.counted_slow = slow;
+            if slow {
+                self.slow_passes += destination.passes;
+            } else {
+                self.slow_passes -= destination.passes;
+            }
+        }
+        pace
+    }
+
+    fn forget_idle(&mut self, now: Instant) {
+        self.destinations
+            .retain(|_, destination| !destination.is_idle(now));
+        if self.destinations.len() > MAX_IDLE {
+            self.destinations.retain(|_, destination| {
+                destination.passes > 0
+                    || destination.deferred.is_some()
+                    || destination.shared.is_some()
+                    || !destination.report.is_empty()
+            });
+        }
+        self.swept = Some(now);
+    }
+}
+
+impl Gate {
+    pub(crate) fn new(rules: Rules) -> Arc<Self> {
+        Arc::new(Self {
+            most: ((rules.slots as f64 * rules.share) as usize).clamp(1, rules.slots),
+            most_alone: if rules.share < 1.0 {
+                rules.slots - rules.slots / RESERVE
+            } else {
+                rules.slots
+            },
+            default_policy: Arc::new(rules.policy.clone()),
+            rules,
+            inner: Mutex::default(),
+            wanting: Notify::new(),
+            urgent: Notify::new(),
+        })
+    }
+
+    fn policy_of(&self, name: &str) -> Arc<DestinationPolicy> {
+        match self.rules.policies.of(name) {
+            Some(policy) => Arc::new(policy.clone()),
+            None => Arc::clone(&self.default_policy),
+        }
+    }
+
+    /// The name and what is known of it, which is nothing at first.
+    fn name_of(&self, inner: &mut Inner, name: &str, now: Instant) -> Arc<str> {
+        if let Some((name, _)) = inner.destinations.get_key_value(name) {
+            return Arc::clone(name);
+        }
+        let new: Arc<str> = name.into();
+        let destination = Destination::new(self.policy_of(name), now);
+        inner.destinations.insert(Arc::clone(&new), destination);
+        new
+    }
+
+    /// A pass, if the destination has one free.
+    pub(super) fn try_enter(self: &Arc<Self>, name: &str, turn: Turn) -> Result<Pass, Full> {
+        self.try_enter_at(name, turn, Instant::now())
+    }
+
+    fn try_enter_at(self: &Arc<Self>, name: &str, turn: Turn, now: Instant) -> Result<Pass, Full> {
+        let mut inner = self.lock();
+        inner.used = true;
+        let due = inner
+            .swept
+            .is_none_or(|swept| now.saturating_duration_since(swept) > REMEMBERED);
+        if due || inner.destinations.len() > 2 * MAX_IDLE {
+            inner.forget_idle(now);
+        }
+        let name = self.name_of(&mut inner, name, now);
+        let pace = inner.recount(&name, now);
+        if inner.last.as_ref() != Some(&name) {
+            if inner.last.replace(Arc::clone(&name)).is_some() {
+                inner.switched = Some(now);
+            }
+        }
+        let free = self.free_slots(&inner, &name, pace, now);
+        let inner = &mut *inner;
+        let Some(destination) = inner.destinations.get_mut(&*name) else {
+            return Err(Full::Soon);
+        };
+        if destination.is_closed(now) {
+            return Err(Full::Lasting);
+        }
+        if free == 0 {
+            return Err(if pace == Pace::Slow {
+                Full::Lasting
+            } else {
+                Full::Soon
+            });
+        }
+        let limits = destination.limits(now);
+        if !limits.is_none() {
+            let passes = destination.passes as u32;
+            let lack = destination.leased.lacks(limits, passes, now);
+            if lack != Lack::Nothing {
+                self.wanting.notify_one();
+                return Err(match lack {
+                    // Where attempts are short, the wait is short too.
+                    Lack::Some if pace == Pace::Slow || destination.is_half_open(now) => {
+                        Full::Lasting
+                    }
+                    _ => Full::Short,
+                });
+            }
+        }
+        if let Some(meter) = &mut destination.retries {
+            match turn {
+                Turn::First => meter.note_first(now),
+                Turn::Retry if meter.try_retry(now) => {}
+                Turn::Retry => {
+                    let per_second = destination
+                        .policy
+                        .retry_budget
+                        .as_ref()
+                        .map_or(1, |budget| budget.per_second.max(1));
+                    let next = destination.next_retry.map_or(now, |next| next.max(now))
+                        + Duration::from_secs(1) / per_second;
+                    destination.next_retry = Some(next.min(now + MAX_RETRY_DELAY));
+                    return Err(Full::Later(next - now));
+                }
+            }
+        }
+        destination.leased.spend(limits);
+        if destination.leased.is_wanted() {
+            self.wanting.notify_one();
+        }
+        destination.passes += 1;
+        if destination.counted_slow {
+            inner.slow_passes += 1;
+        }
+        Ok(Pass {
+            gate: Arc::clone(self),
+            name,
+            began: None,
+        })
+    }
+
+    /// Waits for a pass of a destination that will have one soon.
+    pub(super) async fn enter(self: &Arc<Self>, name: &str, turn: Turn) -> Result<Pass, Full> {
+        let began = Instant::now();
+        loop {
+            let freed = {
+                let mut inner = self.lock();
+                let name = self.name_of(&mut inner, name, began);
+                inner
+                    .destinations
+                    .get(&*name)
+                    .map(|destination| Arc::clone(&destination.freed))
+            };
+            // Before the look, so that no pass that is freed after it is missed.
+            let freed = freed.as_ref().map(|freed| freed.notified());
+            match self.try_enter(name, turn) {
+                Err(Full::Soon | Full::Short) => {
+                    // Looks again after a while: the destination may have become slow.
+                    if let Some(freed) = freed {
+                        let _ = tokio::time::timeout(SLOW, freed).await;
+                    }
+                    // Not for ever beside the requests that this process could send.
+                    if began.elapsed() > REMEMBERED {
+                        return Err(Full::Lasting);
+                    }
+                }
+                entered => return entered,
+            }
+        }
+    }
+
+    /// How many slots the destination may still take.
+    fn free_slots(&self, inner: &Inner, name: &str, pace: Pace, now: Instant) -> usize {
+        let Some(destination) = inner.destinations.get(name) else {
+            return 0;
+        };
+        let per_process = destination.policy.max_concurrency_per_process;
+        let alone = inner.is_alone(now);
+        let most = if alone { self.most_alone } else { self.most };
+        let most = per_process.map_or(most, |limit| most.min(limit as usize));
+        let own = most.saturating_sub(destination.passes);
+        if alone || pace == Pace::Fast {
+            return own;
+        }
+        let unused = self.most.saturating_sub(inner.slow_passes);
+        let fair = (GREED * unused).saturating_sub(destination.passes);
+        let first_limit = ((self.rules.slots as f64 * FIRST_SHARE) as usize).max(1);
+        let first = destination.passes == 0 && inner.slow_passes < first_limit;
+        own.min(unused).min(fair).max(usize::from(first))
+    }
+
+    fn leave(&self, name: &str, began: Option<Instant>, now: Instant) {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let Some(destination) = inner.destinations.get_mut(name) else {
+            return;
+        };
+        destination.passes -= 1;
+        if destination.counted_slow {
+            inner.slow_passes -= 1;
+        }
+        match began {
+            Some(began) => {
+                let took = now.saturating_duration_since(began);
+                destination.pace.end(took, now);
+            }
+            None => {
+                let limits = destination.limits(now);
+                destination.leased.give_back(limits);
+            }
+        }
+        let freed = Arc::clone(&destination.freed);
+        let pace = inner.recount(name, now);
+        // A destination that turns out to be fast has many passes at once.
+        if pace == Pace::Fast && began.is_some() {
+            freed.notify_waiters();
+        }
+        freed.notify_one();
+    }
+
+    /// Notes what an attempt has shown.
+    fn note(&self, name: &str, seen: Seen) {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        let Some(destination) = inner.destinations.get_mut(name) else {
+            return;
+        };
+        let throttle = seen
+            .status
+            .and_then(|status| destination.policy.throttle(status, seen.retry_after));
+        let half_open = destination.is_half_open(now);
+        let on_gone = destination
+            .policy
+            .auto_disable
+            .as_ref()
+            .is_some_and(|rule| rule.on_gone);
+        let report = &mut destination.report;
+        if let Some(pause) = throttle {
+            report.retry_after = report.retry_after.max(Some(pause));
+            let until = now + pause;
+            destination.throttled = destination.throttled.max(Some(until));
+            self.urgent.notify_one();
+        } else if seen.fault != Blame::Other {
+            let failed = seen.fault == Blame::Destination;
+            report.attempts = report.attempts.saturating_add(1);
+            report.failures = report.failures.saturating_add(failed.into());
+            match seen.turn {
+                Turn::First => report.first_attempts = report.first_attempts.saturating_add(1),
+                Turn::Retry => report.retries = report.retries.saturating_add(1),
+            }
+            if on_gone && seen.status == Some(StatusCode::GONE) {
+                report.gone = true;
+                self.urgent.notify_one();
+            }
+            if half_open {
+                report.probe = Some(report.probe.unwrap_or(true) && !failed);
+                self.urgent.notify_one();
+            }
+        }
+    }
+
+    /// Notes that deferred requests of a destination exist. Returns whether that is news.
+    pub(crate) fn note_deferred(&self, name: &str) -> bool {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        let name = self.name_of(&mut inner, name, now);
+        inner
+            .destinations
+            .get_mut(&*name)
+            .is_some_and(|destination| destination.deferred.replace(now).is_none())
+    }
+
+    /// What a poll is told: the room of each destination that has deferred requests, is limited or
+    /// takes no more now, as a JSON object, and whether some will have room soon.
+    pub(crate) fn room(&self) -> Room {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        inner.used = true;
+        let names: Vec<Arc<str>> = inner.destinations.keys().cloned().collect();
+        let mut room = Room::default();
+        for name in names {
+            let pace = inner.recount(&name, now);
+            let slots = self.free_slots(&inner, &name, pace, now);
+            let Some(destination) = inner.destinations.get_mut(&*name) else {
+                continue;
+            };
+            let seen = |seen: Instant| now.saturating_duration_since(seen) <= REMEMBERED;
+            destination.deferred = destination.deferred.filter(|at| seen(*at));
+            let limits = destination.limits(now);
+            let passes = destination.passes;
+            let (free, soon) = if destination.is_closed(now) {
+                (0, false)
+            } else {
+                // Those of a fast destination may wait here for the next pass.
+                let ahead = if pace == Pace::Fast { AHEAD } else { 0 };
+                let leased = if limits.is_none() {
+                    usize::MAX
+                } else {
+                    destination.leased.free(limits, passes as u32, now)
+                };
+                ((slots + ahead).min(leased), passes > 0 || leased == 0)
+            };
+            let in_the_way = free == 0 && (pace == Pace::Slow || destination.is_closed(now));
+            if in_the_way || !limits.is_none() {
+                // The poll defers what it meets.
+                destination.deferred = Some(now);
+            }
+            if destination.deferred.is_some() {
+                room.soon |= soon;
+                add(&mut room, &name, free);
+            }
+        }
+        room
+    }
+
+    /// Whether anything was sent or polled for, so that the database has to be asked.
+    pub(crate) fn is_used(&self) -> bool {
+        self.lock().used
+    }
+
+    /// What attempts have shown since the last call and other processes should know, with the
+    /// policies that judge it. Destinations whose time is over are among them.
+    pub(crate) fn take_reports(&self) -> Vec<(Arc<str>, Arc<DestinationPolicy>, Report)> {
+        let now = Instant::now();
+        let mut reports = Vec::new();
+        for (name, destination) in &mut self.lock().destinations {
+            let closed = destination.is_closed(now);
+            let opened = destination
+                .shared
+                .as_mut()
+                .is_some_and(|shared| std::mem::replace(&mut shared.was_closed, closed) && !closed);
+            let report = destination.is_to_be_reported();
+            let taken = std::mem::take(&mut destination.report);
+            if report || opened {
+                reports.push((Arc::clone(name), Arc::clone(&destination.policy), taken));
+            }
+        }
+        reports
+    }
+
+    /// Keeps reports that could not be stored.
+    pub(crate) fn restore_reports(&self, reports: &[(Arc<str>, Arc<DestinationPolicy>, Report)]) {
+        let mut inner = self.lock();
+        for (name, _, report) in reports {
+            if let Some(destination) = inner.destinations.get_mut(name) {
+                destination.report.add(report);
+            }
+        }
+    }
+
+    /// Notes what the database has of destinations.
+    pub(crate) fn learn(&self, known: Vec<Known>) {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        for known in known {
+            let name = self.name_of(&mut inner, &known.name, now);
+            let policy = match known.policy {
+                Some(policy) => Arc::new(policy),
+                None => self.policy_of(&name),
+            };
+            let Some(destination) = inner.destinations.get_mut(&*name) else {
+                continue;
+            };
+            if *destination.policy != *policy {
+                destination.set_policy(policy);
+            }
+            let closed = known.state.closed_until(known.now);
+            if closed.is_none() {
+                // Resumed or reset, unless it was throttled after that.
+                destination.throttled = destination
+                    .throttled
+                    .filter(|_| destination.report.retry_after.is_some());
+            }
+            destination.shared = (!known.state.is_idle(known.now)).then(|| Shared {
+                was_closed: closed.is_some(),
+                clock: (now, known.now),
+                state: known.state,
+            });
+            destination.freed.notify_waiters();
+        }
+    }
+
+    /// Which permits and tokens the database is to be asked for.
+    pub(crate) fn asks(&self) -> Vec<(Arc<str>, Ask)> {
+        let now = Instant::now();
+        let most = self.most as u32;
+        let mut asks = Vec::new();
+        for (name, destination) in &mut self.lock().destinations {
+            let limits = destination.limits(now);
+            let passes = destination.passes as u32;
+            let quiet = destination.pace.quiet(now);
+            if let Some(ask) = destination.leased.ask(limits, passes, most, quiet, now) {
+                asks.push((Arc::clone(name), ask));
+            }
+        }
+        asks
+    }
+
+    /// Notes the answers, or that there were none.
+    pub(crate) fn answer(
+        &self,
+        asked: Instant,
+        asks: &[(Arc<str>, Ask)],
+        grants: Option<&HashMap<String, Grant>>,
+    ) {
+        let mut inner = self.lock();
+        for (name, ask) in asks {
+            let Some(destination) = inner.destinations.get_mut(name) else {
+                continue;
+            };
+            match grants.and_then(|grants| grants.get(&**name)) {
+                Some(grant) => {
+                    destination
+                        .leased
+                        .granted(ask, *grant, self.rules.lease, asked);
+                    destination.freed.notify_waiters();
+                }
+                None => destination.leased.not_answered(Instant::now()),
+            }
+        }
+    }
+
+    /// When the next question is due, if one is.
+    pub(crate) fn next_ask(&self) -> Option<Instant> {
+        let inner = self.lock();
+        let destinations = inner.destinations.values();
+        destinations
+            .filter_map(|destination| destination.leased.next_ask())
+            .min()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Adds a destination to what a poll is told.
+fn add(room: &mut Room, name: &str, free: usize) {
+    if room.json.is_empty() {
+        room.json.push('{');
+    } else {
+        room.json.pop();
+        room.json.push(',');
+    }
+    let name = serde_json::Value::from(name);
+    let _ = write!(room.json, "{name}:{free}}}");
+}
