@@ -102,6 +102,7 @@ async fn no_attempt_begins_while_too_many_results_wait_in_an_outage() {
     let durable = Durable::builder(pool)
         // A poll claims half as many again, and these wait here for their attempt.
         .concurrency(2 * CONCURRENCY)
+        .max_share(1.0)
         .max_unsettled_bytes(FILL * ANSWER)
         .build()
         .unwrap();

@@ -30,12 +30,14 @@ use crate::store::runner_pool::Room;
 pub(crate) use self::leased::Ask;
 
 /// The part of the slots that is kept for others while there is work for one destination only: one
-/// in sixteen.
-const RESERVE: usize = 16;
+/// in eight.
+const RESERVE: usize = 8;
 /// How many times the free slots of the slow share one slow destination may take.
 const GREED: usize = 3;
-/// The fraction of all slots from which every slow destination may take its first one.
+/// While slow destinations have less than this fraction of all slots, each may take a first one.
 const FIRST_SHARE: f64 = 0.75;
+/// The same for destinations that have not answered yet.
+const UNKNOWN_SHARE: f64 = 0.97;
 /// How long a destination is remembered after its last attempt.
 const REMEMBERED: Duration = Duration::from_secs(60);
 /// How many idle destinations are remembered.
@@ -495,7 +497,12 @@ impl Gate {
         }
         let unused = self.most.saturating_sub(inner.slow_passes);
         let fair = (GREED * unused).saturating_sub(destination.passes);
-        let first_limit = ((self.rules.slots as f64 * FIRST_SHARE) as usize).max(1);
+        let first_share = if pace == Pace::Unknown {
+            UNKNOWN_SHARE
+        } else {
+            FIRST_SHARE
+        };
+        let first_limit = ((self.rules.slots as f64 * first_share) as usize).max(1);
         let first = destination.passes == 0 && inner.slow_passes < first_limit;
         own.min(unused).min(fair).max(usize::from(first))
     }
