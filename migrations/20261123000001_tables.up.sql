@@ -69,8 +69,8 @@ CREATE TABLE mq_msgs (
     id uuid PRIMARY KEY,
     channel_name text COLLATE "C" NOT NULL,
     -- The group: `hhhh|o|key` for an ordering key that all channels share, `hhhh|c|key` for an
-    -- ordering key within one channel, `hhhh|d|origin` otherwise. hhhh is a hash that spreads the
-    -- groups.
+    -- ordering key within one channel, `hhhh|d|destination` otherwise. hhhh is a hash that spreads
+    -- the groups.
     channel_args text COLLATE "C" NOT NULL,
     -- When the next attempt is due; while an attempt is under way, the end of its lease.
     attempt_at timestamptz NOT NULL,
@@ -95,8 +95,9 @@ CREATE TABLE mq_msgs (
     lost smallint NOT NULL DEFAULT 0,
     -- When the request was last claimed as a suspect: see `lock_suspects`.
     suspected_at timestamptz,
-    -- The destination, of a request with an ordering key or a group of its own, and of each request
-    -- that was deferred. The group of any other request names it.
+    -- The destination (scheme, host and port, or the caller's limit key), of a request with an
+    -- ordering key or a group of its own, and of each request that was deferred. The group of any
+    -- other request names it.
     destination text COLLATE "C",
     -- When the request is given up, whether or not it has been sent.
     deadline timestamptz,

@@ -110,8 +110,11 @@ BEGIN
             AS i(id, claim_no, status, http_status, head, error_class, error, unmade, number)
     ), ending AS MATERIALIZED (
         SELECT
-            i.*, m.claim_no AS last_claim, m.channel_name, m.channel_args, m.destination, m.waiter,
-            m.created_at,
+            i.*, m.claim_no AS last_claim, m.channel_name, m.channel_args, m.waiter, m.created_at,
+            coalesce(
+                m.destination,
+                CASE WHEN substr(m.channel_args, 5, 3) = '|d|' THEN substr(m.channel_args, 8) END
+            ) AS destination,
             greatest(m.attempts, coalesce(i.unmade, false)::int) - coalesce(i.unmade, false)::int
                 AS attempts,
             m.seq IS NOT NULL AS ordered, i.dead AND m.halts AND m.seq IS NOT NULL AS halts
@@ -131,9 +134,9 @@ BEGIN
     ), ended AS MATERIALIZED (
         SELECT
             e.*, p.metadata, p.response_status, p.response_head, p.response_body,
+            -- A limit key says nothing of where the request went.
             CASE WHEN e.dead THEN coalesce(
-                e.destination,
-                CASE WHEN substr(e.channel_args, 5, 3) = '|d|' THEN substr(e.channel_args, 8) END,
+                CASE WHEN strpos(e.destination, '://') > 0 THEN e.destination END,
                 request_destination(p.head)
             ) END AS letter_destination,
             e.http_status IS NULL AND e.status = 'discarded' AND p.response_head IS NOT NULL

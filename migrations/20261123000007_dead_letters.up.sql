@@ -52,6 +52,24 @@ AS $$
     ) AS u(url);
 $$;
 
+-- The limit key of a stored request, or NULL. Only escapes that the crate writes are read, so that
+-- what is read is always JSON.
+CREATE FUNCTION request_limit_key(p_head text) RETURNS text
+LANGUAGE sql
+IMMUTABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT ('"' || substring(
+        -- No limit key begins earlier.
+        right(p_head, 2048) FROM
+        $re$(?x)
+            "limit_key":"((?:
+                [^"\\\u0001-\u001f] | \\["\\bfnrt] | \\u00(?:0[1-9a-f]|1[0-9a-f])
+            )+)"(?:,"awaited":true)?[}][}]\Z
+        $re$
+    ) || '"')::json #>> '{}'
+$$;
+
 -- A stored head without the mark of a caller that gets the response, whatever it is. No caller
 -- waits for a dead letter that is sent again.
 CREATE FUNCTION without_caller(p_head text) RETURNS text
@@ -121,7 +139,9 @@ BEGIN
     UPDATE mq_payloads p
     SET id = p_new, head = without_caller(p.head), returns = 0, response_status = NULL,
         response_head = NULL, response_body = NULL
-    WHERE p.id = p_id RETURNING p.halts, request_destination(p.head) INTO v_halts, v_destination;
+    WHERE p.id = p_id
+    RETURNING p.halts, coalesce(request_limit_key(p.head), request_destination(p.head))
+    INTO v_halts, v_destination;
     IF NOT FOUND THEN
         RETURN 'gone';
     END IF;
@@ -238,7 +258,9 @@ BEGIN
         END IF;
         UPDATE mq_payloads p
         SET returns = least(p.returns, 2147483646) + 1, head = without_caller(p.head)
-        WHERE p.id = p_id RETURNING p.returns, p.halts, request_destination(p.head)
+        WHERE p.id = p_id
+        RETURNING
+            p.returns, p.halts, coalesce(request_limit_key(p.head), request_destination(p.head))
         INTO v_returns, v_halts, v_destination;
         IF NOT FOUND THEN
             RETURN 'gone';

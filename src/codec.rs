@@ -22,6 +22,7 @@ use serde_json::error::Category;
 use url::Url;
 
 use crate::classify::AcceptedResponse;
+use crate::destination::validate_limit_key;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::options::{Guarantee, Options, validate_timeout};
@@ -137,6 +138,10 @@ pub(crate) struct Delivery {
     pub(crate) accept: Option<Vec<AcceptedResponse>>,
     #[serde(default, skip_serializing_if = "Guarantee::is_default")]
     pub(crate) guarantee: Guarantee,
+    /// The name of the destination, if the URL doesn't give it. The migrations' `request_limit_key`
+    /// looks for it here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) limit_key: Option<Box<str>>,
     /// A caller gets the response, whatever it is. Without one, a final response other than a
     /// success makes a dead letter. Stays last: the migrations' `without_caller` takes it off.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -311,6 +316,9 @@ pub(crate) fn decode_request(head: &str) -> Result<(Request, Uri, Delivery), Unr
     validate_timeout(delivery.attempt_timeout).map_err(|_| Unreadable::part("`timeout_ms`"))?;
     let retry = delivery.retry.validate();
     retry.map_err(|reason| Unreadable(format!("`retry`: {reason}").into()))?;
+    if let Some(key) = &delivery.limit_key {
+        validate_limit_key(key).map_err(|_| Unreadable::part("`limit_key`"))?;
+    }
     let (headers, sensitive) = (head.headers, head.sensitive);
     let request = Request {
         method: Method::from_str(&head.method.0).map_err(|_| Unreadable::part("the method"))?,
@@ -371,6 +379,7 @@ mod tests {
             retry: RetryPolicy::awaited(),
             accept: None,
             guarantee: Guarantee::default(),
+            limit_key: None,
             awaited: true,
         }
     }
@@ -526,6 +535,7 @@ mod tests {
                 AcceptedResponse::Range(1, 2),
             ]),
             guarantee: Guarantee::AtMostOnce,
+            limit_key: Some("tenant-7".into()),
             awaited: true,
             ..delivery()
         };

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::classify::AcceptedResponse;
+use crate::destination::validate_limit_key;
 use crate::error::Error;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::metadata::Metadata;
@@ -72,6 +73,7 @@ pub struct Options {
     pub(crate) channel: Option<Arc<str>>,
     pub(crate) ordered: Option<Arc<str>>,
     pub(crate) group: Option<Arc<str>>,
+    pub(crate) limit_key: Option<Arc<str>>,
     pub(crate) delay: Option<Duration>,
     pub(crate) attempt_timeout: Option<Duration>,
     pub(crate) retry: Option<RetryPolicy>,
@@ -223,6 +225,30 @@ impl Options {
         self
     }
 
+    /// The request's destination: what limits, circuit breakers and pauses apply to, and what a
+    /// process is fair over. A tenant, an account or an API key. Requests with the same limit key
+    /// share one destination, wherever they go; requests of different limit keys at one host don't
+    /// delay each other.
+    ///
+    /// It is stored with the request, and a replay keeps it. Logs, errors and
+    /// [`DeadLetter::destination`](crate::DeadLetter::destination) show where the request goes, not
+    /// its limit key. 1 to 255 bytes, without NUL characters and without `://`. Defaults to scheme,
+    /// host and port of the URL.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use requeuest::Options;
+    ///
+    /// // Each account has a rate limit of its own at the same host.
+    /// let options = Options::default().limit_key("account-7");
+    /// ```
+    #[must_use]
+    pub fn limit_key(mut self, key: impl Into<Arc<str>>) -> Self {
+        self.limit_key = Some(key.into());
+        self
+    }
+
     /// The group, which polls are fair over. Defaults to the destination.
     pub(crate) fn group(mut self, group: impl Into<Arc<str>>) -> Self {
         self.group = Some(group.into());
@@ -311,6 +337,7 @@ impl Options {
             && self.key_owner == other.key_owner
             && self.supersede == other.supersede
             && self.ordered == other.ordered
+            && self.limit_key == other.limit_key
             && self.metadata.as_ref().map(Metadata::json)
                 == other.metadata.as_ref().map(Metadata::json)
     }
@@ -340,6 +367,9 @@ impl Options {
                     return Err(Error::request(field, "must not be empty"));
                 }
             }
+        }
+        if let Some(key) = &self.limit_key {
+            validate_limit_key(key)?;
         }
         if let Some(metadata) = &self.metadata {
             metadata

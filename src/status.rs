@@ -143,6 +143,7 @@ mod tests {
         for status in [
             Status::Scheduled,
             Status::Available,
+            Status::Deferred,
             Status::Running,
             Status::Retryable,
             Status::Parked,

@@ -6,8 +6,8 @@
 //!
 //! A group is the second part of a row's queue (`channel_args`): `hhhh|o|key` for requests with an
 //! ordering key, `hhhh|c|key` for requests with an ordering key that each channel orders
-//! separately, and `hhhh|d|origin` for all others. The four hexadecimal digits are a hash of the
-//! rest. They spread the groups evenly over the index, so that a runner can start its round
+//! separately, and `hhhh|d|destination` for all others. The four hexadecimal digits are a hash of
+//! the rest. They spread the groups evenly over the index, so that a runner can start its round
 //! anywhere and skip from group to group.
 
 mod breaker;
@@ -20,6 +20,7 @@ mod state;
 mod streak;
 mod window;
 
+use std::borrow::Cow;
 use std::fmt;
 
 use http::Uri;
@@ -55,19 +56,17 @@ pub(crate) fn destination_of(group: &str) -> &str {
     group.get("hhhh|d|".len()..).unwrap_or_default()
 }
 
-/// The group of unordered requests, named by the caller.
+/// The group of unordered requests: their destination, or a name of the caller's.
 pub(crate) fn named_group(name: &str) -> String {
     group('d', name)
 }
 
-/// The group of unordered requests without a name: their destination.
-pub(crate) fn destination_group(uri: &Uri) -> String {
-    group('d', &Destination::of(uri).to_string())
-}
-
-/// The destination of a request whose group doesn't name it.
-pub(crate) fn destination(uri: &Uri) -> String {
-    Destination::of(uri).to_string()
+/// The name of a request's destination: its limit key, or scheme, host and port.
+pub(crate) fn name_of<'a>(limit_key: Option<&'a str>, uri: &Uri) -> Cow<'a, str> {
+    match limit_key {
+        Some(key) => Cow::Borrowed(key),
+        None => Cow::Owned(Destination::of(uri).to_string()),
+    }
 }
 
 /// Scheme, host and port of a URL; the port is always included. No other part of a URL may be
@@ -122,10 +121,12 @@ mod tests {
 
     #[test]
     fn a_destination_is_scheme_host_and_port() {
-        let group = |uri: &'static str| destination_group(&Uri::from_static(uri));
+        let group = |uri: &'static str| named_group(&name_of(None, &Uri::from_static(uri)));
         assert_eq!(group("http://A.example/x?y"), group("http://a.example:80/"));
         assert_ne!(group("http://a.example/"), group("https://a.example/"));
         assert!(group("https://user:pw@a.example/").ends_with("|d|https://a.example:443"));
+        let uri = Uri::from_static("http://a.example/");
+        assert_eq!(name_of(Some("tenant-7"), &uri), "tenant-7");
     }
 
     #[test]

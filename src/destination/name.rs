@@ -103,7 +103,7 @@ mod tests {
     use http::Uri;
 
     use super::*;
-    use crate::destination::destination;
+    use crate::destination::name_of;
 
     #[test]
     fn names_are_normalised() {
@@ -130,7 +130,7 @@ mod tests {
             assert_eq!(validate_name(&found).unwrap(), name);
             if let (true, true) = (given.contains("://"), given.is_ascii()) {
                 let uri: Uri = given.to_lowercase().parse().unwrap();
-                assert_eq!(destination(&uri), name);
+                assert_eq!(name_of(None, &uri), name);
             }
         }
     }

@@ -249,10 +249,6 @@ impl Policies {
             .iter()
             .try_for_each(|(_, policy)| policy.validate(attempt_timeout))
     }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.policies.is_empty()
-    }
 }
 
 #[cfg(test)]

@@ -56,6 +56,7 @@ impl Durable {
             }),
             accept: options.accept.as_ref().map(|accept| accept.to_vec()),
             guarantee: options.guarantee,
+            limit_key: options.limit_key.as_deref().map(Box::from),
             awaited: mode == Mode::Awaited,
         };
         if options.guarantee == Guarantee::AtLeastOnce {
@@ -67,6 +68,7 @@ impl Durable {
             );
         }
         let options = &request.options;
+        let destination = destination::name_of(options.limit_key.as_deref(), &uri);
         let row = NewRequest {
             id,
             channel: Arc::clone(options.channel.as_ref().unwrap_or(&config.channel)),
@@ -76,10 +78,10 @@ impl Durable {
                 }
                 (Some(key), _) => destination::ordered_group(key),
                 (None, Some(group)) => destination::named_group(group),
-                (None, None) => destination::destination_group(&uri),
+                (None, None) => destination::named_group(&destination),
             },
             destination: (options.ordered.is_some() || options.group.is_some())
-                .then(|| destination::destination(&uri)),
+                .then(|| destination.into_owned()),
             ordered: options.ordered.is_some(),
             halts: options.halt_on_discard,
             deadline: options.deadline,

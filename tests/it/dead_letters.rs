@@ -660,6 +660,8 @@ async fn a_replayed_request_keeps_its_destination() {
         Options::default(),
         Options::default().ordered("key"),
         Options::default().ordered("halted").halt_on_discard(),
+        Options::default().limit_key("tenant-7"),
+        Options::default().limit_key("tenant-7").ordered("key"),
     ] {
         let request = post(server.url("/"), "x").with(options);
         let id = ends(&durable, request, Status::Discarded).await;

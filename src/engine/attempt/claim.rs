@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::Extensions;
+use http::{Extensions, Uri};
 use sqlxmq::CurrentJob;
 use tokio::sync::oneshot;
 use tracing::Span;
@@ -20,7 +20,7 @@ use super::job::Job;
 use super::leases::Lease;
 use super::slots::Slot;
 use crate::classify::FailureClass;
-use crate::codec::{self, Unreadable};
+use crate::codec::{self, Delivery, Unreadable};
 use crate::destination::Destination;
 use crate::engine::settle::{AttemptResult, Held, Settlement};
 use crate::metadata::Metadata;
@@ -147,10 +147,16 @@ impl PolledClaim {
         self.settle(AttemptResult::Park { reason, channel });
     }
 
-    /// The destination of the stored request, if that can be read.
+    /// Where the stored request goes, if that can be read.
     fn destination(&self) -> Option<String> {
-        let (_, uri, _) = codec::decode_request(self.head.head().ok()??).ok()?;
+        let (uri, _) = self.request()?;
         Some(Destination::of(&uri).to_string())
+    }
+
+    /// What the stored request says of its destination, if that can be read.
+    fn request(&self) -> Option<(Uri, Delivery)> {
+        let (_, uri, delivery) = codec::decode_request(self.head.head().ok()??).ok()?;
+        Some((uri, delivery))
     }
 
     fn settle(self, result: AttemptResult) {
@@ -271,7 +277,7 @@ impl Claim {
         };
         if !lease.has_slot() {
             lease.mark_waiting();
-            let destination = self.job.destination().to_string();
+            let destination = self.job.limit_name();
             match self.driver.slots.acquire(&destination, self.turn()).await {
                 Ok(slot) => lease.take_slot(slot),
                 Err(full) => {

@@ -1,11 +1,12 @@
 //! What there is to send.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use http::{Extensions, Uri};
 
 use crate::codec::Delivery;
-use crate::destination::Destination;
+use crate::destination::{Destination, name_of};
 use crate::id::RequestId;
 use crate::request::Request;
 
@@ -39,7 +40,12 @@ impl Job {
         }
     }
 
-    /// Where the request goes: the key of limits, and what logs show of its URL.
+    /// The key of limits, breakers and pauses: the request's limit key, or where it goes.
+    pub(crate) fn limit_name(&self) -> Cow<'_, str> {
+        name_of(self.delivery.limit_key.as_deref(), &self.uri)
+    }
+
+    /// Where the request goes, and what logs show of its URL.
     pub(crate) fn destination(&self) -> Destination<'_> {
         Destination::of(&self.uri)
     }

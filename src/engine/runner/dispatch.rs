@@ -9,7 +9,7 @@ use sqlxmq::CurrentJob;
 
 use crate::classify::FailureClass;
 use crate::codec::{self, Delivery, Unreadable};
-use crate::destination::destination;
+use crate::destination::name_of;
 use crate::engine::attempt::Driver;
 use crate::engine::attempt::caller_client;
 use crate::engine::attempt::claim::{Claim, PolledClaim};
@@ -171,7 +171,8 @@ async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
     let (mut request, uri, delivery) = read_head(claim)?;
     request.body = if claim.head().fetch_body {
         // Boxed, so that other requests don't take the room that it needs.
-        Box::pin(fetch(claim, id, &destination(&uri))).await?
+        let destination = name_of(delivery.limit_key.as_deref(), &uri);
+        Box::pin(fetch(claim, id, &destination)).await?
     } else {
         claim.current().raw_bytes().map(Bytes::copy_from_slice)
     };

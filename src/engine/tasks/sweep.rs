@@ -111,6 +111,7 @@ struct Sweep {
     dead_letters: Part,
     order: Part,
     handlers: Part,
+    destinations: Part,
     /// The last channel whose runners were looked for.
     channels_after: Option<String>,
     old_attempts: Cursor,
@@ -143,6 +144,7 @@ impl Sweep {
             dead_letters: Part::new("dead letters"),
             order: Part::new("ordering keys"),
             handlers: Part::new("handlers"),
+            destinations: Part::new("destinations"),
             channels_after: None,
             old_attempts: Cursor::new(Old::Attempts),
             old_keys: Cursor::new(Old::Keys),
@@ -175,6 +177,18 @@ impl Sweep {
         self.order.note(&self.store, &self.health, &mended);
         let looked = self.look_for_handlers().await;
         self.handlers.note(&self.store, &self.health, &looked);
+        let forgotten = self.forget_destinations().await;
+        self.destinations
+            .note(&self.store, &self.health, &forgotten);
+    }
+
+    async fn forget_destinations(&self) -> Result<Progress, StoreError> {
+        for _ in 0..MAX_STEPS {
+            if !self.store.forget_destinations().await? {
+                return Ok(Progress::Done);
+            }
+        }
+        Ok(Progress::Behind)
     }
 
     async fn look_for_handlers(&mut self) -> Result<Progress, StoreError> {

@@ -31,6 +31,10 @@ async fn options_are_checked_before_anything_is_persisted() {
         ("key", options().key("x".repeat(256))),
         ("key", options().key("a\0b")),
         ("supersede", options().supersede("x".repeat(256))),
+        ("limit_key", options().limit_key("")),
+        ("limit_key", options().limit_key("x".repeat(256))),
+        ("limit_key", options().limit_key("a\0b")),
+        ("limit_key", options().limit_key("https://a.example")),
         ("deadline", options().deadline(Duration::ZERO)),
         ("deadline", options().deadline(century)),
         (
@@ -79,7 +83,8 @@ async fn the_longest_names_are_accepted() {
     let options = Options::default()
         .ordered("x".repeat(255))
         .key("y".repeat(255))
-        .supersede("z".repeat(255));
+        .supersede("z".repeat(255))
+        .limit_key("k".repeat(255));
     let request = post(server.url("/"), "").with(options);
     let response = in_time(durable.await_response(request)).await.unwrap();
     assert_eq!(response.status(), 200);
