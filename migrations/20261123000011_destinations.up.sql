@@ -87,8 +87,8 @@ BEGIN
 END;
 $$;
 
--- Removes up to p_limit rows of destinations that nothing is worth keeping of: no policy, no
--- leases, and limits that no process has asked about for p_age. Returns how many it removed.
+-- Removes up to p_limit rows of destinations that have said nothing for p_age: no policy, no leases
+-- and an empty state. All processes have read them by then. Returns how many it removed.
 CREATE FUNCTION forget_destinations(p_age interval, p_limit int) RETURNS int
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -101,7 +101,7 @@ BEGIN
     DELETE FROM destination_leases l WHERE l.expires_at <= v_now;
     WITH idle AS MATERIALIZED (
         SELECT d.name FROM destinations d
-        WHERE d.limited AND d.policy IS NULL AND d.closed_until IS NULL AND d.state::text = '{}'
+        WHERE d.policy IS NULL AND d.closed_until IS NULL AND d.state::text = '{}'
             AND d.changed_at <= v_now - p_age
             AND coalesce(d.filled_at, d.changed_at) <= v_now - p_age
             AND NOT EXISTS (SELECT FROM destination_leases l WHERE l.name = d.name OFFSET 0)

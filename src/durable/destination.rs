@@ -219,7 +219,7 @@ impl DestinationHandle {
                 let mut found = true;
                 let rows = store
                     .change_destinations(&[&name], |row| {
-                        found = needs == Needs::Nothing || row.exists;
+                        found = needs == Needs::Nothing || row.is_noted;
                         if found {
                             events = change(row);
                         }

@@ -21,8 +21,8 @@ pub(crate) struct StoredDestination {
     pub(crate) policy: Option<DestinationPolicy>,
     /// The database's time.
     pub(crate) now: Millis,
-    /// Whether there was a row.
-    pub(crate) exists: bool,
+    /// Whether it is limited, has a policy, or its state says anything.
+    pub(crate) is_noted: bool,
 }
 
 /// What a process asks of a destination's limits.
@@ -121,13 +121,12 @@ impl Store {
         .await
     }
 
-    /// Removes rows of destinations that nothing is worth keeping of. Returns whether there may be
-    /// more.
+    /// Removes rows of destinations that say nothing any more. Returns whether there may be more.
     pub(crate) async fn forget_destinations(&self) -> Result<bool, StoreError> {
         const LIMIT: i32 = 1000;
         self.run("destinations.forget", async |connection| {
             let removed: i32 =
-                sqlx::query_scalar("SELECT forget_destinations(interval '1 hour', $1)")
+                sqlx::query_scalar("SELECT forget_destinations(interval '10 minutes', $1)")
                     .bind(LIMIT)
                     .fetch_one(connection)
                     .await?;
@@ -143,7 +142,7 @@ macro_rules! columns {
             "SELECT
                 i.name, d.state::text, d.policy::text,
                 (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now,
-                d.name IS NOT NULL AS found ",
+                d.limited ",
             $rest
         )
     };
@@ -175,15 +174,19 @@ fn stored(row: &PgRow) -> Result<StoredDestination, sqlx::Error> {
     let name: String = row.try_get("name")?;
     let state: Option<String> = row.try_get("state")?;
     let policy: Option<String> = row.try_get("policy")?;
+    let limited: Option<bool> = row.try_get("limited")?;
+    let now = row.try_get("now")?;
     // What a newer version or an operator has written in another form says nothing.
+    let state: State = state
+        .and_then(|state| serde_json::from_str(&state).ok())
+        .unwrap_or_default();
+    let policy = policy.and_then(|policy| serde_json::from_str(&policy).ok());
     Ok(StoredDestination {
-        state: state
-            .and_then(|state| serde_json::from_str(&state).ok())
-            .unwrap_or_default(),
-        policy: policy.and_then(|policy| serde_json::from_str(&policy).ok()),
-        now: row.try_get("now")?,
-        exists: row.try_get("found")?,
+        is_noted: limited == Some(true) || policy.is_some() || !state.is_idle(now),
         name,
+        state,
+        policy,
+        now,
     })
 }
 
@@ -193,12 +196,12 @@ async fn change_all(
     change: &mut (impl FnMut(&mut StoredDestination) -> bool + Send),
 ) -> Result<Vec<StoredDestination>, sqlx::Error> {
     let mut transaction = connection.begin().await?;
-    let inserted: Vec<String> = sqlx::query_scalar(
+    sqlx::query(
         "INSERT INTO destinations (name) SELECT i.name FROM unnest($1::text[]) AS i(name)
-         ON CONFLICT DO NOTHING RETURNING name",
+         ON CONFLICT DO NOTHING",
     )
     .bind(names)
-    .fetch_all(&mut *transaction)
+    .execute(&mut *transaction)
     .await?;
     let rows = sqlx::query(LOCKED)
         .bind(names)
@@ -208,9 +211,12 @@ async fn change_all(
     let mut all = Vec::new();
     for row in &rows {
         let mut destination = stored(row)?;
-        destination.exists = !inserted.contains(&destination.name);
         if change(&mut destination) {
             changed.push(all.len());
+            if destination.state.is_idle(destination.now) {
+                // The sweep removes the row once all processes have read it.
+                destination.state = State::default();
+            }
         }
         all.push(destination);
     }
@@ -253,16 +259,6 @@ async fn change_all(
     .bind(closed)
     .execute(&mut *transaction)
     .await?;
-    // Those that are healthy need no row.
-    let idle: Vec<&str> = all
-        .iter()
-        .filter(|d| d.policy.is_none() && d.state.is_idle(d.now))
-        .map(|d| &*d.name)
-        .collect();
-    sqlx::query("DELETE FROM destinations d WHERE d.name = ANY ($1) AND NOT d.limited")
-        .bind(idle)
-        .execute(&mut *transaction)
-        .await?;
     transaction.commit().await?;
     Ok(all)
 }

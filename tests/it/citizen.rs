@@ -11,7 +11,7 @@ use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
     AutoDisable, CircuitBreaker, DestinationEventKind, DestinationPolicy, DestinationState,
-    Durable, DurableBuilder, RateLimit, RequestId, Status,
+    Durable, DurableBuilder, RateLimit, RequestId, RetryBudget, Status,
 };
 
 use crate::support::{
@@ -387,4 +387,35 @@ async fn a_policy_set_at_run_time_reaches_the_processes_that_deliver() {
         destination.status().await.unwrap().state,
         DestinationState::Limited
     );
+}
+
+#[tokio::test]
+async fn retries_beyond_the_budget_go_out_at_its_pace() {
+    let database = migrated().await;
+    let arrived: Arc<Mutex<Vec<Instant>>> = Arc::default();
+    let times = Arc::clone(&arrived);
+    let server = Server::start(move |_, _| {
+        times.lock().unwrap().push(Instant::now());
+        async { reply(500, "") }
+    })
+    .await;
+    // In any second 5 retries, and one more for each of 20 first attempts times a twentieth.
+    let budget = RetryBudget::default()
+        .share(0.05)
+        .per_second(5)
+        .window(Duration::from_secs(1));
+    let durable = builder(&database)
+        .retry(RetryPolicy::constant(Duration::from_millis(10)))
+        .destination("*", DestinationPolicy::default().retry_budget(budget))
+        .build()
+        .unwrap();
+    let ids = fire(&durable, &server, 20).await;
+    // Without the budget, all of them were sent again a hundred times a second.
+    server.wait_for(40).await;
+    let times = arrived.lock().unwrap().clone();
+    let took = times[39] - times[19];
+    assert!(took > Duration::from_secs(2), "{took:?}");
+    for id in ids {
+        durable.cancel(id).await.unwrap();
+    }
 }

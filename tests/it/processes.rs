@@ -6,6 +6,7 @@
 //! processes instead of 3,000, and 100 cases of the model instead of 5.
 
 mod clock;
+mod limits;
 mod lost;
 mod model;
 mod order;

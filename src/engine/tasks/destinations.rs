@@ -20,6 +20,8 @@ use crate::store::{Store, StoreError};
 
 /// How often the database is asked.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// How often all destinations are read, and not only those that have changed: a row may be gone.
+const ALL: Duration = Duration::from_secs(60);
 /// The least time between two reports.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How many destinations with deferred requests are looked at in one step. The next step continues
@@ -44,6 +46,7 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut after = String::new();
     let mut since: Option<Millis> = None;
+    let mut read_all: Option<Instant> = None;
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -55,10 +58,18 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
         }
         report(store, gate, observer).await;
         // The store logs failures.
-        if let Ok(changed) = store.changed_destinations(since).await {
+        let is_all = read_all.is_none_or(|at| at.elapsed() >= ALL);
+        let changed = store.changed_destinations(since.filter(|_| !is_all));
+        if let Ok(changed) = changed.await {
             since = changed.first().map(|row| row.now).or(since);
             let known = changed.into_iter().filter(|row| !row.name.is_empty());
-            gate.learn(known.map(Known::from).collect());
+            let known = known.map(Known::from).collect();
+            if is_all {
+                read_all = Some(Instant::now());
+                gate.learn_all(known);
+            } else {
+                gate.learn(known);
+            }
         }
         // Other processes, or earlier ones, have deferred requests too.
         if let Ok(names) = store.deferred_destinations(&after, STEP).await {

@@ -13,7 +13,7 @@
 mod leased;
 mod pace;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -664,6 +664,18 @@ impl Gate {
                 destination.report.add(report);
             }
         }
+    }
+
+    /// Notes all that the database has: of others it has nothing any more.
+    pub(crate) fn learn_all(&self, known: Vec<Known>) {
+        let names: HashSet<String> = known.iter().map(|known| known.name.clone()).collect();
+        for (name, destination) in &mut self.lock().destinations {
+            if destination.shared.is_some() && !names.contains(&**name) {
+                destination.shared = None;
+                destination.throttled = None;
+            }
+        }
+        self.learn(known);
     }
 
     /// Notes what the database has of destinations.
