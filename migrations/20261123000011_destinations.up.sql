@@ -1,10 +1,11 @@
 -- The limits of destinations: permits for attempts at the same time, and tokens for attempts in a
 -- period. Processes lease both in lumps, and what a process has leased expires.
 
--- Leases, gives back and renews for one process. For each destination: the permits that the process
--- uses and those that it could use, of p_limits (NULL: no limit), and the tokens that it wants, of a
--- bucket that is filled with p_rates tokens a second (NULL: no limit). Returns the permits that it
--- has now, the new tokens, and when there will be one if there is none.
+-- Leases, gives back and renews for one process. For each destination it takes the permits that the
+-- process uses (p_used) and could use (p_permits), of p_limits (NULL: no limit). It also takes the
+-- tokens that the process wants, of a bucket that is filled with p_rates tokens a second (NULL: no
+-- limit). It returns the permits that the process has now, the new tokens, and if there is no
+-- token, the time until the next one.
 --
 -- While other processes want more permits than they have, each may have an equal part. A process
 -- that has more gives the surplus back as its attempts end.
@@ -76,7 +77,8 @@ BEGIN
             IF tokens = 0 THEN
                 wait_ms := ceil((1 - v_filled) / v.rate * 1000)::bigint;
             END IF;
-            UPDATE destinations d SET tokens = v_filled - lease_destinations.tokens, filled_at = v_now
+            UPDATE destinations d
+            SET tokens = v_filled - lease_destinations.tokens, filled_at = v_now
             WHERE d.name = v.name;
         END IF;
         IF NOT v_row.limited THEN

@@ -241,20 +241,21 @@ impl DurableBuilder {
     }
 
     /// The share of the [`concurrency`](Self::concurrency) that one destination (scheme, host and
-    /// port) takes at most in this process, over 0 and up to 1: what is left is for the others. At
-    /// least one attempt is made at a time. Requests over it stay in the queue, and no attempt is
-    /// counted. Defaults to [`DEFAULT_MAX_SHARE`].
+    /// port) takes at most in this process, over 0 and up to 1: the rest is for the others. At
+    /// least one attempt is made at a time. Requests over the share stay in the queue, and no
+    /// attempt is counted. Defaults to [`DEFAULT_MAX_SHARE`].
     ///
-    /// Whatever the share, destinations that take longer than 250 ms for an answer take at most
-    /// half of the concurrency all together, and share that half, so that receivers that hang leave
-    /// room for those that answer.
+    /// Destinations that take longer than 250 ms for an answer, or have not answered yet, have one
+    /// such share among them, so that receivers that hang leave room for receivers that answer.
+    /// Beyond it, each of them may make one attempt while enough slots are free. A destination that
+    /// had no other beside it for a minute may take seven eighths of the slots.
     pub fn max_share(mut self, share: f64) -> Self {
         self.config.max_share = share;
         self
     }
 
-    /// The policy of destinations that match a pattern: limits, a circuit breaker, a retry budget. Of
-    /// several patterns that match, the most specific one counts. See [`DestinationPattern`] for
+    /// The policy of destinations that match a pattern: limits, a circuit breaker, a retry budget.
+    /// Of several patterns that match, the most specific one counts. See [`DestinationPattern`] for
     /// their forms, and [`DestinationPolicy`] for what happens without a policy. All processes that
     /// deliver to a destination should set the same policy;
     /// [`DestinationHandle::set_policy`](crate::DestinationHandle::set_policy) replaces it at run
@@ -280,9 +281,26 @@ impl DurableBuilder {
         self
     }
 
-    /// Tells the application what happens to destinations: their breaker opens or closes, they are
-    /// paused or disabled, or come near that. Called in the process in which it happens, on the
-    /// handle's runtime, so it must not block. Each event is also an `info` line. Defaults to none.
+    /// Tells the application what happens to destinations: a breaker opens or closes, a destination
+    /// is paused or disabled, or comes near that. One process calls its observer for each event, on
+    /// the handle's runtime, so the observer must not block. Each event is also an `info` line.
+    /// Defaults to none.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::{DestinationEventKind, Durable};
+    ///
+    /// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+    /// let durable = Durable::builder(pool)
+    ///     .on_destination_event(|event| {
+    ///         if let DestinationEventKind::Disabled { reason } = &event.kind {
+    ///             println!("{} is disabled: {reason}", event.destination);
+    ///         }
+    ///     })
+    ///     .build()?;
+    /// # Ok(()) }
+    /// ```
     pub fn on_destination_event(
         mut self,
         observer: impl Fn(&DestinationEvent) + Send + Sync + 'static,
@@ -291,13 +309,25 @@ impl DurableBuilder {
         self
     }
 
-    /// Sets what [Standard Webhooks](https://www.standardwebhooks.com) asks of a sender, for requests
-    /// that are fired: only a 2xx is a success, and after anything else the request is sent again
-    /// after 5 seconds, 5 and 30 minutes, 2, 5, 10, 14, 20 and 24 hours, each with jitter
-    /// ([`RetryPolicy::webhooks`]); a 410 ends it and disables the endpoint; 429, 502, 503 and 504
-    /// slow down ([`DestinationPolicy::webhooks`]); an attempt may take 20 seconds. Requests whose
-    /// response is awaited keep their defaults but for the destination's. What is set after this
-    /// replaces it.
+    /// Sets what [Standard Webhooks](https://www.standardwebhooks.com) asks of a sender.
+    ///
+    /// - Only a 2xx is a success of a fired request. After anything else it is sent again after 5
+    ///   seconds, 5 and 30 minutes, 2, 5, 10, 14, 20 and 24 hours, each with jitter
+    ///   ([`RetryPolicy::webhooks`]).
+    /// - A 410 ends the request and disables the destination. 429, 502, 503 and 504 pause it. It
+    ///   has a circuit breaker and a retry budget ([`DestinationPolicy::webhooks`]).
+    /// - An attempt may take 20 seconds ([`WEBHOOKS_ATTEMPT_TIMEOUT`]).
+    ///
+    /// Requests whose response is awaited keep their retries and their rules of success. Settings
+    /// made after this one replace it.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+    /// let durable = requeuest::Durable::builder(pool).webhooks().build()?;
+    /// # Ok(()) }
+    /// ```
     pub fn webhooks(mut self) -> Self {
         self.config.attempt_timeout = WEBHOOKS_ATTEMPT_TIMEOUT;
         self.config.retry_fired = RetryPolicy::webhooks();

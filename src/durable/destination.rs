@@ -1,4 +1,4 @@
-//! Looking at one destination, and opening, closing and limiting it for all processes.
+//! One destination as an operator sees it, and opening, closing and limiting it for all processes.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -16,12 +16,12 @@ impl Durable {
     /// A handle for one destination: the scheme, host and port of a URL, such as
     /// `https://api.example.com` or `http://10.0.0.7:8080`, or the caller's limit key.
     ///
-    /// Its operations work on what all processes share, from any process, whether or not it delivers.
-    /// They reach every process within 2 seconds.
+    /// Its operations change what all processes share. They work from any process, whether or not
+    /// it delivers, and reach every process that delivers within 2 seconds.
     ///
     /// # Errors
     ///
-    /// If the name is neither ([`Error::field`] is `destination`).
+    /// If the name is neither, with `destination` in [`Error::field`].
     ///
     /// # Examples
     ///
@@ -41,18 +41,29 @@ impl Durable {
     }
 }
 
-/// One destination, for all processes. From [`Durable::destination`].
+/// One destination, as all processes share it. From [`Durable::destination`].
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example(durable: requeuest::Durable) -> Result<(), requeuest::Error> {
+/// let tenant = durable.destination("tenant-7")?;
+/// if tenant.status().await?.state.is_closed() {
+///     tenant.reset().await?;
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct DestinationHandle {
     name: String,
     durable: Durable,
 }
 
-/// What an operation needs to find.
+/// What an operation needs to find in the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Needs {
     Nothing,
-    /// A destination that was closed, limited or watched.
+    /// The row of a destination that was closed, limited or watched.
     Row,
 }
 
@@ -62,8 +73,8 @@ impl DestinationHandle {
         &self.name
     }
 
-    /// What the processes know of the destination. One that was never limited or closed, and has
-    /// shown no failures, is [open](crate::DestinationState::Open).
+    /// What all processes together know of the destination. A destination that was never limited or
+    /// closed, and has had no failures, is [open](crate::DestinationState::Open).
     ///
     /// # Errors
     ///
@@ -72,6 +83,15 @@ impl DestinationHandle {
     /// # Cancel safety
     ///
     /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(partner: requeuest::DestinationHandle) -> Result<(), requeuest::Error> {
+    /// let status = partner.status().await?;
+    /// println!("{}: {} of {} attempts failed", status.state, status.failures, status.attempts);
+    /// # Ok(()) }
+    /// ```
     pub async fn status(&self) -> Result<DestinationStatus, Error> {
         let name = self.name.clone();
         let row = self
@@ -87,9 +107,9 @@ impl DestinationHandle {
         Ok(row.state.status(&self.name, policy, row.now))
     }
 
-    /// Sends no request until a time, or until [`resume`](Self::resume) for `None`. Requests that
+    /// Sends no request until a time, or with `None` until [`resume`](Self::resume). Requests that
     /// arrive meanwhile are kept, and no attempt of them is counted. Attempts in flight finish. The
-    /// time is how far it lies ahead by this process's clock.
+    /// length of the pause is measured by this process's clock.
     ///
     /// # Errors
     ///
@@ -98,6 +118,16 @@ impl DestinationHandle {
     /// # Cancel safety
     ///
     /// If the future is dropped, the destination may or may not be paused.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::{Duration, SystemTime};
+    ///
+    /// # async fn example(partner: requeuest::DestinationHandle) -> Result<(), requeuest::Error> {
+    /// partner.pause(SystemTime::now() + Duration::from_secs(600)).await?;
+    /// # Ok(()) }
+    /// ```
     pub async fn pause(&self, until: impl Into<Option<SystemTime>>) -> Result<(), Error> {
         let length = until.into().map(|until| {
             until
@@ -111,21 +141,33 @@ impl DestinationHandle {
         .await
     }
 
-    /// Ends a pause. What waited goes out.
+    /// Ends a pause. The requests that waited are sent.
     ///
     /// # Errors
     ///
-    /// If nothing is known of the destination ([`Error::is_unknown_destination`]), or the database fails.
+    /// If nothing is known of the destination ([`Error::is_unknown_destination`]), or if the
+    /// database fails.
     ///
     /// # Cancel safety
     ///
     /// As for [`pause`](Self::pause).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(partner: requeuest::DestinationHandle) -> Result<(), requeuest::Error> {
+    /// partner.pause(None).await?;
+    /// // The partner's maintenance has ended.
+    /// partner.resume().await?;
+    /// # Ok(()) }
+    /// ```
     pub async fn resume(&self) -> Result<(), Error> {
         self.change(Needs::Row, |row| row.state.resume(row.now))
             .await
     }
 
-    /// Sends no request until [`enable`](Self::enable), with a reason that the status shows.
+    /// Sends no request until [`enable`](Self::enable). Requests are kept as during a
+    /// [`pause`](Self::pause). The status shows the reason.
     ///
     /// # Errors
     ///
@@ -134,6 +176,14 @@ impl DestinationHandle {
     /// # Cancel safety
     ///
     /// As for [`pause`](Self::pause).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(partner: requeuest::DestinationHandle) -> Result<(), requeuest::Error> {
+    /// partner.disable("the contract has ended").await?;
+    /// # Ok(()) }
+    /// ```
     pub async fn disable(&self, reason: &str) -> Result<(), Error> {
         let reason = reason.to_owned();
         self.change(Needs::Nothing, move |row| {
@@ -142,32 +192,54 @@ impl DestinationHandle {
         .await
     }
 
-    /// Enables a disabled destination. What waited goes out, and the failures that disabled it are
-    /// forgotten.
+    /// Enables a disabled destination. The requests that waited are sent, and the failures that
+    /// disabled it are forgotten.
     ///
     /// # Errors
     ///
-    /// If nothing is known of the destination ([`Error::is_unknown_destination`]), or the database fails.
-    ///
-    /// # Cancel safety
-    ///
-    /// As for [`pause`](Self::pause).
-    pub async fn enable(&self) -> Result<(), Error> {
-        self.change(Needs::Row, |row| row.state.enable(row.now))
-            .await
-    }
-
-    /// Sets the policy for all processes, in place of the one that their code sets. `None` goes back
-    /// to that one.
-    ///
-    /// # Errors
-    ///
-    /// If a value is not valid, with its name in [`Error::field`]; then nothing changes. Or if the
+    /// If nothing is known of the destination ([`Error::is_unknown_destination`]), or if the
     /// database fails.
     ///
     /// # Cancel safety
     ///
     /// As for [`pause`](Self::pause).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(partner: requeuest::DestinationHandle) -> Result<(), requeuest::Error> {
+    /// // The partner has repaired the endpoint.
+    /// partner.enable().await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn enable(&self) -> Result<(), Error> {
+        self.change(Needs::Row, |row| row.state.enable(row.now))
+            .await
+    }
+
+    /// Sets the policy for all processes, in place of the policy that their code sets. `None`
+    /// returns to the policy of their code.
+    ///
+    /// # Errors
+    ///
+    /// If a value is not valid, with its name in [`Error::field`], or if the database fails.
+    /// Nothing changes then.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`pause`](Self::pause).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::DestinationPolicy;
+    ///
+    /// # async fn example(partner: requeuest::DestinationHandle) -> Result<(), requeuest::Error> {
+    /// partner.set_policy(DestinationPolicy::default().max_concurrency(2)).await?;
+    /// // Back to what the code says.
+    /// partner.set_policy(None).await?;
+    /// # Ok(()) }
+    /// ```
     pub async fn set_policy(
         &self,
         policy: impl Into<Option<DestinationPolicy>>,
@@ -183,32 +255,42 @@ impl DestinationHandle {
             .unwrap_or_default();
         self.change(Needs::Nothing, move |row| {
             row.policy.clone_from(&policy);
-            // Closes a breaker that is gone.
+            // A breaker that the policy no longer has must not stay open.
             row.state.apply(&rules, &Report::default(), row.now)
         })
         .await
     }
 
-    /// Forgets what attempts have shown: failures, an open breaker, a pause that `Retry-After` asked
-    /// for. A [`pause`](Self::pause) stays, and so does a disabled destination.
+    /// Forgets what attempts have shown: failures, an open breaker, and a pause that `Retry-After`
+    /// asked for. An operator's [`pause`](Self::pause) stays, and a disabled destination stays
+    /// disabled.
     ///
     /// # Errors
     ///
-    /// If nothing is known of the destination ([`Error::is_unknown_destination`]), or the database fails.
+    /// If nothing is known of the destination ([`Error::is_unknown_destination`]), or if the
+    /// database fails.
     ///
     /// # Cancel safety
     ///
     /// As for [`pause`](Self::pause).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(partner: requeuest::DestinationHandle) -> Result<(), requeuest::Error> {
+    /// // The partner is back before the breaker has noticed.
+    /// partner.reset().await?;
+    /// # Ok(()) }
+    /// ```
     pub async fn reset(&self) -> Result<(), Error> {
         self.change(Needs::Row, |row| row.state.reset(row.now))
             .await
     }
 
-    async fn change(
-        &self,
-        needs: Needs,
-        mut change: impl FnMut(&mut StoredDestination) -> Vec<DestinationEventKind> + Send + 'static,
-    ) -> Result<(), Error> {
+    async fn change<F>(&self, needs: Needs, mut change: F) -> Result<(), Error>
+    where
+        F: FnMut(&mut StoredDestination) -> Vec<DestinationEventKind> + Send + 'static,
+    {
         let name = self.name.clone();
         let engine = self.durable.engine();
         let gate = Arc::clone(&engine.driver().slots.gate);
@@ -230,7 +312,7 @@ impl DestinationHandle {
                 if !found {
                     return Err(Error::new(Kind::UnknownDestination(name.into())));
                 }
-                // This process knows at once, the others with their next look.
+                // This process knows at once, the others when they next ask the database.
                 gate.learn(rows.into_iter().map(Known::from).collect());
                 Ok(events)
             })

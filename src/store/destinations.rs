@@ -21,6 +21,8 @@ pub(crate) struct StoredDestination {
     pub(crate) policy: Option<DestinationPolicy>,
     /// The database's time.
     pub(crate) now: Millis,
+    /// Whether this version understands what is stored.
+    is_readable: bool,
     /// Whether it is limited, has a policy, or its state says anything.
     pub(crate) is_noted: bool,
 }
@@ -37,19 +39,21 @@ pub(crate) struct LeaseRequest {
     pub(crate) permits: u32,
     /// Tokens a second, and the most that the bucket holds.
     pub(crate) rate: Option<(f64, u32)>,
+    /// How many tokens the process could use.
     pub(crate) tokens: u32,
 }
 
-/// What it got.
+/// What the process got.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Leased {
     pub(crate) permits: u32,
     pub(crate) tokens: u32,
-    /// When there will be a token, if there is none.
+    /// After how long there will be a token, if there is none.
     pub(crate) wait: Duration,
 }
 
-/// How far back changes are looked for again: a change may be committed some time after it was made.
+/// How far back changes are looked for again. A change is stamped when it is made, and another
+/// process sees it once it is committed.
 const OVERLAP: Duration = Duration::from_secs(5);
 
 impl Store {
@@ -69,8 +73,8 @@ impl Store {
         .await
     }
 
-    /// The destinations that have changed since a time of the database, and its time now. All of
-    /// them for `None`.
+    /// The destinations that have changed since a time of the database, or all of them for `None`.
+    /// The first row has no name: it is there for the database's time.
     pub(crate) async fn changed_destinations(
         &self,
         since: Option<Millis>,
@@ -95,8 +99,8 @@ impl Store {
         .await
     }
 
-    /// Changes destinations under their locks, in the order of their names, which must be sorted.
-    /// `change` gets each, and returns whether it changed it.
+    /// Changes destinations under their row locks. The names must be sorted, so that two such calls
+    /// don't deadlock. `change` gets each destination and returns whether it has changed it.
     pub(crate) async fn change_destinations(
         &self,
         names: &[&str],
@@ -152,7 +156,7 @@ const ONE: &str = columns!(
     "FROM (SELECT $1::text AS name) i LEFT JOIN destinations d ON d.name = ANY (ARRAY[i.name])"
 );
 
-/// The first row has no name, so that the database's time comes in any case.
+/// The first row has no name, so that the database's time comes even if nothing has changed.
 const CHANGED: &str = columns!(
     "FROM (
         SELECT '' AS name
@@ -176,12 +180,14 @@ fn stored(row: &PgRow) -> Result<StoredDestination, sqlx::Error> {
     let policy: Option<String> = row.try_get("policy")?;
     let limited: Option<bool> = row.try_get("limited")?;
     let now = row.try_get("now")?;
-    // What a newer version or an operator has written in another form says nothing.
-    let state: State = state
-        .and_then(|state| serde_json::from_str(&state).ok())
-        .unwrap_or_default();
-    let policy = policy.and_then(|policy| serde_json::from_str(&policy).ok());
+    // A newer version or an operator may have written another form. It is left alone.
+    let state: Option<Result<State, _>> = state.map(|state| serde_json::from_str(&state));
+    let policy = policy.map(|policy| serde_json::from_str(&policy));
+    let is_readable = !matches!(state, Some(Err(_))) && !matches!(policy, Some(Err(_)));
+    let state = state.and_then(Result::ok).unwrap_or_default();
+    let policy = policy.and_then(Result::ok);
     Ok(StoredDestination {
+        is_readable,
         is_noted: limited == Some(true) || policy.is_some() || !state.is_idle(now),
         name,
         state,
@@ -211,7 +217,7 @@ async fn change_all(
     let mut all = Vec::new();
     for row in &rows {
         let mut destination = stored(row)?;
-        if change(&mut destination) {
+        if destination.is_readable && change(&mut destination) {
             changed.push(all.len());
             if destination.state.is_idle(destination.now) {
                 // The sweep removes the row once all processes have read it.

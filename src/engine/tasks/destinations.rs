@@ -1,8 +1,9 @@
-//! Keeping what this process knows of destinations, and what all of them know, the same.
+//! Exchanges what processes know of destinations through the database.
 //!
-//! Once a second, and at once where others should know soon: what attempts have shown goes to the
-//! database, where it changes the destination's state under a lock, and what has changed there comes
-//! back. Permits and tokens are leased whenever attempts are short of them.
+//! Once a second, and at once if other processes should know soon, the task reports what attempts
+//! have shown. The report changes the destination's state under a row lock. The task then reads
+//! what other processes have changed. A second loop leases permits and tokens whenever attempts are
+//! short of them.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +19,7 @@ use crate::redact::panic_text;
 use crate::store::destinations::LeaseRequest;
 use crate::store::{Store, StoreError};
 
-/// How often the database is asked.
+/// How often the task reports and reads.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How often all destinations are read, and not only those that have changed: a row may be gone.
 const ALL: Duration = Duration::from_secs(60);
@@ -52,7 +53,7 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
             _ = ticks.tick() => {}
             () = gate.urgent.notified() => tokio::time::sleep(PAUSE).await,
         }
-        // A handle that delivers nothing asks nothing.
+        // A handle that delivers nothing costs the database nothing.
         if !gate.is_used() {
             continue;
         }
@@ -71,7 +72,8 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
                 gate.learn(known);
             }
         }
-        // Other processes, or earlier ones, have deferred requests too.
+        // Other processes, now or earlier, may have deferred requests of destinations that this one
+        // doesn't know of.
         if let Ok(names) = store.deferred_destinations(&after, STEP).await {
             for name in &names {
                 gate.note_deferred(name);
@@ -116,7 +118,7 @@ async fn report(store: &Store, gate: &Gate, observer: Option<&DestinationObserve
     }
 }
 
-/// Logs an event, and tells the application.
+/// Logs an event, and passes it to the application's observer.
 pub(crate) fn tell(observer: Option<&DestinationObserver>, name: &str, kind: DestinationEventKind) {
     tracing::info!(destination = name, event = ?kind, "a destination has changed");
     let Some(observer) = observer else {

@@ -44,8 +44,8 @@ async fn permits_of_a_killed_process_are_back_within_the_lease() {
     let id = durable.fire(request).await.unwrap();
     let outcome = in_time(outcome_of(&durable, id)).await;
     assert_eq!(outcome.attempts(), 1);
-    // The permits expire with the lease; then they are asked for five times a second, and polls come
-    // at least once a second.
+    // The permits expire with the lease. Then they are asked for five times a second, and a poll
+    // comes at least once a second.
     let took = killed.elapsed();
     assert!(took < LEASE + Duration::from_secs(2), "{took:?}");
 }

@@ -1,19 +1,20 @@
 //! What this process has leased of a destination's limits.
 //!
-//! Permits are for attempts at the same time, tokens for attempts in a period. Both are leased in
-//! lumps, so that most attempts cost no question to the database, and both expire, so that a process
-//! that dies gives them back.
+//! A permit is for one of the attempts at the same time, a token for one of the attempts in a
+//! period. Both are leased in lumps, so that most attempts don't ask the database. Both expire, so
+//! that a process that dies gives them back.
 
 use std::time::{Duration, Instant};
 
 use crate::destination::{DestinationPolicy, RateLimit};
 use crate::store::destinations::Leased as Grant;
 
-/// How much time's worth of tokens one lump holds, and a process has unspent at most. At least one.
+/// One lump holds the tokens of this time, and at least one token. A process has at most one lump
+/// unspent.
 pub(crate) const LUMP: Duration = Duration::from_millis(100);
-/// How long unspent tokens are good for.
+/// How long unspent tokens can be used.
 const TOKENS_LAST: Duration = Duration::from_secs(1);
-/// How soon permits are asked for again, if others have all of them.
+/// How soon a process asks for permits again if other processes have all of them.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// A destination without an attempt for this long gives its permits back.
 const KEPT: Duration = Duration::from_secs(5);

@@ -2,13 +2,14 @@
 //!
 //! In this process, one destination takes at most a share of the slots while there is work for
 //! others. Destinations that answer slowly, or that have not answered yet, have that share among
-//! them, so that attempts that hang leave room for those that don't. Each of them may take three
+//! them, so that attempts that hang leave room for attempts that don't. Each of them may take three
 //! times as many slots of the share as are left free: one alone gets three quarters of it, and many
 //! get equal parts. Without work for others, one destination takes all slots but a few, which are
 //! for the first requests to others.
 //!
-//! What the processes have in common (limits, pauses, breakers) is in the database. A task brings
-//! it here and takes what attempts have shown there, so that an attempt asks only this memory.
+//! What the processes have in common (limits, pauses, breakers) is in the database. A task copies
+//! it from there to here, and what attempts have shown from here to there. So an attempt asks only
+//! this memory.
 
 mod leased;
 mod pace;
@@ -47,16 +48,16 @@ const AHEAD: usize = 64;
 /// The longest delay of a retry for which there is no budget.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(600);
 
-/// What a gate goes by.
+/// The settings of a gate.
 #[derive(Debug)]
 pub(crate) struct Rules {
     pub(crate) slots: usize,
     /// The share of the slots that one destination takes at most.
     pub(crate) share: f64,
     pub(crate) policies: Policies,
-    /// The policy of destinations without another one.
+    /// The policy of destinations that no pattern matches.
     pub(crate) policy: DestinationPolicy,
-    /// How long permits are leased for.
+    /// For how long permits are leased.
     pub(crate) lease: Duration,
 }
 
@@ -64,15 +65,15 @@ pub(crate) struct Rules {
 #[derive(Debug)]
 pub(crate) struct Gate {
     rules: Rules,
-    /// The most passes that one destination has, and the slow ones together.
+    /// The most passes that one destination has, and that all slow ones have together.
     most: usize,
-    /// The same while there is work for no other.
+    /// The most passes that one destination has while there is work for no other.
     most_alone: usize,
     default_policy: Arc<DestinationPolicy>,
     inner: Mutex<Inner>,
-    /// Told when permits or tokens are wanted.
+    /// Notified when permits or tokens are wanted.
     pub(crate) wanting: Notify,
-    /// Told when other processes should know soon what an attempt has shown.
+    /// Notified when other processes should know soon what an attempt has shown.
     pub(crate) urgent: Notify,
 }
 
@@ -94,33 +95,33 @@ struct Inner {
 #[derive(Debug)]
 struct Destination {
     policy: Arc<DestinationPolicy>,
-    /// Attempts under way, and those that wait for their slot.
+    /// Attempts under way, and attempts that wait for their slot.
     passes: usize,
     pace: Paced,
     /// Whether its passes count among the slow ones.
     counted_slow: bool,
     /// When deferred requests of it were last known to exist.
     deferred: Option<Instant>,
-    /// Told when a pass is free.
+    /// Notified when a pass is free.
     freed: Arc<Notify>,
     leased: Leased,
     retries: Option<RetryMeter>,
-    /// When the next retry is due for which there was no budget.
+    /// When the last of the retries without a budget is due.
     next_retry: Option<Instant>,
-    /// Until when this process alone knows that it is closed.
+    /// The end of a pause that other processes may not know of yet.
     throttled: Option<Instant>,
-    /// What the database has of it, if anything.
+    /// The state in the database, if there is any.
     shared: Option<Shared>,
     report: Report,
 }
 
-/// What the database has of a destination.
+/// The state of a destination in the database.
 #[derive(Clone, Debug)]
 struct Shared {
     state: State,
     /// The database's time at an instant of this process.
     clock: (Instant, Millis),
-    /// Whether it was closed when it was last looked at.
+    /// Whether the destination was closed when this process last looked.
     was_closed: bool,
 }
 
@@ -131,7 +132,7 @@ impl Shared {
     }
 }
 
-/// A destination as the database has it.
+/// The row of a destination, as far as attempts need it.
 #[derive(Clone, Debug)]
 pub(crate) struct Known {
     pub(crate) name: String,
@@ -163,13 +164,13 @@ pub(crate) enum Turn {
 /// A destination takes no more attempts of this process now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Full {
-    /// It will soon, so the request waits here.
+    /// A pass will soon be free, so the request waits here.
     Soon,
-    /// As `Soon`, once the database has answered, or another attempt has ended.
+    /// As `Soon`, once the database has answered or another attempt has ended.
     Short,
-    /// It won't for a while, so the request is deferred.
+    /// No pass will be free for a while, so the request is deferred.
     Lasting,
-    /// It would take a first attempt. The retry is made after this delay.
+    /// There is no budget for a retry. The retry is made after this delay.
     Later(Duration),
 }
 
@@ -183,12 +184,12 @@ pub(crate) struct Seen {
     pub(crate) fault: Blame,
 }
 
-/// Whose fault a failure is.
+/// What an attempt says of its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Blame {
     Success,
     Destination,
-    /// A proxy's, or this side's.
+    /// The fault is a proxy's or this side's.
     Other,
 }
 
@@ -283,7 +284,7 @@ impl Destination {
             && self.report.is_empty()
     }
 
-    /// Whether what was seen matters to other processes.
+    /// Whether the report matters to other processes.
     fn is_to_be_reported(&self) -> bool {
         let report = &self.report;
         !report.is_empty()
@@ -301,7 +302,7 @@ impl Inner {
             .is_none_or(|at| now.saturating_duration_since(at) > REMEMBERED)
     }
 
-    /// Counts the destination's passes among the slow ones, or no longer.
+    /// Counts the destination's passes as slow or as fast, by its present pace.
     fn recount(&mut self, name: &str, now: Instant) -> Pace {
         let Some(destination) = self.destinations.get_mut(name) else {
             return Pace::Unknown;
@@ -358,7 +359,7 @@ impl Gate {
         }
     }
 
-    /// The name and what is known of it, which is nothing at first.
+    /// The shared copy of the name. Adds a destination that is new.
     fn name_of(&self, inner: &mut Inner, name: &str, now: Instant) -> Arc<str> {
         if let Some((name, _)) = inner.destinations.get_key_value(name) {
             return Arc::clone(name);
@@ -369,7 +370,7 @@ impl Gate {
         new
     }
 
-    /// A pass, if the destination has one free.
+    /// Takes a pass if the destination has one free.
     pub(super) fn try_enter(self: &Arc<Self>, name: &str, turn: Turn) -> Result<Pass, Full> {
         self.try_enter_at(name, turn, Instant::now())
     }
@@ -464,7 +465,7 @@ impl Gate {
                     .get(&*name)
                     .map(|destination| Arc::clone(&destination.freed))
             };
-            // Before the look, so that no pass that is freed after it is missed.
+            // Created before the attempt to enter: no pass that is freed after it is missed.
             let freed = freed.as_ref().map(|freed| freed.notified());
             match self.try_enter(name, turn) {
                 Err(Full::Soon | Full::Short) => {
@@ -472,7 +473,7 @@ impl Gate {
                     if let Some(freed) = freed {
                         let _ = tokio::time::timeout(SLOW, freed).await;
                     }
-                    // Not for ever beside the requests that this process could send.
+                    // The request gives way to requests that this process could send.
                     if began.elapsed() > REMEMBERED {
                         return Err(Full::Lasting);
                     }
@@ -529,7 +530,7 @@ impl Gate {
         }
         let freed = Arc::clone(&destination.freed);
         let pace = inner.recount(name, now);
-        // A destination that turns out to be fast has many passes at once.
+        // A destination that turns out to be fast suddenly has many free passes.
         if pace == Pace::Fast && began.is_some() {
             freed.notify_waiters();
         }
@@ -636,8 +637,8 @@ impl Gate {
         self.lock().used
     }
 
-    /// What attempts have shown since the last call and other processes should know, with the
-    /// policies that judge it. Destinations whose time is over are among them.
+    /// What attempts have shown since the last call, as far as other processes should know it, and
+    /// the policies that judge it. A destination whose closed time has just ended is among them.
     pub(crate) fn take_reports(&self) -> Vec<(Arc<str>, Arc<DestinationPolicy>, Report)> {
         let now = Instant::now();
         let mut reports = Vec::new();
@@ -710,7 +711,7 @@ impl Gate {
         }
     }
 
-    /// Which permits and tokens the database is to be asked for.
+    /// The permits and tokens to ask the database for.
     pub(crate) fn asks(&self) -> Vec<(Arc<str>, Ask)> {
         let now = Instant::now();
         let most = self.most as u32;
@@ -726,7 +727,7 @@ impl Gate {
         asks
     }
 
-    /// Notes the answers, or that there were none.
+    /// Notes the database's answers, or that it gave none.
     pub(crate) fn answer(
         &self,
         asked: Instant,
@@ -764,7 +765,7 @@ impl Gate {
     }
 }
 
-/// Adds a destination to what a poll is told.
+/// Adds a destination to the JSON object.
 fn add(room: &mut Room, name: &str, free: usize) {
     if room.json.is_empty() {
         room.json.push('{');
