@@ -226,6 +226,11 @@ async fn change_all(
         }
         all.push(destination);
     }
+    if changed.is_empty() {
+        // No row is left of what was only looked for.
+        transaction.rollback().await?;
+        return Ok(all);
+    }
     let column = || changed.iter().map(|&number| &all[number]);
     let (mut closed, mut states, mut policies, mut limited) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
