@@ -135,6 +135,7 @@ fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
         status: seen.ok().map(|(status, _)| status),
         retry_after: exchange.asked_delay(),
         fault,
+        is_repeated: verdict == Verdict::Retry,
     };
     claim.note(seen);
 }

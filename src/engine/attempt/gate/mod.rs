@@ -7,6 +7,8 @@
 //! get equal parts. Without work for others, one destination takes all slots but a few, which are
 //! for the first requests to others.
 //!
+//! A destination of which most attempts fail is asked at most 100 times a second, until it answers.
+//!
 //! What the processes have in common (limits, pauses, breakers) is in the database. A task copies
 //! it from there to here, and what attempts have shown from here to there. So an attempt asks only
 //! this memory.
@@ -23,7 +25,7 @@ use http::StatusCode;
 use tokio::sync::Notify;
 
 use self::leased::{Lack, Leased, Limits};
-use self::pace::{Pace, Paced, SLOW};
+use self::pace::{Failing, Pace, Paced, SLOW};
 use crate::destination::{DestinationPolicy, Millis, Policies, Report, RetryMeter, State, millis};
 use crate::store::destinations::{Leased as Grant, StoredDestination};
 use crate::store::runner_pool::Room;
@@ -98,6 +100,7 @@ struct Destination {
     /// Attempts under way, and attempts that wait for their slot.
     passes: usize,
     pace: Paced,
+    failing: Failing,
     /// Whether its passes count among the slow ones.
     counted_slow: bool,
     /// When deferred requests of it were last known to exist.
@@ -182,6 +185,8 @@ pub(crate) struct Seen {
     /// The pause that the answer asked for.
     pub(crate) retry_after: Option<Duration>,
     pub(crate) fault: Blame,
+    /// Whether the request is to be sent again.
+    pub(crate) is_repeated: bool,
 }
 
 /// What an attempt says of its destination.
@@ -229,6 +234,7 @@ impl Destination {
             policy: Arc::clone(&policy),
             passes: 0,
             pace: Paced::new(now),
+            failing: Failing::default(),
             counted_slow: true,
             deferred: None,
             freed: Arc::default(),
@@ -406,6 +412,9 @@ impl Gate {
                 Full::Soon
             });
         }
+        if destination.failing.free(now) == 0 {
+            return Err(Full::Lasting);
+        }
         let limits = destination.limits(now);
         if !limits.is_none() {
             let passes = destination.passes as u32;
@@ -438,6 +447,7 @@ impl Gate {
                 }
             }
         }
+        destination.failing.spend(now);
         destination.leased.spend(limits);
         if destination.leased.is_wanted() {
             self.wanting.notify_one();
@@ -553,6 +563,9 @@ impl Gate {
             .auto_disable
             .as_ref()
             .is_some_and(|rule| rule.on_gone);
+        if seen.fault != Blame::Other {
+            destination.failing.note(seen.is_repeated);
+        }
         let report = &mut destination.report;
         if let Some(pause) = throttle {
             report.retry_after = report.retry_after.max(Some(pause));
@@ -617,10 +630,15 @@ impl Gate {
                 } else {
                     destination.leased.free(limits, passes as u32, now)
                 };
-                ((slots + ahead).min(leased), passes > 0 || leased == 0)
+                let paced = destination.failing.free(now);
+                (
+                    (slots + ahead).min(leased).min(paced),
+                    passes > 0 || leased == 0 || paced == 0,
+                )
             };
             let in_the_way = free == 0 && (pace == Pace::Slow || destination.is_closed(now));
-            if in_the_way || !limits.is_none() {
+            let is_failing = destination.failing.free(now) != usize::MAX;
+            if in_the_way || is_failing || !limits.is_none() {
                 // The poll defers what it meets.
                 destination.deferred = Some(now);
             }
@@ -919,6 +937,36 @@ mod tests {
     }
 
     #[test]
+    fn a_destination_that_fails_is_asked_at_a_bounded_rate_until_it_answers() {
+        let gate = gate(DestinationPolicy::default());
+        let now = Instant::now();
+        let attempt = |failed, now| {
+            gate.try_enter_at("a", Turn::First, now).map(|pass| {
+                pass.note(Seen {
+                    turn: Turn::First,
+                    status: None,
+                    retry_after: None,
+                    fault: if failed {
+                        Blame::Destination
+                    } else {
+                        Blame::Success
+                    },
+                    is_repeated: failed,
+                });
+            })
+        };
+        let attempts = |now| (0..1000).take_while(|_| attempt(true, now).is_ok()).count();
+        // Seven until it shows, then a burst of ten.
+        assert_eq!(attempts(now), 17);
+        assert_eq!(attempts(now + SECOND / 20), 5);
+        let later = now + 10 * SECOND;
+        for _ in 0..10 {
+            attempt(false, later).unwrap();
+        }
+        assert!((0..100).all(|_| attempt(false, later).is_ok()));
+    }
+
+    #[test]
     fn a_pause_closes_the_destination_here_at_once() {
         let gate = gate(DestinationPolicy::default());
         let now = Instant::now();
@@ -928,6 +976,7 @@ mod tests {
             status: Some(StatusCode::TOO_MANY_REQUESTS),
             retry_after: Some(10 * SECOND),
             fault: Blame::Destination,
+            is_repeated: true,
         });
         drop(pass);
         let full = |now| gate.try_enter_at("a", Turn::First, now).unwrap_err();

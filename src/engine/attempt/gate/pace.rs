@@ -7,6 +7,56 @@ pub(super) const SLOW: Duration = Duration::from_millis(250);
 /// How much one attempt's duration counts in the average.
 const WEIGHT: f64 = 0.2;
 
+/// How much one attempt's result counts in the share of failures.
+const FAILURE_WEIGHT: f64 = 0.1;
+/// A destination of which more attempts fail is failing.
+const FAILING: f64 = 0.5;
+/// The time between two attempts at a failing destination: 100 a second.
+const FAILING_INTERVAL: Duration = Duration::from_millis(10);
+/// How much of that time may be made up for at once.
+const FAILING_BURST: Duration = Duration::from_millis(100);
+
+/// How often a destination is asked while its attempts fail.
+///
+/// Each retry of a request takes work, here and in the database. So a destination that fails is
+/// asked at a bounded rate, whatever waits for it, until it answers again.
+#[derive(Debug, Default)]
+pub(super) struct Failing {
+    /// The share of attempts that failed, the last ones the most.
+    share: f64,
+    /// When the next attempt is due.
+    next: Option<Instant>,
+}
+
+impl Failing {
+    pub(super) fn note(&mut self, failed: bool) {
+        let result = f64::from(u8::from(failed));
+        self.share += FAILURE_WEIGHT * (result - self.share);
+    }
+
+    fn is_failing(&self) -> bool {
+        self.share > FAILING
+    }
+
+    /// How many attempts may be made now.
+    pub(super) fn free(&self, now: Instant) -> usize {
+        if !self.is_failing() {
+            return usize::MAX;
+        }
+        let next = self.next.map_or(now, |next| next.max(now));
+        let left = (now + FAILING_BURST).saturating_duration_since(next);
+        (left.as_millis() / FAILING_INTERVAL.as_millis()) as usize
+    }
+
+    /// An attempt is made.
+    pub(super) fn spend(&mut self, now: Instant) {
+        if self.is_failing() {
+            let next = self.next.map_or(now, |next| next.max(now));
+            self.next = Some(next + FAILING_INTERVAL);
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pace {
     Fast,
