@@ -17,4 +17,5 @@ DROP TABLE mq_msgs;
 DROP FUNCTION known_formats;
 DROP FUNCTION next_claim_no;
 DROP FUNCTION epoch_us;
+DROP TYPE mq_priority;
 DROP TYPE mq_state;

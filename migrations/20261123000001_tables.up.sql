@@ -28,6 +28,9 @@ CREATE TYPE mq_state AS ENUM (
     'halted'
 );
 
+-- What polls claim first. An enum, so that each row has a value that polls look for.
+CREATE TYPE mq_priority AS ENUM ('high', 'normal', 'low');
+
 -- The formats that the session's process can read.
 CREATE FUNCTION known_formats() RETURNS smallint[]
 LANGUAGE sql
@@ -87,6 +90,7 @@ CREATE TABLE mq_msgs (
     -- Transmissions begun.
     attempts int NOT NULL DEFAULT 0,
     state mq_state NOT NULL DEFAULT 'waiting',
+    priority mq_priority NOT NULL DEFAULT 'normal',
     -- Which versions of requeuest can read the request. A session claims the formats of its setting
     -- `requeuest.formats`.
     format smallint NOT NULL DEFAULT 1,
@@ -123,7 +127,8 @@ CREATE TABLE mq_msgs (
 -- ordering key have a state of their own, and requests of other formats are apart.
 
 -- Waiting requests: which are due, and when the next one will be.
-CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, format, attempt_at) WHERE state = 'waiting';
+CREATE INDEX mq_msgs_due ON mq_msgs (channel_name, format, priority, attempt_at)
+    WHERE state = 'waiting';
 -- For skipping from group to group, and for finding the due requests of one group.
 CREATE INDEX mq_msgs_groups ON mq_msgs (channel_name, format, channel_args, attempt_at)
     WHERE state = 'waiting';

@@ -19,6 +19,8 @@ DROP FUNCTION defer_rows;
 DROP FUNCTION is_closed;
 DROP FUNCTION latest_due;
 DROP FUNCTION oldest_due;
+DROP FUNCTION by_priority;
+DROP FUNCTION take_turns;
 DROP FUNCTION leased_channels;
 DROP FUNCTION waiting_channels;
 DROP FUNCTION begin_poll;

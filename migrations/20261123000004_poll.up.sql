@@ -1,10 +1,10 @@
 -- Polling: which due requests a runner claims.
 --
--- The cost doesn't grow with the backlog. A poll reads a bounded number of due rows, the oldest
--- first: its view. If more are due, it also skips from group to group from a random start, so that
--- one destination's backlog can't hide the others. Requests behind the first one of their ordering
--- key are moved out of the way, a bounded number by one poll: the rows that a poll reads are then
--- rows that it can claim.
+-- The cost doesn't grow with the backlog. A poll reads a bounded number of due rows, the oldest of
+-- each priority: its view. If more are due, it also skips from group to group from a random start,
+-- so that one destination's backlog can't hide the others. Requests behind the first one of their
+-- ordering key are moved out of the way, a bounded number by one poll: the rows that a poll reads
+-- are then rows that it can claim.
 --
 -- So are the requests of destinations that take no more of them now. They become deferred, and a
 -- poll claims deferred requests one destination after the other, as many as its process has room
@@ -19,7 +19,8 @@ CREATE TYPE poll_t AS (
     channels text[],
     formats smallint[],
     batch int,
-    -- How many rows are in view, and how many of them at most from one channel and format.
+    -- How many rows are in view, and how many of them at most of one priority from one channel and
+    -- format.
     width int,
     width_each int,
     -- Due rows, and how many of them were looked at.
@@ -154,36 +155,101 @@ BEGIN
 END;
 $$;
 
--- The requests that have been due for longest, up to width_each of each channel and format, the
--- oldest first.
+-- Both lists in one: each p_every-th row is of the second one, and the others are of the first one,
+-- as long as both last. Begins at a random place of such a round, so that a poll for few rows takes
+-- some of the second list as often.
+CREATE FUNCTION take_turns(p_first tid[], p_second tid[], p_every int) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_begun int := floor(random() * p_every);
+BEGIN
+    IF p_first = '{}' OR p_second = '{}' THEN
+        RETURN p_first || p_second;
+    END IF;
+    RETURN array_agg(turn.ctid ORDER BY turn.place) FROM (
+        SELECT f.ctid, f.number + (f.number - 1 + v_begun) / (p_every - 1) AS place
+        FROM unnest(p_first) WITH ORDINALITY AS f(ctid, number)
+        UNION ALL
+        SELECT s.ctid, p_every * s.number - v_begun
+        FROM unnest(p_second) WITH ORDINALITY AS s(ctid, number)
+    ) turn;
+END;
+$$;
+
+-- Rows of all priorities in the order in which a poll picks them. NULL stands for no rows. Each
+-- eighth is of a low priority, and of the others each third of the normal one, while there are
+-- such: no priority waits for the end of a higher one.
+CREATE FUNCTION by_priority(p_high tid[], p_normal tid[], p_low tid[]) RETURNS tid[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN take_turns(
+        take_turns(coalesce(p_high, '{}'), coalesce(p_normal, '{}'), 3), coalesce(p_low, '{}'), 8
+    );
+END;
+$$;
+
+-- The requests that have been due for longest, up to width_each of each channel, format and
+-- priority. Of each priority, the oldest first.
 CREATE FUNCTION oldest_due(p poll_t, p_channels text[]) RETURNS tid[]
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
+DECLARE
+    v_high tid[];
+    v_normal tid[];
+    v_low tid[];
 BEGIN
-    RETURN coalesce(array_agg(due.ctid ORDER BY due.attempt_at), '{}')
-    FROM unnest(p_channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
-        SELECT m.ctid, m.attempt_at FROM mq_msgs m
-        WHERE m.channel_name = wanted.channel AND m.format = known.format
-            AND m.state = 'waiting' AND m.attempt_at <= p.now
-        ORDER BY m.attempt_at LIMIT p.width_each
-    ) due;
+    SELECT
+        array_agg(due.ctid ORDER BY due.attempt_at) FILTER (WHERE due.priority = 'high'),
+        array_agg(due.ctid ORDER BY due.attempt_at) FILTER (WHERE due.priority = 'normal'),
+        array_agg(due.ctid ORDER BY due.attempt_at) FILTER (WHERE due.priority = 'low')
+    INTO v_high, v_normal, v_low
+    FROM unnest(p_channels) AS wanted(channel), unnest(p.formats) AS known(format),
+        unnest('{high,normal,low}'::mq_priority[]) AS kind(priority),
+        LATERAL (
+            SELECT m.ctid, m.attempt_at, m.priority FROM mq_msgs m
+            WHERE m.channel_name = wanted.channel AND m.format = known.format
+                AND m.priority = kind.priority
+                AND m.state = 'waiting' AND m.attempt_at <= p.now
+            ORDER BY m.attempt_at LIMIT p.width_each
+        ) due;
+    IF v_high IS NULL AND v_low IS NULL THEN
+        RETURN coalesce(v_normal, '{}');
+    END IF;
+    RETURN by_priority(v_high, v_normal, v_low);
 END;
 $$;
 
--- The requests that fell due last, a batch of each channel and format, the latest first.
+-- The requests that fell due last, a batch of each channel, format and priority. Of each priority,
+-- the latest first.
 CREATE FUNCTION latest_due(p poll_t) RETURNS tid[]
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
+DECLARE
+    v_high tid[];
+    v_normal tid[];
+    v_low tid[];
 BEGIN
-    RETURN coalesce(array_agg(due.ctid ORDER BY due.attempt_at DESC), '{}')
-    FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
-        SELECT m.ctid, m.attempt_at FROM mq_msgs m
-        WHERE m.channel_name = wanted.channel AND m.format = known.format
-            AND m.state = 'waiting' AND m.attempt_at <= p.now
-        ORDER BY m.attempt_at DESC LIMIT p.batch
-    ) due;
+    SELECT
+        array_agg(due.ctid ORDER BY due.attempt_at DESC) FILTER (WHERE due.priority = 'high'),
+        array_agg(due.ctid ORDER BY due.attempt_at DESC) FILTER (WHERE due.priority = 'normal'),
+        array_agg(due.ctid ORDER BY due.attempt_at DESC) FILTER (WHERE due.priority = 'low')
+    INTO v_high, v_normal, v_low
+    FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format),
+        unnest('{high,normal,low}'::mq_priority[]) AS kind(priority),
+        LATERAL (
+            SELECT m.ctid, m.attempt_at, m.priority FROM mq_msgs m
+            WHERE m.channel_name = wanted.channel AND m.format = known.format
+                AND m.priority = kind.priority
+                AND m.state = 'waiting' AND m.attempt_at <= p.now
+            ORDER BY m.attempt_at DESC LIMIT p.batch
+        ) due;
+    RETURN by_priority(v_high, v_normal, v_low);
 END;
 $$;
 
@@ -499,9 +565,9 @@ BEGIN
 END;
 $$;
 
--- Picks rows by age until p_room are picked. Each step takes as many rows as there is room for.
--- Only the first row of an ordering key may be picked; a leased one still blocks the others.
--- Requests of destinations that are in the way are left to defer_surplus.
+-- Picks rows by priority and age until p_room are picked. Each step takes as many rows as there is
+-- room for. Only the first row of an ordering key may be picked; a leased one still blocks the
+-- others. Requests of destinations that are in the way are left to defer_surplus.
 CREATE FUNCTION pick_by_age(p poll_t, p_room int) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -764,12 +830,15 @@ BEGIN
     -- Looks no further ahead than the longest wait. A later row doesn't change the wait, and may be
     -- gone by the time it is due.
     SELECT min(upcoming.attempt_at) INTO v_next
-    FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
-        SELECT m.attempt_at FROM mq_msgs m
-        WHERE m.channel_name = wanted.channel AND m.format = known.format AND m.state = 'waiting'
-            AND m.attempt_at > p.now AND m.attempt_at < p.now + c_max
-        ORDER BY m.attempt_at LIMIT 1
-    ) upcoming;
+    FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format),
+        unnest('{high,normal,low}'::mq_priority[]) AS kind(priority),
+        LATERAL (
+            SELECT m.attempt_at FROM mq_msgs m
+            WHERE m.channel_name = wanted.channel AND m.format = known.format
+                AND m.priority = kind.priority AND m.state = 'waiting'
+                AND m.attempt_at > p.now AND m.attempt_at < p.now + c_max
+            ORDER BY m.attempt_at LIMIT 1
+        ) upcoming;
     RETURN greatest(least(v_next - p.now, p.again, c_max), c_min);
 END;
 $$;
@@ -827,6 +896,9 @@ SET search_path FROM CURRENT
 -- Without this, a search within one group may read and sort everything that is due, if the
 -- statistics say that little is due.
 SET enable_sort = off
+-- The limits are parameters, so the estimates are high enough for a compilation, which takes longer
+-- than the poll.
+SET jit = off
 AS $$
 #variable_conflict use_column
 DECLARE

@@ -326,7 +326,8 @@ CREATE FUNCTION enqueue(
     p_again boolean,
     p_metadata json DEFAULT NULL,
     -- NULL if the group names it.
-    p_destination text DEFAULT NULL
+    p_destination text DEFAULT NULL,
+    p_priority mq_priority DEFAULT 'normal'
 ) RETURNS TABLE (verdict text, request_id uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -459,14 +460,14 @@ BEGIN
     v_now := clock_timestamp();
     INSERT INTO mq_msgs (
         id, channel_name, channel_args, attempt_at, seq, waiter, claim_no, attempts, state,
-        destination, deadline, supersede_key, halts
+        priority, destination, deadline, supersede_key, halts
     )
     VALUES (
         p_id, p_channel, p_group,
         v_now + CASE WHEN p_state IN ('waiting', 'deferred') THEN p_delay ELSE p_lease END,
         v_seq, p_waiter, (p_state NOT IN ('waiting', 'deferred'))::int,
         (p_state NOT IN ('waiting', 'deferred'))::int, p_state,
-        p_destination, v_now + p_deadline, p_supersede, p_halts
+        p_priority, p_destination, v_now + p_deadline, p_supersede, p_halts
     );
     IF p_notify THEN
         PERFORM pg_notify('mq_' || p_channel, ''), pg_notify('mq', '');
@@ -546,7 +547,8 @@ CREATE FUNCTION enqueue_many(
     p_metadata text[] DEFAULT NULL,
     p_keys text[] DEFAULT NULL,
     p_fingerprints bytea[] DEFAULT NULL,
-    p_destinations text[] DEFAULT NULL
+    p_destinations text[] DEFAULT NULL,
+    p_priorities text[] DEFAULT NULL
 ) RETURNS TABLE (request_id uuid, verdict text, earlier uuid, elsewhere text)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -649,19 +651,23 @@ BEGIN
     FROM unnest(p_ids, p_heads, p_bodies, p_metadata) AS i(id, head, body, metadata)
     WHERE i.id <> ALL (v_attached);
     INSERT INTO mq_msgs (
-        id, channel_name, channel_args, attempt_at, created_at, seq, state, destination, deadline,
-        halts
+        id, channel_name, channel_args, attempt_at, created_at, seq, state, priority, destination,
+        deadline, halts
     )
     SELECT
         i.id, i.channel, i.key_group, v_now + i.delay_ms * interval '1 millisecond', v_now,
         -- unnest returns rows in the order of the arrays.
         CASE WHEN i.ordered THEN v_lift + nextval('mq_seq') END, coalesce(i.state, 'waiting'),
-        i.destination, v_now + i.deadline_ms * interval '1 millisecond', i.halts
+        coalesce(i.priority::mq_priority, 'normal'), i.destination,
+        v_now + i.deadline_ms * interval '1 millisecond', i.halts
     FROM unnest(
         p_ids, p_channels, p_groups, p_ordered, p_halts, p_delays_ms, p_deadlines_ms,
-        p_destinations, v_states
+        p_destinations, v_states, p_priorities
     )
-        AS i(id, channel, key_group, ordered, halts, delay_ms, deadline_ms, destination, state)
+        AS i(
+            id, channel, key_group, ordered, halts, delay_ms, deadline_ms, destination, state,
+            priority
+        )
     WHERE i.id <> ALL (v_attached);
     IF p_notify THEN
         PERFORM tell_runners(told.channel)

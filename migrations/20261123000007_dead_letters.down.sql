@@ -6,6 +6,7 @@ DROP FUNCTION resolve_request;
 DROP FUNCTION replay_request;
 DROP FUNCTION refuses_order;
 DROP FUNCTION without_caller;
+DROP FUNCTION request_priority;
 DROP FUNCTION request_limit_key;
 DROP FUNCTION request_destination;
 DROP TRIGGER outcomes_kept_expiry ON outcomes_kept;

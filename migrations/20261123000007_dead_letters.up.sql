@@ -70,6 +70,21 @@ AS $$
     ) || '"')::json #>> '{}'
 $$;
 
+-- The priority of a stored request.
+CREATE FUNCTION request_priority(p_head text) RETURNS mq_priority
+LANGUAGE sql
+IMMUTABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT coalesce(substring(
+        right(p_head, 2048) FROM
+        $re$(?x)
+            "priority":"(high|low)"
+            (?:,"limit_key":"(?:[^"\\]|\\.)*")?(?:,"awaited":true)?[}][}]\Z
+        $re$
+    ), 'normal')::mq_priority
+$$;
+
 -- A stored head without the mark of a caller that gets the response, whatever it is. No caller
 -- waits for a dead letter that is sent again.
 CREATE FUNCTION without_caller(p_head text) RETURNS text
@@ -115,6 +130,7 @@ DECLARE
     v_refused text;
     v_halts boolean;
     v_destination text;
+    v_priority mq_priority;
     v_seq bigint;
     v_now timestamptz;
 BEGIN
@@ -140,8 +156,10 @@ BEGIN
     SET id = p_new, head = without_caller(p.head), returns = 0, response_status = NULL,
         response_head = NULL, response_body = NULL
     WHERE p.id = p_id
-    RETURNING p.halts, coalesce(request_limit_key(p.head), request_destination(p.head))
-    INTO v_halts, v_destination;
+    RETURNING
+        p.halts, coalesce(request_limit_key(p.head), request_destination(p.head)),
+        request_priority(p.head)
+    INTO v_halts, v_destination, v_priority;
     IF NOT FOUND THEN
         RETURN 'gone';
     END IF;
@@ -155,10 +173,10 @@ BEGIN
             v_seq := next_seq(v_kept.channel_name, v_kept.channel_args);
         END IF;
         INSERT INTO mq_msgs (
-            id, channel_name, channel_args, attempt_at, seq, destination, halts
+            id, channel_name, channel_args, attempt_at, seq, priority, destination, halts
         )
         VALUES (
-            p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq,
+            p_new, v_kept.channel_name, v_kept.channel_args, v_now, v_seq, v_priority,
             CASE
                 WHEN substr(v_kept.channel_args, 5) <> '|d|' || v_destination THEN v_destination
             END,
@@ -205,6 +223,7 @@ DECLARE
     v_returns int;
     v_halts boolean;
     v_destination text;
+    v_priority mq_priority;
     v_seq bigint;
     v_now timestamptz;
 BEGIN
@@ -260,8 +279,9 @@ BEGIN
         SET returns = least(p.returns, 2147483646) + 1, head = without_caller(p.head)
         WHERE p.id = p_id
         RETURNING
-            p.returns, p.halts, coalesce(request_limit_key(p.head), request_destination(p.head))
-        INTO v_returns, v_halts, v_destination;
+            p.returns, p.halts, coalesce(request_limit_key(p.head), request_destination(p.head)),
+            request_priority(p.head)
+        INTO v_returns, v_halts, v_destination, v_priority;
         IF NOT FOUND THEN
             RETURN 'gone';
         END IF;
@@ -280,14 +300,14 @@ BEGIN
             END IF;
             INSERT INTO mq_msgs (
                 id, channel_name, channel_args, attempt_at, began_at, created_at, seq, claim_no,
-                attempts, destination, halts
+                attempts, priority, destination, halts
             )
             VALUES (
                 p_id, v_kept.channel_name, v_kept.channel_args, v_now, v_now, v_kept.created_at,
                 v_seq,
                 -- Higher than any claim_no the request had before, so that an old claim is never
                 -- taken for a current one.
-                least(v_returns, 2000) * 1000000, v_attempts,
+                least(v_returns, 2000) * 1000000, v_attempts, v_priority,
                 CASE
                     WHEN substr(v_kept.channel_args, 5) <> '|d|' || v_destination THEN v_destination
                 END,

@@ -25,7 +25,7 @@ use crate::classify::AcceptedResponse;
 use crate::destination::validate_limit_key;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
-use crate::options::{Guarantee, Options, validate_timeout};
+use crate::options::{Guarantee, Options, Priority, validate_timeout};
 use crate::request::{Request, Target, check_uri};
 use crate::response::Response;
 use crate::retry::{RetryPolicy, millis};
@@ -138,6 +138,10 @@ pub(crate) struct Delivery {
     pub(crate) accept: Option<Vec<AcceptedResponse>>,
     #[serde(default, skip_serializing_if = "Guarantee::is_default")]
     pub(crate) guarantee: Guarantee,
+    /// The row has it too, until the request ends. The migrations' `request_priority` looks for it
+    /// here.
+    #[serde(default, skip_serializing_if = "Priority::is_default")]
+    pub(crate) priority: Priority,
     /// The name of the destination, if the URL doesn't give it. The migrations' `request_limit_key`
     /// looks for it here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -379,6 +383,7 @@ mod tests {
             retry: RetryPolicy::awaited(),
             accept: None,
             guarantee: Guarantee::default(),
+            priority: Priority::default(),
             limit_key: None,
             awaited: true,
         }
@@ -535,6 +540,7 @@ mod tests {
                 AcceptedResponse::Range(1, 2),
             ]),
             guarantee: Guarantee::AtMostOnce,
+            priority: Priority::High,
             limit_key: Some("tenant-7".into()),
             awaited: true,
             ..delivery()

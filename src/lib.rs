@@ -158,7 +158,7 @@ pub use into_request::IntoRequest;
 pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
 pub use metadata::MAX_METADATA_LEN;
 pub use migrate::migrate;
-pub use options::{Guarantee, Options};
+pub use options::{Guarantee, Options, Priority};
 pub use outcome::Outcome;
 pub use request::{MAX_HEADERS, MAX_HEADERS_LEN, MAX_URL_LEN, Request};
 pub use response::Response;

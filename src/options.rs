@@ -50,6 +50,40 @@ impl Guarantee {
     }
 }
 
+/// What polls claim first while more is due than there is room for. The row of each request that
+/// waits has one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Priority {
+    /// Before the others.
+    High,
+    /// After those of a high priority, and before those of a low one.
+    #[default]
+    Normal,
+    /// After the others.
+    Low,
+}
+
+impl Priority {
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde passes a reference to `skip_serializing_if`"
+    )]
+    pub(crate) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The priority's name in the database.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::High => "high",
+            Self::Normal => "normal",
+            Self::Low => "low",
+        }
+    }
+}
+
 /// Per-request options. Set them with [`Request::with`](crate::Request::with), or put them into a
 /// request's [`http::Extensions`] for the layer and the middleware. Many default to the setting of
 /// the [`DurableBuilder`](crate::DurableBuilder).
@@ -84,6 +118,7 @@ pub struct Options {
     pub(crate) supersede: Option<Arc<str>>,
     pub(crate) deadline: Option<Duration>,
     pub(crate) guarantee: Guarantee,
+    pub(crate) priority: Priority,
     pub(crate) idempotency_header: Option<IdempotencyHeader>,
     pub(crate) halt_on_discard: bool,
     pub(crate) ordered_by_channel: bool,
@@ -207,6 +242,34 @@ impl Options {
     #[must_use]
     pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
         self.guarantee = guarantee;
+        self
+    }
+
+    /// Which requests runners claim first while more are due than the process has slots for. A
+    /// request that is attempted at once, because a slot is free, has no use for a priority.
+    ///
+    /// No priority waits for the end of a higher one. Of what a poll claims by age, at least one
+    /// eighth is of low priority and at least one quarter of normal priority, as long as such
+    /// requests are due. A poll claims at least three quarters by age. The rest, which keeps a
+    /// destination's backlog from hiding others, goes from destination to destination and ignores
+    /// priorities. So does what a destination that takes no more for a while has deferred: its
+    /// oldest requests leave first.
+    ///
+    /// With [`ordered`](Self::ordered), the first request of a key is claimed by its own priority,
+    /// whatever waits behind it. Retries and replays keep the priority. Defaults to
+    /// [`Priority::Normal`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use requeuest::{Options, Priority};
+    ///
+    /// // A nightly export that may wait for everything else.
+    /// let options = Options::default().priority(Priority::Low);
+    /// ```
+    #[must_use]
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
         self
     }
 

@@ -56,6 +56,7 @@ impl Durable {
             }),
             accept: options.accept.as_ref().map(|accept| accept.to_vec()),
             guarantee: options.guarantee,
+            priority: options.priority,
             limit_key: options.limit_key.as_deref().map(Box::from),
             awaited: mode == Mode::Awaited,
         };
@@ -94,6 +95,7 @@ impl Durable {
             head: codec::encode_request(&request, &uri, &delivery),
             body: request.body.clone(),
             metadata: options.metadata.clone(),
+            priority: options.priority,
             waiter: (mode == Mode::Awaited).then_some(self.engine().driver().instance),
             initial: Initial::Waiting,
         };

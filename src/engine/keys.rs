@@ -208,6 +208,7 @@ impl Drop for Place {
 mod tests {
     use super::*;
     use crate::id::RequestId;
+    use crate::options::Priority;
     use crate::store::enqueue::{Initial, Key};
 
     const WAIT: Duration = Duration::from_secs(30);
@@ -218,6 +219,7 @@ mod tests {
             channel: "c".into(),
             group: "0000|o|k".to_owned(),
             destination: None,
+            priority: Priority::default(),
             ordered,
             halts: false,
             delay: Duration::ZERO,

@@ -183,7 +183,7 @@ async fn insert_many(
     let call = format!(
         "SELECT request_id, verdict, earlier, elsewhere
          FROM {}.enqueue_many(
-            $1, $2, $3, $4, $5, $6, $7, $10, $11, $12, $13, $8, $14, $15, $9
+            $1, $2, $3, $4, $5, $6, $7, $10, $11, $12, $13, $8, $14, $15, $9, $16
          )",
         quoted(schema)
     );
@@ -199,6 +199,9 @@ async fn insert_many(
         ))
         .bind(unless_all_none(
             keys.map(|key| key.map(|key| &key.fingerprint[..])),
+        ))
+        .bind(unless_all_none(
+            requests.iter().map(NewRequest::unusual_priority),
         ))
         .persistent(how.prepared)
         .fetch_all(connection)

@@ -14,6 +14,7 @@ use crate::destination::{destination_of, ordering_key};
 use crate::error::{Error, Kind, is_lock_timeout};
 use crate::id::RequestId;
 use crate::metadata::Metadata;
+use crate::options::Priority;
 
 /// The longest time between two polls of a runner, as `mq_poll` returns it.
 pub(crate) const RUNNER_WAIT: Duration = Duration::from_secs(1);
@@ -38,6 +39,7 @@ pub(crate) struct NewRequest {
     pub(crate) head: String,
     pub(crate) body: Option<Bytes>,
     pub(crate) metadata: Option<Metadata>,
+    pub(crate) priority: Priority,
     /// The instance that waits for the outcome.
     pub(crate) waiter: Option<Uuid>,
     pub(crate) key: Option<Key>,
@@ -184,6 +186,11 @@ impl NewRequest {
         fields.find(|field| self.key_of(*field).is_some())
     }
 
+    /// The name of the priority, unless it is the default.
+    pub(super) fn unusual_priority(&self) -> Option<&'static str> {
+        (!self.priority.is_default()).then(|| self.priority.name())
+    }
+
     fn metadata(&self) -> Option<&str> {
         self.metadata.as_ref().map(Metadata::json)
     }
@@ -197,10 +204,10 @@ macro_rules! insert_many {
             "WITH input AS MATERIALIZED (
                 SELECT i.* FROM unnest(
                     $1::uuid[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::text[],
-                    $8::text[], $9::text[], $10::uuid[], $11::text[]
+                    $8::text[], $9::text[], $10::uuid[], $11::text[], $14::text[]
                 ) WITH ORDINALITY AS i(
                     id, channel_name, channel_args, delay_ms, deadline_ms, head, metadata,
-                    destination, waiter, state, number
+                    destination, waiter, state, priority, number
                 ) ",
             $only,
             "), payloads AS (
@@ -209,7 +216,7 @@ macro_rules! insert_many {
             )
             INSERT INTO mq_msgs (
                 id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state,
-                destination, deadline
+                priority, destination, deadline
             )
             SELECT
                 i.id, i.channel_name, i.channel_args,
@@ -220,7 +227,7 @@ macro_rules! insert_many {
                     ) * interval '1 millisecond',
                 i.waiter, (i.state NOT IN ('waiting', 'deferred'))::int,
                 (i.state NOT IN ('waiting', 'deferred'))::int,
-                i.state::mq_state, i.destination,
+                i.state::mq_state, coalesce(i.priority::mq_priority, 'normal'), i.destination,
                 clock_timestamp() + i.deadline_ms * interval '1 millisecond'
             FROM input i"
         )
@@ -246,8 +253,8 @@ const INSERT_ALONE: &str = "
         VALUES ($1, $12, $6, $7, $8::text::json)
     )
     INSERT INTO mq_msgs (
-        id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, destination,
-        deadline
+        id, channel_name, channel_args, attempt_at, waiter, claim_no, attempts, state, priority,
+        destination, deadline
     )
     VALUES (
         $1, $2, $3,
@@ -257,7 +264,7 @@ const INSERT_ALONE: &str = "
                 + CASE WHEN $11::text IN ('waiting', 'deferred') THEN 0 ELSE $13::bigint END
             ) * interval '1 millisecond',
         $10, ($11 NOT IN ('waiting', 'deferred'))::int, ($11 NOT IN ('waiting', 'deferred'))::int,
-        $11::mq_state, $9,
+        $11::mq_state, $14::text::mq_priority, $9,
         clock_timestamp() + $5::bigint * interval '1 millisecond'
     )";
 
@@ -365,6 +372,9 @@ async fn insert(
     )
     .bind(MESSAGE_NAME)
     .bind(millis(lease))
+    .bind(unless_all_none(
+        requests.iter().map(NewRequest::unusual_priority),
+    ))
     .execute(connection)
     .await?;
     Ok(())
@@ -426,6 +436,7 @@ async fn insert_alone(
         .bind(request.initial.state())
         .bind(MESSAGE_NAME)
         .bind(millis(lease))
+        .bind(request.priority.name())
         .execute(connection)
         .await?;
     Ok(())
@@ -523,7 +534,8 @@ pub(super) async fn insert_one<'c>(
             $8, $9, $10, $11, $12::pg_catalog.text::{schema}.mq_state,
             $13 OPERATOR(pg_catalog.*) interval '1 millisecond', $14, $15, $16,
             $17 OPERATOR(pg_catalog.*) interval '1 millisecond', $18, $19, $20,
-            $21::pg_catalog.text::pg_catalog.json, $22
+            $21::pg_catalog.text::pg_catalog.json, $22,
+            $23::pg_catalog.text::{schema}.mq_priority
         )"
     );
     let key = request.key.as_ref();
@@ -550,6 +562,7 @@ pub(super) async fn insert_one<'c>(
         .bind(how.again)
         .bind(request.metadata())
         .bind(request.destination.as_deref())
+        .bind(request.priority.name())
         .persistent(how.prepared)
         .fetch_one(executor)
         .await?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
-    DeadLetterFilter, Durable, FailureClass, Guarantee, Options, RequestId, Status, Uuid,
+    DeadLetterFilter, Durable, FailureClass, Guarantee, Options, Priority, RequestId, Status, Uuid,
 };
 use sqlx::Executor;
 
@@ -241,16 +241,22 @@ async fn many_requests_that_no_runner_delivers_are_read_once_and_end_in_batches(
     let durable = enqueuing(&database);
     let requests = 2500;
     let short = for_at_most(Duration::from_millis(1));
-    let request = || post(URL, "x").with(short.clone());
+    let request = |priority| post(URL, "x").with(short.clone().priority(priority));
+    let priorities = [Priority::High, Priority::Normal, Priority::Low];
     // Those of one statement are due at the same time.
-    let ids = durable.fire_many((0..requests).map(|_| request())).await;
+    let many = (0..requests).map(|number| request(priorities[number % 3]));
+    let ids = durable.fire_many(many).await;
     assert_eq!(ids.unwrap().len(), requests);
     let requests = requests as i64;
     eventually_rows(&database, "undelivered", requests).await;
     // Two that are committed after a sweep came by, one of them long after.
     let mut transaction = database.pool().begin().await.unwrap();
-    let late = durable.fire_in(&mut *transaction, request()).await.unwrap();
-    let very_late = durable.fire_in(&mut *transaction, request()).await.unwrap();
+    let mut fire = async |priority| {
+        let fired = durable.fire_in(&mut *transaction, request(priority));
+        fired.await.unwrap()
+    };
+    let late = fire(Priority::High).await;
+    let very_late = fire(Priority::Low).await;
     let begun = "UPDATE requeuest.mq_msgs SET attempt_at = now() - interval '9 minutes'
                  WHERE id = $1";
     let begun = sqlx::query(begun).bind(Uuid::from(very_late));

@@ -31,6 +31,7 @@ mod migrations;
 mod outcomes;
 mod plans;
 mod poll;
+mod priorities;
 mod processes;
 mod proxy;
 mod retention;

@@ -236,9 +236,10 @@ async fn backlog(pool: &PgPool, like: RequestId, channel: &str, due: &str) {
             FROM requeuest.mq_payloads l, generate_series(1, {BACKLOG}) WHERE l.id = $1
             RETURNING id
         )
-        INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
+        INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at, priority)
         SELECT id, $2, to_char((random() * 2000)::int, 'FM0000') || '|d|http://some.where',
-            now() + {due}
+            now() + {due},
+            ('{{high,normal,low}}'::requeuest.mq_priority[])[1 + floor(random() * 3)::int]
         FROM p"
     );
     sqlx::query(&insert)
