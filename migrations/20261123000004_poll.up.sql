@@ -789,6 +789,10 @@ BEGIN
             p.picked := p.picked || coalesce(v_some, '{}');
             v_left := v_left - coalesce(cardinality(v_some), 0);
         END LOOP;
+        -- There may be more, and the process will soon have room for them.
+        IF v_left <= 0 THEN
+            p.again := '0';
+        END IF;
     END LOOP;
     RETURN p;
 END;
@@ -822,7 +826,10 @@ DECLARE
     END;
     v_next timestamptz;
 BEGIN
-    IF cardinality(p.picked) >= p.batch THEN
+    IF cardinality(p.picked) >= p.batch
+        -- While rows are in the way, a poll that picks fewer leaves others behind too.
+        OR p.moved >= p.moved_max AND cardinality(p.picked) >= p.batch / 4
+    THEN
         RETURN '0';
     ELSIF p.moved >= p.moved_max THEN
         RETURN c_min;

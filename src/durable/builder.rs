@@ -580,6 +580,9 @@ impl DurableBuilder {
         for (pattern, policy) in self.policies {
             config.policies.insert(pattern.parse()?, policy)?;
         }
+        if !(config.max_share > 0.0 && config.max_share <= 1.0) {
+            return Err(Error::config("max_share", "must be over 0 and up to 1"));
+        }
         config.policies.validate(config.attempt_timeout)?;
         config.destination_policy.validate(config.attempt_timeout)?;
         let (request, response) = (self.store.max_request_body, self.store.max_response_body);
@@ -656,7 +659,7 @@ impl DurableBuilder {
             }
         };
         let named = |field: &'static str| move |reason: &'static str| Error::config(field, reason);
-        let Self { config, store, .. } = self;
+        let (config, store) = (&self.config, &self.store);
         validate_channel(&config.channel).map_err(named("channel"))?;
         if let Subscription::List(channels) = &self.deliver {
             ensure(
@@ -676,11 +679,6 @@ impl DurableBuilder {
             (1..=100_000).contains(&config.concurrency),
             "concurrency",
             "must be from 1 to 100,000",
-        )?;
-        ensure(
-            config.max_share > 0.0 && config.max_share <= 1.0,
-            "max_share",
-            "must be over 0 and up to 1",
         )?;
         ensure(
             config.max_queued_requests > 0,

@@ -123,13 +123,7 @@ impl Engine {
             let (store, sweep) = (store.clone(), Arc::clone(&sweep));
             move || tasks::sweep::run(store.clone(), Arc::clone(&sweep))
         };
-        let gate = Gate::new(Rules {
-            slots: config.concurrency,
-            share: config.max_share,
-            policies: config.policies.clone(),
-            policy: config.destination_policy.clone(),
-            lease: store.config().lease,
-        });
+        let gate = Gate::new(Rules::of(&config, store.config().lease));
         let look_at_destinations = {
             let (store, gate) = (store.clone(), Arc::clone(&gate));
             let tell = config.on_destination_event.clone();

@@ -356,6 +356,11 @@ impl RetryPolicy {
         self
     }
 
+    /// A delay that a response asked for, as far as it counts.
+    pub(crate) fn bounded(&self, asked: Duration) -> Duration {
+        asked.min(self.max_retry_after.unwrap_or(DEFAULT_MAX_RETRY_AFTER))
+    }
+
     /// The function of a [`from_fn`](Self::from_fn) policy. `None` if the policy was read from the
     /// database, which can't store a function.
     pub(crate) fn function(&self) -> Option<&Function> {
@@ -402,9 +407,7 @@ impl RetryPolicy {
             },
         };
         let own = self.jitter.apply(bound, random);
-        let asked = asked
-            .unwrap_or_default()
-            .min(self.max_retry_after.unwrap_or(DEFAULT_MAX_RETRY_AFTER));
+        let asked = self.bounded(asked.unwrap_or_default());
         let left = match self.max_age {
             Some(max) if retry.age >= max => return None,
             Some(max) => max - retry.age,

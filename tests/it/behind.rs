@@ -238,7 +238,7 @@ async fn requests_of_one_call_are_put_behind_the_first_of_their_key() {
         to("a", None),
         plain(),
     ];
-    let ids = handle.fire_many(requests).await.unwrap();
+    let ids = handle.fire_many(Vec::from(requests)).await.unwrap();
     assert_eq!(ids[4], earlier);
     let states: HashMap<Uuid, String> =
         sqlx::query("SELECT id, state::text FROM requeuest.mq_msgs")

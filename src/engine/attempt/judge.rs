@@ -121,8 +121,8 @@ fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
     let seen = exchange.seen();
     let fault = match seen {
         Ok(_) if verdict == Verdict::Final => Blame::Success,
-        Ok((StatusCode::PROXY_AUTHENTICATION_REQUIRED, _)) => Blame::Other,
-        Err(
+        Ok((StatusCode::PROXY_AUTHENTICATION_REQUIRED, _))
+        | Err(
             FailureClass::NotReady
             | FailureClass::Unusable
             | FailureClass::Abandoned
@@ -133,7 +133,9 @@ fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
     let seen = Seen {
         turn: claim.turn(),
         status: seen.ok().map(|(status, _)| status),
-        retry_after: exchange.asked_delay(),
+        retry_after: exchange
+            .asked_delay()
+            .map(|asked| claim.job().delivery.retry.bounded(asked)),
         fault,
         is_repeated: verdict == Verdict::Retry,
     };

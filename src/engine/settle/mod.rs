@@ -179,6 +179,7 @@ impl Settlement {
 }
 
 /// The data of a result.
+#[derive(Clone)]
 enum Data {
     Outcome(Arc<Outcome>),
     Failure(Option<Box<Failure>>),
@@ -395,6 +396,20 @@ impl Settler {
         if error.is_data() {
             let whole = batch[0].data();
             while error.is_data() && batch[0].drop_data() {
+                // Not written at once: what refused the whole result may be over by now, and then
+                // nothing of it is to be lost.
+                if let Err(refused) = self.try_out(&batch[0]).await {
+                    error = refused;
+                    continue;
+                }
+                let reduced = batch[0].data();
+                batch[0].restore(whole.clone());
+                match self.try_write(&mut batch).await {
+                    Ok(()) => return held.note_accepted(),
+                    Err(_) if batch.is_empty() => return,
+                    Err(refused) => error = refused,
+                }
+                batch[0].restore(reduced);
                 match self.try_write(&mut batch).await {
                     Ok(()) => {
                         if self.refused.is_news(id) {
@@ -425,6 +440,30 @@ impl Settler {
     }
 
     /// Writes the batch once. A panic is noted, and refuses it.
+    /// Whether the database would take a result. Nothing is changed.
+    async fn try_out(&self, settlement: &Settlement) -> Result<(), Unwritten> {
+        let fence = settlement.lease.fence();
+        let tried = match &settlement.result {
+            AttemptResult::Finish { outcome, .. } => {
+                let finish = (fence, Arc::clone(outcome));
+                self.store.try_finish(&finish, settlement.size()).await
+            }
+            AttemptResult::PutBack { failure, .. } => {
+                let put_back = PutBack {
+                    fence,
+                    delay: Duration::ZERO,
+                    hold: false,
+                    defer: false,
+                    uncounted: false,
+                    failure: failure.as_deref().cloned(),
+                };
+                self.store.try_put_back(&put_back, settlement.size()).await
+            }
+            AttemptResult::Park { .. } => Ok(()),
+        };
+        tried.map_err(Unwritten::Refused)
+    }
+
     async fn try_write(&self, batch: &mut Vec<Settlement>) -> Result<(), Unwritten> {
         let refused: Vec<_> = batch
             .iter()

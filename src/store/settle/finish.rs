@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::Query;
-use sqlx::{PgConnection, Postgres, Row};
+use sqlx::{Connection as _, PgConnection, Postgres, Row};
 use uuid::Uuid;
 
 use super::{Fence, SettledRow, settled_row, status_of};
@@ -37,6 +37,17 @@ impl Store {
         let retention = self.config().retention;
         self.run_large("settle.finish", bytes, async |connection| {
             finish(connection, finishes, retention).await
+        })
+        .await
+    }
+
+    /// As [`finish`](Self::finish) for one request, without changing anything.
+    pub(crate) async fn try_finish(&self, one: &Finish, bytes: usize) -> Result<(), StoreError> {
+        let retention = self.config().retention;
+        self.run_large("settle.try", bytes, async |connection| {
+            let mut transaction = connection.begin().await?;
+            finish(&mut transaction, std::slice::from_ref(one), retention).await?;
+            transaction.rollback().await
         })
         .await
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::PgConnection;
+use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use super::{Failure, Fence, SettledRow, settled_row, status_of};
@@ -35,6 +35,17 @@ impl Store {
         let lease = self.config().lease;
         self.run_large("settle.put_back", bytes, async |connection| {
             put_back(connection, put_backs, lease).await
+        })
+        .await
+    }
+
+    /// As [`put_back`](Self::put_back) for one request, without changing anything.
+    pub(crate) async fn try_put_back(&self, one: &PutBack, bytes: usize) -> Result<(), StoreError> {
+        let lease = self.config().lease;
+        self.run_large("settle.try", bytes, async |connection| {
+            let mut transaction = connection.begin().await?;
+            put_back(&mut transaction, std::slice::from_ref(one), lease).await?;
+            transaction.rollback().await
         })
         .await
     }

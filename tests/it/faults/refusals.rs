@@ -179,3 +179,32 @@ async fn requests_that_a_trigger_refuses_fail_alone() {
     }
     assert_eq!(server.count(), 63);
 }
+
+#[tokio::test]
+async fn a_refusal_that_ends_while_its_cause_is_looked_for_costs_no_data() {
+    let database = migrated().await;
+    // Refuses the data once, as if it were at fault.
+    database
+        .pool()
+        .execute(
+            "CREATE SEQUENCE public.refusals;
+             CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 IF NEW.body IS NOT NULL AND nextval('public.refusals') <= 1 THEN
+                     RAISE EXCEPTION 'not now' USING ERRCODE = '23514';
+                 END IF;
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER no BEFORE INSERT ON requeuest.outcomes
+             FOR EACH ROW EXECUTE FUNCTION no()",
+        )
+        .await
+        .unwrap();
+    let server = echo_server().await;
+    let durable = short_lease_builder(database.pool()).build().unwrap();
+    let response = in_time(durable.await_response(post(server.url("/"), "kept")))
+        .await
+        .unwrap();
+    assert_eq!(response.text().unwrap(), "kept");
+    assert_eq!(server.count(), 1);
+}

@@ -124,10 +124,9 @@ impl Leased {
     /// What an attempt lacks while `passes` of them are under way.
     pub(super) fn lacks(&mut self, limits: Limits, passes: u32, now: Instant) -> Lack {
         let permits = match limits.concurrency {
-            None => Lack::Nothing,
             Some(_) if !self.has_permits(now) => Lack::Answer,
             Some(limit) if passes >= self.permits.min(limit) => Lack::Some,
-            Some(_) => Lack::Nothing,
+            _ => Lack::Nothing,
         };
         let tokens = match limits.rate {
             Some(_) if self.tokens(now) == 0 => Lack::Answer,

@@ -27,6 +27,7 @@ use tokio::sync::Notify;
 use self::leased::{Lack, Leased, Limits};
 use self::pace::{Failing, Pace, Paced, SLOW};
 use crate::destination::{DestinationPolicy, Millis, Policies, Report, RetryMeter, State, millis};
+use crate::engine::config::Config;
 use crate::store::destinations::{Leased as Grant, StoredDestination};
 use crate::store::runner_pool::Room;
 
@@ -61,6 +62,18 @@ pub(crate) struct Rules {
     pub(crate) policy: DestinationPolicy,
     /// For how long permits are leased.
     pub(crate) lease: Duration,
+}
+
+impl Rules {
+    pub(crate) fn of(config: &Config, lease: Duration) -> Self {
+        Self {
+            slots: config.concurrency,
+            share: config.max_share,
+            policies: config.policies.clone(),
+            policy: config.destination_policy.clone(),
+            lease,
+        }
+    }
 }
 
 /// The passes of all destinations.
@@ -344,9 +357,14 @@ impl Inner {
 impl Gate {
     pub(crate) fn new(rules: Rules) -> Arc<Self> {
         Arc::new(Self {
-            most: ((rules.slots as f64 * rules.share) as usize).clamp(1, rules.slots),
+            most: part_of(rules.slots, rules.share).clamp(1, rules.slots),
             most_alone: if rules.share < 1.0 {
-                rules.slots - rules.slots / RESERVE
+                rules.slots
+                    - if rules.slots < 4 {
+                        0
+                    } else {
+                        rules.slots.div_ceil(RESERVE)
+                    }
             } else {
                 rules.slots
             },
@@ -392,10 +410,8 @@ impl Gate {
         }
         let name = self.name_of(&mut inner, name, now);
         let pace = inner.recount(&name, now);
-        if inner.last.as_ref() != Some(&name) {
-            if inner.last.replace(Arc::clone(&name)).is_some() {
-                inner.switched = Some(now);
-            }
+        if inner.last.as_ref() != Some(&name) && inner.last.replace(Arc::clone(&name)).is_some() {
+            inner.switched = Some(now);
         }
         let free = self.free_slots(&inner, &name, pace, now);
         let inner = &mut *inner;
@@ -513,7 +529,7 @@ impl Gate {
         } else {
             FIRST_SHARE
         };
-        let first_limit = ((self.rules.slots as f64 * first_share) as usize).max(1);
+        let first_limit = part_of(self.rules.slots, first_share).max(1);
         let first = destination.passes == 0 && inner.slow_passes < first_limit;
         own.min(unused).min(fair).max(usize::from(first))
     }
@@ -528,15 +544,12 @@ impl Gate {
         if destination.counted_slow {
             inner.slow_passes -= 1;
         }
-        match began {
-            Some(began) => {
-                let took = now.saturating_duration_since(began);
-                destination.pace.end(took, now);
-            }
-            None => {
-                let limits = destination.limits(now);
-                destination.leased.give_back(limits);
-            }
+        if let Some(began) = began {
+            let took = now.saturating_duration_since(began);
+            destination.pace.end(took, now);
+        } else {
+            let limits = destination.limits(now);
+            destination.leased.give_back(limits);
         }
         let freed = Arc::clone(&destination.freed);
         let pace = inner.recount(name, now);
@@ -781,6 +794,11 @@ impl Gate {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn part_of(slots: usize, share: f64) -> usize {
+    let slots = u32::try_from(slots).unwrap_or(u32::MAX);
+    (f64::from(slots) * share) as usize
 }
 
 /// Adds a destination to the JSON object.
