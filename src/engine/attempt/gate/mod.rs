@@ -40,8 +40,9 @@ const RESERVE: usize = 8;
 const GREED: usize = 3;
 /// While slow destinations have less than this fraction of all slots, each may take a first one.
 const FIRST_SHARE: f64 = 0.75;
-/// The same for destinations that have not answered yet.
-const UNKNOWN_SHARE: f64 = 0.97;
+/// The part of the slots that first requests to destinations that have not answered yet leave
+/// free: one in 32.
+const KNOWN_RESERVE: usize = 32;
 /// How long a destination is remembered after its last attempt.
 const REMEMBERED: Duration = Duration::from_secs(60);
 /// How many idle destinations are remembered.
@@ -524,12 +525,11 @@ impl Gate {
         }
         let unused = self.most.saturating_sub(inner.slow_passes);
         let fair = (GREED * unused).saturating_sub(destination.passes);
-        let first_share = if pace == Pace::Unknown {
-            UNKNOWN_SHARE
+        let first_limit = if pace == Pace::Unknown {
+            self.rules.slots - self.rules.slots / KNOWN_RESERVE
         } else {
-            FIRST_SHARE
+            part_of(self.rules.slots, FIRST_SHARE).max(1)
         };
-        let first_limit = part_of(self.rules.slots, first_share).max(1);
         let first = destination.passes == 0 && inner.slow_passes < first_limit;
         own.min(unused).min(fair).max(usize::from(first))
     }
