@@ -289,11 +289,12 @@ impl Options {
     }
 
     /// The request's destination: what limits, circuit breakers and pauses apply to, and what a
-    /// process is fair over. A tenant, an account or an API key. Requests with the same limit key
-    /// share one destination, wherever they go; requests of different limit keys at one host don't
-    /// delay each other.
+    /// process is fair over. The name of a tenant, an account or an API key; not the key itself,
+    /// because events, statuses and log lines of a destination show it. Requests with the same limit
+    /// key share one destination, wherever they go; requests of different limit keys at one host
+    /// don't delay each other.
     ///
-    /// It is stored with the request, and a replay keeps it. Logs, errors and
+    /// It is stored with the request, and a replay keeps it. Errors, log lines of a request and
     /// [`DeadLetter::destination`](crate::DeadLetter::destination) show where the request goes, not
     /// its limit key. 1 to 255 bytes, without NUL characters and without `://`. Defaults to scheme,
     /// host and port of the URL.
