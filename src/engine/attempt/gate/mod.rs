@@ -49,6 +49,9 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 const MAX_IDLE: usize = 10_000;
 /// How many requests beyond its free passes a poll may bring for a fast destination.
 const AHEAD: usize = 64;
+/// How long a destination stays closed here after an attempt has shown that it is to be, until the
+/// database says so.
+const UNTIL_KNOWN: Duration = Duration::from_secs(2);
 /// The longest delay of a retry for which there is no budget.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(600);
 
@@ -595,10 +598,14 @@ impl Gate {
             }
             if on_gone && seen.status == Some(StatusCode::GONE) {
                 report.gone = true;
+                destination.throttled = destination.throttled.max(Some(now + UNTIL_KNOWN));
                 self.urgent.notify_one();
             }
             if half_open {
                 report.probe = Some(report.probe.unwrap_or(true) && !failed);
+                if failed {
+                    destination.throttled = destination.throttled.max(Some(now + UNTIL_KNOWN));
+                }
                 self.urgent.notify_one();
             }
         }
