@@ -290,9 +290,9 @@ impl Options {
 
     /// The request's destination: what limits, circuit breakers and pauses apply to, and what a
     /// process is fair over. The name of a tenant, an account or an API key; not the key itself,
-    /// because events, statuses and log lines of a destination show it. Requests with the same limit
-    /// key share one destination, wherever they go; requests of different limit keys at one host
-    /// don't delay each other.
+    /// because events, statuses and log lines of a destination show it. Requests with the same
+    /// limit key share one destination, wherever they go; requests of different limit keys at one
+    /// host don't delay each other.
     ///
     /// It is stored with the request, and a replay keeps it. Errors, log lines of a request and
     /// [`DeadLetter::destination`](crate::DeadLetter::destination) show where the request goes, not
