@@ -150,6 +150,10 @@ impl Shared {
         let (at, time) = self.clock;
         time.saturating_add(millis(now.saturating_duration_since(at)))
     }
+
+    fn is_closed(&self, now: Instant) -> bool {
+        self.state.closed_until(self.now(now)).is_some()
+    }
 }
 
 /// The row of a destination, as far as attempts need it.
@@ -276,10 +280,7 @@ impl Destination {
 
     fn is_closed(&self, now: Instant) -> bool {
         self.throttled.is_some_and(|until| now < until)
-            || self
-                .shared
-                .as_ref()
-                .is_some_and(|shared| shared.state.closed_until(shared.now(now)).is_some())
+            || self.shared.as_ref().is_some_and(|it| it.is_closed(now))
     }
 
     fn limits(&self, now: Instant) -> Limits {
@@ -638,6 +639,14 @@ impl Gate {
             };
             let seen = |seen: Instant| now.saturating_duration_since(seen) <= REMEMBERED;
             destination.deferred = destination.deferred.filter(|at| seen(*at));
+            if destination
+                .shared
+                .as_ref()
+                .is_some_and(|it| it.is_closed(now))
+            {
+                // The poll finds it in the database.
+                continue;
+            }
             let limits = destination.limits(now);
             let passes = destination.passes;
             let (free, soon) = if destination.is_closed(now) {
@@ -658,7 +667,8 @@ impl Gate {
             };
             let in_the_way = free == 0 && (pace == Pace::Slow || destination.is_closed(now));
             let is_failing = destination.failing.free(now) != usize::MAX;
-            if in_the_way || is_failing || !limits.is_none() {
+            let is_used = passes > 0 || destination.pace.quiet(now) <= REMEMBERED;
+            if is_used && (in_the_way || is_failing || !limits.is_none()) {
                 // The poll defers what it meets.
                 destination.deferred = Some(now);
             }
