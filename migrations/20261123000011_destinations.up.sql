@@ -11,7 +11,7 @@
 -- that has more gives the surplus back as its attempts end.
 CREATE FUNCTION lease_destinations(
     p_instance uuid, p_names text[], p_limits int[], p_used int[], p_permits int[],
-    p_rates float8[], p_buckets int[], p_tokens int[], p_lease interval
+    p_rates float8[], p_buckets int[], p_tokens int[], p_limited boolean[], p_lease interval
 ) RETURNS TABLE (destination text, permits int, tokens int, wait_ms bigint)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -25,13 +25,14 @@ DECLARE
     v_filled float8;
 BEGIN
     INSERT INTO destinations (name, limited)
-    SELECT i.name, true FROM unnest(p_names) AS i(name) ORDER BY i.name
+    SELECT i.name, i.limited FROM unnest(p_names, p_limited) AS i(name, limited)
+    ORDER BY i.name COLLATE "C"
     ON CONFLICT DO NOTHING;
     -- In sorted order, so that two such calls don't deadlock.
     FOR v IN
         SELECT * FROM unnest(
-            p_names, p_limits, p_used, p_permits, p_rates, p_buckets, p_tokens
-        ) AS i(name, maximum, used, permits, rate, bucket, tokens)
+            p_names, p_limits, p_used, p_permits, p_rates, p_buckets, p_tokens, p_limited
+        ) AS i(name, maximum, used, permits, rate, bucket, tokens, limited)
         ORDER BY i.name COLLATE "C"
     LOOP
         SELECT d.limited, d.tokens, d.filled_at INTO v_row FROM destinations d
@@ -81,7 +82,7 @@ BEGIN
             SET tokens = v_filled - lease_destinations.tokens, filled_at = v_now
             WHERE d.name = v.name;
         END IF;
-        IF NOT v_row.limited THEN
+        IF v.limited AND NOT v_row.limited THEN
             UPDATE destinations d SET limited = true WHERE d.name = v.name;
         END IF;
         RETURN NEXT;

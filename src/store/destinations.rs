@@ -41,6 +41,8 @@ pub(crate) struct LeaseRequest {
     pub(crate) rate: Option<(f64, u32)>,
     /// How many tokens the process could use.
     pub(crate) tokens: u32,
+    /// Whether its policy limits it, and not a half-open breaker alone.
+    pub(crate) limited: bool,
 }
 
 /// What the process got.
@@ -288,7 +290,7 @@ async fn lease_all(
     let number = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
     let rows = sqlx::query(
         "SELECT destination, permits, tokens, wait_ms FROM lease_destinations(
-            $1, $2, $3, $4, $5, $6, $7, $8, $9 * interval '1 millisecond'
+            $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 * interval '1 millisecond'
          )",
     )
     .bind(instance)
@@ -318,7 +320,8 @@ async fn lease_all(
             .map(|r| r.rate.map(|(_, bucket)| number(bucket)))
             .collect::<Vec<_>>(),
     )
-    .bind(column.map(|r| number(r.tokens)).collect::<Vec<_>>())
+    .bind(column.clone().map(|r| number(r.tokens)).collect::<Vec<_>>())
+    .bind(column.map(|r| r.limited).collect::<Vec<_>>())
     .bind(millis(lease))
     .fetch_all(connection)
     .await?;

@@ -152,6 +152,7 @@ async fn lease(store: &Store, gate: &Gate, instance: Uuid) {
                 permits: ask.permits,
                 rate: ask.limits.rate.map(|rate| (rate.per_second, rate.bucket)),
                 tokens: ask.tokens,
+                limited: ask.limits.by_policy,
             })
             .collect();
         let asked = Instant::now();

@@ -25,6 +25,8 @@ pub(crate) struct Limits {
     /// Attempts at the same time, of all processes.
     pub(crate) concurrency: Option<u32>,
     pub(crate) rate: Option<Rate>,
+    /// Without its half-open breaker, the destination is limited too.
+    pub(crate) by_policy: bool,
 }
 
 /// A token bucket.
@@ -60,6 +62,7 @@ impl Limits {
         };
         Self {
             concurrency,
+            by_policy: policy.max_concurrency.is_some() || policy.rate.is_some(),
             rate: policy.rate.as_ref().map(Rate::of),
         }
     }
