@@ -1,0 +1,193 @@
+use super::*;
+use crate::destination::RateLimit;
+
+const SLOTS: usize = 64;
+const SECOND: Duration = Duration::from_secs(1);
+
+fn gate(policy: DestinationPolicy) -> Arc<Gate> {
+    Gate::new(Rules {
+        slots: SLOTS,
+        share: 0.5,
+        policies: Policies::default(),
+        policy,
+        lease: 15 * SECOND,
+    })
+}
+
+/// As many passes as there are.
+fn fill(gate: &Arc<Gate>, name: &str, now: Instant) -> Vec<Pass> {
+    std::iter::from_fn(|| gate.try_enter_at(name, Turn::First, now).ok()).collect()
+}
+
+/// Lets a destination answer within this time.
+fn answer(gate: &Arc<Gate>, name: &str, took: Duration, now: Instant) {
+    let mut pass = gate.try_enter_at(name, Turn::First, now).unwrap();
+    pass.begin();
+    pass.began = now.checked_sub(took);
+    drop(pass);
+}
+
+#[test]
+fn a_destination_alone_leaves_some_slots_for_the_first_requests_to_others() {
+    let gate = gate(DestinationPolicy::default());
+    let now = Instant::now();
+    let alone = fill(&gate, "a", now);
+    assert_eq!(alone.len(), SLOTS - SLOTS / RESERVE);
+    assert_eq!(fill(&gate, "b", now).len(), 1);
+    answer(&gate, "b", Duration::ZERO, now);
+    assert_eq!(fill(&gate, "b", now).len(), SLOTS / 2);
+    drop(alone);
+    assert_eq!(fill(&gate, "a", now).len(), 3 * SLOTS / 8);
+}
+
+#[test]
+fn slow_destinations_share_a_half_and_fast_ones_have_one_each() {
+    let gate = gate(DestinationPolicy::default());
+    let now = Instant::now();
+    for name in ["fast", "slow", "slower"] {
+        let took = if name == "fast" {
+            Duration::ZERO
+        } else {
+            SECOND
+        };
+        answer(&gate, name, took, now);
+    }
+    let slow = fill(&gate, "slow", now);
+    let slower = fill(&gate, "slower", now);
+    assert_eq!((slow.len(), slower.len()), (24, 6));
+    assert_eq!(fill(&gate, "fast", now).len(), SLOTS / 2);
+    // Each new one gets its chance, however many hang.
+    let mut firsts = Vec::new();
+    for number in 0..SLOTS {
+        firsts.extend(
+            gate.try_enter_at(&number.to_string(), Turn::First, now)
+                .ok(),
+        );
+    }
+    assert_eq!(slow.len() + slower.len() + firsts.len(), 62);
+    let full = gate.try_enter_at("slow", Turn::First, now).unwrap_err();
+    assert_eq!(full, Full::Lasting);
+    let room: serde_json::Value = serde_json::from_str(&gate.room().json).unwrap();
+    assert_eq!(room, serde_json::json!({"slow": 0, "slower": 0}));
+}
+
+#[test]
+fn a_destination_whose_attempts_hang_is_slow_until_it_answers() {
+    let gate = gate(DestinationPolicy::default());
+    let now = Instant::now();
+    answer(&gate, "a", Duration::ZERO, now);
+    answer(&gate, "b", Duration::ZERO, now);
+    let mut held = fill(&gate, "a", now);
+    for pass in &mut held {
+        pass.begin();
+    }
+    let later = Instant::now() + SECOND;
+    drop(held.pop());
+    let full = gate.try_enter_at("a", Turn::First, later).unwrap_err();
+    assert_eq!(full, Full::Lasting);
+    assert!(gate.try_enter_at("b", Turn::First, later).is_ok());
+    drop(held);
+    assert_eq!(gate.lock().slow_passes, 0);
+}
+
+#[test]
+fn permits_are_asked_for_and_end_with_their_lease() {
+    let gate = gate(DestinationPolicy::default().max_concurrency(5));
+    let now = Instant::now();
+    let enter = |now| gate.try_enter_at("a", Turn::First, now);
+    assert_eq!(enter(now).unwrap_err(), Full::Short);
+    let grant = |permits| {
+        let asks = gate.asks();
+        assert_eq!(asks[0].1.limits.concurrency, Some(5));
+        let grant = Grant {
+            permits,
+            tokens: 0,
+            wait: Duration::ZERO,
+        };
+        let grants = HashMap::from([("a".to_owned(), grant)]);
+        gate.answer(now, &asks, Some(&grants));
+    };
+    grant(3);
+    let passes = fill(&gate, "a", now);
+    assert_eq!(passes.len(), 3);
+    drop(passes);
+    assert!(enter(now + 14 * SECOND).is_ok());
+    assert_eq!(enter(now + 16 * SECOND).unwrap_err(), Full::Short);
+}
+
+#[test]
+fn a_token_is_spent_by_each_attempt_and_given_back_by_one_that_does_not_begin() {
+    let limit = RateLimit::new(20, SECOND).burst(4);
+    let gate = gate(DestinationPolicy::default().rate(limit));
+    let now = Instant::now();
+    let enter = || gate.try_enter_at("a", Turn::First, now);
+    assert_eq!(enter().unwrap_err(), Full::Short);
+    let asks = gate.asks();
+    assert_eq!(asks[0].1.tokens, 2);
+    let grant = Grant {
+        permits: 0,
+        tokens: 2,
+        wait: Duration::ZERO,
+    };
+    gate.answer(now, &asks, Some(&HashMap::from([("a".to_owned(), grant)])));
+    drop(enter().unwrap());
+    for _ in 0..2 {
+        enter().unwrap().begin();
+    }
+    assert_eq!(enter().unwrap_err(), Full::Short);
+}
+
+#[test]
+fn a_destination_that_fails_is_asked_at_a_bounded_rate_until_it_answers() {
+    let gate = gate(DestinationPolicy::default());
+    let now = Instant::now();
+    let attempt = |failed, now| {
+        gate.try_enter_at("a", Turn::First, now).map(|pass| {
+            pass.note(Seen {
+                turn: Turn::First,
+                status: None,
+                retry_after: None,
+                fault: if failed {
+                    Blame::Destination
+                } else {
+                    Blame::Success
+                },
+                is_repeated: failed,
+            });
+        })
+    };
+    let attempts = |now| (0..1000).take_while(|_| attempt(true, now).is_ok()).count();
+    // Seven until it shows, then a burst of ten.
+    assert_eq!(attempts(now), 17);
+    assert_eq!(attempts(now + SECOND / 20), 5);
+    let later = now + 10 * SECOND;
+    for _ in 0..10 {
+        attempt(false, later).unwrap();
+    }
+    assert!((0..100).all(|_| attempt(false, later).is_ok()));
+}
+
+#[test]
+fn a_pause_closes_the_destination_here_at_once() {
+    let gate = gate(DestinationPolicy::default());
+    let now = Instant::now();
+    let pass = gate.try_enter_at("a", Turn::First, now).unwrap();
+    pass.note(Seen {
+        turn: Turn::First,
+        status: Some(StatusCode::TOO_MANY_REQUESTS),
+        retry_after: Some(10 * SECOND),
+        fault: Blame::Destination,
+        is_repeated: true,
+    });
+    drop(pass);
+    let full = |now| gate.try_enter_at("a", Turn::First, now).unwrap_err();
+    assert_eq!(full(now), Full::Lasting);
+    assert_eq!(gate.room().json, r#"{"a":0}"#);
+    let reports = gate.take_reports();
+    assert_eq!(reports[0].2.retry_after, Some(10 * SECOND));
+    assert!(gate.take_reports().is_empty());
+    assert!(
+        gate.try_enter_at("a", Turn::First, now + 11 * SECOND)
+            .is_ok()
+    );
+}
