@@ -38,8 +38,6 @@ pub(crate) struct Report {
     pub(crate) attempts: u32,
     /// How many of them failed, and the destination is to blame.
     pub(crate) failures: u32,
-    /// How many of them were the first of their request.
-    pub(crate) first_attempts: u32,
     /// How many of them were retries.
     pub(crate) retries: u32,
     /// One of them was answered by a 410.
@@ -55,7 +53,6 @@ impl Report {
     pub(crate) fn add(&mut self, other: &Self) {
         self.attempts = self.attempts.saturating_add(other.attempts);
         self.failures = self.failures.saturating_add(other.failures);
-        self.first_attempts = self.first_attempts.saturating_add(other.first_attempts);
         self.retries = self.retries.saturating_add(other.retries);
         self.gone |= other.gone;
         self.retry_after = self.retry_after.max(other.retry_after);
@@ -800,7 +797,6 @@ mod tests {
         let mut sum = Report::default();
         assert!(sum.is_empty());
         sum.add(&Report {
-            first_attempts: 2,
             retries: 1,
             ..ended(3, u32::MAX)
         });

@@ -7,7 +7,6 @@ use super::Durable;
 use crate::destination::{
     DestinationEventKind, DestinationPolicy, DestinationStatus, Report, millis, validate_name,
 };
-use crate::engine::attempt::gate::Known;
 use crate::engine::tasks::destinations::tell;
 use crate::error::{Error, Kind};
 use crate::store::destinations::StoredDestination;
@@ -313,7 +312,7 @@ impl DestinationHandle {
                     return Err(Error::new(Kind::UnknownDestination(name.into())));
                 }
                 // This process knows at once, the others when they next ask the database.
-                gate.learn(rows.into_iter().map(Known::from).collect());
+                gate.learn(rows);
                 Ok(events)
             })
             .await?;

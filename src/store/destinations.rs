@@ -13,7 +13,7 @@ use crate::destination::{DestinationPolicy, Millis, State, Until, millis as to_m
 use crate::error::Error;
 
 /// A destination as the database has it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct StoredDestination {
     pub(crate) name: String,
     pub(crate) state: State,
@@ -47,7 +47,7 @@ pub(crate) struct LeaseRequest {
 
 /// What the process got.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Leased {
+pub(crate) struct Grant {
     pub(crate) permits: u32,
     pub(crate) tokens: u32,
     /// After how long there will be a token, if there is none.
@@ -119,7 +119,7 @@ impl Store {
         &self,
         instance: Uuid,
         requests: &[LeaseRequest],
-    ) -> Result<HashMap<String, Leased>, StoreError> {
+    ) -> Result<HashMap<String, Grant>, StoreError> {
         let lease = self.config().lease;
         self.run("destinations.lease", async |connection| {
             lease_all(connection, instance, requests, lease).await
@@ -285,7 +285,7 @@ async fn lease_all(
     instance: Uuid,
     requests: &[LeaseRequest],
     lease: Duration,
-) -> Result<HashMap<String, Leased>, sqlx::Error> {
+) -> Result<HashMap<String, Grant>, sqlx::Error> {
     let column = requests.iter();
     let number = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
     let rows = sqlx::query(
@@ -329,12 +329,12 @@ async fn lease_all(
         .map(|row| {
             let count = |name| row.try_get::<i32, _>(name).map(|n| n.max(0) as u32);
             let wait: i64 = row.try_get("wait_ms")?;
-            let leased = Leased {
+            let grant = Grant {
                 permits: count("permits")?,
                 tokens: count("tokens")?,
                 wait: Duration::from_millis(wait.max(0) as u64),
             };
-            Ok((row.try_get("destination")?, leased))
+            Ok((row.try_get("destination")?, grant))
         })
         .collect()
 }

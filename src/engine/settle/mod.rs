@@ -30,7 +30,7 @@ use crate::outcome::Outcome;
 use crate::response::Response;
 use crate::status::Status;
 use crate::store::enqueue::RUNNER_WAIT;
-use crate::store::settle::{Failure, Fence, Finished, Park, PutBack, SettledRow};
+use crate::store::settle::{Failure, Fence, Finish, Finished, Park, PutBack, SettledRow};
 use crate::store::{Store, StoreError};
 
 use held::Held as HeldResults;
@@ -128,6 +128,37 @@ impl Settlement {
 
     fn is_park(&self) -> bool {
         matches!(self.result, AttemptResult::Park { .. })
+    }
+
+    /// What is written of a result that finishes its request.
+    fn finish(&self) -> Option<Finish> {
+        match &self.result {
+            AttemptResult::Finish { outcome, .. } => {
+                Some((self.lease.fence(), Arc::clone(outcome)))
+            }
+            AttemptResult::PutBack { .. } | AttemptResult::Park { .. } => None,
+        }
+    }
+
+    /// What is written of a result that puts its request back.
+    fn put_back(&self) -> Option<PutBack> {
+        match &self.result {
+            AttemptResult::Finish { .. } | AttemptResult::Park { .. } => None,
+            AttemptResult::PutBack {
+                delay,
+                hold,
+                defer,
+                uncounted,
+                failure,
+            } => Some(PutBack {
+                fence: self.lease.fence(),
+                delay: *delay,
+                hold: hold.is_some(),
+                defer: *defer,
+                uncounted: *uncounted,
+                failure: failure.as_deref().cloned(),
+            }),
+        }
     }
 
     /// What [`drop_data`](Self::drop_data) removes from.
@@ -442,24 +473,12 @@ impl Settler {
     /// Writes the batch once. A panic is noted, and refuses it.
     /// Whether the database would take a result. Nothing is changed.
     async fn try_out(&self, settlement: &Settlement) -> Result<(), Unwritten> {
-        let fence = settlement.lease.fence();
-        let tried = match &settlement.result {
-            AttemptResult::Finish { outcome, .. } => {
-                let finish = (fence, Arc::clone(outcome));
-                self.store.try_finish(&finish, settlement.size()).await
-            }
-            AttemptResult::PutBack { failure, .. } => {
-                let put_back = PutBack {
-                    fence,
-                    delay: Duration::ZERO,
-                    hold: false,
-                    defer: false,
-                    uncounted: false,
-                    failure: failure.as_deref().cloned(),
-                };
-                self.store.try_put_back(&put_back, settlement.size()).await
-            }
-            AttemptResult::Park { .. } => Ok(()),
+        let tried = if let Some(finish) = settlement.finish() {
+            self.store.try_finish(&finish, settlement.size()).await
+        } else if let Some(put_back) = settlement.put_back() {
+            self.store.try_put_back(&put_back, settlement.size()).await
+        } else {
+            Ok(())
         };
         tried.map_err(Unwritten::Refused)
     }
@@ -511,15 +530,7 @@ impl Settler {
         batch: &mut Vec<Settlement>,
         wakeups: &mut Wakeups,
     ) -> Result<(), StoreError> {
-        let finishes: Vec<_> = batch
-            .iter()
-            .filter_map(|settlement| match &settlement.result {
-                AttemptResult::Finish { outcome, .. } => {
-                    Some((settlement.lease.fence(), Arc::clone(outcome)))
-                }
-                AttemptResult::PutBack { .. } | AttemptResult::Park { .. } => None,
-            })
-            .collect();
+        let finishes: Vec<_> = batch.iter().filter_map(Settlement::finish).collect();
         let bytes = batch.iter().map(Settlement::size).sum();
         let finished = self.store.finish(&finishes, bytes).await?;
         // Dropped now, so that each waiter can get its outcome without a copy.
@@ -595,26 +606,7 @@ impl Settler {
         batch: &mut Vec<Settlement>,
         wakeups: &mut Wakeups,
     ) -> Result<(), StoreError> {
-        let put_backs: Vec<_> = batch
-            .iter()
-            .filter_map(|settlement| match &settlement.result {
-                AttemptResult::Finish { .. } | AttemptResult::Park { .. } => None,
-                AttemptResult::PutBack {
-                    delay,
-                    hold,
-                    defer,
-                    uncounted,
-                    failure,
-                } => Some(PutBack {
-                    fence: settlement.lease.fence(),
-                    delay: *delay,
-                    hold: hold.is_some(),
-                    defer: *defer,
-                    uncounted: *uncounted,
-                    failure: failure.as_deref().cloned(),
-                }),
-            })
-            .collect();
+        let put_backs: Vec<_> = batch.iter().filter_map(Settlement::put_back).collect();
         let bytes = batch.iter().map(Settlement::size).sum();
         let settled = self.store.put_back(&put_backs, bytes).await?;
         let mut settled: HashMap<Fence, SettledRow> =

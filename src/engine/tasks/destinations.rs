@@ -13,10 +13,9 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::destination::{DestinationEvent, DestinationEventKind, Millis};
-use crate::engine::attempt::gate::{Gate, Known};
+use crate::engine::attempt::gate::Gate;
 use crate::engine::config::DestinationObserver;
 use crate::redact::panic_text;
-use crate::store::destinations::LeaseRequest;
 use crate::store::{Store, StoreError};
 
 /// How often the task reports and reads.
@@ -64,7 +63,7 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
         if let Ok(changed) = changed.await {
             since = changed.first().map(|row| row.now).or(since);
             let known = changed.into_iter().filter(|row| !row.name.is_empty());
-            let known = known.map(Known::from).collect();
+            let known = known.collect();
             if is_all {
                 read_all = Some(Instant::now());
                 gate.learn_all(known);
@@ -109,7 +108,7 @@ async fn report(store: &Store, gate: &Gate, observer: Option<&DestinationObserve
         .await;
     match changed {
         Ok(rows) => {
-            gate.learn(rows.into_iter().map(Known::from).collect());
+            gate.learn(rows);
             for (name, kind) in events {
                 tell(observer, &name, kind);
             }
@@ -143,20 +142,8 @@ async fn lease(store: &Store, gate: &Gate, instance: Uuid) {
         if asks.is_empty() {
             continue;
         }
-        let requests: Vec<LeaseRequest> = asks
-            .iter()
-            .map(|(name, ask)| LeaseRequest {
-                name: Arc::clone(name),
-                limit: ask.limits.concurrency,
-                used: ask.used,
-                permits: ask.permits,
-                rate: ask.limits.rate.map(|rate| (rate.per_second, rate.bucket)),
-                tokens: ask.tokens,
-                limited: ask.limits.by_policy,
-            })
-            .collect();
         let asked = Instant::now();
-        let grants = store.lease_destinations(instance, &requests).await.ok();
+        let grants = store.lease_destinations(instance, &asks).await.ok();
         gate.answer(asked, &asks, grants.as_ref());
     }
 }

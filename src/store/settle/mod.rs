@@ -22,7 +22,7 @@ use crate::classify::FailureClass;
 use crate::id::RequestId;
 use crate::response::Response;
 
-pub(crate) use self::finish::Finished;
+pub(crate) use self::finish::{Finish, Finished};
 pub(crate) use self::park::Park;
 pub(crate) use self::put_back::PutBack;
 

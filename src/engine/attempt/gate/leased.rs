@@ -4,14 +4,15 @@
 //! period. Both are leased in lumps, so that most attempts don't ask the database. Both expire, so
 //! that a process that dies gives them back.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::destination::{DestinationPolicy, RateLimit};
-use crate::store::destinations::Leased as Grant;
+use crate::store::destinations::{Grant, LeaseRequest};
 
 /// One lump holds the tokens of this time, and at least one token. A process has at most one lump
 /// unspent.
-pub(crate) const LUMP: Duration = Duration::from_millis(100);
+const LUMP: Duration = Duration::from_millis(100);
 /// How long unspent tokens can be used.
 const TOKENS_LAST: Duration = Duration::from_secs(1);
 /// How soon a process asks for permits again if other processes have all of them.
@@ -21,21 +22,21 @@ const KEPT: Duration = Duration::from_secs(5);
 
 /// The limits that a destination has now.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Limits {
+pub(super) struct Limits {
     /// Attempts at the same time, of all processes.
-    pub(crate) concurrency: Option<u32>,
-    pub(crate) rate: Option<Rate>,
+    concurrency: Option<u32>,
+    rate: Option<Rate>,
     /// Without its half-open breaker, the destination is limited too.
-    pub(crate) by_policy: bool,
+    by_policy: bool,
 }
 
 /// A token bucket.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Rate {
+struct Rate {
     /// Tokens a second.
-    pub(crate) per_second: f64,
+    per_second: f64,
     /// The most tokens that it holds.
-    pub(crate) bucket: u32,
+    bucket: u32,
 }
 
 impl Rate {
@@ -85,17 +86,6 @@ pub(super) struct Leased {
     wanted: bool,
     /// A row of this process may be in the database.
     has_row: bool,
-}
-
-/// A question to the database.
-#[derive(Clone, Debug)]
-pub(crate) struct Ask {
-    pub(crate) limits: Limits,
-    /// How many permits are in use.
-    pub(crate) used: u32,
-    /// How many permits the process could use.
-    pub(crate) permits: u32,
-    pub(crate) tokens: u32,
 }
 
 /// Whether an attempt may begin, as far as the limits say.
@@ -183,41 +173,48 @@ impl Leased {
     /// could make, and `quiet` how long it has made none.
     pub(super) fn ask(
         &mut self,
+        name: &Arc<str>,
         limits: Limits,
         passes: u32,
         most: u32,
         quiet: Duration,
         now: Instant,
-    ) -> Option<Ask> {
+    ) -> Option<LeaseRequest> {
+        let request = |used, permits, tokens| LeaseRequest {
+            name: Arc::clone(name),
+            limit: limits.concurrency,
+            used,
+            permits,
+            rate: limits.rate.map(|rate| (rate.per_second, rate.bucket)),
+            tokens,
+            limited: limits.by_policy,
+        };
         let in_use = passes > 0 || self.wanted;
         if !in_use && quiet > KEPT {
             // Nothing is asked for, so what is leased is given back.
-            return std::mem::take(&mut self.has_row).then_some(Ask {
-                limits,
-                used: 0,
-                permits: 0,
-                tokens: 0,
-            });
+            return std::mem::take(&mut self.has_row).then(|| request(0, 0, 0));
         }
         if limits.is_none() || !(self.wanted || self.has_row) || !self.may_ask(now) {
             return None;
         }
         self.has_row |= limits.concurrency.is_some();
-        let lump = limits.rate.map_or(0, Rate::lump);
-        Some(Ask {
-            limits,
-            used: passes,
-            permits: limits.concurrency.map_or(0, |limit| limit.min(most)),
-            tokens: if self.wanted {
-                lump.saturating_sub(self.tokens(now))
-            } else {
-                0
-            },
-        })
+        let permits = limits.concurrency.map_or(0, |limit| limit.min(most));
+        let lump = limits.rate.filter(|_| self.wanted).map_or(0, Rate::lump);
+        Some(request(
+            passes,
+            permits,
+            lump.saturating_sub(self.tokens(now)),
+        ))
     }
 
     /// Notes the answer. `asked` is when the question was asked.
-    pub(super) fn granted(&mut self, ask: &Ask, grant: Grant, lease: Duration, asked: Instant) {
+    pub(super) fn granted(
+        &mut self,
+        ask: &LeaseRequest,
+        grant: Grant,
+        lease: Duration,
+        asked: Instant,
+    ) {
         self.permits = grant.permits;
         self.permits_until = (ask.permits > 0).then_some(asked + lease);
         self.tokens = self.tokens(asked).saturating_add(grant.tokens);

@@ -30,10 +30,8 @@ use self::leased::{Lack, Leased, Limits};
 use self::pace::{Failing, Pace, Paced, SLOW};
 use crate::destination::{DestinationPolicy, Millis, Policies, Report, RetryMeter, State, millis};
 use crate::engine::config::Config;
-use crate::store::destinations::{Leased as Grant, StoredDestination};
+use crate::store::destinations::{Grant, LeaseRequest, StoredDestination};
 use crate::store::runner_pool::Room;
-
-pub(crate) use self::leased::Ask;
 
 /// The part of the slots that is kept for others while there is work for one destination only: one
 /// in eight.
@@ -158,28 +156,6 @@ impl Shared {
     }
 }
 
-/// The row of a destination, as far as attempts need it.
-#[derive(Clone, Debug)]
-pub(crate) struct Known {
-    pub(crate) name: String,
-    pub(crate) state: State,
-    /// A policy that was set at run time.
-    pub(crate) policy: Option<DestinationPolicy>,
-    /// The database's time.
-    pub(crate) now: Millis,
-}
-
-impl From<StoredDestination> for Known {
-    fn from(row: StoredDestination) -> Self {
-        Self {
-            name: row.name,
-            state: row.state,
-            policy: row.policy,
-            now: row.now,
-        }
-    }
-}
-
 /// Which attempt of its request asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
@@ -286,11 +262,7 @@ impl Destination {
     }
 
     fn limits(&self, now: Instant) -> Limits {
-        let half_open = self
-            .shared
-            .as_ref()
-            .is_some_and(|shared| shared.state.is_half_open(shared.now(now)));
-        let probes = half_open.then(|| State::probes(&self.policy));
+        let probes = self.is_half_open(now).then(|| State::probes(&self.policy));
         Limits::of(&self.policy, probes)
     }
 
@@ -401,6 +373,13 @@ impl Gate {
         new
     }
 
+    /// What is known of a destination, nothing at first.
+    fn entry<'a>(&self, inner: &'a mut Inner, name: &str, now: Instant) -> &'a mut Destination {
+        let destination = || Destination::new(self.policy_of(name), now);
+        let entry = inner.destinations.entry(name.into());
+        entry.or_insert_with(destination)
+    }
+
     /// Takes a pass if the destination has one free.
     pub(super) fn try_enter(self: &Arc<Self>, name: &str, turn: Turn) -> Result<Pass, Full> {
         self.try_enter_at(name, turn, Instant::now())
@@ -490,22 +469,13 @@ impl Gate {
     pub(super) async fn enter(self: &Arc<Self>, name: &str, turn: Turn) -> Result<Pass, Full> {
         let began = Instant::now();
         loop {
-            let freed = {
-                let mut inner = self.lock();
-                let name = self.name_of(&mut inner, name, began);
-                inner
-                    .destinations
-                    .get(&*name)
-                    .map(|destination| Arc::clone(&destination.freed))
-            };
+            let freed = Arc::clone(&self.entry(&mut self.lock(), name, began).freed);
             // Created before the attempt to enter: no pass that is freed after it is missed.
-            let freed = freed.as_ref().map(|freed| freed.notified());
+            let freed = freed.notified();
             match self.try_enter(name, turn) {
                 Err(Full::Soon | Full::Short) => {
                     // Looks again after a while: the destination may have become slow.
-                    if let Some(freed) = freed {
-                        let _ = tokio::time::timeout(SLOW, freed).await;
-                    }
+                    let _ = tokio::time::timeout(SLOW, freed).await;
                     // The request gives way to requests that this process could send.
                     if began.elapsed() > REMEMBERED {
                         return Err(Full::Lasting);
@@ -595,10 +565,8 @@ impl Gate {
             let failed = seen.fault == Blame::Destination;
             report.attempts = report.attempts.saturating_add(1);
             report.failures = report.failures.saturating_add(failed.into());
-            match seen.turn {
-                Turn::First => report.first_attempts = report.first_attempts.saturating_add(1),
-                Turn::Retry => report.retries = report.retries.saturating_add(1),
-            }
+            let retries = u32::from(seen.turn == Turn::Retry);
+            report.retries = report.retries.saturating_add(retries);
             if on_gone && seen.status == Some(StatusCode::GONE) {
                 report.gone = true;
                 destination.throttled = destination.throttled.max(Some(now + UNTIL_KNOWN));
@@ -618,11 +586,8 @@ impl Gate {
     pub(crate) fn note_deferred(&self, name: &str) -> bool {
         let now = Instant::now();
         let mut inner = self.lock();
-        let name = self.name_of(&mut inner, name, now);
-        inner
-            .destinations
-            .get_mut(&*name)
-            .is_some_and(|destination| destination.deferred.replace(now).is_none())
+        let destination = self.entry(&mut inner, name, now);
+        destination.deferred.replace(now).is_none()
     }
 
     /// What a poll is told: the room of each destination that has deferred requests, is limited or
@@ -718,7 +683,7 @@ impl Gate {
     }
 
     /// Notes all that the database has: of others it has nothing any more.
-    pub(crate) fn learn_all(&self, known: Vec<Known>) {
+    pub(crate) fn learn_all(&self, known: Vec<StoredDestination>) {
         let names: HashSet<String> = known.iter().map(|known| known.name.clone()).collect();
         for (name, destination) in &mut self.lock().destinations {
             if destination.shared.is_some() && !names.contains(&**name) {
@@ -730,18 +695,15 @@ impl Gate {
     }
 
     /// Notes what the database has of destinations.
-    pub(crate) fn learn(&self, known: Vec<Known>) {
+    pub(crate) fn learn(&self, known: Vec<StoredDestination>) {
         let now = Instant::now();
         let mut inner = self.lock();
         for known in known {
-            let name = self.name_of(&mut inner, &known.name, now);
             let policy = match known.policy {
                 Some(policy) => Arc::new(policy),
-                None => self.policy_of(&name),
+                None => self.policy_of(&known.name),
             };
-            let Some(destination) = inner.destinations.get_mut(&*name) else {
-                continue;
-            };
+            let destination = self.entry(&mut inner, &known.name, now);
             if *destination.policy != *policy {
                 destination.set_policy(policy);
             }
@@ -762,7 +724,7 @@ impl Gate {
     }
 
     /// The permits and tokens to ask the database for.
-    pub(crate) fn asks(&self) -> Vec<(Arc<str>, Ask)> {
+    pub(crate) fn asks(&self) -> Vec<LeaseRequest> {
         let now = Instant::now();
         let most = self.most as u32;
         let mut asks = Vec::new();
@@ -770,9 +732,8 @@ impl Gate {
             let limits = destination.limits(now);
             let passes = destination.passes as u32;
             let quiet = destination.pace.quiet(now);
-            if let Some(ask) = destination.leased.ask(limits, passes, most, quiet, now) {
-                asks.push((Arc::clone(name), ask));
-            }
+            let leased = &mut destination.leased;
+            asks.extend(leased.ask(name, limits, passes, most, quiet, now));
         }
         asks
     }
@@ -781,15 +742,15 @@ impl Gate {
     pub(crate) fn answer(
         &self,
         asked: Instant,
-        asks: &[(Arc<str>, Ask)],
+        asks: &[LeaseRequest],
         grants: Option<&HashMap<String, Grant>>,
     ) {
         let mut inner = self.lock();
-        for (name, ask) in asks {
-            let Some(destination) = inner.destinations.get_mut(name) else {
+        for ask in asks {
+            let Some(destination) = inner.destinations.get_mut(&ask.name) else {
                 continue;
             };
-            match grants.and_then(|grants| grants.get(&**name)) {
+            match grants.and_then(|grants| grants.get(&*ask.name)) {
                 Some(grant) => {
                     destination
                         .leased

@@ -98,7 +98,7 @@ fn permits_are_asked_for_and_end_with_their_lease() {
     assert_eq!(enter(now).unwrap_err(), Full::Short);
     let grant = |permits| {
         let asks = gate.asks();
-        assert_eq!(asks[0].1.limits.concurrency, Some(5));
+        assert_eq!(asks[0].limit, Some(5));
         let grant = Grant {
             permits,
             tokens: 0,
@@ -123,7 +123,7 @@ fn a_token_is_spent_by_each_attempt_and_given_back_by_one_that_does_not_begin() 
     let enter = || gate.try_enter_at("a", Turn::First, now);
     assert_eq!(enter().unwrap_err(), Full::Short);
     let asks = gate.asks();
-    assert_eq!(asks[0].1.tokens, 2);
+    assert_eq!(asks[0].tokens, 2);
     let grant = Grant {
         permits: 0,
         tokens: 2,
