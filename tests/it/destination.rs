@@ -11,8 +11,8 @@ use tokio::sync::Semaphore;
 use tower::{ServiceBuilder, ServiceExt};
 
 use crate::support::{
-    LONG, Server, builder, hyper_client, in_time, migrated, outcome_of, post, quick, reply,
-    with_middleware,
+    LONG, Server, builder, end_three, hyper_client, in_time, migrated, outcome_of, post, quick,
+    reply, with_middleware,
 };
 
 /// The destination of each row, in the order of arrival.
@@ -132,17 +132,7 @@ async fn a_dead_letter_says_where_it_went_and_returns_with_its_limit_key() {
         for guarantee in [Guarantee::AtLeastOnce, Guarantee::AtMostOnce] {
             number += 1;
             let options = || Options::default().limit_key(key).guarantee(guarantee);
-            for options in [
-                options(),
-                options().ordered(number.to_string()),
-                options()
-                    .ordered(format!("halted {number}"))
-                    .halt_on_discard(),
-            ] {
-                let request = post(server.url("/"), "x").with(options);
-                let id = durable.fire(request).await.unwrap();
-                outcome_of(&durable, id).await;
-            }
+            end_three(&durable, &server.url("/"), number, options).await;
         }
     }
     durable.shutdown(LONG).await.unwrap();

@@ -293,7 +293,7 @@ async fn under_backlog_lapsed_leases_are_checked_once_a_second() {
 }
 
 /// A session whose plans are made for an empty table, and kept.
-async fn planned_while_empty(database: &TestDatabase) -> PoolConnection<Postgres> {
+pub(crate) async fn planned_while_empty(database: &TestDatabase) -> PoolConnection<Postgres> {
     let mut session = database.pool().acquire().await.unwrap();
     for statement in [
         // The crate's own sessions have these settings.

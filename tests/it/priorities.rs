@@ -11,9 +11,10 @@ use requeuest::{DeadLetterFilter, Durable, Guarantee, Options, Priority, Resolut
 use sqlx::{Executor, PgExecutor};
 use tower::{ServiceBuilder, ServiceExt};
 
+use crate::poll::planned_while_empty;
 use crate::support::{
-    LONG, Server, builder, eventually_rows, hyper_client, in_time, migrated, other_process,
-    outcome_of, post, quick, rows,
+    LONG, Server, builder, end_three, eventually_rows, hyper_client, in_time, migrated,
+    other_process, outcome_of, post, quick, rows,
 };
 
 const NAMES: [&str; 3] = ["high", "normal", "low"];
@@ -218,18 +219,11 @@ async fn a_replay_and_a_resolution_keep_the_priority() {
             let options = || Options::default().priority(priority).guarantee(guarantee);
             let awaited = post(server.url("/"), "x").with(options());
             let _ = in_time(durable.await_response(awaited)).await;
-            for options in [
-                options(),
-                options().limit_key("a \"key\"\\"),
-                options().ordered(number.to_string()),
-                options()
-                    .ordered(format!("halted {number}"))
-                    .halt_on_discard(),
-            ] {
-                let request = post(server.url("/"), "x").with(options);
-                let id = durable.fire(request).await.unwrap();
-                outcome_of(&durable, id).await;
-            }
+            let limited = options().limit_key("a \"key\"\\");
+            let request = post(server.url("/"), "x").with(limited);
+            let id = durable.fire(request).await.unwrap();
+            outcome_of(&durable, id).await;
+            end_three(&durable, &server.url("/"), number, options).await;
         }
     }
     durable.shutdown(LONG).await.unwrap();
@@ -257,18 +251,7 @@ async fn a_replay_and_a_resolution_keep_the_priority() {
 #[tokio::test]
 async fn a_poll_reads_few_rows_of_each_priority_whatever_its_plan() {
     let database = migrated().await;
-    let mut session = database.pool().acquire().await.unwrap();
-    for statement in [
-        // The crate's own sessions have these settings.
-        "SET plan_cache_mode = force_generic_plan",
-        "SET enable_seqscan = off",
-        "SET enable_hashjoin = off",
-        "SET enable_mergejoin = off",
-        "ALTER TABLE requeuest.mq_msgs SET (autovacuum_enabled = false)",
-        "VACUUM ANALYZE requeuest.mq_msgs",
-    ] {
-        session.execute(statement).await.unwrap();
-    }
+    let mut session = planned_while_empty(&database).await;
     let poll = "SELECT count(id) FROM requeuest.mq_poll(ARRAY['c'], 64)";
     // Planned while the table is empty.
     session.execute(poll).await.unwrap();

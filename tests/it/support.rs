@@ -258,6 +258,21 @@ pub async fn outcome_of(durable: &Durable, id: RequestId) -> Outcome {
     testkit::outcome(durable, id, LONG).await.unwrap()
 }
 
+/// Fires a request with these options, one with an ordering key too, and one that halts its key.
+/// Waits until they have ended. The keys have this number in them.
+pub async fn end_three(durable: &Durable, url: &str, number: usize, options: impl Fn() -> Options) {
+    for options in [
+        options(),
+        options().ordered(number.to_string()),
+        options()
+            .ordered(format!("halted {number}"))
+            .halt_on_discard(),
+    ] {
+        let id = durable.fire(post(url, "x").with(options)).await.unwrap();
+        outcome_of(durable, id).await;
+    }
+}
+
 /// How many rows one of the schema's tables has. `table` may end with a `WHERE` clause.
 pub async fn rows(database: &TestDatabase, table: &str) -> i64 {
     count(database, &format!("SELECT count(*) FROM requeuest.{table}")).await
