@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use http::StatusCode;
 use requeuest::testkit::{Postgres, TestDatabase};
 use requeuest::{Channels, Client, Durable, RequestId, Status};
-use sqlx::postgres::PgPoolOptions;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::support::{LONG, Server, count, eventually, in_time, migrated, post, reply, rows};
 
@@ -217,6 +217,28 @@ fn every_call_works_on_a_single_thread_of_tokio() {
 #[test]
 fn every_call_works_on_a_thread_without_a_runtime() {
     without_complaints(|elsewhere| block_on(every_call(&elsewhere)));
+}
+
+#[test]
+fn an_aborted_listener_is_cancelled_however_soon_its_runner_ends() {
+    // No database answers, so the runner ends as soon as its thread hears of it.
+    let nowhere = PgConnectOptions::new().host("127.0.0.1").port(1);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                block_on(async {
+                    for _ in 0..50 {
+                        let pool = PgPoolOptions::new().connect_lazy_with(nowhere.clone());
+                        let mut client = Client::new(pool, Channels::All).await.unwrap();
+                        let mut listener = client.take_listener().unwrap();
+                        listener.abort();
+                        let ended = (&mut listener).await;
+                        assert!(ended.is_err_and(|error| error.is_cancelled()));
+                    }
+                });
+            });
+        }
+    });
 }
 
 #[test]

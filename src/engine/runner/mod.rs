@@ -14,6 +14,7 @@ mod presence;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct RunnerGuard {
     driver: Arc<Driver>,
     supervisor: JoinHandle<()>,
+    aborted: Arc<AtomicBool>,
 }
 
 impl RunnerGuard {
@@ -56,9 +58,19 @@ impl RunnerGuard {
         let counted = driver.lifecycle.count_runner();
         let (panics, runs) = (Arc::clone(&driver.panics), Arc::clone(driver));
         let keep_running = move || keep_running(Arc::clone(&runs), counted.clone());
+        let aborted = Arc::new(AtomicBool::new(false));
+        let ended_by_abort = Arc::clone(&aborted);
+        let supervisor = driver.spawn(async move {
+            supervise(panics, "runner", keep_running).await;
+            // The claiming may have ended because of an abort that is still on its way.
+            if ended_by_abort.load(Ordering::Acquire) {
+                std::future::pending().await
+            }
+        });
         Self {
             driver: Arc::clone(driver),
-            supervisor: driver.spawn(supervise(panics, "runner", keep_running)),
+            supervisor,
+            aborted,
         }
     }
 
@@ -75,6 +87,7 @@ impl RunnerGuard {
     /// As [`release`](Self::release), without waiting for the last poll. Its requests still go
     /// back.
     pub(crate) fn abort(&self) {
+        self.aborted.store(true, Ordering::Release);
         self.release();
         self.supervisor.abort();
     }
