@@ -13,45 +13,31 @@
 //! it from there to here, and what attempts have shown from here to there. So an attempt asks only
 //! this memory.
 
+mod destination;
+mod exchange;
 mod leased;
 mod pace;
+mod reports;
+mod room;
+mod share;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
-use std::fmt::Write as _;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::StatusCode;
 use tokio::sync::Notify;
 
-use self::leased::{Lack, Leased, Limits};
-use self::pace::{Failing, Pace, Paced, SLOW};
-use crate::destination::{DestinationPolicy, Millis, Policies, Report, RetryMeter, State, millis};
+use self::destination::{Destination, REMEMBERED};
+use self::leased::Lack;
+use self::pace::{Pace, SLOW};
+pub(crate) use self::reports::{Blame, Seen};
+use crate::destination::{DestinationPolicy, Policies};
 use crate::engine::config::Config;
-use crate::store::destinations::{Grant, LeaseRequest, StoredDestination};
-use crate::store::runner_pool::Room;
 
-/// The part of the slots that is kept for others while there is work for one destination only: one
-/// in eight.
-const RESERVE: usize = 8;
-/// How many times the free slots of the slow share one slow destination may take.
-const GREED: usize = 3;
-/// While slow destinations have less than this fraction of all slots, each may take a first one.
-const FIRST_SHARE: f64 = 0.75;
-/// The part of the slots that first requests to destinations that have not answered yet leave
-/// free: one in 32.
-const KNOWN_RESERVE: usize = 32;
-/// How long a destination is remembered after its last attempt.
-const REMEMBERED: Duration = Duration::from_secs(60);
 /// How many idle destinations are remembered.
 const MAX_IDLE: usize = 10_000;
-/// How many requests beyond its free passes a poll may bring for a fast destination.
-const AHEAD: usize = 64;
-/// How long a destination stays closed here after an attempt has shown that it is to be, until the
-/// database says so.
-const UNTIL_KNOWN: Duration = Duration::from_secs(2);
 /// The longest delay of a retry for which there is no budget.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(600);
 
@@ -110,52 +96,6 @@ struct Inner {
     switched: Option<Instant>,
 }
 
-/// What this process knows of a destination.
-#[derive(Debug)]
-struct Destination {
-    policy: Arc<DestinationPolicy>,
-    /// Attempts under way, and attempts that wait for their slot.
-    passes: usize,
-    pace: Paced,
-    failing: Failing,
-    /// Whether its passes count among the slow ones.
-    counted_slow: bool,
-    /// When deferred requests of it were last known to exist.
-    deferred: Option<Instant>,
-    /// Notified when a pass is free.
-    freed: Arc<Notify>,
-    leased: Leased,
-    retries: Option<RetryMeter>,
-    /// When the last of the retries without a budget is due.
-    next_retry: Option<Instant>,
-    /// The end of a pause that other processes may not know of yet.
-    throttled: Option<Instant>,
-    /// The state in the database, if there is any.
-    shared: Option<Shared>,
-    report: Report,
-}
-
-/// The state of a destination in the database.
-#[derive(Clone, Debug)]
-struct Shared {
-    state: State,
-    /// The database's time at an instant of this process.
-    clock: (Instant, Millis),
-    /// Whether the destination was closed when this process last looked.
-    was_closed: bool,
-}
-
-impl Shared {
-    fn now(&self, now: Instant) -> Millis {
-        let (at, time) = self.clock;
-        time.saturating_add(millis(now.saturating_duration_since(at)))
-    }
-
-    fn is_closed(&self, now: Instant) -> bool {
-        self.state.closed_until(self.now(now)).is_some()
-    }
-}
-
 /// Which attempt of its request asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
@@ -174,27 +114,6 @@ pub(crate) enum Full {
     Lasting,
     /// There is no budget for a retry. The retry is made after this delay.
     Later(Duration),
-}
-
-/// What the answer to an attempt, or its failure, says of the destination.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Seen {
-    pub(crate) turn: Turn,
-    pub(crate) status: Option<StatusCode>,
-    /// The pause that the answer asked for.
-    pub(crate) retry_after: Option<Duration>,
-    pub(crate) fault: Blame,
-    /// Whether the request is to be sent again.
-    pub(crate) is_repeated: bool,
-}
-
-/// What an attempt says of its destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Blame {
-    Success,
-    Destination,
-    /// The fault is a proxy's or this side's.
-    Other,
 }
 
 /// The permit for one attempt at a destination.
@@ -224,72 +143,6 @@ impl Pass {
 impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.leave(&self.name, self.began, Instant::now());
-    }
-}
-
-impl Destination {
-    fn new(policy: Arc<DestinationPolicy>, now: Instant) -> Self {
-        let mut new = Self {
-            policy: Arc::clone(&policy),
-            passes: 0,
-            pace: Paced::new(now),
-            failing: Failing::default(),
-            counted_slow: true,
-            deferred: None,
-            freed: Arc::default(),
-            leased: Leased::default(),
-            retries: None,
-            next_retry: None,
-            throttled: None,
-            shared: None,
-            report: Report::default(),
-        };
-        new.set_policy(policy);
-        new
-    }
-
-    fn set_policy(&mut self, policy: Arc<DestinationPolicy>) {
-        match (&mut self.retries, &policy.retry_budget) {
-            (Some(meter), Some(budget)) => meter.set_budget(budget.clone()),
-            (meter, budget) => *meter = budget.clone().map(RetryMeter::new),
-        }
-        self.policy = policy;
-    }
-
-    fn is_closed(&self, now: Instant) -> bool {
-        self.throttled.is_some_and(|until| now < until)
-            || self.shared.as_ref().is_some_and(|it| it.is_closed(now))
-    }
-
-    fn limits(&self, now: Instant) -> Limits {
-        let probes = self.is_half_open(now).then(|| State::probes(&self.policy));
-        Limits::of(&self.policy, probes)
-    }
-
-    fn is_half_open(&self, now: Instant) -> bool {
-        self.shared
-            .as_ref()
-            .is_some_and(|shared| shared.state.is_half_open(shared.now(now)))
-    }
-
-    fn is_idle(&self, now: Instant) -> bool {
-        self.passes == 0
-            && self.pace.quiet(now) > REMEMBERED
-            && self
-                .deferred
-                .is_none_or(|seen| now.saturating_duration_since(seen) > REMEMBERED)
-            && self.shared.is_none()
-            && self.report.is_empty()
-    }
-
-    /// Whether the report matters to other processes.
-    fn is_to_be_reported(&self) -> bool {
-        let report = &self.report;
-        !report.is_empty()
-            && (self.shared.is_some()
-                || report.retry_after.is_some()
-                || report.gone
-                || report.failures > 0 && self.policy.watches_failures())
     }
 }
 
@@ -336,17 +189,8 @@ impl Inner {
 impl Gate {
     pub(crate) fn new(rules: Rules) -> Arc<Self> {
         Arc::new(Self {
-            most: part_of(rules.slots, rules.share).clamp(1, rules.slots),
-            most_alone: if rules.share < 1.0 {
-                rules.slots
-                    - if rules.slots < 4 {
-                        0
-                    } else {
-                        rules.slots.div_ceil(RESERVE)
-                    }
-            } else {
-                rules.slots
-            },
+            most: share::of_one(&rules),
+            most_alone: share::of_one_alone(&rules),
             default_policy: Arc::new(rules.policy.clone()),
             rules,
             inner: Mutex::default(),
@@ -486,30 +330,6 @@ impl Gate {
         }
     }
 
-    /// How many slots the destination may still take.
-    fn free_slots(&self, inner: &Inner, name: &str, pace: Pace, now: Instant) -> usize {
-        let Some(destination) = inner.destinations.get(name) else {
-            return 0;
-        };
-        let per_process = destination.policy.max_concurrency_per_process;
-        let alone = inner.is_alone(now);
-        let most = if alone { self.most_alone } else { self.most };
-        let most = per_process.map_or(most, |limit| most.min(limit as usize));
-        let own = most.saturating_sub(destination.passes);
-        if alone || pace == Pace::Fast {
-            return own;
-        }
-        let unused = self.most.saturating_sub(inner.slow_passes);
-        let fair = (GREED * unused).saturating_sub(destination.passes);
-        let first_limit = if pace == Pace::Unknown {
-            self.rules.slots - self.rules.slots / KNOWN_RESERVE
-        } else {
-            part_of(self.rules.slots, FIRST_SHARE).max(1)
-        };
-        let first = destination.passes == 0 && inner.slow_passes < first_limit;
-        own.min(unused).min(fair).max(usize::from(first))
-    }
-
     fn leave(&self, name: &str, began: Option<Instant>, now: Instant) {
         let mut inner = self.lock();
         let inner = &mut *inner;
@@ -536,259 +356,7 @@ impl Gate {
         freed.notify_one();
     }
 
-    /// Notes what an attempt has shown.
-    fn note(&self, name: &str, seen: Seen) {
-        let now = Instant::now();
-        let mut inner = self.lock();
-        let Some(destination) = inner.destinations.get_mut(name) else {
-            return;
-        };
-        let throttle = seen
-            .status
-            .and_then(|status| destination.policy.throttle(status, seen.retry_after));
-        let half_open = destination.is_half_open(now);
-        let on_gone = destination
-            .policy
-            .auto_disable
-            .as_ref()
-            .is_some_and(|rule| rule.on_gone);
-        if seen.fault != Blame::Other {
-            destination.failing.note(seen.is_repeated);
-        }
-        let report = &mut destination.report;
-        if let Some(pause) = throttle {
-            report.retry_after = report.retry_after.max(Some(pause));
-            let until = now + pause;
-            destination.throttled = destination.throttled.max(Some(until));
-            self.urgent.notify_one();
-        } else if seen.fault != Blame::Other {
-            let failed = seen.fault == Blame::Destination;
-            report.attempts = report.attempts.saturating_add(1);
-            report.failures = report.failures.saturating_add(failed.into());
-            let retries = u32::from(seen.turn == Turn::Retry);
-            report.retries = report.retries.saturating_add(retries);
-            if on_gone && seen.status == Some(StatusCode::GONE) {
-                report.gone = true;
-                destination.throttled = destination.throttled.max(Some(now + UNTIL_KNOWN));
-                self.urgent.notify_one();
-            }
-            if half_open {
-                report.probe = Some(report.probe.unwrap_or(true) && !failed);
-                if failed {
-                    destination.throttled = destination.throttled.max(Some(now + UNTIL_KNOWN));
-                }
-                self.urgent.notify_one();
-            }
-        }
-    }
-
-    /// Notes that deferred requests of a destination exist. Returns whether that is news.
-    pub(crate) fn note_deferred(&self, name: &str) -> bool {
-        let now = Instant::now();
-        let mut inner = self.lock();
-        let destination = self.entry(&mut inner, name, now);
-        destination.deferred.replace(now).is_none()
-    }
-
-    /// What a poll is told: the room of each destination that has deferred requests, is limited or
-    /// takes no more now, as a JSON object, and whether some will have room soon.
-    pub(crate) fn room(&self) -> Room {
-        let now = Instant::now();
-        let mut inner = self.lock();
-        inner.used = true;
-        let names: Vec<Arc<str>> = inner.destinations.keys().cloned().collect();
-        let mut room = Room::default();
-        for name in names {
-            let pace = inner.recount(&name, now);
-            let slots = self.free_slots(&inner, &name, pace, now);
-            let Some(destination) = inner.destinations.get_mut(&*name) else {
-                continue;
-            };
-            let seen = |seen: Instant| now.saturating_duration_since(seen) <= REMEMBERED;
-            destination.deferred = destination.deferred.filter(|at| seen(*at));
-            if destination
-                .shared
-                .as_ref()
-                .is_some_and(|it| it.is_closed(now))
-            {
-                // The poll finds it in the database.
-                continue;
-            }
-            let limits = destination.limits(now);
-            let passes = destination.passes;
-            let (free, soon) = if destination.is_closed(now) {
-                (0, false)
-            } else {
-                // Those of a fast destination may wait here for the next pass.
-                let ahead = if pace == Pace::Fast { AHEAD } else { 0 };
-                let leased = if limits.is_none() {
-                    usize::MAX
-                } else {
-                    destination.leased.free(limits, passes as u32, now)
-                };
-                let paced = destination.failing.free(now);
-                (
-                    (slots + ahead).min(leased).min(paced),
-                    passes > 0 || leased == 0 || paced == 0,
-                )
-            };
-            let in_the_way = free == 0 && (pace == Pace::Slow || destination.is_closed(now));
-            let is_failing = destination.failing.free(now) != usize::MAX;
-            let is_used = passes > 0 || destination.pace.quiet(now) <= REMEMBERED;
-            if is_used && (in_the_way || is_failing || !limits.is_none()) {
-                // The poll defers what it meets.
-                destination.deferred = Some(now);
-            }
-            if destination.deferred.is_some() {
-                room.soon |= soon;
-                add(&mut room, &name, free);
-            }
-        }
-        room
-    }
-
-    /// Whether anything was sent or polled for, so that the database has to be asked.
-    pub(crate) fn is_used(&self) -> bool {
-        self.lock().used
-    }
-
-    /// What attempts have shown since the last call, as far as other processes should know it, and
-    /// the policies that judge it. A destination whose closed time has just ended is among them.
-    pub(crate) fn take_reports(&self) -> Vec<(Arc<str>, Arc<DestinationPolicy>, Report)> {
-        let now = Instant::now();
-        let mut reports = Vec::new();
-        for (name, destination) in &mut self.lock().destinations {
-            let closed = destination.is_closed(now);
-            let opened = destination
-                .shared
-                .as_mut()
-                .is_some_and(|shared| std::mem::replace(&mut shared.was_closed, closed) && !closed);
-            let report = destination.is_to_be_reported();
-            let taken = std::mem::take(&mut destination.report);
-            if report || opened {
-                reports.push((Arc::clone(name), Arc::clone(&destination.policy), taken));
-            }
-        }
-        reports
-    }
-
-    /// Keeps reports that could not be stored.
-    pub(crate) fn restore_reports(&self, reports: &[(Arc<str>, Arc<DestinationPolicy>, Report)]) {
-        let mut inner = self.lock();
-        for (name, _, report) in reports {
-            if let Some(destination) = inner.destinations.get_mut(name) {
-                destination.report.add(report);
-            }
-        }
-    }
-
-    /// Notes all that the database has: of others it has nothing any more.
-    pub(crate) fn learn_all(&self, known: Vec<StoredDestination>) {
-        let names: HashSet<String> = known.iter().map(|known| known.name.clone()).collect();
-        for (name, destination) in &mut self.lock().destinations {
-            if destination.shared.is_some() && !names.contains(&**name) {
-                destination.shared = None;
-                destination.throttled = None;
-            }
-        }
-        self.learn(known);
-    }
-
-    /// Notes what the database has of destinations.
-    pub(crate) fn learn(&self, known: Vec<StoredDestination>) {
-        let now = Instant::now();
-        let mut inner = self.lock();
-        for known in known {
-            let policy = match known.policy {
-                Some(policy) => Arc::new(policy),
-                None => self.policy_of(&known.name),
-            };
-            let destination = self.entry(&mut inner, &known.name, now);
-            if *destination.policy != *policy {
-                destination.set_policy(policy);
-            }
-            let closed = known.state.closed_until(known.now);
-            if closed.is_none() {
-                // Resumed or reset, unless it was throttled after that.
-                destination.throttled = destination
-                    .throttled
-                    .filter(|_| destination.report.retry_after.is_some());
-            }
-            destination.shared = (!known.state.is_idle(known.now)).then(|| Shared {
-                was_closed: closed.is_some(),
-                clock: (now, known.now),
-                state: known.state,
-            });
-            destination.freed.notify_waiters();
-        }
-    }
-
-    /// The permits and tokens to ask the database for.
-    pub(crate) fn asks(&self) -> Vec<LeaseRequest> {
-        let now = Instant::now();
-        let most = self.most as u32;
-        let mut asks = Vec::new();
-        for (name, destination) in &mut self.lock().destinations {
-            let limits = destination.limits(now);
-            let passes = destination.passes as u32;
-            let quiet = destination.pace.quiet(now);
-            let leased = &mut destination.leased;
-            asks.extend(leased.ask(name, limits, passes, most, quiet, now));
-        }
-        asks
-    }
-
-    /// Notes the database's answers, or that it gave none.
-    pub(crate) fn answer(
-        &self,
-        asked: Instant,
-        asks: &[LeaseRequest],
-        grants: Option<&HashMap<String, Grant>>,
-    ) {
-        let mut inner = self.lock();
-        for ask in asks {
-            let Some(destination) = inner.destinations.get_mut(&ask.name) else {
-                continue;
-            };
-            match grants.and_then(|grants| grants.get(&*ask.name)) {
-                Some(grant) => {
-                    destination
-                        .leased
-                        .granted(ask, *grant, self.rules.lease, asked);
-                    destination.freed.notify_waiters();
-                }
-                None => destination.leased.not_answered(Instant::now()),
-            }
-        }
-    }
-
-    /// When the next question is due, if one is.
-    pub(crate) fn next_ask(&self) -> Option<Instant> {
-        let inner = self.lock();
-        let destinations = inner.destinations.values();
-        destinations
-            .filter_map(|destination| destination.leased.next_ask())
-            .min()
-    }
-
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn part_of(slots: usize, share: f64) -> usize {
-    let slots = u32::try_from(slots).unwrap_or(u32::MAX);
-    (f64::from(slots) * share) as usize
-}
-
-/// Adds a destination to the JSON object.
-fn add(room: &mut Room, name: &str, free: usize) {
-    if room.json.is_empty() {
-        room.json.push('{');
-    } else {
-        room.json.pop();
-        room.json.push(',');
-    }
-    let name = serde_json::Value::from(name);
-    let _ = write!(room.json, "{name}:{free}}}");
 }

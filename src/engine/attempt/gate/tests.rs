@@ -1,5 +1,9 @@
+use http::StatusCode;
+
+use super::share::RESERVE;
 use super::*;
 use crate::destination::RateLimit;
+use crate::store::destinations::Grant;
 
 const SLOTS: usize = 64;
 const SECOND: Duration = Duration::from_secs(1);

@@ -1,0 +1,92 @@
+//! What a poll is told of destinations.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Gate;
+use super::destination::REMEMBERED;
+use super::pace::Pace;
+use crate::store::runner_pool::Room;
+
+/// How many requests beyond its free passes a poll may bring for a fast destination.
+const AHEAD: usize = 64;
+
+impl Gate {
+    /// Notes that deferred requests of a destination exist. Returns whether that is news.
+    pub(crate) fn note_deferred(&self, name: &str) -> bool {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        let destination = self.entry(&mut inner, name, now);
+        destination.deferred.replace(now).is_none()
+    }
+
+    /// What a poll is told: the room of each destination that has deferred requests, is limited or
+    /// takes no more now, as a JSON object, and whether some will have room soon.
+    pub(crate) fn room(&self) -> Room {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        inner.used = true;
+        let names: Vec<Arc<str>> = inner.destinations.keys().cloned().collect();
+        let mut room = Room::default();
+        for name in names {
+            let pace = inner.recount(&name, now);
+            let slots = self.free_slots(&inner, &name, pace, now);
+            let Some(destination) = inner.destinations.get_mut(&*name) else {
+                continue;
+            };
+            let seen = |seen: Instant| now.saturating_duration_since(seen) <= REMEMBERED;
+            destination.deferred = destination.deferred.filter(|at| seen(*at));
+            if destination
+                .shared
+                .as_ref()
+                .is_some_and(|it| it.is_closed(now))
+            {
+                // The poll finds it in the database.
+                continue;
+            }
+            let limits = destination.limits(now);
+            let passes = destination.passes;
+            let (free, soon) = if destination.is_closed(now) {
+                (0, false)
+            } else {
+                // Those of a fast destination may wait here for the next pass.
+                let ahead = if pace == Pace::Fast { AHEAD } else { 0 };
+                let leased = if limits.is_none() {
+                    usize::MAX
+                } else {
+                    destination.leased.free(limits, passes as u32, now)
+                };
+                let paced = destination.failing.free(now);
+                (
+                    (slots + ahead).min(leased).min(paced),
+                    passes > 0 || leased == 0 || paced == 0,
+                )
+            };
+            let in_the_way = free == 0 && (pace == Pace::Slow || destination.is_closed(now));
+            let is_failing = destination.failing.free(now) != usize::MAX;
+            let is_used = passes > 0 || destination.pace.quiet(now) <= REMEMBERED;
+            if is_used && (in_the_way || is_failing || !limits.is_none()) {
+                // The poll defers what it meets.
+                destination.deferred = Some(now);
+            }
+            if destination.deferred.is_some() {
+                room.soon |= soon;
+                add(&mut room, &name, free);
+            }
+        }
+        room
+    }
+}
+
+/// Adds a destination to the JSON object.
+fn add(room: &mut Room, name: &str, free: usize) {
+    if room.json.is_empty() {
+        room.json.push('{');
+    } else {
+        room.json.pop();
+        room.json.push(',');
+    }
+    let name = serde_json::Value::from(name);
+    let _ = write!(room.json, "{name}:{free}}}");
+}
