@@ -35,7 +35,8 @@ BEGIN
         ) AS i(name, maximum, used, permits, rate, bucket, tokens, limited)
         ORDER BY i.name COLLATE "C"
     LOOP
-        SELECT d.limited, d.tokens, d.filled_at INTO v_row FROM destinations d
+        SELECT d.limited, d.policy IS NOT NULL AS has_policy, d.tokens, d.filled_at INTO v_row
+        FROM destinations d
         WHERE d.name = v.name FOR NO KEY UPDATE;
         v_now := clock_timestamp();
         destination := v.name;
@@ -82,7 +83,8 @@ BEGIN
             SET tokens = v_filled - lease_destinations.tokens, filled_at = v_now
             WHERE d.name = v.name;
         END IF;
-        IF v.limited AND NOT v_row.limited THEN
+        -- A policy that was set at run time has decided it already.
+        IF v.limited AND NOT v_row.limited AND NOT v_row.has_policy THEN
             UPDATE destinations d SET limited = true WHERE d.name = v.name;
         END IF;
         RETURN NEXT;

@@ -254,6 +254,7 @@ impl DestinationHandle {
             .unwrap_or_default();
         self.change(Needs::Nothing, move |row| {
             row.policy.clone_from(&policy);
+            row.limit_by_policy();
             // A breaker that the policy no longer has must not stay open.
             row.state.apply(&rules, &Report::default(), row.now)
         })
@@ -282,8 +283,11 @@ impl DestinationHandle {
     /// # Ok(()) }
     /// ```
     pub async fn reset(&self) -> Result<(), Error> {
-        self.change(Needs::Row, |row| row.state.reset(row.now))
-            .await
+        self.change(Needs::Row, |row| {
+            row.limit_by_policy();
+            row.state.reset(row.now)
+        })
+        .await
     }
 
     async fn change<F>(&self, needs: Needs, mut change: F) -> Result<(), Error>
@@ -300,7 +304,7 @@ impl DestinationHandle {
                 let mut found = true;
                 let rows = store
                     .change_destinations(&[&name], |row| {
-                        found = needs == Needs::Nothing || row.is_noted;
+                        found = needs == Needs::Nothing || row.is_noted();
                         if found {
                             events = change(row);
                         }

@@ -21,10 +21,23 @@ pub(crate) struct StoredDestination {
     pub(crate) policy: Option<DestinationPolicy>,
     /// The database's time.
     pub(crate) now: Millis,
+    /// Polls defer its requests first, because all processes share a limit.
+    pub(crate) limited: bool,
     /// Whether this version understands what is stored.
-    is_readable: bool,
+    pub(crate) is_readable: bool,
+}
+
+impl StoredDestination {
     /// Whether it is limited, has a policy, or its state says anything.
-    pub(crate) is_noted: bool,
+    pub(crate) fn is_noted(&self) -> bool {
+        self.limited || self.policy.is_some() || !self.state.is_idle(self.now)
+    }
+
+    /// Forgets limits that processes have by their code. While one sends, it notes them again.
+    pub(crate) fn limit_by_policy(&mut self) {
+        let policy = self.policy.as_ref();
+        self.limited = policy.is_some_and(DestinationPolicy::has_shared_limits);
+    }
 }
 
 /// What a process asks of a destination's limits.
@@ -41,7 +54,7 @@ pub(crate) struct LeaseRequest {
     pub(crate) rate: Option<(f64, u32)>,
     /// How many tokens the process could use.
     pub(crate) tokens: u32,
-    /// Whether its policy limits it, and not a half-open breaker alone.
+    /// Whether the process's code limits it, and not a half-open breaker alone.
     pub(crate) limited: bool,
 }
 
@@ -190,7 +203,7 @@ fn stored(row: &PgRow) -> Result<StoredDestination, sqlx::Error> {
     let policy = policy.and_then(Result::ok);
     Ok(StoredDestination {
         is_readable,
-        is_noted: limited == Some(true) || policy.is_some() || !state.is_idle(now),
+        limited: limited == Some(true),
         name,
         state,
         policy,
@@ -245,17 +258,12 @@ async fn change_all(
         });
         states.push(encode(state)?);
         policies.push(destination.policy.as_ref().map(encode).transpose()?);
-        limited.push(
-            destination
-                .policy
-                .as_ref()
-                .is_some_and(DestinationPolicy::has_limits),
-        );
+        limited.push(destination.limited);
     }
     sqlx::query(
         "UPDATE destinations d
          SET state = i.state::json, policy = i.policy::json,
-            limited = d.limited OR i.limited,
+            limited = i.limited,
             closed_until = CASE
                 WHEN i.closed = 9223372036854775807 THEN 'infinity'
                 ELSE to_timestamp(least(i.closed, 253402300799000) / 1000.0)

@@ -1,5 +1,7 @@
 //! Limits, pauses and breakers of destinations, and what slow ones leave to the others.
 
+mod policies;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

@@ -31,6 +31,7 @@ impl Gate {
         let now = Instant::now();
         let mut inner = self.lock();
         for known in known {
+            let is_stored = known.policy.is_some();
             let policy = match known.policy {
                 Some(policy) => Arc::new(policy),
                 None => self.policy_of(&known.name),
@@ -39,6 +40,7 @@ impl Gate {
             if *destination.policy != *policy {
                 destination.set_policy(policy);
             }
+            destination.is_stored = is_stored;
             let closed = known.state.closed_until(known.now);
             if closed.is_none() {
                 // Resumed or reset, unless it was throttled after that.

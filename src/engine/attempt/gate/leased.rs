@@ -26,8 +26,9 @@ pub(super) struct Limits {
     /// Attempts at the same time, of all processes.
     concurrency: Option<u32>,
     rate: Option<Rate>,
-    /// Without its half-open breaker, the destination is limited too.
-    by_policy: bool,
+    /// The database is to mark the destination as limited: the code of this process limits it, and
+    /// not a half-open breaker alone. For a policy that was set at run time, it is marked already.
+    by_code: bool,
 }
 
 /// A token bucket.
@@ -55,15 +56,16 @@ impl Rate {
 }
 
 impl Limits {
-    /// `probes` is how many attempts a half-open breaker allows.
-    pub(super) fn of(policy: &DestinationPolicy, probes: Option<u32>) -> Self {
+    /// `is_stored` says that the policy was set at run time, and `probes` how many attempts a
+    /// half-open breaker allows.
+    pub(super) fn of(policy: &DestinationPolicy, is_stored: bool, probes: Option<u32>) -> Self {
         let concurrency = match (policy.max_concurrency, probes) {
             (Some(limit), Some(probes)) => Some(limit.min(probes)),
             (limit, probes) => limit.or(probes),
         };
         Self {
             concurrency,
-            by_policy: policy.max_concurrency.is_some() || policy.rate.is_some(),
+            by_code: policy.has_shared_limits() && !is_stored,
             rate: policy.rate.as_ref().map(Rate::of),
         }
     }
@@ -187,7 +189,7 @@ impl Leased {
             permits,
             rate: limits.rate.map(|rate| (rate.per_second, rate.bucket)),
             tokens,
-            limited: limits.by_policy,
+            limited: limits.by_code,
         };
         let in_use = passes > 0 || self.wanted;
         if !in_use && quiet > KEPT {

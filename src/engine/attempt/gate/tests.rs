@@ -2,8 +2,8 @@ use http::StatusCode;
 
 use super::share::RESERVE;
 use super::*;
-use crate::destination::RateLimit;
-use crate::store::destinations::Grant;
+use crate::destination::{RateLimit, State};
+use crate::store::destinations::{Grant, StoredDestination};
 
 const SLOTS: usize = 64;
 const SECOND: Duration = Duration::from_secs(1);
@@ -117,6 +117,31 @@ fn permits_are_asked_for_and_end_with_their_lease() {
     drop(passes);
     assert!(enter(now + 14 * SECOND).is_ok());
     assert_eq!(enter(now + 16 * SECOND).unwrap_err(), Full::Short);
+}
+
+#[test]
+fn only_the_limits_of_the_code_mark_a_destination_with_a_lease() {
+    let limited = || DestinationPolicy::default().max_concurrency(5);
+    let gate = gate(limited());
+    let now = Instant::now();
+    let marks = || {
+        assert!(fill(&gate, "a", now).is_empty());
+        gate.asks()[0].limited
+    };
+    assert!(marks());
+    let stored = |policy| StoredDestination {
+        name: "a".to_owned(),
+        state: State::default(),
+        policy,
+        now: 0,
+        limited: false,
+        is_readable: true,
+    };
+    // The database has marked it for a policy that was set at run time.
+    gate.learn(vec![stored(Some(limited()))]);
+    assert!(!marks());
+    gate.learn(vec![stored(None)]);
+    assert!(marks());
 }
 
 #[test]
