@@ -80,6 +80,8 @@ impl Limits {
 pub(super) struct Leased {
     permits: u32,
     permits_until: Option<Instant>,
+    /// The limit of which the permits are a part.
+    permits_of: u32,
     tokens: u32,
     tokens_until: Option<Instant>,
     /// Not asked for before this time.
@@ -101,8 +103,10 @@ pub(super) enum Lack {
 }
 
 impl Leased {
-    fn has_permits(&self, now: Instant) -> bool {
-        self.permits_until.is_some_and(|until| now < until)
+    /// Whether it has permits that hold for this limit. Those of a higher limit don't, because all
+    /// processes together may have more of them than the limit allows.
+    fn has_permits(&self, limit: u32, now: Instant) -> bool {
+        self.permits_of <= limit && self.permits_until.is_some_and(|until| now < until)
     }
 
     fn tokens(&self, now: Instant) -> u32 {
@@ -119,7 +123,7 @@ impl Leased {
     /// What an attempt lacks while `passes` of them are under way.
     pub(super) fn lacks(&mut self, limits: Limits, passes: u32, now: Instant) -> Lack {
         let permits = match limits.concurrency {
-            Some(_) if !self.has_permits(now) => Lack::Answer,
+            Some(limit) if !self.has_permits(limit, now) => Lack::Answer,
             Some(limit) if passes >= self.permits.min(limit) => Lack::Some,
             _ => Lack::Nothing,
         };
@@ -143,7 +147,7 @@ impl Leased {
         let may_ask = self.may_ask(now);
         let permits = match limits.concurrency {
             None => u32::MAX,
-            Some(limit) if self.has_permits(now) => self.permits.min(limit),
+            Some(limit) if self.has_permits(limit, now) => self.permits.min(limit),
             Some(limit) if may_ask => limit,
             Some(_) => 0,
         };
@@ -218,6 +222,7 @@ impl Leased {
         asked: Instant,
     ) {
         self.permits = grant.permits;
+        self.permits_of = ask.limit.unwrap_or(u32::MAX);
         self.permits_until = (ask.permits > 0).then_some(asked + lease);
         self.tokens = self.tokens(asked).saturating_add(grant.tokens);
         self.tokens_until = (self.tokens > 0).then_some(asked + TOKENS_LAST);

@@ -1,8 +1,9 @@
 use http::StatusCode;
 
+use super::destination::Shared;
 use super::share::RESERVE;
 use super::*;
-use crate::destination::{RateLimit, State};
+use crate::destination::{CircuitBreaker, RateLimit, Report, State};
 use crate::store::destinations::{Grant, StoredDestination};
 
 const SLOTS: usize = 64;
@@ -117,6 +118,52 @@ fn permits_are_asked_for_and_end_with_their_lease() {
     drop(passes);
     assert!(enter(now + 14 * SECOND).is_ok());
     assert_eq!(enter(now + 16 * SECOND).unwrap_err(), Full::Short);
+}
+
+#[test]
+fn permits_from_before_a_breaker_opened_allow_no_probes() {
+    let breaker = CircuitBreaker::default();
+    let policy = DestinationPolicy::default()
+        .max_concurrency(5)
+        .circuit_breaker(breaker);
+    let gate = gate(policy.clone());
+    let now = Instant::now();
+    assert!(fill(&gate, "a", now).is_empty());
+    let grant = |permits| {
+        let asks = gate.asks();
+        let grant = Grant {
+            permits,
+            tokens: 0,
+            wait: Duration::ZERO,
+        };
+        let grants = HashMap::from([("a".to_owned(), grant)]);
+        gate.answer(now - SECOND, &asks, Some(&grants));
+        asks[0].limit
+    };
+    assert_eq!(grant(5), Some(5));
+    let mut state = State::default();
+    let failures = Report {
+        attempts: 20,
+        failures: 20,
+        ..Report::default()
+    };
+    state.apply(&policy, &failures, 0);
+    let is_half_open = |at| {
+        let shared = Shared {
+            state: state.clone(),
+            clock: (now, at),
+            was_closed: false,
+        };
+        let mut inner = gate.lock();
+        inner.destinations.get_mut("a").unwrap().shared = Some(shared);
+    };
+    is_half_open(60_000);
+    // Other processes may have permits from before, too. Only the database knows of all probes.
+    assert!(fill(&gate, "a", now).is_empty());
+    assert_eq!(grant(0), Some(1));
+    assert!(fill(&gate, "a", now).is_empty());
+    assert_eq!(grant(1), Some(1));
+    assert_eq!(fill(&gate, "a", now).len(), 1);
 }
 
 #[test]
