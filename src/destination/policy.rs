@@ -491,8 +491,9 @@ impl CircuitBreaker {
 /// [`share`](Self::share) of them, and some [`per_second`](Self::per_second) more.
 ///
 /// This is decided when a retry is about to be sent, so that a destination which has recovered
-/// isn't met by all retries at once. A retry over the budget waits, and uses up no attempt. Each
-/// process counts its own attempts.
+/// isn't met by all retries at once. A retry over the budget waits, and uses up no attempt. The
+/// wait doesn't count in the request's [`max_age`](crate::retry::RetryPolicy::max_age), unless a
+/// caller waits for the response. Each process counts its own attempts.
 ///
 /// # Examples
 ///

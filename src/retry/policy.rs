@@ -314,9 +314,17 @@ impl RetryPolicy {
     /// that time. Zero means one attempt.
     ///
     /// Time before the first attempt doesn't count: a [`delay`](crate::Options::delay), waiting
-    /// behind an [ordering key](crate::Options::ordered), or without a runner. Later, time for
-    /// which no runner comes doesn't count either, unless a caller waits for the response.
-    /// [`Options::deadline`](crate::Options::deadline) is a limit that always counts.
+    /// behind an [ordering key](crate::Options::ordered), or without a runner. Later, these don't
+    /// count either, unless a caller waits for the response:
+    ///
+    /// - time for which no runner comes
+    /// - time for which the destination takes nothing: it is paused, disabled, over a limit, or its
+    ///   circuit breaker is open
+    /// - time for which the destination has no [retry budget](crate::RetryBudget)
+    ///
+    /// If a caller waits, all time counts. A request that such a wait has made too old still gets
+    /// one more attempt. [`Options::deadline`](crate::Options::deadline) is a limit that always
+    /// counts.
     #[must_use]
     pub fn max_age(mut self, age: Duration) -> Self {
         self.max_age = Some(age);

@@ -29,7 +29,7 @@ use crate::outcome::{Fault, Outcome};
 use crate::retry::Retry;
 use crate::status::Status;
 use crate::store::claim::{Confirm, PolledRow};
-use crate::store::settle::{Failure, Fence};
+use crate::store::settle::{Failure, Fence, WaitsFor};
 
 /// An attempt's hard deadline is this long after its timeout, so that its result can be judged.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
@@ -124,7 +124,7 @@ impl PolledClaim {
         self.settle(AttemptResult::PutBack {
             delay,
             hold: None,
-            defer: false,
+            waits_for: WaitsFor::Delay,
             uncounted: true,
             failure: None,
         });
@@ -401,7 +401,7 @@ impl Claim {
         self.settle(AttemptResult::PutBack {
             delay,
             hold: None,
-            defer: false,
+            waits_for: WaitsFor::Delay,
             uncounted: false,
             failure: Some(Box::new(failure)),
         });
@@ -415,7 +415,7 @@ impl Claim {
         self.settle(AttemptResult::PutBack {
             delay,
             hold: Some(hold),
-            defer: false,
+            waits_for: WaitsFor::Delay,
             uncounted: false,
             failure: Some(Box::new(failure)),
         });
@@ -461,7 +461,7 @@ impl Drop for Claim {
             None => AttemptResult::PutBack {
                 delay: self.due.saturating_duration_since(Instant::now()),
                 hold: None,
-                defer: false,
+                waits_for: WaitsFor::Delay,
                 uncounted: self.counted,
                 failure: None,
             },
@@ -475,7 +475,7 @@ impl Drop for Claim {
                     AttemptResult::PutBack {
                         delay,
                         hold: None,
-                        defer: false,
+                        waits_for: WaitsFor::Delay,
                         uncounted: false,
                         failure: Some(Box::new(Failure {
                             class,
@@ -507,13 +507,7 @@ fn turn_after(attempts: u32) -> Turn {
 /// database has counted one.
 fn refused(driver: &Driver, destination: &str, full: Full, counted: bool) -> AttemptResult {
     if let Full::Later(delay) = full {
-        return AttemptResult::PutBack {
-            delay,
-            hold: None,
-            defer: false,
-            uncounted: counted,
-            failure: None,
-        };
+        return AttemptResult::over_budget(delay, counted);
     }
     driver.slots.gate.note_deferred(destination);
     AttemptResult::deferred(counted)

@@ -30,7 +30,7 @@ use crate::outcome::Outcome;
 use crate::response::Response;
 use crate::status::Status;
 use crate::store::enqueue::RUNNER_WAIT;
-use crate::store::settle::{Failure, Fence, Finish, Finished, Park, PutBack, SettledRow};
+use crate::store::settle::{Failure, Fence, Finish, Finished, Park, PutBack, SettledRow, WaitsFor};
 use crate::store::{Store, StoreError};
 
 use held::Held as HeldResults;
@@ -67,8 +67,7 @@ pub(crate) enum AttemptResult {
         delay: Duration,
         /// Receives the claim after the commit, if this process holds it for the next attempt.
         hold: Option<oneshot::Sender<Held>>,
-        /// The request waits until its destination takes more.
-        defer: bool,
+        waits_for: WaitsFor,
         uncounted: bool,
         failure: Option<Box<Failure>>,
     },
@@ -86,7 +85,19 @@ impl AttemptResult {
         Self::PutBack {
             delay: Duration::ZERO,
             hold: None,
-            defer: true,
+            waits_for: WaitsFor::Destination,
+            uncounted: counted,
+            failure: None,
+        }
+    }
+
+    /// No attempt was made, because there is no budget for a retry. `counted` says whether the
+    /// database has counted one.
+    pub(crate) fn over_budget(delay: Duration, counted: bool) -> Self {
+        Self::PutBack {
+            delay,
+            hold: None,
+            waits_for: WaitsFor::Budget,
             uncounted: counted,
             failure: None,
         }
@@ -147,14 +158,14 @@ impl Settlement {
             AttemptResult::PutBack {
                 delay,
                 hold,
-                defer,
+                waits_for,
                 uncounted,
                 failure,
             } => Some(PutBack {
                 fence: self.lease.fence(),
                 delay: *delay,
                 hold: hold.is_some(),
-                defer: *defer,
+                waits_for: *waits_for,
                 uncounted: *uncounted,
                 failure: failure.as_deref().cloned(),
             }),

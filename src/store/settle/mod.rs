@@ -24,7 +24,7 @@ use crate::response::Response;
 
 pub(crate) use self::finish::{Finish, Finished};
 pub(crate) use self::park::Park;
-pub(crate) use self::put_back::PutBack;
+pub(crate) use self::put_back::{PutBack, WaitsFor};
 
 /// The claim that a settle stands on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -140,7 +140,7 @@ mod tests {
                 fence: fence(claim_no),
                 delay: Duration::from_secs(seconds),
                 hold: false,
-                defer: false,
+                waits_for: WaitsFor::Delay,
                 uncounted: false,
                 failure: None,
             };

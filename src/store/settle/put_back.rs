@@ -17,11 +17,21 @@ pub(crate) struct PutBack {
     /// This process holds the request and makes the next attempt. Other processes may claim it if
     /// this one hasn't by one lease after the due time.
     pub(crate) hold: bool,
-    /// The request waits until its destination takes more.
-    pub(crate) defer: bool,
+    pub(crate) waits_for: WaitsFor,
     /// The claim made no attempt, so none is counted.
     pub(crate) uncounted: bool,
     pub(crate) failure: Option<Failure>,
+}
+
+/// What the next attempt of a request waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WaitsFor {
+    /// The end of the delay.
+    Delay,
+    /// A retry budget: the delay doesn't count in the request's age, unless a caller waits.
+    Budget,
+    /// Its destination, until that takes more.
+    Destination,
 }
 
 impl Store {
@@ -58,11 +68,12 @@ const PUT_BACK: &str = "
     WITH input AS MATERIALIZED (
         SELECT i.* FROM unnest(
             $1::uuid[], $2::int[], $3::bigint[], $4::bool[], $5::bool[],
-            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[], $13::bool[]
+            $6::text[], $7::text[], $8::int[], $9::smallint[], $10::text[], $13::bool[],
+            $14::bool[]
         ) WITH ORDINALITY
             AS i(
                 id, claim_no, delay_ms, hold, uncounted, error_class, error, duration_ms,
-                http_status, head, defer, number
+                http_status, head, defer, ageless, number
             )
     ), locked AS MATERIALIZED (
         SELECT i.*, greatest(m.attempts, 1) AS attempts
@@ -91,6 +102,13 @@ const PUT_BACK: &str = "
     SET attempt_at = clock_timestamp()
             + (l.delay_ms + CASE WHEN l.hold THEN $12 ELSE 0 END) * interval '1 millisecond',
         claim_no = next_claim_no(m.claim_no),
+        began_at = CASE
+            -- Not of a damaged row, whose time can be too large to be added to.
+            WHEN l.ageless AND m.waiter IS NULL
+                AND coalesce(m.began_at, m.created_at) <= clock_timestamp()
+            THEN coalesce(m.began_at, m.created_at) + l.delay_ms * interval '1 millisecond'
+            ELSE m.began_at
+        END,
         attempts = greatest(m.attempts, 1) - l.uncounted::int,
         lost = CASE WHEN l.uncounted THEN m.lost ELSE 0 END,
         state = CASE
@@ -178,7 +196,13 @@ pub(super) async fn put_back(
         .bind(
             put_backs
                 .iter()
-                .map(|put_back| put_back.defer)
+                .map(|put_back| put_back.waits_for == WaitsFor::Destination)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            put_backs
+                .iter()
+                .map(|put_back| put_back.waits_for == WaitsFor::Budget)
                 .collect::<Vec<_>>(),
         )
         .fetch_all(connection)
