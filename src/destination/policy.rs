@@ -345,6 +345,13 @@ impl RateLimit {
 /// failed probe opens it for twice as long as before, up to [`max_open_for`](Self::max_open_for).
 /// All processes share one breaker for each destination.
 ///
+/// A forward proxy that can't be reached, breaks off or asks for credentials is no failure of the
+/// destination. This holds for `https` destinations, which are reached through a tunnel, and for
+/// SOCKS proxies. A request to an `http` destination goes to an HTTP proxy as it would go to the
+/// destination. So there, apart from a 407, the proxy's failures count as the destination's. With
+/// either scheme, so do a proxy's refusals and time-outs, because the destination may be their
+/// cause.
+///
 /// # Examples
 ///
 /// ```

@@ -1,6 +1,7 @@
 //! Limits, pauses and breakers of destinations, and what slow ones leave to the others.
 
 mod policies;
+mod proxies;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -4,7 +4,17 @@ use std::error::Error as StdError;
 use std::io::{self, ErrorKind};
 use std::iter;
 
+use http::Uri;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
+use tower::Service;
+
 use crate::classify::FailureClass;
+
+/// Why there is no tunnel through an HTTP proxy. The type has no public name of its own.
+type TunnelError = <Tunnel<HttpConnector> as Service<Uri>>::Error;
+/// Why there is no connection through a SOCKS proxy.
+type SocksError = <SocksV5<HttpConnector> as Service<Uri>>::Error;
 
 /// The class of a client's error. Only an error that certainly came before the request was sent
 /// gets a class that says so.
@@ -18,6 +28,22 @@ pub(super) fn class_of(error: &(dyn StdError + 'static)) -> FailureClass {
     } else {
         after_connecting(error)
     }
+}
+
+/// Whether a forward proxy is certainly to blame, and not the destination behind it.
+///
+/// Only a tunnel tells. Without TLS, a request goes to an HTTP proxy as it goes to a destination,
+/// and so do the errors.
+pub(super) fn is_of_proxy(error: &(dyn StdError + 'static)) -> bool {
+    causes(error).any(|error| {
+        if let Some(error) = error.downcast_ref::<TunnelError>() {
+            // The proxy has refused, and may have done so because it can't reach the destination:
+            // its status isn't known.
+            return !matches!(error, TunnelError::TunnelUnsuccessful);
+        }
+        let error = error.downcast_ref::<SocksError>();
+        error.is_some_and(|error| !matches!(error, SocksError::V4(_) | SocksError::V5(_)))
+    })
 }
 
 /// An error and what caused it.
@@ -142,4 +168,24 @@ fn is_undecodable(error: &(dyn StdError + 'static)) -> bool {
     error
         .downcast_ref::<reqwest::Error>()
         .is_some_and(reqwest::Error::is_decode)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socks_proxy_that_is_down_is_to_blame() {
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let addr = listener.local_addr().unwrap();
+        drop(listener);
+        let uri = |text: String| text.parse::<Uri>().unwrap();
+        let proxy = uri(format!("socks5://{addr}"));
+        let mut socks = SocksV5::new(proxy, HttpConnector::new());
+        let destination = uri(format!("http://{addr}"));
+        let error = socks.call(destination.clone()).await.unwrap_err();
+        assert!(is_of_proxy(&error), "{error:?}");
+        let error = HttpConnector::new().call(destination).await.unwrap_err();
+        assert!(!is_of_proxy(&error), "{error:?}");
+    }
 }

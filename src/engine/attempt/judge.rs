@@ -119,7 +119,9 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
 /// Notes what the attempt has shown of its destination.
 fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
     let seen = exchange.seen();
+    let is_of_proxy = matches!(&exchange.result, Err(failed) if failed.is_of_proxy);
     let fault = match seen {
+        _ if is_of_proxy => Blame::Other,
         Ok(_) if verdict == Verdict::Final => Blame::Success,
         Ok((StatusCode::PROXY_AUTHENTICATION_REQUIRED, _))
         | Err(

@@ -14,7 +14,7 @@ use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Service, ServiceExt};
 
-use super::fault::class_of;
+use super::fault::{class_of, is_of_proxy};
 use super::job::Job;
 use super::transport::{ResponseUrl, Transport};
 use crate::body::{Body, BodyError};
@@ -104,6 +104,8 @@ pub(super) struct Exchange {
 #[derive(Debug)]
 pub(crate) struct Failed {
     pub(super) class: FailureClass,
+    /// A forward proxy is to blame.
+    pub(super) is_of_proxy: bool,
     text: String,
     cause: Option<Cause>,
 }
@@ -112,6 +114,7 @@ impl Failed {
     fn new(class: FailureClass, text: &str) -> Self {
         Self {
             class,
+            is_of_proxy: false,
             text: storable(text),
             cause: None,
         }
@@ -128,6 +131,7 @@ impl Failed {
         let redacted = redact_urls(&shown);
         let is_safe = redacted == shown;
         let failed = Self::new(class_of(&*error), &redacted);
+        let is_of_proxy = is_of_proxy(&*error);
         let cause: Arc<dyn StdError + Send + Sync> = if is_safe {
             Arc::from(error)
         } else {
@@ -135,6 +139,7 @@ impl Failed {
             Arc::new(Redacted(failed.text.clone()))
         };
         Self {
+            is_of_proxy,
             cause: Some(Cause::Error(cause)),
             ..failed
         }
@@ -185,6 +190,7 @@ impl KeptByCaller {
     #[cfg(feature = "reqwest-middleware")]
     pub(crate) fn of(error: &(dyn StdError + 'static)) -> Self {
         Self(Failed {
+            is_of_proxy: is_of_proxy(error),
             cause: Some(Cause::WithCaller),
             ..Failed::new(class_of(error), &redact_urls(&chain(error)))
         })
