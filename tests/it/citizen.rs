@@ -1,5 +1,6 @@
 //! Limits, pauses and breakers of destinations, and what slow ones leave to the others.
 
+mod disabling;
 mod policies;
 mod proxies;
 

@@ -2,13 +2,17 @@
 #![cfg(target_os = "linux")]
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant, SystemTime};
 
-use requeuest::{Durable, Options, RequestId};
+use requeuest::{DestinationPolicy, DestinationState, Durable, Options, RequestId};
 use tokio::sync::Semaphore;
 
 use super::{Arrivals, LEASE, Me, Member, SLACK, named_builder, ordered, say};
-use crate::support::{Server, in_time, migrated, plays, post, reply, rows};
+use crate::support::{
+    Server, eventually, in_time, migrated, outcome_of, passing, plays, post, reply, rows,
+};
 
 const DELAY: Duration = Duration::from_secs(2);
 const DAY: i64 = 24 * 60 * 60;
@@ -117,6 +121,130 @@ async fn with_skew(skew: i64, library: &str) {
         .filter(|number| number.starts_with("key"))
         .collect();
     assert_eq!(keyed, ["key/0", "key/1", "key/2"]);
+}
+
+const PAUSE: Duration = Duration::from_secs(5);
+/// How soon processes follow a change.
+const REACH: Duration = Duration::from_secs(2);
+
+/// The limit that processes with clocks a day apart share.
+fn shared_limit() -> DestinationPolicy {
+    DestinationPolicy::default().max_concurrency(2)
+}
+
+#[tokio::test]
+async fn limits_and_pauses_are_shared_by_processes_whose_clocks_are_a_day_apart() {
+    let directory = tempfile::tempdir().unwrap();
+    let library = compile(directory.path());
+    tokio::join!(share_with(DAY, &library), share_with(-DAY, &library));
+}
+
+async fn share_with(skew: i64, library: &str) {
+    let database = migrated().await;
+    let arrivals = Arrivals::default();
+    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let server = Server::start({
+        let (arrivals, most) = (arrivals.clone(), Arc::clone(&most));
+        move |_, seen| {
+            arrivals.note(&seen);
+            let (now, most) = (Arc::clone(&now), Arc::clone(&most));
+            async move {
+                most.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                now.fetch_sub(1, SeqCst);
+                reply(200, "")
+            }
+        }
+    })
+    .await;
+    let skewed = skew.to_string();
+    let environment = [("LD_PRELOAD", library), ("REQUEUEST_TEST_SKEW", &*skewed)];
+    let mut member = Member::start_with(
+        module_path!(),
+        "share_with_a_wrong_clock",
+        "skewed",
+        &database,
+        &server.url("/"),
+        &environment,
+    );
+    let right = named_builder(database.pool(), "right")
+        .destination("*", shared_limit())
+        .build()
+        .unwrap();
+    member.says("ready").await;
+    let fire = |number: String| right.fire(post(server.url("/"), number));
+    for number in 0..10 {
+        fire(format!("right/{number}")).await.unwrap();
+    }
+    member.says("sent").await;
+    assert!(most.load(SeqCst) <= 2, "{most:?} at a time");
+    let senders = |prefix: &str| {
+        let all = arrivals.all();
+        all.iter()
+            .filter(|arrival| arrival.number.starts_with(prefix))
+            .count()
+    };
+    assert_eq!((senders("right/"), senders("skewed/")), (10, 10));
+
+    // The process with the wrong clock pauses the destination until a time of its own clock.
+    member.says("paused").await;
+    let destination = right.destination(&server.url("")).unwrap();
+    let status = destination.status().await.unwrap();
+    assert_eq!(status.state, DestinationState::Paused);
+    let left = status.until.unwrap().duration_since(SystemTime::now());
+    let left = left.unwrap();
+    assert!(left <= PAUSE, "paused for {left:?}");
+    let ends = Instant::now() + left;
+    // This process knows by then. Both send again when the pause ends.
+    passing(&database, REACH).await;
+    let late = fire("late".to_owned()).await.unwrap();
+    outcome_of(&right, late).await;
+    member.says("sent again").await;
+    let arrived = |number: &str| arrivals.by_number()[number][0].at;
+    for at in [arrived("late"), arrived("again")] {
+        assert!(
+            at > ends - Duration::from_millis(50),
+            "{:?} early",
+            ends - at
+        );
+        assert!(at < ends + SLACK, "{:?} late", at - ends);
+    }
+}
+
+#[tokio::test]
+#[ignore = "a part played by a copy of this binary"]
+async fn share_with_a_wrong_clock() {
+    if !plays("share_with_a_wrong_clock") {
+        return;
+    }
+    let me = Me::new();
+    let durable = me
+        .handle()
+        .destination("*", shared_limit())
+        .build()
+        .unwrap();
+    say("ready");
+    for number in 0..10 {
+        let request = post(&me.url, format!("skewed/{number}"));
+        durable.fire(request).await.unwrap();
+    }
+    // Those of the other process, too.
+    eventually("all requests have ended", || async {
+        let ended = "SELECT count(*) FROM requeuest.outcomes";
+        let ended: i64 = sqlx::query_scalar(ended).fetch_one(&me.pool).await.unwrap();
+        ended == 20
+    })
+    .await;
+    say("sent");
+    let origin = me.url.trim_end_matches('/');
+    let destination = durable.destination(origin).unwrap();
+    destination.pause(SystemTime::now() + PAUSE).await.unwrap();
+    say("paused");
+    // Due once the other process knows, which could send it, too.
+    let again = post(&me.url, "again").with(Options::default().delay(REACH));
+    durable.await_response(again).await.unwrap();
+    say("sent again");
+    std::future::pending::<()>().await;
 }
 
 /// The value that the process printed after this word.
