@@ -64,7 +64,7 @@ impl RunnerGuard {
             supervise(panics, "runner", keep_running).await;
             // The claiming may have ended because of an abort that is still on its way.
             if ended_by_abort.load(Ordering::Acquire) {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         });
         Self {
