@@ -24,4 +24,5 @@ DROP FUNCTION take_turns;
 DROP FUNCTION leased_channels;
 DROP FUNCTION waiting_channels;
 DROP FUNCTION begin_poll;
+DROP FUNCTION may_move_at;
 DROP TYPE poll_t;

@@ -46,11 +46,35 @@ CREATE TYPE poll_t AS (
     moved_max int,
     -- Groups with rows picked by age.
     served text[],
-    -- How many groups were visited.
+    -- How many groups were visited, and how many may be.
     visited int,
+    visited_max int,
+    -- This poll leaves most of what is in the way where it is. It looks at the latest requests and at
+    -- some groups.
+    hurried boolean,
+    -- More rows are in the way.
+    unfinished boolean,
     -- How soon to look again at due rows that could not be locked.
     again interval
 );
+
+-- When the session's polls may move rows of limited and closed destinations again. Moving takes ten
+-- times as long as looking past, so it has a sixteenth of the time: what is in the way then costs
+-- others little while it is moved. The session setting `requeuest.may_move` holds the time, in
+-- seconds since 1970.
+CREATE FUNCTION may_move_at(p poll_t) RETURNS timestamptz
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_at timestamptz := to_timestamp(
+        coalesce(nullif(current_setting('requeuest.may_move', true), ''), '0')::float8
+    );
+BEGIN
+    -- Unless the clock was put back.
+    RETURN CASE WHEN v_at < p.now + interval '10 seconds' THEN v_at ELSE p.now END;
+END;
+$$;
 
 -- Begins a poll, with the work that comes before any claim.
 CREATE FUNCTION begin_poll(p_channels text[], p_batch int) RETURNS poll_t
@@ -78,6 +102,13 @@ BEGIN
     v.moved_max := 4096;
     v.served := '{}';
     v.visited := 0;
+    v.visited_max := p_batch;
+    v.hurried := v.gated AND may_move_at(v) > v.now;
+    IF v.hurried THEN
+        v.width := p_batch;
+        v.moved_max := 0;
+        v.visited_max := p_batch / 8 + 1;
+    END IF;
     IF EXISTS (
         SELECT FROM mq_msgs m
         WHERE m.format = ANY (v.formats) AND m.deadline <= v.now AND m.state <> 'parked'
@@ -618,6 +649,8 @@ BEGIN
         ) locked;
         p.picked := p.picked || coalesce(v_some[1:v_open], '{}');
         p.served := p.served || coalesce(v_groups, '{}');
+        -- The others are looked at again once there is room for them.
+        EXIT WHEN cardinality(v_some) > v_open;
         p.looked := p.looked + v_step;
         IF cardinality(v_some) IS DISTINCT FROM cardinality(v_met) THEN
             p := note_rest(p, v_met, coalesce(cardinality(v_some), 0));
@@ -627,7 +660,8 @@ BEGIN
 END;
 $$;
 
--- Locks due rows of one group, up to p_limit. Of an ordering key, the first one.
+-- Locks due rows of one group, up to p_limit. Of an ordering key, the first one, unless that is in
+-- the way.
 CREATE FUNCTION lock_of_group(
     p poll_t, p_channel text, p_format smallint, p_group text, p_ordered boolean, p_limit int
 ) RETURNS tid[]
@@ -654,11 +688,6 @@ BEGIN
             FOR NO KEY UPDATE SKIP LOCKED
         ) locked;
     END IF;
-    IF p.gated AND (
-        p.room ? substr(p_group, 8) OR p.any_closed AND is_closed(p.now, NULL, p_group)
-    ) THEN
-        RETURN NULL;
-    END IF;
     -- A range over a single group, sorted by the group as well. With an equality, a plan made while
     -- there was one group would use the index by due time, and would read all of it once there are
     -- many groups.
@@ -674,7 +703,9 @@ END;
 $$;
 
 -- Picks up to p_share rows of each group with none picked by age, or of each group at all if
--- p_share is a whole batch. Visits as many groups as a batch has rows, from a random one on.
+-- p_share is a whole batch. Visits as many groups as a batch has rows, from a random one on. Of a
+-- group that is in the way, it leaves one row to defer_surplus: an ordering key is then gone from
+-- the groups, and other polls don't visit it.
 CREATE FUNCTION pick_by_group(p poll_t, p_share int) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -686,11 +717,16 @@ DECLARE
     v_channel text;
     v_format smallint;
     v_group text;
-    v_ordered boolean;
+    v_seq bigint;
+    v_first tid;
+    v_due boolean;
+    v_in_the_way boolean;
+    v_met tid[] := '{}';
 BEGIN
     IF NOT p.backlog THEN
         RETURN p;
     END IF;
+    <<groups>>
     FOR v_channel, v_format IN
         SELECT wanted.channel, known.format
         FROM unnest(p.channels) AS wanted(channel), unnest(p.formats) AS known(format)
@@ -699,13 +735,17 @@ BEGIN
         v_cursor := v_start;
         v_wrapped := false;
         LOOP
-            IF cardinality(p.picked) >= p.batch OR p.visited >= p.batch THEN
-                RETURN p;
-            END IF;
-            SELECT m.channel_args, m.seq IS NOT NULL INTO v_group, v_ordered FROM mq_msgs m
+            EXIT groups WHEN cardinality(p.picked) >= p.batch OR p.visited >= p.visited_max;
+            SELECT
+                m.channel_args, m.seq, m.ctid, m.attempt_at <= p.now,
+                p.gated AND (
+                    p.room ? coalesce(m.destination, substr(m.channel_args, 8))
+                    OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+                )
+            INTO v_group, v_seq, v_first, v_due, v_in_the_way FROM mq_msgs m
             WHERE m.channel_name = v_channel AND m.format = v_format AND m.state = 'waiting'
                 AND m.channel_args > v_cursor
-            ORDER BY m.channel_args LIMIT 1;
+            ORDER BY m.channel_args, m.attempt_at LIMIT 1;
             IF NOT FOUND THEN
                 EXIT WHEN v_wrapped;
                 v_wrapped := true;
@@ -716,15 +756,25 @@ BEGIN
             EXIT WHEN v_wrapped AND v_group COLLATE "C" > v_start;
             v_cursor := v_group;
             p.visited := p.visited + 1;
+            CONTINUE WHEN NOT v_due;
+            IF v_in_the_way THEN
+                v_met := v_met || v_first;
+                -- An ordering key's first request may be another one, for another destination.
+                CONTINUE WHEN v_seq IS NULL OR NOT EXISTS (
+                    SELECT FROM mq_msgs ahead
+                    WHERE ahead.channel_name = v_channel AND ahead.channel_args = v_group
+                        AND ahead.seq < v_seq
+                );
+            END IF;
             IF p_share >= p.batch OR v_channel || ' ' || v_group <> ALL (p.served) THEN
                 p.picked := p.picked || coalesce(lock_of_group(
-                    p, v_channel, v_format, v_group, v_ordered,
+                    p, v_channel, v_format, v_group, v_seq IS NOT NULL,
                     least(p_share, p.batch - cardinality(p.picked))
                 ), '{}');
             END IF;
         END LOOP;
     END LOOP;
-    RETURN p;
+    RETURN CASE WHEN v_met = '{}' THEN p ELSE note_rest(p, v_met, 0) END;
 END;
 $$;
 
@@ -734,7 +784,7 @@ LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    IF p.surplus <> '{}' AND p.moved < p.moved_max THEN
+    IF p.surplus <> '{}' AND NOT p.hurried THEN
         p.moved := p.moved + 16 * defer_rows(p.surplus);
         p.surplus := '{}';
     END IF;
@@ -808,7 +858,18 @@ BEGIN
     IF cardinality(p.blocked) >= greatest(p.batch / 4, 16) THEN
         p.moved := p.moved + move_behind(p.blocked);
     END IF;
-    RETURN defer_surplus(p);
+    p := defer_surplus(p);
+    p.unfinished := p.moved >= p.moved_max AND p.backlog OR p.surplus <> '{}';
+    IF p.gated AND p.moved > 0 AND NOT p.hurried THEN
+        PERFORM set_config(
+            'requeuest.may_move',
+            extract(epoch FROM
+                clock_timestamp() + least(15 * (clock_timestamp() - p.now), '5 seconds')
+            )::text,
+            false
+        );
+    END IF;
+    RETURN p;
 END;
 $$;
 
@@ -828,11 +889,11 @@ DECLARE
 BEGIN
     IF cardinality(p.picked) >= p.batch
         -- While rows are in the way, a poll that picks fewer leaves others behind too.
-        OR p.moved >= p.moved_max AND cardinality(p.picked) >= p.batch / 4
+        OR p.unfinished AND cardinality(p.picked) >= p.batch / 4
     THEN
         RETURN '0';
-    ELSIF p.moved >= p.moved_max THEN
-        RETURN c_min;
+    ELSIF p.unfinished THEN
+        RETURN greatest(least(may_move_at(p) - p.now, c_max), c_min);
     END IF;
     -- Looks no further ahead than the longest wait. A later row doesn't change the wait, and may be
     -- gone by the time it is due.
@@ -861,6 +922,9 @@ BEGIN
     p := CASE WHEN p_channels IS NULL
         THEN view_all_channels(p) ELSE view_channels(p, p_channels) END;
     p := pick_lapsed(p, p_channels);
+    IF p.hurried AND p.backlog THEN
+        p.view := latest_due(p);
+    END IF;
     IF p.gated THEN
         -- What is due to healthy destinations and what is deferred share the batch.
         p := pick_by_age(p, greatest(p_batch / 4, 1));
@@ -920,7 +984,7 @@ DECLARE
     v_lease interval :=
         coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
     v_wait interval := poll_wait(v);
-    v_more boolean := cardinality(v.picked) >= batch_size OR v.moved >= v.moved_max;
+    v_more boolean := cardinality(v.picked) >= batch_size OR v.unfinished;
 BEGIN
     IF v.picked = '{}' THEN
         RETURN QUERY SELECT

@@ -28,6 +28,16 @@ const SLOW: Duration = Duration::from_secs(1);
 const LUMP: usize = 20_000;
 /// Requests for each ordering key.
 const IN_KEY: usize = 2;
+/// Makes the first request of each key as it is after one failed attempt. Their retries fall due one
+/// after the other, $1 of them in all.
+const FAILED_ONCE: &str = "
+    UPDATE requeuest.mq_msgs m
+    SET attempts = 1, began_at = now(), attempt_at = now() + random() * $1 * interval '50 us'
+    FROM (
+        SELECT DISTINCT ON (channel_args) id FROM requeuest.mq_msgs
+        WHERE seq IS NOT NULL ORDER BY channel_args, seq
+    ) first
+    WHERE m.id = first.id";
 /// How long the runner works on the backlog before the measurement.
 const WARM_UP: Duration = Duration::from_secs(2);
 /// Longer than any preparation may take.
@@ -134,8 +144,8 @@ impl Bad {
         [&self.slow, &self.silent, &self.failing].map(Endpoint::received)
     }
 
-    /// The first request of each ordering key fails once before the others are inserted. Otherwise,
-    /// it would depend on the others when the keys begin to be retried.
+    /// Inserts the backlog. The first request of each ordering key has failed once. Otherwise, it
+    /// would depend on the rest of the backlog when the keys begin to be retried.
     async fn prepare(
         pool: &PgPool,
         endpoints: &Endpoints,
@@ -154,9 +164,10 @@ impl Bad {
         });
         let ordered: Vec<Request> = ordered.collect::<Result<_, requeuest::Error>>()?;
         enqueuer.fire_many(ordered).await?;
-        let runner = durable(pool).await?;
-        failing.wait_for(arguments.keys, PREPARATION).await?;
-        runner.shutdown(GRACE).await?;
+        sqlx::query(FAILED_ONCE)
+            .bind(arguments.keys as i64)
+            .execute(pool)
+            .await?;
         let began = Instant::now();
         let (slow_url, silent_url) = (slow.url(), silent.url());
         for first in (0..arguments.rows).step_by(LUMP / 2) {

@@ -7,6 +7,7 @@
 //! ```
 //!
 //! - `--only`: some of `limits,await,fire,single,drain`.
+//! - `--limited yes`: with limits on the receiver that are never reached.
 //! - `--set max_wal_size=4GB`: a setting of the Postgres server.
 //!
 //! The receiver, Postgres (with `fsync` on) and the callers share the machine. The same run also
@@ -24,8 +25,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use requeuest::Durable;
 use requeuest::sqlx::PgPool;
+use requeuest::{DestinationPolicy, Durable, RateLimit};
 
 use common::load::{Measured, each};
 use common::receiver::Receiver;
@@ -50,6 +51,8 @@ struct Arguments {
     drain: usize,
     /// Concurrent attempts.
     concurrency: usize,
+    /// Whether the receiver has limits.
+    limited: bool,
     /// The body of each request.
     body: Bytes,
     json: Option<PathBuf>,
@@ -67,6 +70,7 @@ impl Arguments {
             single: 2000,
             drain: 100_000,
             concurrency: requeuest::DEFAULT_CONCURRENCY,
+            limited: false,
             body: vec![b'x'; 256].into(),
             json: None,
             only: Vec::new(),
@@ -82,6 +86,7 @@ impl Arguments {
                 "--set" => parsed.settings.push(server::setting(&value)?),
                 "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
                 "--concurrency" => parsed.concurrency = value.parse()?,
+                "--limited" => parsed.limited = value == "yes",
                 "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
                 "--json" => parsed.json = Some(value.into()),
                 _ => return Err(format!("unknown argument {name}").into()),
@@ -235,9 +240,15 @@ impl Bench<'_> {
 
     /// A handle with open connections and prepared statements.
     async fn durable(&self) -> Result<Durable, AnyError> {
-        let durable = Durable::builder(self.pool.clone())
-            .concurrency(self.arguments.concurrency)
-            .build()?;
+        let mut builder =
+            Durable::builder(self.pool.clone()).concurrency(self.arguments.concurrency);
+        if self.arguments.limited {
+            let limits = DestinationPolicy::default()
+                .max_concurrency(1000)
+                .rate(RateLimit::new(1_000_000, Duration::from_secs(1)));
+            builder = builder.destination("127.0.0.1", limits);
+        }
+        let durable = builder.build()?;
         durable.status(requeuest::Uuid::nil().into()).await?;
         Ok(durable)
     }

@@ -174,6 +174,38 @@ async fn a_backlog_of_one_destination_does_not_hide_another() {
 }
 
 #[tokio::test]
+async fn ordering_keys_of_a_closed_destination_are_visited_once() {
+    let database = migrated().await;
+    enqueue(&database, "8000|d|shut", false, "0", 2000).await;
+    for key in 0..100 {
+        enqueue(&database, &format!("{key:04}|c|key"), true, "0", 2).await;
+    }
+    enqueue(&database, "9000|d|open", false, "0", 1).await;
+    sqlx::raw_sql(
+        "UPDATE requeuest.mq_msgs SET destination = 'shut' WHERE seq IS NOT NULL;
+         INSERT INTO requeuest.destinations (name, closed_until) VALUES ('shut', 'infinity');",
+    )
+    .execute(database.pool())
+    .await
+    .unwrap();
+    assert_eq!(poll(&database, None, 32).await.groups, ["9000|d|open"]);
+    let keys = "mq_msgs WHERE seq IS NOT NULL AND state";
+    for met in [1, 2, 3] {
+        // A poll for 32 rows visits as many groups. One of them may be another than these keys'.
+        let deferred = rows(&database, &format!("{keys} = 'deferred'")).await;
+        assert!(deferred >= 31 * met, "{deferred} keys after {met} polls");
+        assert!(poll(&database, None, 32).await.groups.is_empty());
+    }
+    assert_eq!(rows(&database, &format!("{keys} = 'deferred'")).await, 100);
+    let heads = "SELECT count(*) FROM requeuest.mq_msgs m
+                 WHERE m.state = 'deferred' AND m.seq > (
+                     SELECT min(a.seq) FROM requeuest.mq_msgs a
+                     WHERE a.channel_args = m.channel_args
+                 )";
+    assert_eq!(count(&database, heads).await, 0);
+}
+
+#[tokio::test]
 async fn most_of_a_backlog_is_claimed_by_age() {
     let database = migrated().await;
     enqueue(&database, "8000|d|oldest", false, "0", 100).await;
