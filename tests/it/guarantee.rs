@@ -7,21 +7,21 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use requeuest::{
-    Durable, DurableBuilder, Guarantee, IdempotencyHeader, Options, Request, RequestId, Status,
+    DurableBuilder, Guarantee, IdempotencyHeader, Options, Request, RequestId, Status,
 };
 use sqlx::PgPool;
 use tower::{Layer, ServiceExt};
 
 use crate::support::{
-    Server, closed_port, eventually, eventually_rows, in_time, migrated, outcome_of, part, passing,
-    plays, post, quick, rows, with_middleware,
+    Server, builder_on, closed_port, eventually, eventually_rows, in_time, migrated, outcome_of,
+    part, passing, plays, post, quick, rows, with_middleware,
 };
 
 const LEASE: Duration = Duration::from_secs(1);
 
 /// Short leases and quick retries.
 fn quick_builder(pool: &PgPool) -> DurableBuilder {
-    Durable::builder(pool.clone()).lease(LEASE).retry(quick())
+    builder_on(pool).lease(LEASE).retry(quick())
 }
 
 fn at_most_once(url: impl AsRef<str>) -> Request {

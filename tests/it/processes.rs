@@ -20,13 +20,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use requeuest::testkit::TestDatabase;
-use requeuest::{Durable, DurableBuilder, Options, Request, ReqwestTransport};
+use requeuest::{DurableBuilder, Options, Request, ReqwestTransport};
 use sqlx::PgPool;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Child;
 use tokio::sync::watch;
 
-use crate::support::{LONG, Seen, Server, in_time, part, post, quick, reply};
+use crate::support::{LONG, Seen, Server, builder_on, in_time, part, post, quick, reply};
 
 /// The shortest lease allowed, so that another process soon takes over.
 const LEASE: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ fn named_builder(pool: &PgPool, name: &str) -> DurableBuilder {
         .retry(reqwest::retry::never())
         .build()
         .unwrap();
-    Durable::builder(pool.clone())
+    builder_on(pool)
         .transport(ReqwestTransport::new(client))
         .retry(quick())
 }

@@ -18,7 +18,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, TestDatabase};
-use requeuest::{Durable, DurableBuilder, Options, Outcome, RequestId, Uuid};
+use requeuest::{
+    CircuitBreaker, DestinationPolicy, Durable, DurableBuilder, Options, Outcome, RateLimit,
+    RequestId, RetryBudget, Uuid,
+};
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Executor, PgPool};
@@ -230,7 +233,43 @@ pub fn post(url: impl AsRef<str>, body: impl Into<Bytes>) -> requeuest::Request 
 
 /// A builder of handles on the test's database.
 pub fn builder(database: &TestDatabase) -> DurableBuilder {
-    Durable::builder(database.pool().clone())
+    builder_on(database.pool())
+}
+
+/// A builder of handles on this pool. With `REQUEUEST_LIMITS=1`, each destination has all kinds of
+/// limits. Copies of the test binary inherit that.
+pub fn builder_on(pool: &PgPool) -> DurableBuilder {
+    let builder = Durable::builder(pool.clone());
+    if std::env::var("REQUEUEST_LIMITS").is_ok_and(|value| value == "1") {
+        builder.destination("*", limits())
+    } else {
+        builder
+    }
+}
+
+/// A handle with the default settings.
+pub fn handle(database: &TestDatabase) -> Durable {
+    builder(database).build().unwrap()
+}
+
+/// Limits that tests of other things meet, and that don't change what these tests expect: permits
+/// for a few processes only, tokens that come back soon, and a breaker that is open for a moment.
+fn limits() -> DestinationPolicy {
+    let moment = Duration::from_millis(50);
+    let breaker = CircuitBreaker::default()
+        .failure_share(0.9)
+        // Not below any attempt timeout of a test.
+        .window(Duration::from_secs(120))
+        .open_for(moment)
+        .max_open_for(2 * moment)
+        .probes(4)
+        .successes(1);
+    DestinationPolicy::default()
+        .max_concurrency(400)
+        .max_concurrency_per_process(100)
+        .rate(RateLimit::new(2000, Duration::from_secs(1)))
+        .circuit_breaker(breaker)
+        .retry_budget(RetryBudget::default().per_second(50))
 }
 
 /// Stands in for a handle in another process: its own pool, and no runner.

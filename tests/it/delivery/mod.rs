@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use requeuest::retry::RetryPolicy;
-use requeuest::{Durable, FailureClass, Options, Status};
+use requeuest::{FailureClass, Options, Status};
 
 use crate::support::{
-    Server, builder, closed_port, count, eventually, in_time, migrated, outcome_of, post, quick,
-    reply, rows, with_middleware,
+    Server, builder, closed_port, count, eventually, handle, in_time, migrated, outcome_of, post,
+    quick, reply, rows, with_middleware,
 };
 
 #[tokio::test]
 async fn an_awaited_request_returns_the_stored_response() {
     let database = migrated().await;
     let server = Server::start(|_, seen| async move { reply(201, seen.body) }).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
 
     let response = in_time(durable.await_response(post(server.url("/"), "hello")))
         .await
@@ -39,7 +39,7 @@ async fn an_awaited_request_returns_the_stored_response() {
 async fn a_fired_request_arrives() {
     let database = migrated().await;
     let server = Server::always(204).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let id = in_time(durable.fire(post(server.url("/hook"), "x")))
         .await
         .unwrap();
@@ -138,7 +138,7 @@ async fn without_any_response_the_last_error_is_returned() {
 async fn a_delayed_request_is_sent_after_its_delay() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let delay = Duration::from_millis(700);
     let began = Instant::now();
     let request = post(server.url("/"), "x").with(Options::default().delay(delay));

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use requeuest::{Durable, Options, Status};
+use requeuest::{Options, Status};
 
-use crate::support::{Server, builder, in_time, migrated, outcome_of, post, quick, reply};
+use crate::support::{Server, builder, handle, in_time, migrated, outcome_of, post, quick, reply};
 
 #[tokio::test]
 async fn ordered_requests_are_sent_one_at_a_time_in_commit_order() {
@@ -66,7 +66,7 @@ async fn ordered_requests_are_sent_one_at_a_time_in_commit_order() {
 async fn an_open_transaction_holds_up_only_its_ordering_key() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let ordered =
         |body: &'static str| post(server.url("/"), body).with(Options::default().ordered("k"));
     let mut tx = database.pool().begin().await.unwrap();
@@ -125,7 +125,7 @@ async fn a_failing_head_holds_up_only_its_ordering_key() {
 async fn ordering_keys_run_in_parallel() {
     let database = migrated().await;
     let (server, answer) = Server::held(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let mut ids = Vec::new();
     for key in ["a", "a", "b", "c"] {
         let request = post(server.url("/"), key).with(Options::default().ordered(key));

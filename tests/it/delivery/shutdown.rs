@@ -3,18 +3,18 @@
 use std::time::{Duration, Instant};
 
 use requeuest::retry::RetryPolicy;
-use requeuest::{Durable, Options, Status};
+use requeuest::{Options, Status};
 
 use crate::support::{
-    LONG, Server, builder, eventually, eventually_rows, in_time, migrated, other_process, post,
-    rows,
+    LONG, Server, builder, eventually, eventually_rows, handle, in_time, migrated, other_process,
+    post, rows,
 };
 
 #[tokio::test]
 async fn a_shutdown_lets_attempts_in_flight_finish() {
     let database = migrated().await;
     let (server, answer) = Server::held(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let caller = tokio::spawn({
         let (durable, request) = (durable.clone(), post(server.url("/"), "x"));
         async move { durable.await_response(request).await }
@@ -44,7 +44,7 @@ async fn a_shutdown_lets_attempts_in_flight_finish() {
 async fn a_shutdown_returns_unfinished_requests_to_the_queue() {
     let database = migrated().await;
     let (server, _never) = Server::held(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
     server.wait_for(1).await;
     in_time(durable.shutdown(Duration::ZERO)).await.unwrap();
@@ -60,7 +60,7 @@ async fn a_shutdown_returns_unfinished_requests_to_the_queue() {
     );
     assert!(!database.pool().is_closed());
 
-    let other = Durable::new(database.pool().clone());
+    let other = handle(&database);
     server.wait_for(2).await;
     drop(other);
 }
@@ -100,7 +100,7 @@ async fn a_shutdown_does_not_wait_for_the_next_attempt() {
 async fn a_shutdown_ends_waiting_callers_and_refuses_new_calls() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let later = post(server.url("/"), "x").with(Options::default().delay(LONG));
     let id = durable.fire(&later).await.unwrap();
     let waiting = tokio::spawn({

@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use requeuest::{Durable, Options, Status};
+use requeuest::{Options, Status};
 
-use crate::support::{Server, builder, in_time, migrated, outcome_of, passing, post, rows};
+use crate::support::{Server, builder, handle, in_time, migrated, outcome_of, passing, post, rows};
 
 #[tokio::test]
 async fn fire_in_takes_a_pool_a_connection_or_a_transaction() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let request = post(server.url("/"), "x");
 
     let on_pool = durable.fire_in(database.pool(), &request).await.unwrap();
@@ -30,7 +30,7 @@ async fn fire_in_takes_a_pool_a_connection_or_a_transaction() {
 async fn a_commit_sends_and_a_rollback_sends_nothing() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let to = server.url("/");
     let mut undone = Vec::new();
     let plain = |body: &'static str| post(&to, body);
@@ -69,7 +69,7 @@ async fn a_commit_sends_and_a_rollback_sends_nothing() {
 async fn an_aborted_transaction_accepts_no_request() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = Durable::new(database.pool().clone());
+    let durable = handle(&database);
     let mut tx = database.pool().begin().await.unwrap();
     sqlx::query("SELECT 1 / 0")
         .execute(&mut *tx)

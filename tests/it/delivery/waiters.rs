@@ -5,19 +5,19 @@ use std::time::{Duration, Instant};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
-use requeuest::{Durable, Options, RequestId, Status};
+use requeuest::{Options, RequestId, Status};
 use tokio::sync::Notify;
 
 use crate::support::{
-    Server, builder, count, eventually, eventually_rows, in_time, migrated, only_id, other_process,
-    post, reply, rows,
+    Server, builder, count, eventually, eventually_rows, handle, in_time, migrated, only_id,
+    other_process, post, reply, rows,
 };
 
 #[tokio::test]
 async fn another_process_awaits_and_rereads_a_response() {
     let database = migrated().await;
     let (server, answer) = Server::held(200).await;
-    let here = Durable::new(database.pool().clone());
+    let here = handle(&database);
     let there = other_process(&database).await;
     let id = here.fire(post(server.url("/"), "hello")).await.unwrap();
     server.wait_for(1).await;
@@ -63,7 +63,7 @@ async fn other_process_waits(database: &TestDatabase) {
 async fn a_waiter_in_another_process_is_woken_without_polling() {
     let database = migrated().await;
     let (server, answer) = Server::held(200).await;
-    let here = Durable::new(database.pool().clone());
+    let here = handle(&database);
     let there = other_process(&database).await;
     let mut took = Vec::new();
     for round in 1..=3 {
@@ -88,7 +88,7 @@ async fn a_waiter_in_another_process_is_woken_without_polling() {
 async fn a_caller_is_woken_by_another_handle_that_delivers() {
     let database = migrated().await;
     let server = Server::in_turn(&[503, 200]).await;
-    let _runner = Durable::new(database.pool().clone());
+    let _runner = handle(&database);
     let there = other_process(&database).await;
     let request = post(server.url("/"), "x");
     let response = in_time(there.await_response(request)).await.unwrap();
@@ -121,7 +121,7 @@ async fn another_process_sees_every_status_of_a_request() {
 
     make_all_due(&database).await;
     assert_eq!(state().await, Status::Available);
-    let _runner = Durable::new(database.pool().clone());
+    let _runner = handle(&database);
     server.wait_for(1).await;
     assert_eq!(state().await, Status::Running);
     go.notify_one();
@@ -181,7 +181,7 @@ async fn many_waiters_in_another_process_get_their_own_response() {
     }
     eventually_rows(&database, "mq_msgs", 250).await;
     // These are settled in a few batches, with more ids than one notification's payload can hold.
-    let _runner = Durable::new(database.pool().clone());
+    let _runner = handle(&database);
     for (number, response) in in_time(callers.join_all()).await {
         assert_eq!(response.text().unwrap(), number.to_string());
     }

@@ -12,8 +12,8 @@ use tower::{Layer, ServiceExt};
 use super::network::{Through, through_a_proxy};
 use crate::proxy::Manner;
 use crate::support::{
-    Server, builder, eventually, hyper_client, in_time, migrated, other_process, passing, post,
-    rows,
+    Server, builder, builder_on, eventually, hyper_client, in_time, migrated, other_process,
+    passing, post, rows,
 };
 
 const URL: &str = "http://127.0.0.1:9/";
@@ -125,7 +125,7 @@ async fn crowd_behind(field: &'static str) {
         proxy,
         pool,
     } = through_a_proxy().await;
-    let durable = requeuest::Durable::builder(pool).runner(false);
+    let durable = builder_on(&pool).runner(false);
     let durable = durable.build().unwrap();
     let other = other_process(&database).await;
     let mut transaction = database.pool().begin().await.unwrap();
@@ -215,7 +215,7 @@ async fn callers_that_leave_while_postgres_is_silent_leave_little_behind() {
         pool,
     } = through_a_proxy().await;
     let server = Server::always(200).await;
-    let durable = requeuest::Durable::builder(pool).max_queued_bytes(QUEUED * MIB);
+    let durable = builder_on(&pool).max_queued_bytes(QUEUED * MIB);
     let durable = durable.build().unwrap();
     let request = |body: Bytes| post(server.url("/"), body);
     in_time(durable.await_response(request("first".into())))

@@ -11,7 +11,8 @@ use super::network::{Through, address, pool_through, through_a_proxy};
 use super::{check_ledger, echo_server, load, short_lease_builder};
 use crate::proxy::Proxy;
 use crate::support::{
-    LONG, Server, closed_port, eventually, in_time, migrated, passing, post, reply, rows,
+    LONG, Server, builder_on, closed_port, eventually, in_time, migrated, passing, post, reply,
+    rows,
 };
 
 /// Longer than the shortest lease: these tests need the lease to hold, even on a busy machine.
@@ -60,11 +61,6 @@ async fn results_postgres_rejects_are_kept_until_it_accepts_them() {
         .lease(BUSY_LEASE)
         .build()
         .unwrap();
-    // Takes the requests over if their leases run out.
-    let _other = short_lease_builder(database.pool())
-        .lease(BUSY_LEASE)
-        .build()
-        .unwrap();
     let url = server.url("/");
     for (round, code) in FAULTS.into_iter().enumerate() {
         let mut callers = JoinSet::new();
@@ -73,6 +69,11 @@ async fn results_postgres_rejects_are_kept_until_it_accepts_them() {
             callers.spawn(async move { durable.await_response(request).await });
         }
         server.wait_for(10 * (round + 1)).await;
+        // Takes the requests over if their leases run out.
+        let _other = short_lease_builder(database.pool())
+            .lease(BUSY_LEASE)
+            .build()
+            .unwrap();
         proxy.refuse("INSERT INTO outcomes", code);
         gate.add_permits(10);
         // The leases are renewed throughout.
@@ -100,7 +101,7 @@ async fn results_that_cannot_be_stored_pile_up_to_a_limit() {
         pool,
     } = through_a_proxy().await;
     let server = echo_server().await;
-    let durable = Durable::builder(pool.clone()).concurrency(CONCURRENCY);
+    let durable = builder_on(&pool).concurrency(CONCURRENCY);
     let durable = durable.build().unwrap();
     proxy.refuse("INSERT INTO outcomes", "53100");
     for number in 0..REQUESTS {
@@ -136,15 +137,15 @@ async fn failed_attempts_postgres_rejects_are_kept_until_accepted() {
         .lease(BUSY_LEASE)
         .build()
         .unwrap();
-    let _other = short_lease_builder(database.pool())
-        .lease(BUSY_LEASE)
-        .build()
-        .unwrap();
     for (round, code) in FAULTS.into_iter().enumerate() {
         proxy.refuse("INSERT INTO attempts", code);
         let calling = in_time(durable.await_response(post(server.url("/"), code)));
         let (response, ()) = tokio::join!(calling, async {
             eventually("the statement is refused", || async { proxy.refused() > 0 }).await;
+            let _other = short_lease_builder(database.pool())
+                .lease(BUSY_LEASE)
+                .build()
+                .unwrap();
             passing(&database, BUSY_LEASE * 3 / 2).await;
             assert_eq!(server.count(), 2 * round + 1, "{code}");
             proxy.refuse_nothing();
@@ -185,15 +186,15 @@ async fn rejected_lease_renewals_are_repeated_in_time() {
     let lease = 3 * super::LEASE;
     let (server, gate) = Server::held(200).await;
     let durable = short_lease_builder(&pool).lease(lease).build().unwrap();
-    let _other = short_lease_builder(database.pool())
-        .lease(lease)
-        .build()
-        .unwrap();
     let waiting = tokio::spawn({
         let (durable, request) = (durable.clone(), post(server.url("/"), "x"));
         async move { durable.await_response(request).await }
     });
     server.wait_for(1).await;
+    let _other = short_lease_builder(database.pool())
+        .lease(lease)
+        .build()
+        .unwrap();
     for code in FAULTS {
         proxy.refuse("FOR UPDATE OF m SKIP LOCKED", code);
         eventually("a renewal is refused", || async { proxy.refused() > 0 }).await;

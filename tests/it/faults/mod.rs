@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, StopMode};
-use requeuest::{Durable, DurableBuilder, Options, RequestId, Status};
+use requeuest::{DestinationPolicy, Durable, DurableBuilder, Options, RequestId, Status};
 use sqlx::PgPool;
 use tokio::task::JoinSet;
 
 use crate::support::{
-    LONG, Server, count, eventually, in_time, migrated, part, plays, post, quick, reply, rows,
+    LONG, Server, builder_on, count, eventually, in_time, migrated, part, plays, post, quick,
+    reply, rows,
 };
 
 /// The shortest lease allowed, so that another process soon takes over.
@@ -32,7 +33,7 @@ pub fn is_long() -> bool {
 
 /// A builder with the shortest lease and quick retries.
 fn short_lease_builder(pool: &PgPool) -> DurableBuilder {
-    Durable::builder(pool.clone()).lease(LEASE).retry(quick())
+    builder_on(pool).lease(LEASE).retry(quick())
 }
 
 /// A server that answers each request with its body.
@@ -416,8 +417,11 @@ async fn a_result_the_database_refuses_fails_alone() {
     .await
     .unwrap();
     let (server, gate) = Server::held(200).await;
-    let durable = short_lease_builder(database.pool());
-    let durable = durable.max_share(1.0).build().unwrap();
+    let durable = short_lease_builder(database.pool())
+        .max_share(1.0)
+        .destination("127.0.0.1", DestinationPolicy::default())
+        .build()
+        .unwrap();
     let mut callers = JoinSet::new();
     for number in 0..256 {
         let durable = durable.clone();

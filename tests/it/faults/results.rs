@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 
 use super::network::{Through, through_a_proxy};
 use crate::proxy::Manner;
-use crate::support::{Server, builder, eventually, migrated, outcome_of, post, reply};
+use crate::support::{Server, builder, builder_on, eventually, migrated, outcome_of, post, reply};
 
 const CONCURRENCY: usize = 4;
 const ANSWER: usize = 256 * 1024;
@@ -59,7 +59,7 @@ async fn check(durable: &Durable, server: &Server, ids: Vec<RequestId>) {
 async fn no_attempt_begins_while_too_many_results_are_refused() {
     let Through { proxy, pool, .. } = through_a_proxy().await;
     let (server, _gate) = large_answers(REQUESTS).await;
-    let durable = Durable::builder(pool)
+    let durable = builder_on(&pool)
         .concurrency(CONCURRENCY)
         .max_unsettled_bytes(FILL * ANSWER)
         .build()
@@ -99,7 +99,7 @@ async fn no_attempt_begins_while_too_many_results_wait_in_an_outage() {
     for _ in 0..REQUESTS {
         ids.push(elsewhere.fire(post(server.url("/"), "x")).await.unwrap());
     }
-    let durable = Durable::builder(pool)
+    let durable = builder_on(&pool)
         // A poll claims half as many again, and these wait here for their attempt.
         .concurrency(2 * CONCURRENCY)
         .max_share(1.0)

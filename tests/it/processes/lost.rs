@@ -5,8 +5,8 @@ use tower::ServiceExt;
 
 use super::{Arrivals, LEASE, Me, Member};
 use crate::support::{
-    Server, eventually, hyper_client, in_time, migrated, other_process, plays, post, quick, reply,
-    rows,
+    Server, builder, builder_on, eventually, hyper_client, in_time, migrated, other_process, plays,
+    post, quick, reply, rows,
 };
 
 const POISON: &str = "poison";
@@ -100,7 +100,7 @@ async fn send() {
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(client.oneshot(request).await?)
         }
     });
-    let _durable = Durable::builder(me.pool.clone())
+    let _durable = builder_on(&me.pool)
         .transport(transport)
         .lease(LEASE)
         .retry(quick())
@@ -114,7 +114,7 @@ async fn claims_that_are_given_back_or_held_are_not_lost() {
     let database = migrated().await;
     let (server, gate) = Server::held(503).await;
     for _ in 0..3 {
-        let durable = requeuest::Durable::builder(database.pool().clone())
+        let durable = builder(&database)
             .lease(LEASE)
             .retry(quick())
             .build()
@@ -135,10 +135,7 @@ async fn claims_that_are_given_back_or_held_are_not_lost() {
         .await
         .unwrap();
     gate.add_permits(1000);
-    let _durable = requeuest::Durable::builder(database.pool().clone())
-        .retry(quick())
-        .build()
-        .unwrap();
+    let _durable = builder(&database).retry(quick()).build().unwrap();
     eventually("the series ends", || async {
         rows(&database, "mq_msgs WHERE lost = 0").await == 1
     })
