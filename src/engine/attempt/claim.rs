@@ -108,7 +108,9 @@ impl PolledClaim {
             deadline,
         );
         claim.unconfirmed = unconfirmed;
-        claim.current = Some(self.current);
+        if let Some(lease) = &claim.lease {
+            lease.take_current(self.current);
+        }
         claim
     }
 
@@ -160,7 +162,8 @@ impl PolledClaim {
     }
 
     fn settle(self, result: AttemptResult) {
-        settle(&self.driver, self.lease, Some(self.current), result, true);
+        self.lease.take_current(self.current);
+        settle(&self.driver, self.lease, result, true);
     }
 }
 
@@ -186,8 +189,6 @@ pub(crate) struct Claim {
     due: Instant,
     /// When the attempt under way began.
     sending: Option<Instant>,
-    /// Kept until the result is settled: sqlxmq's runner counts the request as running until then.
-    current: Option<CurrentJob>,
 }
 
 impl Claim {
@@ -225,7 +226,6 @@ impl Claim {
             began: now.checked_sub(age).unwrap_or(now),
             due: now,
             sending: None,
-            current: None,
         }
     }
 
@@ -432,7 +432,8 @@ impl Claim {
     /// Whether anything waits for the commit of the result: a caller, the next request of the
     /// ordering key, or sqlxmq's runner, for room.
     fn is_urgent(&self) -> bool {
-        self.current.is_some() && self.driver.slots.unsettled_take_room()
+        let is_polled = self.lease.as_ref().is_some_and(|it| it.has_current());
+        is_polled && self.driver.slots.unsettled_take_room()
             || self.job.request.options.ordered.is_some()
             || self.driver.waiters.contains(self.job.id)
     }
@@ -446,7 +447,7 @@ impl Claim {
     fn settle(&mut self, result: AttemptResult) {
         let urgent = self.is_urgent();
         if let Some(lease) = self.lease.take() {
-            settle(&self.driver, lease, self.current.take(), result, urgent);
+            settle(&self.driver, lease, result, urgent);
         }
     }
 }
@@ -529,14 +530,9 @@ fn finish(
 }
 
 /// Hands a result to the settle lane. The only door: every result leaves through it.
-fn settle(
-    driver: &Arc<Driver>,
-    lease: Arc<Lease>,
-    current: Option<CurrentJob>,
-    result: AttemptResult,
-    urgent: bool,
-) {
+fn settle(driver: &Arc<Driver>, lease: Arc<Lease>, result: AttemptResult, urgent: bool) {
     lease.mark_settling(result.is_held());
+    let current = lease.give_current();
     let unsettled = driver.slots.count_unsettled(result.size());
     // Without a lane the runtime is ending. The lease runs out, and another process takes over.
     let _ = driver.settlements.send(Settlement {

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use sqlxmq::CurrentJob;
+
 use crate::id::RequestId;
 use crate::store::settle::Fence;
 
@@ -38,6 +40,8 @@ struct Inner {
     slot: Option<Slot>,
     /// What a large body takes of this process's memory, also between attempts.
     room: Option<Room>,
+    /// The claim of a poll. sqlxmq's runner counts the request as running until it is dropped.
+    current: Option<CurrentJob>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +60,7 @@ impl Inner {
     fn give_up(&mut self) {
         self.slot = None;
         self.room = None;
+        self.current = None;
     }
 }
 
@@ -114,6 +119,20 @@ impl Lease {
         self.lock().room.take()
     }
 
+    /// Keeps the runner's count of the request until the result is settled, or given up.
+    pub(crate) fn take_current(&self, current: CurrentJob) {
+        self.lock().current = Some(current);
+    }
+
+    pub(crate) fn has_current(&self) -> bool {
+        self.lock().current.is_some()
+    }
+
+    /// Gives the runner's count of the request to its result.
+    pub(crate) fn give_current(&self) -> Option<CurrentJob> {
+        self.lock().current.take()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -151,6 +170,7 @@ impl Leases {
                 renewed: Instant::now(),
                 slot,
                 room,
+                current: None,
             }),
         });
         self.lock().insert(fence.id, Arc::downgrade(&lease));

@@ -12,8 +12,8 @@ use requeuest::retry::RetryPolicy;
 use requeuest::{FailureClass, Options, Status};
 
 use crate::support::{
-    Server, builder, closed_port, count, eventually, handle, in_time, migrated, outcome_of, post,
-    quick, reply, rows, with_middleware,
+    Server, builder, closed_port, count, eventually, eventually_rows, handle, in_time, migrated,
+    outcome_of, post, quick, reply, rows, with_middleware,
 };
 
 #[tokio::test]
@@ -171,6 +171,31 @@ async fn an_unpolled_caller_keeps_no_slot_past_its_deadline() {
     // The handle's transport sends the stuck request instead. The caller gets the response once it
     // is polled.
     server.wait_for(2).await;
+    assert_eq!(in_time(stuck).await.unwrap().status(), 200);
+    assert_eq!(server.count(), 2);
+}
+
+#[tokio::test]
+async fn an_unpolled_caller_keeps_no_room_of_the_runner_past_its_deadline() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = builder(&database)
+        .lease(Duration::from_secs(1))
+        .concurrency(1)
+        .attempt_timeout(Duration::from_millis(100))
+        .build()
+        .unwrap();
+    let client = with_middleware(reqwest::Client::new(), &durable);
+    let ordered = Options::default().ordered("stuck");
+    let stuck = client.post(server.url("/stuck")).body("x");
+    let mut stuck = Box::pin(stuck.with_extension(ordered).send());
+    // A poll claims the ordered request for a caller that isn't polled again.
+    assert!(stuck.as_mut().now_or_never().is_none());
+    eventually_rows(&database, "mq_msgs WHERE claim_no > 0", 1).await;
+    let other = Options::default().ordered("other");
+    let other = post(server.url("/other"), "x").with(other);
+    let id = in_time(durable.fire(other)).await.unwrap();
+    assert_eq!(outcome_of(&durable, id).await.status(), Status::Completed);
     assert_eq!(in_time(stuck).await.unwrap().status(), 200);
     assert_eq!(server.count(), 2);
 }
