@@ -440,14 +440,13 @@ BEGIN
     IF NOT p.backlog OR p.moved >= p.moved_max OR p.blocked = '{}' AND p.surplus = '{}' THEN
         RETURN p;
     END IF;
-    v_moved := CASE WHEN p.blocked = '{}' THEN 0 ELSE move_behind(p.blocked) END
-        + CASE WHEN p.surplus = '{}' THEN 0 ELSE 16 * defer_rows(p.surplus) END;
-    IF v_moved = 0 THEN
+    v_moved := p.moved;
+    p := defer_surplus(p);
+    p.moved := p.moved + CASE WHEN p.blocked = '{}' THEN 0 ELSE move_behind(p.blocked) END;
+    IF p.moved = v_moved THEN
         RETURN p;
     END IF;
-    p.moved := p.moved + v_moved;
     p.blocked := '{}';
-    p.surplus := '{}';
     p.looked := 0;
     IF p.moved < p.moved_max THEN
         p.view := oldest_due(p, p.channels);
@@ -783,11 +782,27 @@ CREATE FUNCTION defer_surplus(p poll_t) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
+DECLARE
+    v_deferred int;
+    v_locked int;
+    v_overdue interval;
 BEGIN
-    IF p.surplus <> '{}' AND NOT p.hurried THEN
-        p.moved := p.moved + 16 * defer_rows(p.surplus);
-        p.surplus := '{}';
+    IF p.surplus = '{}' OR p.hurried THEN
+        RETURN p;
     END IF;
+    v_deferred := defer_rows(p.surplus);
+    IF v_deferred < cardinality(p.surplus) THEN
+        -- As in note_rest: no notification says when they can be deferred.
+        SELECT count(*), min(p.now - m.attempt_at) FILTER (WHERE isfinite(m.attempt_at))
+        INTO v_locked, v_overdue
+        FROM mq_msgs m WHERE m.ctid = ANY (p.surplus) AND m.state <= 'waiting';
+        p.again := least(
+            p.again, v_overdue,
+            CASE WHEN v_deferred + v_locked < cardinality(p.surplus) THEN interval '0' END
+        );
+    END IF;
+    p.moved := p.moved + 16 * v_deferred;
+    p.surplus := '{}';
     RETURN p;
 END;
 $$;
@@ -838,6 +853,17 @@ BEGIN
             ) locked;
             p.picked := p.picked || coalesce(v_some, '{}');
             v_left := v_left - coalesce(cardinality(v_some), 0);
+            IF v_left > 0 THEN
+                -- Of a row that is locked. As in note_rest.
+                p.again := least(p.again, (
+                    SELECT p.now - m.attempt_at FROM mq_msgs m
+                    WHERE m.destination = v_names[i] AND m.channel_name = v_channel
+                        AND m.format = v_format AND m.state = 'deferred'
+                        AND m.attempt_at <= p.now AND isfinite(m.attempt_at)
+                        AND NOT m.ctid = ANY (p.picked)
+                    ORDER BY m.attempt_at LIMIT 1
+                ));
+            END IF;
         END LOOP;
         -- There may be more, and the process will soon have room for them.
         IF v_left <= 0 THEN

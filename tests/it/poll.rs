@@ -120,6 +120,41 @@ async fn a_due_row_that_is_locked_is_looked_at_again_soon_and_then_less_often() 
 }
 
 #[tokio::test]
+async fn a_locked_row_of_a_limited_destination_is_looked_at_again_soon_too() {
+    let database = migrated().await;
+    enqueue(&database, "0000|d|x", false, "1 minute", 1).await;
+    for state in ["waiting", "deferred"] {
+        let due = "UPDATE requeuest.mq_msgs
+             SET attempt_at = clock_timestamp(), destination = 'x', state = $1::requeuest.mq_state";
+        let due = sqlx::query(due).bind(state);
+        due.execute(database.pool()).await.unwrap();
+        // As a caller does that asks for the outcome.
+        let mut watching = database.pool().begin().await.unwrap();
+        watching
+            .execute("UPDATE requeuest.mq_msgs SET waiter = gen_random_uuid()")
+            .await
+            .unwrap();
+        let began = Instant::now();
+        let mut polling = database.pool().begin().await.unwrap();
+        let room = r#"SET LOCAL requeuest.room = '{"x": 5}'"#;
+        polling.execute(room).await.unwrap();
+        for channels in ["NULL", "'{c}'"] {
+            let poll = format!(
+                "SELECT id, extract(epoch FROM wait_time)::float8
+                 FROM requeuest.mq_poll({channels})"
+            );
+            let poll = sqlx::query_as(&poll).fetch_one(&mut *polling);
+            let (id, wait): (Option<Uuid>, f64) = poll.await.unwrap();
+            assert_eq!(id, None);
+            let longest = 0.05 + began.elapsed().as_secs_f64();
+            assert!((0.05..=longest).contains(&wait), "{state}: {wait}");
+        }
+        polling.rollback().await.unwrap();
+        watching.rollback().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn only_requested_channels_are_claimed() {
     let database = migrated().await;
     enqueue(&database, "0000|d|x", false, "0", 2).await;
