@@ -139,6 +139,11 @@ impl Engine {
                     row.defer(first);
                     None
                 }
+                Err(NoSlot::Short) => {
+                    let tell = driver.slots.gate.note_short(row.destination());
+                    row.defer(tell);
+                    None
+                }
                 Err(NoSlot::Busy) => None,
             }
         } else {

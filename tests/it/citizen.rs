@@ -20,7 +20,7 @@ use requeuest::{
 
 use crate::support::{
     Server, builder, eventually, eventually_rows, in_time, migrated, other_process, outcome_of,
-    post, reply, rows,
+    passing, post, reply, rows,
 };
 
 fn origin(server: &Server) -> String {
@@ -242,6 +242,32 @@ async fn a_rate_limit_holds_over_all_processes() {
             .count();
         assert!(within <= 5 + 20 + 2 * 2, "{within}");
     }
+}
+
+#[tokio::test]
+async fn a_limited_destination_that_was_quiet_is_asked_at_once() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let limits = DestinationPolicy::default()
+        .max_concurrency(10)
+        .rate(RateLimit::new(100, Duration::from_secs(1)));
+    let durable = builder(&database)
+        .destination("127.0.0.1", limits)
+        .build()
+        .unwrap();
+    let mut took = Vec::new();
+    for _ in 0..4 {
+        // What was leased for the last request has expired or been given back.
+        passing(&database, Duration::from_millis(1200)).await;
+        let began = Instant::now();
+        in_time(durable.await_response(post(server.url("/"), "")))
+            .await
+            .unwrap();
+        took.push(began.elapsed());
+    }
+    // Without a word to the runner, all but the first would wait for its next regular poll.
+    took.sort_unstable();
+    assert!(took[2] < Duration::from_millis(250), "{took:?}");
 }
 
 #[tokio::test]

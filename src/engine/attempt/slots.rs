@@ -62,6 +62,8 @@ pub(crate) enum NoSlot {
     Busy,
     /// The request's destination takes no more now.
     Full,
+    /// As `Full`, until the database has answered or another attempt has ended.
+    Short,
 }
 
 /// Counts a result that waits for its commit, until it is dropped.
@@ -157,7 +159,8 @@ impl Slots {
                 .try_enter(destination, Turn::First)
                 .map_err(|full| match full {
                     Full::Soon => NoSlot::Busy,
-                    Full::Short | Full::Lasting | Full::Later(_) => NoSlot::Full,
+                    Full::Short => NoSlot::Short,
+                    Full::Lasting | Full::Later(_) => NoSlot::Full,
                 })?;
         let taken = |slots: &Arc<Semaphore>| {
             Arc::clone(slots)

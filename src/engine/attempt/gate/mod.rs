@@ -91,6 +91,8 @@ struct Inner {
     swept: Option<Instant>,
     /// Whether anything was sent or polled for.
     used: bool,
+    /// Whether the next poll comes soon, because of what the last one was told.
+    polls_soon: bool,
     /// The destination that was asked for last, and when the last one before it was another.
     last: Option<Arc<str>>,
     switched: Option<Instant>,

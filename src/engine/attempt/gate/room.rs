@@ -21,6 +21,12 @@ impl Gate {
         destination.deferred.replace(now).is_none()
     }
 
+    /// As [`note_deferred`](Self::note_deferred), of a new request that could be sent soon. Returns
+    /// whether a poll has to be asked for.
+    pub(crate) fn note_short(&self, name: &str) -> bool {
+        self.note_deferred(name) || !self.lock().polls_soon
+    }
+
     /// What a poll is told: the room of each destination that has deferred requests, is limited or
     /// takes no more now, as a JSON object, and whether some will have room soon.
     pub(crate) fn room(&self) -> Room {
@@ -75,6 +81,7 @@ impl Gate {
                 add(&mut room, &name, free);
             }
         }
+        inner.polls_soon = room.soon;
         room
     }
 }
