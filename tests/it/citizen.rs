@@ -211,6 +211,28 @@ async fn a_concurrency_limit_holds_over_all_processes() {
 }
 
 #[tokio::test]
+async fn a_process_that_uses_all_permits_gives_a_part_of_them_to_another() {
+    let database = migrated().await;
+    let server = counting(Arc::default(), Duration::from_millis(20)).await;
+    let process = |channel: &str| {
+        let limits = DestinationPolicy::default().max_concurrency(4);
+        let builder = builder(&database).channel(channel);
+        builder.destination("127.0.0.1", limits).build().unwrap()
+    };
+    let busy = process("busy");
+    let requests = (0..1000).map(|_| post(server.url("/"), ""));
+    busy.fire_many(requests).await.unwrap();
+    server.wait_for(50).await;
+    let other = process("other");
+    for _ in 0..5 {
+        in_time(other.await_response(post(server.url("/"), "")))
+            .await
+            .unwrap();
+    }
+    assert!(rows(&database, "mq_msgs WHERE channel_name = 'busy'").await > 0);
+}
+
+#[tokio::test]
 async fn a_rate_limit_holds_over_all_processes() {
     let database = migrated().await;
     let arrived: Arc<Mutex<Vec<Instant>>> = Arc::default();

@@ -86,8 +86,11 @@ pub(super) struct Leased {
     tokens_until: Option<Instant>,
     /// Not asked for before this time.
     not_before: Option<Instant>,
-    /// Attempts were turned away for want of permits or tokens since the last answer.
+    /// Attempts were turned away for want of permits or tokens since the last question, and the
+    /// database can have them.
     wanted: bool,
+    /// When the database was last asked for permits.
+    permits_asked: Option<Instant>,
     /// A row of this process may be in the database.
     has_row: bool,
 }
@@ -138,7 +141,15 @@ impl Leased {
             (Lack::Answer, _) | (_, Lack::Answer) => Lack::Some,
             _ => Lack::Nothing,
         };
-        self.wanted |= lack != Lack::Nothing;
+        // Permits that are all in use here are asked for only if other processes have some, and
+        // not each time that an attempt ends.
+        let others_have_some = limits.concurrency.is_some_and(|limit| self.permits < limit);
+        self.wanted |= match permits {
+            Lack::Some => {
+                others_have_some && self.permits_asked.is_none_or(|at| now >= at + ASK_AGAIN)
+            }
+            _ => lack != Lack::Nothing,
+        };
         lack
     }
 
@@ -205,7 +216,9 @@ impl Leased {
         }
         self.has_row |= limits.concurrency.is_some();
         let permits = limits.concurrency.map_or(0, |limit| limit.min(most));
-        let lump = limits.rate.filter(|_| self.wanted).map_or(0, Rate::lump);
+        // What is wanted from here on may not be in this question.
+        let wanted = std::mem::take(&mut self.wanted);
+        let lump = limits.rate.filter(|_| wanted).map_or(0, Rate::lump);
         Some(request(
             passes,
             permits,
@@ -226,7 +239,11 @@ impl Leased {
         self.permits_until = (ask.permits > 0).then_some(asked + lease);
         self.tokens = self.tokens(asked).saturating_add(grant.tokens);
         self.tokens_until = (self.tokens > 0).then_some(asked + TOKENS_LAST);
-        self.wanted = false;
+        if ask.tokens > 0 || ask.rate.is_none() {
+            // The question was for all that could be wanted.
+            self.wanted = false;
+        }
+        self.permits_asked = Some(asked);
         let no_permit = ask.permits > 0 && grant.permits == 0;
         let no_token = ask.tokens > 0 && grant.tokens == 0;
         let wait = match (no_permit, no_token) {

@@ -268,7 +268,9 @@ impl Gate {
             let passes = destination.passes as u32;
             let lack = destination.leased.lacks(limits, passes, now);
             if lack != Lack::Nothing {
-                self.wanting.notify_one();
+                if destination.leased.is_wanted() {
+                    self.wanting.notify_one();
+                }
                 return Err(match lack {
                     // Where attempts are short, the wait is short too.
                     Lack::Some if pace == Pace::Slow || destination.is_half_open(now) => {

@@ -4,7 +4,7 @@ use super::destination::Shared;
 use super::share::RESERVE;
 use super::*;
 use crate::destination::{CircuitBreaker, RateLimit, Report, State};
-use crate::store::destinations::{Grant, StoredDestination};
+use crate::store::destinations::{Grant, LeaseRequest, StoredDestination};
 
 const SLOTS: usize = 64;
 const SECOND: Duration = Duration::from_secs(1);
@@ -118,6 +118,60 @@ fn permits_are_asked_for_and_end_with_their_lease() {
     drop(passes);
     assert!(enter(now + 14 * SECOND).is_ok());
     assert_eq!(enter(now + 16 * SECOND).unwrap_err(), Full::Short);
+}
+
+#[test]
+fn permits_that_are_all_in_use_are_asked_for_rarely_and_only_if_others_have_some() {
+    let gate = gate(DestinationPolicy::default().max_concurrency(2));
+    let now = Instant::now();
+    let enter = |now| gate.try_enter_at("a", Turn::First, now);
+    let is_wanted = || gate.lock().destinations["a"].leased.is_wanted();
+    let grant = |permits| {
+        let grant = Grant {
+            permits,
+            tokens: 0,
+            wait: Duration::ZERO,
+        };
+        let grants = HashMap::from([("a".to_owned(), grant)]);
+        gate.answer(now, &gate.asks(), Some(&grants));
+    };
+    assert_eq!(enter(now).unwrap_err(), Full::Short);
+    assert!(is_wanted());
+    grant(1);
+    let _one = enter(now).unwrap();
+    assert_eq!(enter(now).unwrap_err(), Full::Short);
+    assert!(!is_wanted());
+    assert_eq!(enter(now + SECOND).unwrap_err(), Full::Short);
+    assert!(is_wanted());
+    grant(2);
+    let _two = enter(now).unwrap();
+    assert_eq!(enter(now + SECOND).unwrap_err(), Full::Short);
+    assert!(!is_wanted());
+}
+
+#[test]
+fn tokens_that_are_wanted_during_a_question_are_asked_for_after_its_answer() {
+    let limit = RateLimit::new(20, SECOND).burst(4);
+    let gate = gate(DestinationPolicy::default().max_concurrency(5).rate(limit));
+    let now = Instant::now();
+    let enter = || gate.try_enter_at("a", Turn::First, now);
+    let answer = |asks: &[LeaseRequest], tokens| {
+        let grant = Grant {
+            permits: 5,
+            tokens,
+            wait: Duration::ZERO,
+        };
+        gate.answer(now, asks, Some(&HashMap::from([("a".to_owned(), grant)])));
+    };
+    assert_eq!(enter().unwrap_err(), Full::Short);
+    answer(&gate.asks(), 2);
+    // Renews the permits.
+    let renewal = gate.asks();
+    assert_eq!(renewal[0].tokens, 0);
+    let _passes = (enter().unwrap(), enter().unwrap());
+    assert_eq!(enter().unwrap_err(), Full::Short);
+    answer(&renewal, 0);
+    assert_eq!(gate.asks()[0].tokens, 2);
 }
 
 #[test]
