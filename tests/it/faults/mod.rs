@@ -190,13 +190,13 @@ async fn an_attempt_may_last_longer_than_its_lease() {
     let database = migrated().await;
     let (server, gate) = Server::held(200).await;
     let durable = short_lease_builder(database.pool()).build().unwrap();
-    // Takes the request over if the lease runs out.
-    let _other = short_lease_builder(database.pool()).build().unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
         async move { durable.await_response(post(&url, "x")).await }
     });
     server.wait_for(1).await;
+    // Takes the request over if the lease runs out.
+    let _other = short_lease_builder(database.pool()).build().unwrap();
     let began = Instant::now();
     eventually("three leases go by", || async {
         began.elapsed() > 3 * LEASE

@@ -243,15 +243,15 @@ async fn an_unacknowledged_renewal_sends_nothing_twice() {
     let lease = 3 * LEASE;
     let (server, gate) = Server::held(200).await;
     let durable = short_lease_builder(&pool).lease(lease).build().unwrap();
-    let _other = short_lease_builder(database.pool())
-        .lease(lease)
-        .build()
-        .unwrap();
     let waiting = tokio::spawn({
         let (durable, url) = (durable.clone(), server.url("/"));
         async move { durable.await_response(post(&url, "x")).await }
     });
     server.wait_for(1).await;
+    let _other = short_lease_builder(database.pool())
+        .lease(lease)
+        .build()
+        .unwrap();
     proxy.lose_answers_to("FOR UPDATE OF m SKIP LOCKED", 3);
     eventually("renewals are lost", || async { proxy.lost() == 3 }).await;
     passing(&database, lease).await;
