@@ -7,7 +7,8 @@
 //! ```
 //!
 //! - `--only`: some of `limits,await,fire,single,drain`.
-//! - `--limited yes`: with limits on the receiver that are never reached.
+//! - `--limit`: how many attempts the receiver may get at the same time. It then has a rate limit
+//!   too, which is never reached.
 //! - `--set max_wal_size=4GB`: a setting of the Postgres server.
 //!
 //! The receiver, Postgres (with `fsync` on) and the callers share the machine. The same run also
@@ -51,8 +52,7 @@ struct Arguments {
     drain: usize,
     /// Concurrent attempts.
     concurrency: usize,
-    /// Whether the receiver has limits.
-    limited: bool,
+    limit: Option<u32>,
     /// The body of each request.
     body: Bytes,
     json: Option<PathBuf>,
@@ -70,7 +70,7 @@ impl Arguments {
             single: 2000,
             drain: 100_000,
             concurrency: requeuest::DEFAULT_CONCURRENCY,
-            limited: false,
+            limit: None,
             body: vec![b'x'; 256].into(),
             json: None,
             only: Vec::new(),
@@ -86,7 +86,7 @@ impl Arguments {
                 "--set" => parsed.settings.push(server::setting(&value)?),
                 "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
                 "--concurrency" => parsed.concurrency = value.parse()?,
-                "--limited" => parsed.limited = value == "yes",
+                "--limit" => parsed.limit = Some(value.parse()?),
                 "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
                 "--json" => parsed.json = Some(value.into()),
                 _ => return Err(format!("unknown argument {name}").into()),
@@ -242,9 +242,9 @@ impl Bench<'_> {
     async fn durable(&self) -> Result<Durable, AnyError> {
         let mut builder =
             Durable::builder(self.pool.clone()).concurrency(self.arguments.concurrency);
-        if self.arguments.limited {
+        if let Some(attempts) = self.arguments.limit {
             let limits = DestinationPolicy::default()
-                .max_concurrency(1000)
+                .max_concurrency(attempts)
                 .rate(RateLimit::new(1_000_000, Duration::from_secs(1)));
             builder = builder.destination("127.0.0.1", limits);
         }
