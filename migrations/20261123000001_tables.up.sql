@@ -181,8 +181,6 @@ CREATE TABLE destinations (
     name text COLLATE "C" PRIMARY KEY,
     -- Until when no request is sent to it, `infinity` for until further notice.
     closed_until timestamptz,
-    -- Whether its requests need permits or tokens.
-    limited boolean NOT NULL DEFAULT false,
     -- A policy that was set at run time. NULL: the policy of each process's code.
     policy json,
     -- What its processes have seen of it.
@@ -198,7 +196,7 @@ CREATE TABLE destinations (
 );
 CREATE INDEX destinations_changed_at ON destinations (changed_at);
 -- Whether there are any that a poll has to look for.
-CREATE INDEX destinations_gated ON destinations (name) WHERE limited OR closed_until IS NOT NULL;
+CREATE INDEX destinations_closed ON destinations (name) WHERE closed_until IS NOT NULL;
 
 -- The permits of limited destinations that processes have leased.
 CREATE TABLE destination_leases (

@@ -33,9 +33,10 @@ CREATE TYPE poll_t AS (
     -- Rows in view that are behind the first request of their ordering key.
     blocked tid[],
     -- The process's room for requests of the destinations that it knows. Their waiting requests are
-    -- deferred before they are claimed.
+    -- in the way, and are deferred before they are claimed, except of destinations with room for a
+    -- whole batch.
     room jsonb,
-    -- Whether any destination is in the way: one of these, or one that is limited or closed.
+    -- Whether any destination is in the way: one of these, or one that is closed.
     gated boolean,
     any_closed boolean,
     -- Rows in view that are to be deferred.
@@ -49,8 +50,8 @@ CREATE TYPE poll_t AS (
     -- How many groups were visited, and how many may be.
     visited int,
     visited_max int,
-    -- This poll leaves most of what is in the way where it is. It looks at the latest requests and at
-    -- some groups.
+    -- This poll leaves what is in the way where it is. It looks at the latest requests and at some
+    -- groups.
     hurried boolean,
     -- More rows are in the way.
     unfinished boolean,
@@ -58,10 +59,10 @@ CREATE TYPE poll_t AS (
     again interval
 );
 
--- When the session's polls may move rows of limited and closed destinations again. Moving takes ten
--- times as long as looking past, so it has a sixteenth of the time: what is in the way then costs
--- others little while it is moved. The session setting `requeuest.may_move` holds the time, in
--- seconds since 1970.
+-- When the session's polls may again move rows of destinations that are in the way. Moving takes
+-- ten times as long as looking past them, so it gets a sixteenth of the time: requests of other
+-- destinations lose little while a large backlog is moved. The session setting
+-- `requeuest.may_move` holds the time, in seconds since 1970.
 CREATE FUNCTION may_move_at(p poll_t) RETURNS timestamptz
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -94,7 +95,7 @@ BEGIN
     v.blocked := '{}';
     v.room := coalesce(nullif(current_setting('requeuest.room', true), ''), '{}')::jsonb;
     v.any_closed := EXISTS (
-        SELECT FROM destinations d WHERE d.limited OR d.closed_until IS NOT NULL
+        SELECT FROM destinations d WHERE d.closed_until IS NOT NULL
     );
     v.gated := v.any_closed OR v.room <> '{}';
     v.surplus := '{}';
@@ -284,7 +285,7 @@ BEGIN
 END;
 $$;
 
--- Whether a destination is limited or closed. The group names the destination where that is NULL.
+-- Whether a destination is closed. The group names the destination where that is NULL.
 CREATE FUNCTION is_closed(p_now timestamptz, p_destination text, p_group text) RETURNS boolean
 LANGUAGE plpgsql
 STABLE
@@ -294,7 +295,7 @@ BEGIN
     RETURN EXISTS (
         SELECT FROM destinations d
         WHERE d.name = coalesce(p_destination, substr(p_group, 8))
-            AND (d.limited OR d.closed_until > p_now)
+            AND d.closed_until > p_now
     );
 END;
 $$;
@@ -579,9 +580,9 @@ BEGIN
                     AND ahead.seq < m.seq
                 OFFSET 0
             ) AS behind,
-            p.gated AND (
-                p.room ? coalesce(m.destination, substr(m.channel_args, 8))
-                OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+            p.gated AND coalesce(
+                (p.room ->> coalesce(m.destination, substr(m.channel_args, 8)))::int < p.batch,
+                p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
             ) AS surplus
         FROM mq_msgs m
         WHERE m.ctid = ANY (p_met) AND m.state <= 'waiting' AND NOT m.ctid = ANY (p.picked)
@@ -638,18 +639,27 @@ BEGIN
                     WHERE ahead.channel_name = m.channel_name
                         AND ahead.channel_args = m.channel_args AND ahead.seq < m.seq
                 ))
-                AND NOT (
-                    p.gated AND (
-                        p.room ? coalesce(m.destination, substr(m.channel_args, 8))
-                        OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
-                    )
-                )
+                AND NOT (p.gated AND coalesce(
+                    (p.room ->> coalesce(m.destination, substr(m.channel_args, 8)))::int < p.batch,
+                    p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+                ))
             FOR NO KEY UPDATE OF m SKIP LOCKED
         ) locked;
-        p.picked := p.picked || coalesce(v_some[1:v_open], '{}');
+        IF cardinality(v_some) > v_open THEN
+            -- The others are looked at again once there is room for them.
+            v_some := ARRAY(
+                SELECT met.ctid FROM unnest(v_met) WITH ORDINALITY AS met(ctid, place)
+                WHERE met.ctid = ANY (v_some) ORDER BY met.place LIMIT v_open
+            );
+            p.picked := p.picked || v_some;
+            p.served := p.served || ARRAY(
+                SELECT DISTINCT m.channel_name || ' ' || m.channel_args
+                FROM mq_msgs m WHERE m.ctid = ANY (v_some) AND p.backlog
+            );
+            EXIT;
+        END IF;
+        p.picked := p.picked || coalesce(v_some, '{}');
         p.served := p.served || coalesce(v_groups, '{}');
-        -- The others are looked at again once there is room for them.
-        EXIT WHEN cardinality(v_some) > v_open;
         p.looked := p.looked + v_step;
         IF cardinality(v_some) IS DISTINCT FROM cardinality(v_met) THEN
             p := note_rest(p, v_met, coalesce(cardinality(v_some), 0));
@@ -678,12 +688,10 @@ BEGIN
                 ORDER BY head.seq LIMIT 1
             ) AND m.format = p_format AND m.state <= 'waiting' AND m.attempt_at <= p.now
                 AND NOT m.ctid = ANY (p.picked)
-                AND NOT (
-                    p.gated AND (
-                        p.room ? coalesce(m.destination, substr(m.channel_args, 8))
-                        OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
-                    )
-                )
+                AND NOT (p.gated AND coalesce(
+                    (p.room ->> coalesce(m.destination, substr(m.channel_args, 8)))::int < p.batch,
+                    p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+                ))
             FOR NO KEY UPDATE SKIP LOCKED
         ) locked;
     END IF;
@@ -737,9 +745,9 @@ BEGIN
             EXIT groups WHEN cardinality(p.picked) >= p.batch OR p.visited >= p.visited_max;
             SELECT
                 m.channel_args, m.seq, m.ctid, m.attempt_at <= p.now,
-                p.gated AND (
-                    p.room ? coalesce(m.destination, substr(m.channel_args, 8))
-                    OR p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
+                p.gated AND coalesce(
+                    (p.room ->> coalesce(m.destination, substr(m.channel_args, 8)))::int < p.batch,
+                    p.any_closed AND is_closed(p.now, m.destination, m.channel_args)
                 )
             INTO v_group, v_seq, v_first, v_due, v_in_the_way FROM mq_msgs m
             WHERE m.channel_name = v_channel AND m.format = v_format AND m.state = 'waiting'

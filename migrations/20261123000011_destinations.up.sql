@@ -11,7 +11,7 @@
 -- that has more gives the surplus back as its attempts end.
 CREATE FUNCTION lease_destinations(
     p_instance uuid, p_names text[], p_limits int[], p_used int[], p_permits int[],
-    p_rates float8[], p_buckets int[], p_tokens int[], p_limited boolean[], p_lease interval
+    p_rates float8[], p_buckets int[], p_tokens int[], p_lease interval
 ) RETURNS TABLE (destination text, permits int, tokens int, wait_ms bigint)
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -24,19 +24,17 @@ DECLARE
     v_others record;
     v_filled float8;
 BEGIN
-    INSERT INTO destinations (name, limited)
-    SELECT i.name, i.limited FROM unnest(p_names, p_limited) AS i(name, limited)
-    ORDER BY i.name COLLATE "C"
+    INSERT INTO destinations (name)
+    SELECT i.name FROM unnest(p_names) AS i(name) ORDER BY i.name COLLATE "C"
     ON CONFLICT DO NOTHING;
     -- In sorted order, so that two such calls don't deadlock.
     FOR v IN
         SELECT * FROM unnest(
-            p_names, p_limits, p_used, p_permits, p_rates, p_buckets, p_tokens, p_limited
-        ) AS i(name, maximum, used, permits, rate, bucket, tokens, limited)
+            p_names, p_limits, p_used, p_permits, p_rates, p_buckets, p_tokens
+        ) AS i(name, maximum, used, permits, rate, bucket, tokens)
         ORDER BY i.name COLLATE "C"
     LOOP
-        SELECT d.limited, d.policy IS NOT NULL AS has_policy, d.tokens, d.filled_at INTO v_row
-        FROM destinations d
+        SELECT d.tokens, d.filled_at INTO v_row FROM destinations d
         WHERE d.name = v.name FOR NO KEY UPDATE;
         v_now := clock_timestamp();
         destination := v.name;
@@ -82,10 +80,6 @@ BEGIN
             UPDATE destinations d
             SET tokens = v_filled - lease_destinations.tokens, filled_at = v_now
             WHERE d.name = v.name;
-        END IF;
-        -- A policy that was set at run time has decided it already.
-        IF v.limited AND NOT v_row.limited AND NOT v_row.has_policy THEN
-            UPDATE destinations d SET limited = true WHERE d.name = v.name;
         END IF;
         RETURN NEXT;
     END LOOP;

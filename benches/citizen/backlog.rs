@@ -28,8 +28,8 @@ const SLOW: Duration = Duration::from_secs(1);
 const LUMP: usize = 20_000;
 /// Requests for each ordering key.
 const IN_KEY: usize = 2;
-/// Makes the first request of each key as it is after one failed attempt. Their retries fall due one
-/// after the other, $1 of them in all.
+/// Makes the first request of each of $1 keys as it is after one failed attempt. The retries fall
+/// due one after the other.
 const FAILED_ONCE: &str = "
     UPDATE requeuest.mq_msgs m
     SET attempts = 1, began_at = now(), attempt_at = now() + random() * $1 * interval '50 us'

@@ -254,7 +254,6 @@ impl DestinationHandle {
             .unwrap_or_default();
         self.change(Needs::Nothing, move |row| {
             row.policy.clone_from(&policy);
-            row.limit_by_policy();
             // A breaker that the policy no longer has must not stay open.
             row.state.apply(&rules, &Report::default(), row.now)
         })
@@ -283,11 +282,8 @@ impl DestinationHandle {
     /// # Ok(()) }
     /// ```
     pub async fn reset(&self) -> Result<(), Error> {
-        self.change(Needs::Row, |row| {
-            row.limit_by_policy();
-            row.state.reset(row.now)
-        })
-        .await
+        self.change(Needs::Row, |row| row.state.reset(row.now))
+            .await
     }
 
     async fn change<F>(&self, needs: Needs, mut change: F) -> Result<(), Error>

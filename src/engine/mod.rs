@@ -59,6 +59,8 @@ pub(crate) use self::config::{Config, DestinationObserver};
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long after a handle was built its layer may wrap its first service without a warning.
 const TRANSPORT_PATIENCE: Duration = Duration::from_secs(10);
+/// A shutdown waits no longer than this to give back what is leased of destinations.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a shutdown checks whether everything is settled.
 const DRAIN_POLL: Duration = Duration::from_millis(5);
 
@@ -353,6 +355,11 @@ impl Engine {
         // Other processes would wait for the leases no longer than this.
         self.drained(driver.store.config().lease).await;
         driver.waiters.close();
+        if driver.slots.gate.close() {
+            // The permits would expire with their leases, and other processes would wait for that.
+            let released = driver.store.release_destinations(driver.instance);
+            let _ = tokio::time::timeout(RELEASE_TIMEOUT, released).await;
+        }
         driver.store.close(CLOSE_TIMEOUT).await;
         tracing::info!("the engine has shut down");
         Ok(())

@@ -21,8 +21,8 @@ pub(crate) struct StoredDestination {
     pub(crate) policy: Option<DestinationPolicy>,
     /// The database's time.
     pub(crate) now: Millis,
-    /// Polls defer its requests first, because all processes share a limit.
-    pub(crate) limited: bool,
+    /// Processes have leased permits or tokens of it.
+    pub(crate) is_leased: bool,
     /// Whether this version understands what is stored.
     pub(crate) is_readable: bool,
 }
@@ -30,13 +30,7 @@ pub(crate) struct StoredDestination {
 impl StoredDestination {
     /// Whether it is limited, has a policy, or its state says anything.
     pub(crate) fn is_noted(&self) -> bool {
-        self.limited || self.policy.is_some() || !self.state.is_idle(self.now)
-    }
-
-    /// Forgets limits that processes have by their code. While one sends, it notes them again.
-    pub(crate) fn limit_by_policy(&mut self) {
-        let policy = self.policy.as_ref();
-        self.limited = policy.is_some_and(DestinationPolicy::has_shared_limits);
+        self.is_leased || self.policy.is_some() || !self.state.is_idle(self.now)
     }
 }
 
@@ -54,8 +48,6 @@ pub(crate) struct LeaseRequest {
     pub(crate) rate: Option<(f64, u32)>,
     /// How many tokens the process could use.
     pub(crate) tokens: u32,
-    /// Whether the process's code limits it, and not a half-open breaker alone.
-    pub(crate) limited: bool,
 }
 
 /// What the process got.
@@ -140,6 +132,18 @@ impl Store {
         .await
     }
 
+    /// Gives all permits of a process back.
+    pub(crate) async fn release_destinations(&self, instance: Uuid) -> Result<(), StoreError> {
+        self.run("destinations.release", async |connection| {
+            sqlx::query("DELETE FROM destination_leases WHERE instance = $1")
+                .bind(instance)
+                .execute(connection)
+                .await?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Removes rows of destinations that say nothing any more. Returns whether there may be more.
     pub(crate) async fn forget_destinations(&self) -> Result<bool, StoreError> {
         const LIMIT: i32 = 1000;
@@ -161,7 +165,9 @@ macro_rules! columns {
             "SELECT
                 i.name, d.state::text, d.policy::text,
                 (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now,
-                d.limited ",
+                d.filled_at IS NOT NULL OR EXISTS (
+                    SELECT FROM destination_leases l WHERE l.name = d.name OFFSET 0
+                ) AS is_leased ",
             $rest
         )
     };
@@ -193,7 +199,6 @@ fn stored(row: &PgRow) -> Result<StoredDestination, sqlx::Error> {
     let name: String = row.try_get("name")?;
     let state: Option<String> = row.try_get("state")?;
     let policy: Option<String> = row.try_get("policy")?;
-    let limited: Option<bool> = row.try_get("limited")?;
     let now = row.try_get("now")?;
     // A newer version or an operator may have written another form. It is left alone.
     let state: Option<Result<State, _>> = state.map(|state| serde_json::from_str(&state));
@@ -203,7 +208,7 @@ fn stored(row: &PgRow) -> Result<StoredDestination, sqlx::Error> {
     let policy = policy.and_then(Result::ok);
     Ok(StoredDestination {
         is_readable,
-        limited: limited == Some(true),
+        is_leased: row.try_get("is_leased")?,
         name,
         state,
         policy,
@@ -247,8 +252,7 @@ async fn change_all(
         return Ok(all);
     }
     let column = || changed.iter().map(|&number| &all[number]);
-    let (mut closed, mut states, mut policies, mut limited) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut closed, mut states, mut policies) = (Vec::new(), Vec::new(), Vec::new());
     for destination in column() {
         let state = &destination.state;
         closed.push(match state.closed_until(destination.now) {
@@ -258,25 +262,22 @@ async fn change_all(
         });
         states.push(encode(state)?);
         policies.push(destination.policy.as_ref().map(encode).transpose()?);
-        limited.push(destination.limited);
     }
     sqlx::query(
         "UPDATE destinations d
          SET state = i.state::json, policy = i.policy::json,
-            limited = i.limited,
             closed_until = CASE
                 WHEN i.closed = 9223372036854775807 THEN 'infinity'
                 ELSE to_timestamp(least(i.closed, 253402300799000) / 1000.0)
             END,
             changed_at = clock_timestamp()
-         FROM unnest($1::text[], $2::text[], $3::text[], $4::bool[], $5::bigint[])
-            AS i(name, state, policy, limited, closed)
+         FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[])
+            AS i(name, state, policy, closed)
          WHERE d.name = ANY (ARRAY[i.name])",
     )
     .bind(column().map(|d| &*d.name).collect::<Vec<_>>())
     .bind(states)
     .bind(policies)
-    .bind(limited)
     .bind(closed)
     .execute(&mut *transaction)
     .await?;
@@ -298,7 +299,7 @@ async fn lease_all(
     let number = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
     let rows = sqlx::query(
         "SELECT destination, permits, tokens, wait_ms FROM lease_destinations(
-            $1, $2, $3, $4, $5, $6, $7, $8, $9, $10 * interval '1 millisecond'
+            $1, $2, $3, $4, $5, $6, $7, $8, $9 * interval '1 millisecond'
          )",
     )
     .bind(instance)
@@ -328,8 +329,7 @@ async fn lease_all(
             .map(|r| r.rate.map(|(_, bucket)| number(bucket)))
             .collect::<Vec<_>>(),
     )
-    .bind(column.clone().map(|r| number(r.tokens)).collect::<Vec<_>>())
-    .bind(column.map(|r| r.limited).collect::<Vec<_>>())
+    .bind(column.map(|r| number(r.tokens)).collect::<Vec<_>>())
     .bind(millis(lease))
     .fetch_all(connection)
     .await?;

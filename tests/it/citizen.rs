@@ -19,8 +19,8 @@ use requeuest::{
 };
 
 use crate::support::{
-    Server, builder, eventually, eventually_rows, in_time, migrated, other_process, outcome_of,
-    passing, post, reply, rows,
+    LONG, Server, builder, eventually, eventually_rows, in_time, migrated, other_process,
+    outcome_of, passing, post, reply, rows,
 };
 
 fn origin(server: &Server) -> String {
@@ -230,6 +230,26 @@ async fn a_process_that_uses_all_permits_gives_a_part_of_them_to_another() {
             .unwrap();
     }
     assert!(rows(&database, "mq_msgs WHERE channel_name = 'busy'").await > 0);
+}
+
+#[tokio::test]
+async fn a_shutdown_gives_permits_back_at_once() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let limited = || {
+        builder(&database)
+            .lease(Duration::from_secs(300))
+            .destination("*", DestinationPolicy::default().max_concurrency(1))
+            .build()
+            .unwrap()
+    };
+    for _ in 0..2 {
+        let durable = limited();
+        let ids = fire(&durable, &server, 1).await;
+        assert_eq!(attempts_of(&durable, &ids).await, [1]);
+        durable.shutdown(LONG).await.unwrap();
+        assert_eq!(rows(&database, "destination_leases").await, 0);
+    }
 }
 
 #[tokio::test]

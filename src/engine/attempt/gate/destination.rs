@@ -16,8 +16,6 @@ pub(super) const REMEMBERED: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Destination {
     pub(super) policy: Arc<DestinationPolicy>,
-    /// Whether the policy was set at run time.
-    pub(super) is_stored: bool,
     /// Attempts under way, and attempts that wait for their slot.
     pub(super) passes: usize,
     pub(super) pace: Paced,
@@ -43,7 +41,6 @@ impl Destination {
     pub(super) fn new(policy: Arc<DestinationPolicy>, now: Instant) -> Self {
         let mut new = Self {
             policy: Arc::clone(&policy),
-            is_stored: false,
             passes: 0,
             pace: Paced::new(now),
             failing: Failing::default(),
@@ -76,7 +73,7 @@ impl Destination {
 
     pub(super) fn limits(&self, now: Instant) -> Limits {
         let probes = self.is_half_open(now).then(|| State::probes(&self.policy));
-        Limits::of(&self.policy, self.is_stored, probes)
+        Limits::of(&self.policy, probes)
     }
 
     pub(super) fn is_half_open(&self, now: Instant) -> bool {

@@ -31,7 +31,6 @@ impl Gate {
         let now = Instant::now();
         let mut inner = self.lock();
         for known in known {
-            let is_stored = known.policy.is_some();
             let policy = match known.policy {
                 Some(policy) => Arc::new(policy),
                 None => self.policy_of(&known.name),
@@ -40,7 +39,6 @@ impl Gate {
             if *destination.policy != *policy {
                 destination.set_policy(policy);
             }
-            destination.is_stored = is_stored;
             let closed = known.state.closed_until(known.now);
             if closed.is_none() {
                 // Resumed or reset, unless it was throttled after that.
@@ -60,16 +58,31 @@ impl Gate {
     /// The permits and tokens to ask the database for.
     pub(crate) fn asks(&self) -> Vec<LeaseRequest> {
         let now = Instant::now();
-        let most = self.most as u32;
         let mut asks = Vec::new();
-        for (name, destination) in &mut self.lock().destinations {
+        let mut inner = self.lock();
+        if inner.closed {
+            return asks;
+        }
+        let most = if inner.is_alone(now) {
+            self.most_alone
+        } else {
+            self.most
+        };
+        for (name, destination) in &mut inner.destinations {
             let limits = destination.limits(now);
             let passes = destination.passes as u32;
             let quiet = destination.pace.quiet(now);
             let leased = &mut destination.leased;
-            asks.extend(leased.ask(name, limits, passes, most, quiet, now));
+            asks.extend(leased.ask(name, limits, passes, most as u32, quiet, now));
         }
         asks
+    }
+
+    /// Asks for no more. Returns whether there may be permits to give back.
+    pub(crate) fn close(&self) -> bool {
+        let mut inner = self.lock();
+        inner.closed = true;
+        inner.destinations.values().any(|it| it.leased.has_row())
     }
 
     /// Notes the database's answers, or that it gave none.

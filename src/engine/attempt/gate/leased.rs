@@ -26,9 +26,6 @@ pub(super) struct Limits {
     /// Attempts at the same time, of all processes.
     concurrency: Option<u32>,
     rate: Option<Rate>,
-    /// The database is to mark the destination as limited: the code of this process limits it, and
-    /// not a half-open breaker alone. For a policy that was set at run time, it is marked already.
-    by_code: bool,
 }
 
 /// A token bucket.
@@ -56,16 +53,14 @@ impl Rate {
 }
 
 impl Limits {
-    /// `is_stored` says that the policy was set at run time, and `probes` how many attempts a
-    /// half-open breaker allows.
-    pub(super) fn of(policy: &DestinationPolicy, is_stored: bool, probes: Option<u32>) -> Self {
+    /// `probes` is how many attempts a half-open breaker allows.
+    pub(super) fn of(policy: &DestinationPolicy, probes: Option<u32>) -> Self {
         let concurrency = match (policy.max_concurrency, probes) {
             (Some(limit), Some(probes)) => Some(limit.min(probes)),
             (limit, probes) => limit.or(probes),
         };
         Self {
             concurrency,
-            by_code: policy.has_shared_limits() && !is_stored,
             rate: policy.rate.as_ref().map(Rate::of),
         }
     }
@@ -153,15 +148,43 @@ impl Leased {
         lack
     }
 
+    /// Whether the limits let as many attempts as `all` slots begin within the time of a lump, or
+    /// at least as many as the destination may still take of the slots, `slots`. An attempt takes
+    /// the time `took`.
+    pub(super) fn is_ample(
+        &self,
+        limits: Limits,
+        passes: u32,
+        slots: u32,
+        all: u32,
+        took: Duration,
+        now: Instant,
+    ) -> bool {
+        let concurrency = limits.concurrency.is_none_or(|limit| {
+            let permits = self.permits(limit, now);
+            permits >= passes.saturating_add(slots)
+                || LUMP.saturating_mul(permits) >= took.saturating_mul(all)
+        });
+        concurrency && limits.rate.is_none_or(|rate| rate.lump() >= all)
+    }
+
+    /// The permits that it has, or could have once the database has answered.
+    fn permits(&self, limit: u32, now: Instant) -> u32 {
+        if self.has_permits(limit, now) {
+            self.permits.min(limit)
+        } else if self.may_ask(now) {
+            limit
+        } else {
+            0
+        }
+    }
+
     /// How many attempts more may begin, or could once the database has answered.
     pub(super) fn free(&self, limits: Limits, passes: u32, now: Instant) -> usize {
         let may_ask = self.may_ask(now);
-        let permits = match limits.concurrency {
-            None => u32::MAX,
-            Some(limit) if self.has_permits(limit, now) => self.permits.min(limit),
-            Some(limit) if may_ask => limit,
-            Some(_) => 0,
-        };
+        let permits = limits
+            .concurrency
+            .map_or(u32::MAX, |limit| self.permits(limit, now));
         let tokens = match limits.rate {
             None => u32::MAX,
             Some(rate) if may_ask => self.tokens(now).saturating_add(rate.lump()),
@@ -204,7 +227,6 @@ impl Leased {
             permits,
             rate: limits.rate.map(|rate| (rate.per_second, rate.bucket)),
             tokens,
-            limited: limits.by_code,
         };
         let in_use = passes > 0 || self.wanted;
         if !in_use && quiet > KEPT {
@@ -266,6 +288,10 @@ impl Leased {
     /// When the database is to be asked again, if it is to be.
     pub(super) fn next_ask(&self) -> Option<Instant> {
         self.not_before.filter(|_| self.wanted)
+    }
+
+    pub(super) fn has_row(&self) -> bool {
+        self.has_row
     }
 
     pub(super) fn is_wanted(&self) -> bool {

@@ -91,6 +91,8 @@ struct Inner {
     swept: Option<Instant>,
     /// Whether anything was sent or polled for.
     used: bool,
+    /// Whether the engine shuts down.
+    closed: bool,
     /// Whether the next poll comes soon, because of what the last one was told.
     polls_soon: bool,
     /// The destination that was asked for last, and when the last one before it was another.
@@ -201,6 +203,13 @@ impl Gate {
         })
     }
 
+    /// At the first use, the task learns at once what other processes know.
+    fn note_use(&self, inner: &mut Inner) {
+        if !std::mem::replace(&mut inner.used, true) {
+            self.urgent.notify_one();
+        }
+    }
+
     fn policy_of(&self, name: &str) -> Arc<DestinationPolicy> {
         match self.rules.policies.of(name) {
             Some(policy) => Arc::new(policy.clone()),
@@ -233,7 +242,7 @@ impl Gate {
 
     fn try_enter_at(self: &Arc<Self>, name: &str, turn: Turn, now: Instant) -> Result<Pass, Full> {
         let mut inner = self.lock();
-        inner.used = true;
+        self.note_use(&mut inner);
         let due = inner
             .swept
             .is_none_or(|swept| now.saturating_duration_since(swept) > REMEMBERED);

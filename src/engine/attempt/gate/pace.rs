@@ -112,6 +112,11 @@ impl Paced {
         }
     }
 
+    /// How long an attempt takes, as far as is known.
+    pub(super) fn took(&self) -> Duration {
+        self.average.map_or(SLOW, Duration::from_secs_f64)
+    }
+
     /// For how long no attempt has begun or ended.
     pub(super) fn quiet(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.moved)

@@ -28,11 +28,12 @@ impl Gate {
     }
 
     /// What a poll is told: the room of each destination that has deferred requests, is limited or
-    /// takes no more now, as a JSON object, and whether some will have room soon.
+    /// takes no more now, as a JSON object, and whether some will have room soon. Requests of a
+    /// destination that has room for a whole poll are claimed as if it had no limits.
     pub(crate) fn room(&self) -> Room {
         let now = Instant::now();
         let mut inner = self.lock();
-        inner.used = true;
+        self.note_use(&mut inner);
         let names: Vec<Arc<str>> = inner.destinations.keys().cloned().collect();
         let mut room = Room::default();
         for name in names {
@@ -64,10 +65,23 @@ impl Gate {
                     destination.leased.free(limits, passes as u32, now)
                 };
                 let paced = destination.failing.free(now);
-                (
-                    (slots + ahead).min(leased).min(paced),
-                    passes > 0 || leased == 0 || paced == 0,
-                )
+                let took = destination.pace.took();
+                let all = self.rules.slots;
+                let of_slots = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+                let (taken, left) = (of_slots(passes), of_slots(slots));
+                let is_open = pace != Pace::Slow
+                    && paced == usize::MAX
+                    && !destination.is_half_open(now)
+                    && destination
+                        .leased
+                        .is_ample(limits, taken, left, of_slots(all), took, now);
+                let free = if is_open && !limits.is_none() {
+                    // More than any poll brings, so that the poll doesn't defer them first.
+                    2 * all
+                } else {
+                    (slots + ahead).min(leased).min(paced)
+                };
+                (free, passes > 0 || leased == 0 || paced == 0)
             };
             let in_the_way = free == 0 && (pace == Pace::Slow || destination.is_closed(now));
             let is_failing = destination.failing.free(now) != usize::MAX;

@@ -4,7 +4,7 @@ use super::destination::Shared;
 use super::share::RESERVE;
 use super::*;
 use crate::destination::{CircuitBreaker, RateLimit, Report, State};
-use crate::store::destinations::{Grant, LeaseRequest, StoredDestination};
+use crate::store::destinations::{Grant, LeaseRequest};
 
 const SLOTS: usize = 64;
 const SECOND: Duration = Duration::from_secs(1);
@@ -218,31 +218,6 @@ fn permits_from_before_a_breaker_opened_allow_no_probes() {
     assert!(fill(&gate, "a", now).is_empty());
     assert_eq!(grant(1), Some(1));
     assert_eq!(fill(&gate, "a", now).len(), 1);
-}
-
-#[test]
-fn only_the_limits_of_the_code_mark_a_destination_with_a_lease() {
-    let limited = || DestinationPolicy::default().max_concurrency(5);
-    let gate = gate(limited());
-    let now = Instant::now();
-    let marks = || {
-        assert!(fill(&gate, "a", now).is_empty());
-        gate.asks()[0].limited
-    };
-    assert!(marks());
-    let stored = |policy| StoredDestination {
-        name: "a".to_owned(),
-        state: State::default(),
-        policy,
-        now: 0,
-        limited: false,
-        is_readable: true,
-    };
-    // The database has marked it for a policy that was set at run time.
-    gate.learn(vec![stored(Some(limited()))]);
-    assert!(!marks());
-    gate.learn(vec![stored(None)]);
-    assert!(marks());
 }
 
 #[test]
