@@ -168,7 +168,7 @@ async fn share_with(skew: i64, library: &str) {
         &environment,
     );
     let right = named_builder(database.pool(), "right")
-        .destination("*", shared_limit())
+        .destination("127.0.0.1", shared_limit())
         .build()
         .unwrap();
     member.says("ready").await;
@@ -220,7 +220,7 @@ async fn share_with_a_wrong_clock() {
     let me = Me::new();
     let durable = me
         .handle()
-        .destination("*", shared_limit())
+        .destination("127.0.0.1", shared_limit())
         .build()
         .unwrap();
     say("ready");
