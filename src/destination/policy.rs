@@ -234,13 +234,9 @@ impl DestinationPolicy {
 
     /// Whether it limits attempts.
     pub(crate) fn has_limits(&self) -> bool {
-        self.has_shared_limits() || self.max_concurrency_per_process.is_some()
-    }
-
-    /// Whether it limits the attempts of all processes together, so that they must ask for a permit
-    /// or a token.
-    pub(crate) fn has_shared_limits(&self) -> bool {
-        self.max_concurrency.is_some() || self.rate.is_some()
+        self.max_concurrency.is_some()
+            || self.max_concurrency_per_process.is_some()
+            || self.rate.is_some()
     }
 
     /// Whether a report of attempts can change the state of a destination that has none yet.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use requeuest::retry::RetryPolicy;
-use requeuest::{FailureClass, Options, Status};
+use requeuest::testkit::TestDatabase;
+use requeuest::{Durable, FailureClass, Options, Status};
 
 use crate::support::{
     Server, builder, closed_port, count, eventually, eventually_rows, handle, in_time, migrated,
@@ -149,16 +150,21 @@ async fn a_delayed_request_is_sent_after_its_delay() {
     assert_eq!(server.count(), 1);
 }
 
-#[tokio::test]
-async fn an_unpolled_caller_keeps_no_slot_past_its_deadline() {
-    let database = migrated().await;
-    let server = Server::always(200).await;
-    let durable = builder(&database)
+/// A handle that sends one request at a time, for a short time.
+fn with_one_slot(database: &TestDatabase) -> Durable {
+    builder(database)
         .lease(Duration::from_secs(1))
         .concurrency(1)
         .attempt_timeout(Duration::from_millis(100))
         .build()
-        .unwrap();
+        .unwrap()
+}
+
+#[tokio::test]
+async fn an_unpolled_caller_keeps_no_slot_past_its_deadline() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let durable = with_one_slot(&database);
     let client = with_middleware(reqwest::Client::new(), &durable);
     let mut stuck = Box::pin(client.post(server.url("/stuck")).body("x").send());
     // The call begins and isn't polled again, so it never takes the claim of its request.
@@ -179,12 +185,7 @@ async fn an_unpolled_caller_keeps_no_slot_past_its_deadline() {
 async fn an_unpolled_caller_keeps_no_room_of_the_runner_past_its_deadline() {
     let database = migrated().await;
     let server = Server::always(200).await;
-    let durable = builder(&database)
-        .lease(Duration::from_secs(1))
-        .concurrency(1)
-        .attempt_timeout(Duration::from_millis(100))
-        .build()
-        .unwrap();
+    let durable = with_one_slot(&database);
     let client = with_middleware(reqwest::Client::new(), &durable);
     let ordered = Options::default().ordered("stuck");
     let stuck = client.post(server.url("/stuck")).body("x");

@@ -54,7 +54,10 @@ impl Gate {
             }
             let limits = destination.limits(now);
             let passes = destination.passes;
-            let (free, soon) = if destination.is_closed(now) {
+            let paced = destination.failing.free(now);
+            let is_failing = paced != usize::MAX;
+            let is_closed = destination.is_closed(now);
+            let (free, soon) = if is_closed {
                 (0, false)
             } else {
                 // Those of a fast destination may wait here for the next pass.
@@ -64,27 +67,27 @@ impl Gate {
                 } else {
                     destination.leased.free(limits, passes as u32, now)
                 };
-                let paced = destination.failing.free(now);
-                let took = destination.pace.took();
-                let all = self.rules.slots;
-                let of_slots = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-                let (taken, left) = (of_slots(passes), of_slots(slots));
-                let is_open = pace != Pace::Slow
-                    && paced == usize::MAX
+                let has_ample_limits = !limits.is_none()
+                    && pace != Pace::Slow
+                    && !is_failing
                     && !destination.is_half_open(now)
-                    && destination
-                        .leased
-                        .is_ample(limits, taken, left, of_slots(all), took, now);
-                let free = if is_open && !limits.is_none() {
+                    && destination.leased.is_ample(
+                        limits,
+                        passes as u32,
+                        slots as u32,
+                        self.rules.slots as u32,
+                        destination.pace.took(),
+                        now,
+                    );
+                let free = if has_ample_limits {
                     // More than any poll brings, so that the poll doesn't defer them first.
-                    2 * all
+                    2 * self.rules.slots
                 } else {
                     (slots + ahead).min(leased).min(paced)
                 };
                 (free, passes > 0 || leased == 0 || paced == 0)
             };
-            let in_the_way = free == 0 && (pace == Pace::Slow || destination.is_closed(now));
-            let is_failing = destination.failing.free(now) != usize::MAX;
+            let in_the_way = free == 0 && (pace == Pace::Slow || is_closed);
             let is_used = passes > 0 || destination.pace.quiet(now) <= REMEMBERED;
             if is_used && (in_the_way || is_failing || !limits.is_none()) {
                 // The poll defers what it meets.
