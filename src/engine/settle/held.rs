@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep_until};
 
 use super::Settlement;
 
-/// So many rows in a row are refused for no fault of theirs. Batches aren't split any more, and
-/// one row at a time is tried.
+/// After so many rows in a row, the database is taken to refuse all of them: batches aren't split
+/// any more, and one row at a time is tried.
 const ENOUGH: usize = 8;
 /// The time until a refused result is written again. It doubles with each refusal.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
@@ -32,7 +32,7 @@ const ROOMLESS: usize = 64;
 pub(super) struct Held {
     results: Mutex<Vec<Due>>,
     added: Notify,
-    /// How many rows were refused since one was accepted.
+    /// How many rows were refused for the first time since one was accepted.
     refused: AtomicUsize,
 }
 
@@ -59,7 +59,10 @@ impl Held {
 
     /// Holds a result that was refused alone.
     pub(super) fn add_refused(&self, mut settlement: Settlement) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
+        if settlement.refusals == 0 {
+            // A few rows, refused again and again, say nothing of the others.
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
         let pause = PAUSE_MIN * (1 << settlement.refusals.min(10));
         settlement.refusals = settlement.refusals.saturating_add(1);
         let mut results = self.lock();

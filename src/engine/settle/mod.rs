@@ -481,7 +481,6 @@ impl Settler {
         held.add_refused(settlement);
     }
 
-    /// Writes the batch once. A panic is noted, and refuses it.
     /// Whether the database would take a result. Nothing is changed.
     async fn try_out(&self, settlement: &Settlement) -> Result<(), Unwritten> {
         let tried = if let Some(finish) = settlement.finish() {
@@ -494,6 +493,7 @@ impl Settler {
         tried.map_err(Unwritten::Refused)
     }
 
+    /// Writes the batch once. A panic is noted, and refuses it.
     async fn try_write(&self, batch: &mut Vec<Settlement>) -> Result<(), Unwritten> {
         let refused: Vec<_> = batch
             .iter()

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use requeuest::{Durable, Uuid};
+use requeuest::{Durable, Options, Uuid};
 use sqlx::Executor;
 use tokio::task::JoinSet;
 
@@ -125,7 +125,7 @@ async fn a_result_that_is_refused_whatever_its_data_is_held_alone() {
     })
     .await;
     let _other = build(4);
-    for number in 0..20 {
+    for number in 0..8 {
         let request = post(server.url("/"), format!("good {number}"));
         let response = in_time(durable.await_response(request)).await.unwrap();
         assert_eq!(response.text().unwrap(), format!("good {number}"));
@@ -148,6 +148,48 @@ async fn a_result_that_is_refused_whatever_its_data_is_held_alone() {
         assert_eq!(outcome.response().unwrap().text().unwrap(), code);
         assert_eq!(count_of(code), 1, "{code}");
     }
+}
+
+#[tokio::test]
+async fn a_few_results_that_are_refused_again_and_again_stop_no_runner() {
+    let database = migrated().await;
+    let refuse = "CREATE SEQUENCE public.refusals;
+         CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+             IF convert_from(NEW.body, 'UTF8') = 'bad' THEN
+                 PERFORM nextval('public.refusals');
+                 RAISE EXCEPTION 'no';
+             END IF;
+             RETURN NEW;
+         END $$;
+         CREATE TRIGGER no BEFORE INSERT ON requeuest.outcomes
+         FOR EACH ROW EXECUTE FUNCTION no()";
+    database.pool().execute(refuse).await.unwrap();
+    let server = echo_server().await;
+    let builder = short_lease_builder(database.pool()).lease(LEASE);
+    let durable = builder.concurrency(1).build().unwrap();
+    let fire = |body: &'static str| {
+        // Takes none of the runner's room before it is polled.
+        let delayed = Options::default().delay(Duration::from_millis(1));
+        durable.fire(post(server.url("/"), body).with(delayed))
+    };
+    for _ in 0..3 {
+        fire("bad").await.unwrap();
+    }
+    eventually("each is refused four times", || async {
+        let refusals = "SELECT last_value FROM public.refusals";
+        let refusals: i64 = sqlx::query_scalar(refusals)
+            .fetch_one(database.pool())
+            .await
+            .unwrap();
+        refusals >= 12
+    })
+    .await;
+    fire("bad").await.unwrap();
+    server.wait_for(4).await;
+    let id = fire("good").await.unwrap();
+    in_time(durable.outcome(id)).await.unwrap();
+    assert_eq!(server.count(), 5);
 }
 
 #[tokio::test]
