@@ -3,6 +3,7 @@ DROP FUNCTION pick_due;
 DROP FUNCTION poll_wait;
 DROP FUNCTION end_poll;
 DROP FUNCTION pick_deferred;
+DROP FUNCTION room_soon;
 DROP FUNCTION defer_surplus;
 DROP FUNCTION pick_by_group;
 DROP FUNCTION lock_of_group;

@@ -60,9 +60,9 @@ CREATE TYPE poll_t AS (
 );
 
 -- When the session's polls may again move rows of destinations that are in the way. Moving takes
--- ten times as long as looking past them, so it gets a sixteenth of the time: requests of other
--- destinations lose little while a large backlog is moved. The session setting
--- `requeuest.may_move` holds the time, in seconds since 1970.
+-- ten times as long as looking past them, so it gets a sixteenth of the time, and half of that
+-- while there is much else to claim: requests of other destinations lose little while a large
+-- backlog is moved. The session setting `requeuest.may_move` holds the time, in seconds since 1970.
 CREATE FUNCTION may_move_at(p poll_t) RETURNS timestamptz
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -713,7 +713,7 @@ $$;
 -- p_share is a whole batch. Visits as many groups as a batch has rows, from a random one on. Of a
 -- group that is in the way, it leaves one row to defer_surplus: an ordering key is then gone from
 -- the groups, and other polls don't visit it.
-CREATE FUNCTION pick_by_group(p poll_t, p_share int) RETURNS poll_t
+CREATE FUNCTION pick_by_group(p poll_t, p_share int, p_room int) RETURNS poll_t
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
@@ -742,7 +742,7 @@ BEGIN
         v_cursor := v_start;
         v_wrapped := false;
         LOOP
-            EXIT groups WHEN cardinality(p.picked) >= p.batch OR p.visited >= p.visited_max;
+            EXIT groups WHEN cardinality(p.picked) >= p_room OR p.visited >= p.visited_max;
             SELECT
                 m.channel_args, m.seq, m.ctid, m.attempt_at <= p.now,
                 p.gated AND coalesce(
@@ -776,7 +776,7 @@ BEGIN
             IF p_share >= p.batch OR v_channel || ' ' || v_group <> ALL (p.served) THEN
                 p.picked := p.picked || coalesce(lock_of_group(
                     p, v_channel, v_format, v_group, v_seq IS NOT NULL,
-                    least(p_share, p.batch - cardinality(p.picked))
+                    least(p_share, p_room - cardinality(p.picked))
                 ), '{}');
             END IF;
         END LOOP;
@@ -812,6 +812,16 @@ BEGIN
     p.moved := p.moved + 16 * v_deferred;
     p.surplus := '{}';
     RETURN p;
+END;
+$$;
+
+-- How soon the process will have room for more deferred requests, if it says so.
+CREATE FUNCTION room_soon() RETURNS interval
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN nullif(current_setting('requeuest.soon', true), '')::int * interval '1 millisecond';
 END;
 $$;
 
@@ -873,8 +883,9 @@ BEGIN
                 ));
             END IF;
         END LOOP;
-        -- There may be more, and the process will soon have room for them.
-        IF v_left <= 0 THEN
+        -- There may be more, and the process will soon have room for them. It says how soon, except
+        -- if these are the first ones.
+        IF v_left <= 0 AND room_soon() IS NULL THEN
             p.again := '0';
         END IF;
     END LOOP;
@@ -898,7 +909,11 @@ BEGIN
         PERFORM set_config(
             'requeuest.may_move',
             extract(epoch FROM
-                clock_timestamp() + least(15 * (clock_timestamp() - p.now), '5 seconds')
+                clock_timestamp() + least(
+                    CASE WHEN cardinality(p.picked) >= p.batch / 4 THEN 31 ELSE 15 END
+                        * (clock_timestamp() - p.now),
+                    '5 seconds'
+                )
             )::text,
             false
         );
@@ -916,9 +931,7 @@ DECLARE
     c_min CONSTANT interval := '50 milliseconds';
     -- An upper bound, so that a row whose notification was lost is still found. The process says if
     -- it will soon have room for deferred requests.
-    c_max CONSTANT interval := CASE
-        WHEN current_setting('requeuest.soon', true) = 'on' THEN c_min ELSE '1 second'
-    END;
+    c_max CONSTANT interval := coalesce(room_soon(), '1 second');
     v_next timestamptz;
 BEGIN
     IF cardinality(p.picked) >= p.batch
@@ -961,23 +974,23 @@ BEGIN
     END IF;
     IF p.gated THEN
         -- What is due to healthy destinations and what is deferred share the batch.
-        p := pick_by_age(p, greatest(p_batch / 4, 1));
-        p := pick_by_group(p, greatest(1, p_batch / 32));
+        p := pick_by_age(p, greatest(p_batch / 2, 1));
+        p := pick_by_group(p, greatest(1, p_batch / 32), greatest(p_batch * 3 / 4, 1));
         p := defer_surplus(p);
         p := pick_deferred(p, p_channels, p_batch);
         p := pick_by_age(p, p_batch);
-        p := pick_by_group(p, p_batch);
+        p := pick_by_group(p, p_batch, p_batch);
     ELSIF p.backlog THEN
         -- A quarter of the batch goes group by group to groups with no row picked by age, so that
         -- no destination waits behind everything that came earlier for another destination. The
         -- share is no larger because the oldest rows lie side by side on disk, and the rows of one
         -- group don't.
         p := pick_by_age(p, p_batch - p_batch / 4);
-        p := pick_by_group(p, greatest(1, p_batch / 32));
+        p := pick_by_group(p, greatest(1, p_batch / 32), p_batch);
         -- There may still be room, because there are few groups or because other polls took the
         -- oldest rows.
         p := pick_by_age(p, p_batch);
-        p := pick_by_group(p, p_batch);
+        p := pick_by_group(p, p_batch, p_batch);
     ELSE
         p := pick_by_age(p, p_batch);
     END IF;

@@ -403,7 +403,10 @@ async fn tell_room(
                 set_config('requeuest.soon', $2, false)",
         )
         .bind(room.json)
-        .bind(if room.soon { "on" } else { "" });
+        .bind(
+            room.soon
+                .map_or_else(String::new, |soon| soon.as_millis().to_string()),
+        );
         tokio::time::timeout(PING_TIMEOUT, set.execute(connection))
             .await
             .map_err(|_elapsed| timed_out())??;

@@ -50,8 +50,8 @@ pub(crate) struct PollConnection {
 pub(crate) struct Room {
     /// A JSON object with a number for each destination, or empty.
     pub(crate) json: String,
-    /// Deferred requests will have room before a poll would be due.
-    pub(crate) soon: bool,
+    /// When deferred requests will have room, if that is before a poll would be due.
+    pub(crate) soon: Option<Duration>,
 }
 
 /// Asked before each poll.

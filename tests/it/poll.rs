@@ -155,6 +155,62 @@ async fn a_locked_row_of_a_limited_destination_is_looked_at_again_soon_too() {
 }
 
 #[tokio::test]
+async fn a_limited_destination_with_room_gets_a_share_beside_many_backlogs() {
+    let database = migrated().await;
+    for group in 0..40 {
+        enqueue(&database, &format!("{group:04}|d|{group}"), false, "0", 8).await;
+    }
+    enqueue(&database, "0001|d|limited", false, "0", 8).await;
+    database
+        .pool()
+        .execute(
+            "UPDATE requeuest.mq_msgs SET state = 'deferred', destination = 'limited'
+             WHERE channel_args = '0001|d|limited'",
+        )
+        .await
+        .unwrap();
+    let mut polling = database.pool().begin().await.unwrap();
+    let room = r#"SET LOCAL requeuest.room = '{"limited": 4}'"#;
+    polling.execute(room).await.unwrap();
+    for _ in 0..2 {
+        let claimed = "SELECT m.channel_args = '0001|d|limited' AS limited
+             FROM requeuest.mq_poll(NULL, 16) p JOIN requeuest.mq_msgs m ON m.id = p.id";
+        let claimed: Vec<bool> = sqlx::query_scalar(claimed)
+            .fetch_all(&mut *polling)
+            .await
+            .unwrap();
+        assert_eq!(claimed.len(), 16);
+        assert_eq!(claimed.iter().filter(|limited| **limited).count(), 4);
+    }
+}
+
+#[tokio::test]
+async fn the_wait_lasts_until_the_process_has_room_for_limited_destinations() {
+    let database = migrated().await;
+    enqueue(&database, "0000|d|x", false, "0", 20).await;
+    database
+        .pool()
+        .execute("UPDATE requeuest.mq_msgs SET state = 'deferred', destination = 'x'")
+        .await
+        .unwrap();
+    // The first poll is told of no attempt under way. It brings some.
+    for (soon, expected) in [("", 50.0), ("50", 50.0), ("200", 200.0)] {
+        let mut polling = database.pool().begin().await.unwrap();
+        let told = format!(
+            r#"SET LOCAL requeuest.room = '{{"x": 4}}'; SET LOCAL requeuest.soon = '{soon}'"#
+        );
+        polling.execute(&*told).await.unwrap();
+        let polled = "SELECT extract(epoch FROM wait_time)::float8 * 1000
+             FROM requeuest.mq_poll(NULL, 16) WHERE id IS NOT NULL";
+        let waits: Vec<f64> = sqlx::query_scalar(polled)
+            .fetch_all(&mut *polling)
+            .await
+            .unwrap();
+        assert_eq!(waits, [expected; 4], "{soon}");
+    }
+}
+
+#[tokio::test]
 async fn only_requested_channels_are_claimed() {
     let database = migrated().await;
     enqueue(&database, "0000|d|x", false, "0", 2).await;

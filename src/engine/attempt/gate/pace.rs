@@ -4,6 +4,9 @@ use std::time::{Duration, Instant};
 
 /// A destination whose attempts take longer than this is slow.
 pub(super) const SLOW: Duration = Duration::from_millis(250);
+/// The times until the next poll while a destination has room soon.
+pub(super) const SOON_MIN: Duration = Duration::from_millis(50);
+const SOON_MAX: Duration = Duration::from_millis(250);
 /// How much one attempt's duration counts in the average.
 const WEIGHT: f64 = 0.2;
 
@@ -11,10 +14,12 @@ const WEIGHT: f64 = 0.2;
 const FAILURE_WEIGHT: f64 = 0.1;
 /// A destination of which more attempts fail is failing.
 const FAILING: f64 = 0.5;
-/// The time between two attempts at a failing destination: 100 a second.
-const FAILING_INTERVAL: Duration = Duration::from_millis(10);
+/// The time between two attempts at a failing destination: 100 a second if about half of them fail,
+/// and 20 if all do.
+const FAILING_INTERVAL_MIN: Duration = Duration::from_millis(10);
+const FAILING_INTERVAL_MAX: Duration = Duration::from_millis(50);
 /// How much of that time may be made up for at once.
-const FAILING_BURST: Duration = Duration::from_millis(100);
+const FAILING_BURST: Duration = Duration::from_millis(250);
 
 /// How often a destination is asked while its attempts fail.
 ///
@@ -45,14 +50,26 @@ impl Failing {
         }
         let next = self.next.map_or(now, |next| next.max(now));
         let left = (now + FAILING_BURST).saturating_duration_since(next);
-        (left.as_millis() / FAILING_INTERVAL.as_millis()) as usize
+        (left.as_millis() / self.interval().as_millis()) as usize
+    }
+
+    /// The time between two attempts.
+    pub(super) fn interval(&self) -> Duration {
+        let beyond = ((self.share - FAILING) / (1.0 - FAILING)).clamp(0.0, 1.0);
+        let most = FAILING_INTERVAL_MAX - FAILING_INTERVAL_MIN;
+        FAILING_INTERVAL_MIN + most.mul_f64(beyond * beyond)
+    }
+
+    /// How long to wait for the next few attempts.
+    pub(super) fn soon(&self) -> Duration {
+        (4 * self.interval()).max(SOON_MIN)
     }
 
     /// An attempt is made.
     pub(super) fn spend(&mut self, now: Instant) {
         if self.is_failing() {
             let next = self.next.map_or(now, |next| next.max(now));
-            self.next = Some(next + FAILING_INTERVAL);
+            self.next = Some(next + self.interval());
         }
     }
 }
@@ -115,6 +132,15 @@ impl Paced {
     /// How long an attempt takes, as far as is known.
     pub(super) fn took(&self) -> Duration {
         self.average.map_or(SLOW, Duration::from_secs_f64)
+    }
+
+    /// How long to wait for attempts to end before asking for more requests, so that the slots of a
+    /// slow destination are empty for a small part of the time.
+    pub(super) fn soon(&self, now: Instant) -> Duration {
+        match self.pace(now) {
+            Pace::Slow => (self.took().max(self.quiet(now)) / 8).clamp(SOON_MIN, SOON_MAX),
+            Pace::Fast | Pace::Unknown => SOON_MIN,
+        }
     }
 
     /// For how long no attempt has begun or ended.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::Gate;
 use super::destination::REMEMBERED;
-use super::pace::Pace;
+use super::pace::{Pace, SOON_MIN};
 use crate::store::runner_pool::Room;
 
 /// How many requests beyond its free passes a poll may bring for a fast destination.
@@ -58,7 +58,7 @@ impl Gate {
             let is_failing = paced != usize::MAX;
             let is_closed = destination.is_closed(now);
             let (free, soon) = if is_closed {
-                (0, false)
+                (0, None)
             } else {
                 // Those of a fast destination may wait here for the next pass.
                 let ahead = if pace == Pace::Fast { AHEAD } else { 0 };
@@ -85,7 +85,14 @@ impl Gate {
                 } else {
                     (slots + ahead).min(leased).min(paced)
                 };
-                (free, passes > 0 || leased == 0 || paced == 0)
+                let soon = if leased == 0 {
+                    Some(SOON_MIN)
+                } else if paced == 0 {
+                    Some(destination.failing.soon())
+                } else {
+                    (passes > 0).then(|| destination.pace.soon(now))
+                };
+                (free, soon)
             };
             let in_the_way = free == 0 && (pace == Pace::Slow || is_closed);
             let is_used = passes > 0 || destination.pace.quiet(now) <= REMEMBERED;
@@ -94,11 +101,11 @@ impl Gate {
                 destination.deferred = Some(now);
             }
             if destination.deferred.is_some() {
-                room.soon |= soon;
+                room.soon = room.soon.into_iter().chain(soon).min();
                 add(&mut room, &name, free);
             }
         }
-        inner.polls_soon = room.soon;
+        inner.polls_soon = room.soon.is_some_and(|soon| soon <= SOON_MIN);
         room
     }
 }
