@@ -307,6 +307,7 @@ impl<'a> Attempt<'a> {
             {
                 Verdict::Discard
             }
+            Err(FailureClass::Denied) => Verdict::Discard,
             Err(_) => Verdict::Retry,
         }
     }
@@ -476,6 +477,9 @@ pub enum FailureClass {
     Lost,
     /// The client can't send this request, or what was stored of it is gone.
     Unusable,
+    /// The guard of the feature `ssrf-guard` denies where the request, or a redirect, leads. The
+    /// request is discarded at once, unless a classifier says otherwise.
+    Denied,
     /// The request's deadline passed before it was sent.
     Deadline,
     /// No runner has delivered the request's channel within the time that the request may take: the
@@ -503,6 +507,7 @@ impl FailureClass {
             Self::Abandoned => "abandoned",
             Self::Lost => "lost",
             Self::Unusable => "unusable",
+            Self::Denied => "denied",
             Self::Deadline => "deadline",
             Self::NoRunner => "no_runner",
         }
@@ -525,6 +530,7 @@ impl FailureClass {
                 | Self::NotReady
                 | Self::Refused
                 | Self::Unusable
+                | Self::Denied
                 | Self::Deadline
                 | Self::NoRunner
         )
@@ -552,6 +558,7 @@ impl FromStr for FailureClass {
             "abandoned" => Self::Abandoned,
             "lost" => Self::Lost,
             "unusable" => Self::Unusable,
+            "denied" => Self::Denied,
             "deadline" => Self::Deadline,
             "no_runner" => Self::NoRunner,
             _ => return Err(ParseNameError::new("the name of a failure class")),

@@ -83,6 +83,9 @@ enum Done {
 }
 
 pub(crate) enum Kind {
+    /// The guard denies where the caller's request goes.
+    #[cfg(feature = "ssrf-guard")]
+    Denied(Box<str>),
     /// A part of the caller's request, options or filter is refused.
     Request {
         field: &'static str,
@@ -214,6 +217,11 @@ impl Error {
         })
     }
 
+    #[cfg(feature = "ssrf-guard")]
+    pub(crate) fn denied(denied: &crate::guard::Denied) -> Self {
+        Self::new(Kind::Denied(denied.to_string().into()))
+    }
+
     pub(crate) fn body_too_large(limit: usize) -> Self {
         Self::new(Kind::BodyTooLarge { limit })
     }
@@ -315,6 +323,8 @@ impl Error {
             | Kind::KeyBusy { field, .. } => Some(field),
             Kind::BodyTooLarge { .. } | Kind::Body(_) => Some("body"),
             Kind::KeyConflict { .. } => Some("key"),
+            #[cfg(feature = "ssrf-guard")]
+            Kind::Denied(_) => Some("url"),
             Kind::OrderConflict { .. } => Some("ordered"),
             _ => None,
         }
@@ -333,6 +343,10 @@ impl Error {
     /// Whether the request itself was refused. Nothing was persisted. Don't retry: the same request
     /// is refused again.
     pub fn is_request(&self) -> bool {
+        #[cfg(feature = "ssrf-guard")]
+        if matches!(self.0.kind, Kind::Denied(_)) {
+            return true;
+        }
         matches!(
             self.0.kind,
             Kind::Request { .. }
@@ -340,6 +354,18 @@ impl Error {
                 | Kind::Body(_)
                 | Kind::KeyConflict { .. }
         )
+    }
+
+    /// Whether the guard of the feature `ssrf-guard` denies where the request goes. If
+    /// [`is_request`](Self::is_request) holds too, it was refused when it was enqueued, and nothing
+    /// was persisted. Otherwise its attempt was denied: its name resolves to a denied address, or a
+    /// redirect leads to one.
+    pub fn is_denied(&self) -> bool {
+        #[cfg(feature = "ssrf-guard")]
+        if matches!(self.0.kind, Kind::Denied(_)) {
+            return true;
+        }
+        self.failure_class() == Some(FailureClass::Denied)
     }
 
     /// Whether the request body exceeds `max_request_body`. Nothing was persisted.
@@ -669,6 +695,8 @@ impl fmt::Display for MigrationState {
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            #[cfg(feature = "ssrf-guard")]
+            Self::Denied(reason) => write!(f, "invalid request: url: {reason}; see Guard::allow"),
             Self::Request { field, reason } => write!(f, "invalid request: {field}: {reason}"),
             Self::Config { field, reason } => write!(f, "invalid configuration: {field}: {reason}"),
             Self::BodyTooLarge { limit } => write!(
@@ -899,6 +927,8 @@ mod tests {
     /// What each kind must say. The match makes a new kind a compile error here.
     fn wanted(kind: &Kind) -> &'static [&'static str] {
         match kind {
+            #[cfg(feature = "ssrf-guard")]
+            Kind::Denied(_) => &["url: the guard denies a: b; see Guard::allow"],
             Kind::Request { .. } => &["invalid request", "url", "is relative"],
             Kind::Config { .. } => &["invalid configuration", "lease", "too short"],
             Kind::BodyTooLarge { .. } => &["body", "17 bytes", "raise max_request_body"],
@@ -1006,6 +1036,8 @@ mod tests {
             Kind::Unreadable("a newer version wrote it, in format 2".into()),
             Kind::Corrupt("its payload is gone".into()),
             Kind::PassThrough("cut".into()),
+            #[cfg(feature = "ssrf-guard")]
+            Kind::Denied("the guard denies a: b".into()),
         ];
         for state in [
             MigrationState::Missing,

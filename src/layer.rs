@@ -246,6 +246,10 @@ where
         // An attempt comes here if a transport contains this or another durable service.
         let is_attempt = context::is_attempt(request.extensions());
         if is_attempt || self.durable.passes_through(&RequestHead::of_http(&request)) {
+            // An attempt was admitted already.
+            if let (false, Err(error)) = (is_attempt, self.durable.admit(request.uri())) {
+                return ResponseFuture(State::Refused(Some(error)));
+            }
             let passing = inner.oneshot(request.map(Body::wrap));
             return ResponseFuture(State::Passing(passing));
         }

@@ -73,6 +73,7 @@
 //! | `runtime-actix-rustls`, `runtime-actix-native-tls` | | aliases: actix-rt runs on tokio |
 //! | `runtime-async-std-rustls`, `runtime-async-std-native-tls` | | for a pool on async-std |
 //! | `reqwest-middleware` | yes | `Durable` is a middleware |
+//! | `ssrf-guard` | | [`guard`] keeps requests out of your own network |
 //! | `axum` | | converts between [`Body`] and axum's body |
 //! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
 //! | `testkit-download` | | `testkit`, and downloads a Postgres where none is installed |
@@ -86,11 +87,15 @@
 //! [guide]: https://github.com/requeuest/requeuest/blob/main/docs/guide.md
 #![cfg_attr(feature = "testkit", doc = "[`testkit`]: mod@testkit")]
 #![cfg_attr(not(feature = "testkit"), doc = "[`testkit`]: #features")]
+#![cfg_attr(feature = "ssrf-guard", doc = "[`guard`]: mod@guard")]
+#![cfg_attr(not(feature = "ssrf-guard"), doc = "[`guard`]: #features")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod classify;
 pub mod client;
 pub mod error;
+#[cfg(feature = "ssrf-guard")]
+pub mod guard;
 pub mod migrate;
 pub mod retry;
 #[cfg(feature = "testkit")]
@@ -115,6 +120,7 @@ mod middleware;
 mod options;
 mod outcome;
 mod redact;
+mod redirects;
 mod repetition;
 mod request;
 mod response;
@@ -160,6 +166,7 @@ pub use metadata::MAX_METADATA_LEN;
 pub use migrate::migrate;
 pub use options::{Guarantee, Options, Priority};
 pub use outcome::Outcome;
+pub use redirects::{MAX_REDIRECTS, Redirects};
 pub use request::{MAX_HEADERS, MAX_HEADERS_LEN, MAX_URL_LEN, Request};
 pub use response::Response;
 pub use status::{ParkedRequest, Status};

@@ -44,9 +44,11 @@ impl Middleware for Durable {
         next: Next<'_>,
     ) -> MiddlewareResult<reqwest::Response> {
         // An attempt comes here if a transport contains this or another handle.
-        if context::is_attempt(extensions)
-            || self.passes_through(&RequestHead::of_reqwest(&request))
-        {
+        if context::is_attempt(extensions) {
+            return next.run(request, extensions).await;
+        }
+        if self.passes_through(&RequestHead::of_reqwest(&request)) {
+            self.admit_url(request.url()).map_err(refused)?;
             return next.run(request, extensions).await;
         }
         self.warn_of_plain_transport();

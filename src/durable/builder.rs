@@ -13,14 +13,17 @@ use super::{Durable, Inner};
 use crate::classify::{Classifier, Classify, Webhooks};
 use crate::dead_letter::Reconcile;
 use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
-use crate::engine::attempt::transport::{HttpClient, PlainTransport, Transport, erase};
+use crate::engine::attempt::transport::{self, HttpClient, Transport, erase};
 use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::engine::{Config, DestinationObserver, Engine};
 use crate::error::Error;
+#[cfg(feature = "ssrf-guard")]
+use crate::guard::Guard;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{TOO_LONG, validate_channel, validate_timeout};
+use crate::redirects::Redirects;
 use crate::repetition::FailedRequests;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 use crate::runtime::Runtime;
@@ -156,6 +159,9 @@ impl DurableBuilder {
                 retry_fired: RetryPolicy::fired(),
                 classifier: Classifier::default(),
                 idempotency_header: IdempotencyHeader::default(),
+                redirects: Redirects::none(),
+                #[cfg(feature = "ssrf-guard")]
+                guard: None,
             },
             store: StoreConfig {
                 schema: DEFAULT_SCHEMA.to_owned(),
@@ -212,6 +218,35 @@ impl DurableBuilder {
     /// by itself, those transmissions are neither counted nor recorded.
     pub fn transport<S: HttpClient>(mut self, service: S) -> Self {
         self.transport = TransportChoice::Given(erase(service));
+        self
+    }
+
+    /// Which redirects the crate's own transport follows. A [`transport`](Self::transport) of the
+    /// caller's, or the service under a [layer](Self::build_layer), has rules of its own, so
+    /// `build` refuses both together. Defaults to [`Redirects::none`].
+    pub fn redirects(mut self, redirects: Redirects) -> Self {
+        self.config.redirects = redirects;
+        self
+    }
+
+    /// Where requests may go, or `None` for anywhere. See [`guard`](crate::guard) for what a guard
+    /// denies and when it looks. Defaults to none, and with [`webhooks`](Self::webhooks) to a guard
+    /// without rules.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::Durable;
+    /// use requeuest::guard::Guard;
+    ///
+    /// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+    /// let guard = Guard::new().allow("10.20.0.0/16").allow_ports([443]);
+    /// let durable = Durable::builder(pool).guard(guard).build()?;
+    /// # Ok(()) }
+    /// ```
+    #[cfg(feature = "ssrf-guard")]
+    pub fn guard(mut self, guard: impl Into<Option<Guard>>) -> Self {
+        self.config.guard = guard.into().map(Arc::new);
         self
     }
 
@@ -317,6 +352,7 @@ impl DurableBuilder {
     /// - A 410 ends the request and disables the destination. 429, 502, 503 and 504 pause it. It
     ///   has a circuit breaker and a retry budget ([`DestinationPolicy::webhooks`]).
     /// - An attempt may take 20 seconds ([`WEBHOOKS_ATTEMPT_TIMEOUT`]).
+    /// - With the feature `ssrf-guard`, requests go to the public internet only (`guard`).
     ///
     /// Requests whose response is awaited keep their retries and their rules of success. Settings
     /// made after this one replace it.
@@ -333,6 +369,10 @@ impl DurableBuilder {
         self.config.retry_fired = RetryPolicy::webhooks();
         self.config.destination_policy = DestinationPolicy::webhooks();
         self.config.classifier = Classifier::new(Webhooks);
+        #[cfg(feature = "ssrf-guard")]
+        {
+            self.config.guard = Some(Arc::default());
+        }
         self
     }
 
@@ -576,6 +616,7 @@ impl DurableBuilder {
     /// be had.
     pub fn build(self) -> Result<Durable, Error> {
         self.check()?;
+        self.check_where_it_sends()?;
         let mut config = self.config;
         for (pattern, policy) in self.policies {
             config.policies.insert(pattern.parse()?, policy)?;
@@ -605,7 +646,6 @@ impl DurableBuilder {
             let _context = runtime.handle().enter();
             Store::new(self.pool, self.store)
         };
-        let concurrency = config.concurrency;
         let engine = Engine::start(runtime, store, config);
         let (mut plain_transport, mut wrapped_transport) = (false, false);
         match self.transport {
@@ -620,9 +660,8 @@ impl DurableBuilder {
             }
             TransportChoice::Plain => {
                 plain_transport = true;
-                let plain = PlainTransport::new(concurrency)
-                    .map_err(|error| Error::config("transport", error.to_string()))?;
-                engine.offer_transport(|| erase(plain));
+                let plain = transport::own(engine.config())?;
+                engine.offer_transport(|| plain);
             }
         }
         let driver = engine.driver();
@@ -747,6 +786,31 @@ impl DurableBuilder {
             "max_connections",
             "must be at least 2",
         )
+    }
+}
+
+impl DurableBuilder {
+    /// Checks the settings of the crate's own transport.
+    fn check_where_it_sends(&self) -> Result<(), Error> {
+        let config = &self.config;
+        let sends_itself = matches!(self.transport, TransportChoice::Plain);
+        config.redirects.validate()?;
+        if !sends_itself && config.redirects.max() > 0 {
+            let reason = "a client of your own follows redirects by its own rules; set them there";
+            return Err(Error::config("redirects", reason));
+        }
+        #[cfg(feature = "ssrf-guard")]
+        if let Some(guard) = &config.guard {
+            guard.validate()?;
+            if !sends_itself && guard.proxy().is_some() {
+                return Err(Error::config(
+                    "guard",
+                    "it trusts a proxy, which a client of your own doesn't know; give the proxy to \
+                     the client",
+                ));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -2,7 +2,27 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, Uri};
+
+use super::Durable;
+use crate::error::Error;
+
+impl Durable {
+    /// Refuses a request that passes through to where the guard denies.
+    pub(crate) fn admit(&self, uri: &Uri) -> Result<(), Error> {
+        self.engine().config().admit(uri)
+    }
+
+    /// As [`admit`](Self::admit), for a parsed URL.
+    #[cfg(feature = "reqwest-middleware")]
+    pub(crate) fn admit_url(&self, url: &url::Url) -> Result<(), Error> {
+        match url.as_str().parse() {
+            Ok(uri) => self.admit(&uri),
+            // reqwest refuses to send it.
+            Err(_) => Ok(()),
+        }
+    }
+}
 
 /// Decides which requests pass through without being persisted.
 pub(super) type PassThrough = Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>;

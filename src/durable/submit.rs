@@ -39,6 +39,7 @@ impl Durable {
         let options = &request.options;
         options.validate()?;
         let uri = request.uri()?;
+        config.admit(&uri)?;
         request.check_headers()?;
         let max_request_body = self.max_request_body();
         if request

@@ -4,9 +4,15 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::Uri;
+
 use crate::classify::Classifier;
 use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
+use crate::error::Error;
+#[cfg(feature = "ssrf-guard")]
+use crate::guard::Guard;
 use crate::idempotency_header::IdempotencyHeader;
+use crate::redirects::Redirects;
 use crate::retry::RetryPolicy;
 
 /// Told of what happens to destinations.
@@ -54,9 +60,27 @@ pub(crate) struct Config {
     pub(crate) retry_fired: RetryPolicy,
     pub(crate) classifier: Classifier,
     pub(crate) idempotency_header: IdempotencyHeader,
+    pub(crate) redirects: Redirects,
+    #[cfg(feature = "ssrf-guard")]
+    pub(crate) guard: Option<Arc<Guard>>,
 }
 
 impl Config {
+    /// Refuses a URL that the guard denies.
+    #[cfg_attr(
+        not(feature = "ssrf-guard"),
+        allow(clippy::unnecessary_wraps, clippy::unused_self)
+    )]
+    pub(crate) fn admit(&self, uri: &Uri) -> Result<(), Error> {
+        #[cfg(feature = "ssrf-guard")]
+        if let Some(guard) = &self.guard {
+            guard.admit(uri).map_err(|denied| Error::denied(&denied))?;
+        }
+        #[cfg(not(feature = "ssrf-guard"))]
+        let _ = uri;
+        Ok(())
+    }
+
     /// Whether the runner delivers this channel.
     pub(crate) fn delivers(&self, channel: &str) -> bool {
         self.deliver

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::Response;
 use http_body_util::Full;
+use requeuest::guard::Guard;
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::TestDatabase;
 use requeuest::{
@@ -354,7 +355,9 @@ async fn an_open_breaker_keeps_requests_back_and_closes_after_probes() {
 async fn a_receiver_that_is_gone_is_disabled_with_the_webhooks_preset() {
     let database = migrated().await;
     let server = Server::always(410).await;
-    let durable = builder(&database).webhooks().build().unwrap();
+    let guard = Guard::new().allow("127.0.0.1");
+    let durable = builder(&database).webhooks().guard(guard);
+    let durable = durable.build().unwrap();
     let first = fire(&durable, &server, 1).await;
     let destination = durable.destination(&origin(&server)).unwrap();
     eventually("it is disabled", || async {

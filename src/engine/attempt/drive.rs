@@ -51,8 +51,16 @@ pub(crate) fn drive(
             if !claim.begin().await {
                 return;
             }
-            let max_response_body = claim.driver().store.config().max_response_body;
-            let exchange = exchange(claim.job(), claim.attempts(), sender, max_response_body).await;
+            let driver = claim.driver();
+            let max_response_body = driver.store.config().max_response_body;
+            let exchange = exchange(
+                claim.job(),
+                claim.attempts(),
+                sender,
+                &driver.config,
+                max_response_body,
+            )
+            .await;
             let history = history(&exchange, &claim).await;
             match judge(exchange, history, &claim) {
                 Judgement::Finish(outcome) => return claim.finish(outcome),

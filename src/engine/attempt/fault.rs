@@ -9,6 +9,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
 use tower::Service;
 
+use super::transport::AfterRedirect;
 use crate::classify::FailureClass;
 
 /// Why there is no tunnel through an HTTP proxy. The type has no public name of its own.
@@ -19,6 +20,10 @@ type SocksError = <SocksV5<HttpConnector> as Service<Uri>>::Error;
 /// The class of a client's error. Only an error that certainly came before the request was sent
 /// gets a class that says so.
 pub(super) fn class_of(error: &(dyn StdError + 'static)) -> FailureClass {
+    #[cfg(feature = "ssrf-guard")]
+    if causes(error).any(super::transport::is_denied) {
+        return FailureClass::Denied;
+    }
     if is_unusable(error) {
         FailureClass::Unusable
     } else if causes(error).any(is_connect) {
@@ -43,6 +48,16 @@ pub(super) fn is_of_proxy(error: &(dyn StdError + 'static)) -> bool {
         }
         let error = error.downcast_ref::<SocksError>();
         error.is_some_and(|error| !matches!(error, SocksError::V4(_) | SocksError::V5(_)))
+    })
+}
+
+/// Whether the request was answered with a redirect, and the request after it failed.
+pub(super) fn is_after_redirect(error: &(dyn StdError + 'static)) -> bool {
+    causes(error).any(|error| {
+        error.is::<AfterRedirect>()
+            || error
+                .downcast_ref::<reqwest::Error>()
+                .is_some_and(reqwest::Error::is_redirect)
     })
 }
 

@@ -81,7 +81,7 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
     }
     match (delay, result) {
         // Whatever the verdict: it is unknown whether the request arrived.
-        (_, Err(failed)) if claim.is_once() && failed.class.may_have_been_sent() => {
+        (_, Err(failed)) if claim.is_once() && failed.may_have_been_sent() => {
             Judgement::Finish(Outcome::ambiguous(job.id, failed.into_fault()))
         }
         (_, result) if verdict == Verdict::Ambiguous => Judgement::Finish(ambiguous(claim, result)),
@@ -127,6 +127,7 @@ fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
         | Err(
             FailureClass::NotReady
             | FailureClass::Unusable
+            | FailureClass::Denied
             | FailureClass::Abandoned
             | FailureClass::Other,
         ) => Blame::Other,

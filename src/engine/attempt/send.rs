@@ -10,16 +10,17 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, StatusCode, Uri};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Service, ServiceExt};
 
-use super::fault::{class_of, is_of_proxy};
+use super::fault::{class_of, is_after_redirect, is_of_proxy};
 use super::job::Job;
 use super::transport::{ResponseUrl, Transport};
 use crate::body::{Body, BodyError};
 use crate::classify::FailureClass;
 use crate::context;
+use crate::engine::config::Config;
 use crate::error::{BoxError, chain, without_url};
 use crate::outcome::{Cause, Fault, Outcome};
 use crate::redact::{redact_urls, storable};
@@ -106,6 +107,8 @@ pub(crate) struct Failed {
     pub(super) class: FailureClass,
     /// A forward proxy is to blame.
     pub(super) is_of_proxy: bool,
+    /// The receiver has answered with a redirect, and the request after it failed.
+    is_after_redirect: bool,
     text: String,
     cause: Option<Cause>,
 }
@@ -115,6 +118,7 @@ impl Failed {
         Self {
             class,
             is_of_proxy: false,
+            is_after_redirect: false,
             text: storable(text),
             cause: None,
         }
@@ -132,6 +136,7 @@ impl Failed {
         let is_safe = redacted == shown;
         let failed = Self::new(class_of(&*error), &redacted);
         let is_of_proxy = is_of_proxy(&*error);
+        let is_after_redirect = is_after_redirect(&*error);
         let cause: Arc<dyn StdError + Send + Sync> = if is_safe {
             Arc::from(error)
         } else {
@@ -140,9 +145,15 @@ impl Failed {
         };
         Self {
             is_of_proxy,
+            is_after_redirect,
             cause: Some(Cause::Error(cause)),
             ..failed
         }
+    }
+
+    /// Whether the request may have reached the receiver.
+    pub(super) fn may_have_been_sent(&self) -> bool {
+        self.class.may_have_been_sent() || self.is_after_redirect
     }
 
     /// As the failure of an attempt whose response has begun.
@@ -191,6 +202,7 @@ impl KeptByCaller {
     pub(crate) fn of(error: &(dyn StdError + 'static)) -> Self {
         Self(Failed {
             is_of_proxy: is_of_proxy(error),
+            is_after_redirect: is_after_redirect(error),
             cause: Some(Cause::WithCaller),
             ..Failed::new(class_of(error), &redact_urls(&chain(error)))
         })
@@ -257,6 +269,7 @@ pub(super) async fn exchange(
     job: &Job,
     number: u32,
     sender: &mut dyn Sender,
+    config: &Config,
     max_response_body: usize,
 ) -> Exchange {
     let began = Instant::now();
@@ -265,14 +278,13 @@ pub(super) async fn exchange(
     let timeout = job.delivery.attempt_timeout;
     let mut result = {
         let exchange = pin!(async {
+            let request = to_http(job, number);
+            admit(config, request.uri())?;
             poll_fn(|cx| sender.poll_ready(cx))
                 .await
                 .map_err(Failed::with)?;
             called = true;
-            let response = sender
-                .send(to_http(job, number))
-                .await
-                .map_err(Failed::with)?;
+            let response = sender.send(request).await.map_err(Failed::with)?;
             let answer = read(job, response, max_response_body).await;
             answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))).after_head())
         });
@@ -299,6 +311,19 @@ pub(super) async fn exchange(
         duration: began.elapsed(),
         result,
     }
+}
+
+/// Fails the attempt if the guard denies where it goes.
+#[cfg_attr(not(feature = "ssrf-guard"), allow(clippy::unnecessary_wraps))]
+fn admit(config: &Config, uri: &Uri) -> Result<(), Failed> {
+    #[cfg(feature = "ssrf-guard")]
+    if let Some(guard) = &config.guard {
+        let admitted = guard.admit(uri);
+        admitted.map_err(|denied| Failed::with(denied.into()))?;
+    }
+    #[cfg(not(feature = "ssrf-guard"))]
+    let _ = (config, uri);
+    Ok(())
 }
 
 /// The request for one attempt.

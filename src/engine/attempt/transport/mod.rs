@@ -1,9 +1,12 @@
 //! The clients that send: a wrapped service, or a client of reqwest.
 
+#[cfg(feature = "ssrf-guard")]
+mod guarded;
 mod map_body;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
 mod plain;
+mod redirect;
 mod reqwest;
 
 use std::sync::{Mutex, PoisonError};
@@ -13,12 +16,16 @@ use tower::util::{BoxCloneService, MapErr};
 use tower::{Service, ServiceExt};
 
 use crate::body::Body;
-use crate::error::BoxError;
+use crate::engine::config::Config;
+use crate::error::{BoxError, Error};
 
+#[cfg(feature = "ssrf-guard")]
+pub(super) use self::guarded::is_denied;
 pub use self::map_body::MapBody;
 #[cfg(feature = "reqwest-middleware")]
 pub use self::middleware::MiddlewareTransport;
 pub(crate) use self::plain::PlainTransport;
+pub(super) use self::redirect::AfterRedirect;
 pub(crate) use self::reqwest::ResponseUrl;
 #[cfg(feature = "reqwest-middleware")]
 pub(crate) use self::reqwest::from_reqwest;
@@ -80,6 +87,25 @@ pub(crate) fn erase<S: HttpClient>(service: S) -> Transport {
         .map_response(wrap_body::<S::ResponseBody> as fn(_) -> _)
         .map_err(Into::into);
     BoxCloneService::new(service)
+}
+
+/// The transport of handles that were given none.
+pub(crate) fn own(config: &Config) -> Result<Transport, Error> {
+    #[cfg(feature = "ssrf-guard")]
+    let setup = config.guard.as_ref().map(guarded::setup).transpose()?;
+    #[cfg(not(feature = "ssrf-guard"))]
+    let setup = None;
+    let plain = PlainTransport::new(config.concurrency, setup)
+        .map_err(|error| Error::config("transport", error.to_string()))?;
+    if config.redirects.max() == 0 {
+        return Ok(erase(plain));
+    }
+    let rules = redirect::Rules {
+        redirects: config.redirects.clone(),
+        #[cfg(feature = "ssrf-guard")]
+        guard: config.guard.clone(),
+    };
+    Ok(erase(redirect::Following::new(plain, rules)))
 }
 
 fn wrap_body<B>(response: http::Response<B>) -> http::Response<Body>

@@ -5,6 +5,7 @@
 //! closed with it, so this transport counts the connections that its client opens, and replaces the
 //! client after a number of them. A connection in use stays until its response is read.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,6 +30,9 @@ const MAX_HTTP2_HEAD: u32 = 400 * 1024;
 /// How many connections may be idle at least.
 const MIN_IDLE: usize = 64;
 
+/// Further settings of each client.
+pub(super) type Setup = Arc<dyn Fn(reqwest::ClientBuilder) -> reqwest::ClientBuilder + Send + Sync>;
+
 /// Follows no redirects, because the answer to a request is its response. Has no retries of its
 /// own, because each attempt must be counted.
 #[derive(Clone, Debug)]
@@ -36,9 +40,9 @@ pub(crate) struct PlainTransport {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
 struct Shared {
     current: Mutex<Counted>,
+    setup: Option<Setup>,
     /// How many connections may be idle, in all.
     max_idle: usize,
 }
@@ -52,12 +56,16 @@ struct Counted {
 
 impl PlainTransport {
     /// A transport for this many attempts at the same time.
-    pub(crate) fn new(concurrency: usize) -> Result<Self, reqwest::Error> {
-        let current = Mutex::new(Counted::new()?);
+    pub(super) fn new(concurrency: usize, setup: Option<Setup>) -> Result<Self, reqwest::Error> {
+        let current = Mutex::new(Counted::new(setup.as_ref())?);
         // As many again as can be in use, so that a burst to one host keeps its connections.
         let max_idle = concurrency.saturating_mul(2).max(MIN_IDLE);
         Ok(Self {
-            shared: Arc::new(Shared { current, max_idle }),
+            shared: Arc::new(Shared {
+                current,
+                setup,
+                max_idle,
+            }),
         })
     }
 
@@ -66,7 +74,7 @@ impl PlainTransport {
         let mut current = current.unwrap_or_else(PoisonError::into_inner);
         if current.opened.count() >= self.shared.max_idle {
             // Where no client can be made any more, the current one continues.
-            match Counted::new() {
+            match Counted::new(self.shared.setup.as_ref()) {
                 Ok(new) => *current = new,
                 Err(error) => tracing::debug!(%error, "the client could not be replaced"),
             }
@@ -75,10 +83,22 @@ impl PlainTransport {
     }
 }
 
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("max_idle", &self.max_idle)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Counted {
-    fn new() -> Result<Self, reqwest::Error> {
+    fn new(setup: Option<&Setup>) -> Result<Self, reqwest::Error> {
         let opened = Opened::default();
-        let client = settings().connector_layer(opened.clone()).build()?;
+        let mut client = settings().connector_layer(opened.clone());
+        if let Some(setup) = setup {
+            client = setup(client);
+        }
+        let client = client.build()?;
         Ok(Self {
             client: ReqwestTransport::new(client),
             opened,
