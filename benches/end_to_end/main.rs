@@ -9,6 +9,7 @@
 //! - `--only`: some of `limits,await,fire,single,drain`.
 //! - `--limit`: how many attempts the receiver may get at the same time. It then has a rate limit
 //!   too, which is never reached.
+//! - `--guard on`: the handles have a guard that allows the receiver's address.
 //! - `--set max_wal_size=4GB`: a setting of the Postgres server.
 //!
 //! The receiver, Postgres (with `fsync` on) and the callers share the machine. The same run also
@@ -26,6 +27,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use requeuest::guard::Guard;
 use requeuest::sqlx::PgPool;
 use requeuest::{DestinationPolicy, Durable, RateLimit};
 
@@ -53,6 +55,7 @@ struct Arguments {
     /// Concurrent attempts.
     concurrency: usize,
     limit: Option<u32>,
+    guard: bool,
     /// The body of each request.
     body: Bytes,
     json: Option<PathBuf>,
@@ -71,6 +74,7 @@ impl Arguments {
             drain: 100_000,
             concurrency: requeuest::DEFAULT_CONCURRENCY,
             limit: None,
+            guard: false,
             body: vec![b'x'; 256].into(),
             json: None,
             only: Vec::new(),
@@ -87,6 +91,7 @@ impl Arguments {
                 "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
                 "--concurrency" => parsed.concurrency = value.parse()?,
                 "--limit" => parsed.limit = Some(value.parse()?),
+                "--guard" => parsed.guard = value == "on",
                 "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
                 "--json" => parsed.json = Some(value.into()),
                 _ => return Err(format!("unknown argument {name}").into()),
@@ -247,6 +252,9 @@ impl Bench<'_> {
                 .max_concurrency(attempts)
                 .rate(RateLimit::new(1_000_000, Duration::from_secs(1)));
             builder = builder.destination("127.0.0.1", limits);
+        }
+        if self.arguments.guard {
+            builder = builder.guard(Guard::new().allow("127.0.0.1"));
         }
         let durable = builder.build()?;
         durable.status(requeuest::Uuid::nil().into()).await?;
