@@ -1,5 +1,6 @@
-//! A sender of webhooks: a slow and a dead receiver don't delay the others, and an operator sends
-//! what was kept and given up once the dead one has been repaired.
+//! A sender of webhooks: its guard denies URLs of its own network, a slow and a dead receiver don't
+//! delay the others, and an operator sends what was kept and given up once the dead one has been
+//! repaired.
 //!
 //! `cargo run --example webhooks`
 
@@ -7,6 +8,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use requeuest::DestinationEventKind::{self, Disabled, Opened};
+use requeuest::guard::Guard;
 use requeuest::retry::{Jitter, RetryPolicy};
 use requeuest::testkit::Postgres;
 use requeuest::{CircuitBreaker, DeadLetterFilter, DestinationPolicy, Durable, RequestId};
@@ -46,6 +48,8 @@ async fn story() -> Result<()> {
     let (sender, mut events) = unbounded_channel();
     let durable = Durable::builder(database.pool().clone())
         .webhooks()
+        // The preset's guard denies loopback, where the receivers of this example are.
+        .guard(Guard::new().allow("127.0.0.1"))
         .retry(delays)
         .destination(&slow.origin, webhooks().max_concurrency(LIMIT))
         .destination(&dead.origin, webhooks().circuit_breaker(breaker))
@@ -54,6 +58,12 @@ async fn story() -> Result<()> {
             let _ = sender.send((event.kind.clone(), Instant::now()));
         })
         .build()?;
+
+    let inside = http::Request::post("http://169.254.169.254/latest").body("{}")?;
+    let refused = durable.fire(inside).await;
+    let refused = refused.expect_err("the guard denies it");
+    assert!(refused.is_denied());
+    println!("a customer's URL: {refused}");
 
     println!("good, alone: {}", time(&durable, &good).await?);
     let began = Instant::now();
