@@ -1,5 +1,9 @@
 -- How requests enter the queue.
 
+-- `enqueue` and `enqueue_many` have the rights of the schema's owner, so a role that may only
+-- execute them can persist requests and can't read any. They return ids and names of keys that the
+-- caller gave, and never what a row holds.
+
 -- Ordering keys and supersede keys are locked until the end of the transaction. A transaction takes
 -- up to 64 advisory locks, one for each key. The server's lock table is shared by all databases and
 -- has room for some thousand locks, so a transaction with more keys claims the rest of them by
@@ -330,6 +334,7 @@ CREATE FUNCTION enqueue(
     p_priority mq_priority DEFAULT 'normal'
 ) RETURNS TABLE (verdict text, request_id uuid, elsewhere text)
 LANGUAGE plpgsql
+SECURITY DEFINER
 SET search_path FROM CURRENT
 -- A caller's session may have planned this while the tables were empty, and keeps the plan.
 SET enable_seqscan = off
@@ -343,6 +348,13 @@ DECLARE
     v_seq bigint;
     v_now timestamptz;
 BEGIN
+    IF p_state NOT IN ('waiting', 'deferred') AND NOT has_table_privilege(
+        -- The role that calls: within this function, the current one is the schema's owner.
+        coalesce(nullif(current_setting('role'), 'none'), session_user), 'mq_msgs', 'INSERT'
+    ) THEN
+        RAISE EXCEPTION 'permission denied to send a request at once; a role that enqueues needs runner(false)'
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
     -- Take all locks first, always in this order: if a later lock is not available, nothing may
     -- have been done yet.
     IF p_supersede IS NOT NULL AND NOT lock_key('supersede', p_channel, p_supersede, p_wait) THEN
@@ -551,6 +563,7 @@ CREATE FUNCTION enqueue_many(
     p_priorities text[] DEFAULT NULL
 ) RETURNS TABLE (request_id uuid, verdict text, earlier uuid, elsewhere text)
 LANGUAGE plpgsql
+SECURITY DEFINER
 SET search_path FROM CURRENT
 -- As for enqueue.
 SET enable_seqscan = off

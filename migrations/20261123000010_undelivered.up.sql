@@ -5,10 +5,12 @@
 -- requests once, and notes when to give it up. Channels that have a runner cost one look at the
 -- queue's index each.
 
--- Whether a runner delivers the requests of a channel that have this format.
+-- Whether a runner delivers the requests of a channel that have this format. With the rights of the
+-- schema's owner, so that a role which only enqueues can warn of a channel that is misspelt.
 CREATE FUNCTION is_delivered(p_channel text, p_format smallint) RETURNS boolean
 LANGUAGE sql
 STABLE
+SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
     SELECT EXISTS (

@@ -107,6 +107,14 @@ pub(crate) enum Kind {
     },
     Database(Arc<sqlx::Error>),
     Migrations(MigrationState),
+    /// The schema belongs to a role that isn't the one that migrates it.
+    ForeignSchema {
+        schema: Box<str>,
+        owner: Box<str>,
+        role: Box<str>,
+    },
+    /// The role may enqueue, and the call needs more.
+    OnlyEnqueues(&'static str),
     /// It is unknown whether the commit of the insert took effect.
     Indeterminate(Option<Arc<sqlx::Error>>),
     Discarded {
@@ -256,6 +264,7 @@ impl Error {
             Kind::Database(error) => Kind::Database(Arc::clone(error)),
             Kind::Indeterminate(error) => Kind::Indeterminate(error.clone()),
             Kind::Migrations(state) => Kind::Migrations(*state),
+            Kind::OnlyEnqueues(what) => Kind::OnlyEnqueues(what),
             Kind::Closed => Kind::Closed,
             Kind::Corrupt(reason) => Kind::Corrupt(reason.clone()),
             Kind::Unreadable(reason) => Kind::Unreadable(reason.clone()),
@@ -392,11 +401,25 @@ impl Error {
         matches!(self.0.kind, Kind::Database(_))
     }
 
+    /// Whether the database's role lacks a right that the call needs: see
+    /// [`Migrator::grants`](crate::migrate::Migrator::grants). Nothing was changed. Then
+    /// [`is_database`](Self::is_database) is true too, if Postgres refused a statement.
+    pub fn is_forbidden(&self) -> bool {
+        match &self.0.kind {
+            Kind::Database(error) => is_insufficient_privilege(error),
+            Kind::OnlyEnqueues(_) => true,
+            _ => false,
+        }
+    }
+
     /// Whether the schema is missing, the role may not use it, or it is too old for this crate, or
     /// too new: see [`migrate`](crate::migrate()). Also if a pooler dropped the connection's
-    /// `search_path`.
+    /// `search_path`, and of `migrate` if the schema belongs to another role.
     pub fn is_not_migrated(&self) -> bool {
-        matches!(self.0.kind, Kind::Migrations(_))
+        matches!(
+            self.0.kind,
+            Kind::Migrations(_) | Kind::ForeignSchema { .. }
+        )
     }
 
     /// Whether it is unknown if the request was persisted: the connection broke or the runtime
@@ -590,6 +613,11 @@ pub(crate) fn without_url(error: BoxError) -> BoxError {
     }
 }
 
+/// Whether the session's role may not do what the statement does (`insufficient_privilege`).
+fn is_insufficient_privilege(error: &sqlx::Error) -> bool {
+    has_sqlstate(error, &["42501"])
+}
+
 /// Where a request was going, and why there is no response.
 fn fault_of(fault: &Fault, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     if let Some(destination) = &fault.destination {
@@ -643,6 +671,35 @@ fn key_busy(
     f.write_str(
         ", and nothing was persisted; if it is the caller's own, use fire_in in it, or else retry \
          once it has ended; see max_key_wait",
+    )
+}
+
+fn refused_by_database(f: &mut fmt::Formatter<'_>, error: &sqlx::Error) -> fmt::Result {
+    write!(f, "database error: {}", database_text(error))?;
+    if is_insufficient_privilege(error) {
+        f.write_str("; the role lacks a right for this call: see Migrator::grants")?;
+    }
+    Ok(())
+}
+
+fn foreign_schema(
+    f: &mut fmt::Formatter<'_>,
+    schema: &str,
+    owner: &str,
+    role: &str,
+) -> fmt::Result {
+    write!(
+        f,
+        "the schema {schema:?} belongs to the role {owner:?}, who can change and read all that is \
+         put there, and not to {role:?}; run migrate as {owner:?}, or choose another schema"
+    )
+}
+
+fn only_enqueues(f: &mut fmt::Formatter<'_>, what: &str) -> fmt::Result {
+    write!(
+        f,
+        "the database's role may not {what}; use a role with the rights of a runner: see \
+         Migrator::grants"
     )
 }
 
@@ -710,8 +767,14 @@ impl fmt::Display for Kind {
                 "the request was delivered and answered with {status}, but the response body \
                  exceeds the limit; see max_response_body"
             ),
-            Self::Database(error) => write!(f, "database error: {}", database_text(error)),
+            Self::Database(error) => refused_by_database(f, error),
             Self::Migrations(state) => state.fmt(f),
+            Self::ForeignSchema {
+                schema,
+                owner,
+                role,
+            } => foreign_schema(f, schema, owner, role),
+            Self::OnlyEnqueues(what) => only_enqueues(f, what),
             Self::Indeterminate(_) => f.write_str(
                 "the connection broke or the runtime ended during the commit, and the request may \
                  or may not be persisted; check its status before submitting it again",
@@ -941,6 +1004,8 @@ mod tests {
             Kind::Migrations(MigrationState::Older { .. }) => &["1", "2", "requeuest::migrate"],
             Kind::Migrations(MigrationState::Newer { .. }) => &["4", "3", "2", "upgrade requeuest"],
             Kind::Migrations(MigrationState::Failed { .. }) => &["2", "_sqlx_migrations"],
+            Kind::ForeignSchema { .. } => &["\"calls\"", "\"mallory\"", "\"app\"", "migrate as"],
+            Kind::OnlyEnqueues(_) => &["may not read responses", "rights of a runner"],
             Kind::Indeterminate(_) => &["may or may not be persisted", "check its status"],
             Kind::Discarded { .. } => &["given up", "refused by the receiver"],
             Kind::Cancelled { superseded: false } => &["cancelled"],
@@ -1011,6 +1076,12 @@ mod tests {
                 headers: Box::default(),
             },
             Kind::Database(shared(sqlx::Error::Database(Box::new(Refusal)))),
+            Kind::ForeignSchema {
+                schema: "calls".into(),
+                owner: "mallory".into(),
+                role: "app".into(),
+            },
+            Kind::OnlyEnqueues("read responses"),
             Kind::Indeterminate(Some(shared(sqlx::Error::PoolTimedOut))),
             discarded.into_result().unwrap_err().0.kind,
             Kind::Cancelled { superseded: false },

@@ -5,6 +5,7 @@
 //! first, nor with a sqlxmq in another schema.
 
 mod change;
+mod grants;
 mod ledger;
 
 use std::time::Duration;
@@ -14,6 +15,8 @@ use sqlx::migrate::MigrateError;
 use sqlx::postgres::PgConnectOptions;
 
 use self::change::Target;
+pub use self::grants::DatabaseRole;
+use self::grants::Grant;
 pub(crate) use self::ledger::{Ledger, Tables};
 use crate::runtime;
 use crate::store::quoted;
@@ -32,7 +35,8 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 /// Running it again, or from several processes at once, is harmless. It needs no extension and
 /// works on Postgres 14 and later. Its role needs the right to create a schema in the database,
 /// unless the schema exists and belongs to that role. Where there is nothing to migrate, any role
-/// that may use the schema can run it.
+/// that may use the schema can run it. Roles other than the schema's owner get no rights: see
+/// [`Migrator::grants`].
 ///
 /// It runs beside processes at work, also older and newer ones. A schema that a newer release has
 /// upgraded is left as it is, for as long as it is compatible with this one.
@@ -51,8 +55,8 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 /// - [`MigrateError::Source`] with an [`Error`](crate::Error) for which
 ///   [`is_not_migrated`](crate::Error::is_not_migrated) is true: a newer release has upgraded the
 ///   schema, and it can't be used by this one any more.
-/// - The same: the role may not use the schema, or a pooler did not keep the settings of the
-///   transaction.
+/// - The same: the role may not use the schema, the schema belongs to another role, or a pooler did
+///   not keep the settings of the transaction.
 /// - [`MigrateError::Source`] with a [`std::io::Error`] of the kind `TimedOut`: other sessions
 ///   still had the locks that it needs.
 /// - [`MigrateError::Execute`] with a [`sqlx::Error::Configuration`]: the role may not create the
@@ -92,6 +96,7 @@ pub struct Migrator {
     schema: String,
     max_wait: Duration,
     connect_options: Option<PgConnectOptions>,
+    grants: Vec<Grant>,
 }
 
 impl Default for Migrator {
@@ -107,6 +112,7 @@ impl Migrator {
             schema: DEFAULT_SCHEMA.to_owned(),
             max_wait: DEFAULT_MAX_WAIT,
             connect_options: None,
+            grants: Vec::new(),
         }
     }
 
@@ -150,6 +156,55 @@ impl Migrator {
         self
     }
 
+    /// Gives a role of the database what its part needs, with each [`run`](Self::run) and in the
+    /// same transaction: a release may add what its parts use. May be called for several roles.
+    ///
+    /// A role has exactly the rights of its parts afterwards: others on the schema and its tables
+    /// and functions are taken away. The role must exist, and can't be the owner of the schema, who
+    /// must be the one that runs this.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::migrate::{DatabaseRole, Migrator};
+    ///
+    /// # async fn example(owner: sqlx::PgPool) -> Result<(), sqlx::migrate::MigrateError> {
+    /// Migrator::new()
+    ///     .grants(DatabaseRole::Enqueue, "web")
+    ///     .grants(DatabaseRole::Runner, "worker")
+    ///     .grants(DatabaseRole::ReadOnly, "support")
+    ///     .run(&owner)
+    ///     .await?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn grants(mut self, part: DatabaseRole, role: impl Into<String>) -> Self {
+        let role = role.into();
+        self.grants.push(Grant { part, role });
+        self
+    }
+
+    /// The statements by which [`run`](Self::run) gives roles their rights, for a tool or a person
+    /// to run as the schema's owner, in one transaction, after each migration.
+    ///
+    /// # Errors
+    ///
+    /// If the name of the schema or of a role is not valid.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use requeuest::migrate::{DatabaseRole, Migrator};
+    ///
+    /// # fn example() -> Result<(), sqlx::migrate::MigrateError> {
+    /// println!("{}", Migrator::new().grants(DatabaseRole::Enqueue, "web").grants_sql()?);
+    /// # Ok(()) }
+    /// ```
+    pub fn grants_sql(&self) -> Result<String, MigrateError> {
+        self.validate()?;
+        Ok(grants::statements(&quoted(&self.schema), &self.grants))
+    }
+
     /// Installs or upgrades the schema. See [`migrate`].
     ///
     /// # Errors
@@ -187,15 +242,25 @@ impl Migrator {
             .map_err(sqlx::Error::Io)?
     }
 
+    fn validate(&self) -> Result<(), MigrateError> {
+        let refused =
+            |reason: String| MigrateError::Execute(sqlx::Error::Configuration(reason.into()));
+        validate_schema(&self.schema).map_err(|reason| refused(reason.to_owned()))?;
+        for grant in &self.grants {
+            grant.validate().map_err(refused)?;
+        }
+        Ok(())
+    }
+
     fn target(&self, pool: &PgPool) -> Result<Target, MigrateError> {
-        validate_schema(&self.schema)
-            .map_err(|reason| MigrateError::Execute(sqlx::Error::Configuration(reason.into())))?;
+        self.validate()?;
         let connect = self.connect_options.clone();
         Ok(Target {
             connect: connect.unwrap_or_else(|| (*pool.connect_options()).clone()),
             schema: quoted(&self.schema),
             migrations: &MIGRATIONS,
             max_wait: self.max_wait,
+            grants: self.grants.clone(),
         })
     }
 }

@@ -304,6 +304,12 @@ async fn write(store: &Store, channels: &UsedChannels, mut batch: Vec<Submission
         }
         return;
     }
+    if !store.may_read() {
+        batch = without_waiters(batch);
+        if batch.is_empty() {
+            return;
+        }
+    }
     let mut runners = Vec::new();
     let mut stack = vec![batch];
     while let Some(batch) = stack.pop() {
@@ -347,6 +353,21 @@ async fn write(store: &Store, channels: &UsedChannels, mut batch: Vec<Submission
         }
     }
     notify(store, runners).await;
+}
+
+/// Refuses the requests whose callers would wait for what the role may not read.
+fn without_waiters(batch: Vec<Submission>) -> Vec<Submission> {
+    let (waiting, rest): (Vec<_>, Vec<_>) = batch
+        .into_iter()
+        .partition(|submission| submission.row.waiter.is_some());
+    for submission in waiting {
+        submission.done.send(Err(may_not_read()));
+    }
+    rest
+}
+
+fn may_not_read() -> Error {
+    Error::new(Kind::OnlyEnqueues("read responses"))
 }
 
 fn rejoin(rows: Vec<NewRequest>, parts: Vec<Parts>) -> Vec<Submission> {
@@ -447,6 +468,9 @@ async fn insert_when_free(
             }
         }
         store.verify().await?;
+        if row.waiter.is_some() && !store.may_read() {
+            return Err(may_not_read());
+        }
         let again = again || unknown_since.is_some();
         match store.try_insert_locked(row, again).await {
             Ok(Inserted::Busy(field)) => {

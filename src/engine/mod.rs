@@ -273,8 +273,15 @@ impl Engine {
                 let elsewhere = !driver.leases.is_driven(id);
                 if elsewhere {
                     let instance = driver.instance;
-                    self.with_store(|store| async move { store.watch(id, instance).await })
-                        .await?;
+                    let watched = self
+                        .with_store(|store| async move { store.watch(id, instance).await })
+                        .await;
+                    // A role that only reads can't be told, and looks once a second anyway.
+                    if let Err(error) = watched {
+                        if !error.is_forbidden() {
+                            return Err(error);
+                        }
+                    }
                 }
                 waiter.arm(elsewhere);
                 waiter.await

@@ -16,6 +16,7 @@ use sqlx::migrate::{MigrateError, Migration, Migrator};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Row, Transaction};
 
+use super::grants::{self, Grant};
 use super::ledger::{self, Applied, Ledger, Tables};
 use crate::error::{Error, Kind, MigrationState, has_sqlstate};
 use crate::store::connect::located;
@@ -37,11 +38,16 @@ pub(super) struct Target {
     pub(super) schema: String,
     pub(super) migrations: &'static Migrator,
     pub(super) max_wait: Duration,
+    pub(super) grants: Vec<Grant>,
 }
 
 /// What a change needs to know of its schema.
 struct Found {
     exists: bool,
+    /// The role whose transaction this is.
+    role: String,
+    /// The schema's owner.
+    owner: Option<String>,
     /// The role may create objects in the schema or, if there is none yet, create it.
     may_create: bool,
     tables: Tables,
@@ -72,7 +78,7 @@ impl Target {
         let mut transaction = self.begin(&mut connection, "").await?;
         let (_, pending) = self.pending(&mut transaction).await?;
         transaction.rollback().await?;
-        if !pending.is_empty() {
+        if !pending.is_empty() || !self.grants.is_empty() {
             self.locked(&mut connection, async |transaction| {
                 let (found, pending) = self.pending(transaction).await?;
                 if !found.exists {
@@ -83,8 +89,16 @@ impl Target {
                 if !found.tables.migrations {
                     ledger::create(transaction).await?;
                 }
-                for migration in pending {
-                    ledger::apply(transaction, migration).await?;
+                if !pending.is_empty() {
+                    for migration in pending {
+                        ledger::apply(transaction, migration).await?;
+                    }
+                    let without_public = grants::without_public(&self.schema);
+                    transaction.execute(&*without_public).await?;
+                }
+                if !self.grants.is_empty() {
+                    self.verify_grants(&found)?;
+                    grants::apply(transaction, &self.schema, &self.grants).await?;
                 }
                 Ok(())
             })
@@ -253,10 +267,43 @@ impl Target {
                 None => pending.push(migration),
             }
         }
-        if !pending.is_empty() && !found.may_create {
-            return Err(MigrateError::Execute(self.forbidden(found.exists)));
+        if !pending.is_empty() || !self.grants.is_empty() {
+            if !found.may_create {
+                return Err(MigrateError::Execute(self.forbidden(found.exists)));
+            }
+            self.verify_owner(&found)?;
         }
         Ok((found, pending))
+    }
+
+    /// Makes sure that the schema is the role's own. The owner of a schema can put functions into
+    /// it, and remove what other roles have put there.
+    fn verify_owner(&self, found: &Found) -> Result<(), MigrateError> {
+        match &found.owner {
+            Some(owner) if *owner != found.role => {
+                let kind = Kind::ForeignSchema {
+                    schema: self.schema.trim_matches('"').into(),
+                    owner: owner.as_str().into(),
+                    role: found.role.as_str().into(),
+                };
+                Err(MigrateError::Source(Box::new(Error::new(kind))))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The owner's own rights must not be taken away.
+    fn verify_grants(&self, found: &Found) -> Result<(), MigrateError> {
+        if self.grants.iter().any(|grant| grant.role == found.role) {
+            let text = format!(
+                "grants: {:?} owns the schema {}; grant rights to other roles",
+                found.role, self.schema
+            );
+            return Err(MigrateError::Execute(sqlx::Error::Configuration(
+                text.into(),
+            )));
+        }
+        Ok(())
     }
 
     /// Makes sure that what the transaction creates comes into the schema.
@@ -283,6 +330,11 @@ impl Target {
                     has_database_privilege(current_database(), 'CREATE')
                 ),
                 coalesce(has_schema_privilege(to_regnamespace($1)::oid, 'USAGE'), true),
+                current_user::text,
+                (
+                    SELECT pg_get_userbyid(n.nspowner)::text FROM pg_namespace n
+                    WHERE n.oid = to_regnamespace($1)
+                ),
                 {}",
             Tables::COLUMNS
         );
@@ -299,6 +351,8 @@ impl Target {
         Ok(Found {
             exists: row.try_get(0)?,
             may_create: row.try_get(1)?,
+            role: row.try_get(3)?,
+            owner: row.try_get(4)?,
             tables,
             ledger: Ledger::read(connection, tables).await?,
             applied: if tables.migrations {
@@ -436,6 +490,7 @@ mod tests {
             schema: quoted("requeuest"),
             migrations: Box::leak(Box::new(migrations)),
             max_wait: LONG,
+            grants: Vec::new(),
         }
     }
 

@@ -174,7 +174,7 @@ async fn write(
 
 /// Inserts requests in order, through a function of the schema. Returns those that were not
 /// inserted, and why. Unless they are attached to earlier requests, no row was inserted.
-async fn insert_many(
+pub(super) async fn insert_many(
     connection: &mut PgConnection,
     schema: &str,
     requests: &[NewRequest],

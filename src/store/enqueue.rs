@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
-use sqlx::{PgConnection, PgExecutor, Postgres};
+use sqlx::{Connection, PgConnection, PgExecutor, Postgres};
 use uuid::Uuid;
 
 use super::{Store, StoreError, millis, quoted};
@@ -277,6 +277,19 @@ impl Store {
         again: bool,
     ) -> Result<(), StoreError> {
         let bytes = requests.iter().map(NewRequest::size).sum();
+        if !self.may_insert() {
+            let how = Inserting {
+                notify: false,
+                again,
+                ..self.inserting()
+            };
+            let schema = &self.config().schema;
+            return self
+                .run_large("enqueue", bytes, async |connection| {
+                    insert_by_function(connection, schema, requests, how).await
+                })
+                .await;
+        }
         let lease = self.config().lease;
         self.run_large("enqueue", bytes, async |connection| {
             insert(connection, requests, lease, again).await
@@ -378,6 +391,25 @@ async fn insert(
     .execute(connection)
     .await?;
     Ok(())
+}
+
+/// Inserts requests as a role that may not write the tables.
+async fn insert_by_function(
+    connection: &mut PgConnection,
+    schema: &str,
+    requests: &[NewRequest],
+    how: Inserting,
+) -> Result<(), sqlx::Error> {
+    let plain = |request: &NewRequest| request.initial == Initial::Waiting;
+    if requests.len() > 1 && !how.again && requests.iter().all(plain) {
+        super::bulk::insert_many(connection, schema, requests, how).await?;
+        return Ok(());
+    }
+    let mut transaction = connection.begin().await?;
+    for request in requests {
+        insert_one(&mut *transaction, schema, request, how).await?;
+    }
+    transaction.commit().await
 }
 
 /// Binds the first nine parameters, which every insert of many rows has.

@@ -67,6 +67,9 @@ struct Inner {
     config: StoreConfig,
     /// The schema was found to be the one that the statements were written for.
     verified: AtomicBool,
+    /// What the role may do, once the schema is verified.
+    may_insert: AtomicBool,
+    may_read: AtomicBool,
 }
 
 impl Store {
@@ -87,6 +90,8 @@ impl Store {
                 caller_pool,
                 config,
                 verified: AtomicBool::new(false),
+                may_insert: AtomicBool::new(true),
+                may_read: AtomicBool::new(true),
             }),
         }
     }

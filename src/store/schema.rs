@@ -16,7 +16,19 @@ enum Schema {
     Forbidden,
     /// The session looks into another schema than it was told to: a pooler dropped its settings.
     Elsewhere,
-    Installed(Ledger),
+    Installed {
+        ledger: Ledger,
+        rights: Rights,
+    },
+}
+
+/// What the session's role may do, as far as a handle acts on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Rights {
+    /// Insert requests, and not only call the functions that do.
+    insert: bool,
+    /// Read responses.
+    read: bool,
 }
 
 impl Store {
@@ -35,11 +47,27 @@ impl Store {
             Schema::Missing => Err(MigrationState::Missing),
             Schema::Forbidden => Err(MigrationState::Forbidden),
             Schema::Elsewhere => Err(MigrationState::SettingsDropped),
-            Schema::Installed(ledger) => ledger.check(wanted_version()),
+            Schema::Installed { ledger, rights } => {
+                let Rights { insert, read } = rights;
+                self.inner.may_insert.store(insert, Ordering::Relaxed);
+                self.inner.may_read.store(read, Ordering::Relaxed);
+                ledger.check(wanted_version())
+            }
         };
         checked.map_err(|state| Error::new(Kind::Migrations(state)))?;
         self.inner.verified.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether the role may write the tables of requests. If not, it may enqueue through functions.
+    /// True before the schema is verified.
+    pub(crate) fn may_insert(&self) -> bool {
+        self.inner.may_insert.load(Ordering::Relaxed)
+    }
+
+    /// Whether the role may read responses. True before the schema is verified.
+    pub(crate) fn may_read(&self) -> bool {
+        self.inner.may_read.load(Ordering::Relaxed)
     }
 
     /// Whether the database answers. A runner's supervisor calls it all the time, so that the
@@ -57,7 +85,11 @@ impl Store {
 /// What the session sees of the schema.
 async fn find_schema(connection: &mut PgConnection, schema: &str) -> Result<Schema, sqlx::Error> {
     let statement = format!(
-        "SELECT current_schema()::text AS current, {}",
+        "SELECT
+            current_schema()::text AS current,
+            coalesce(has_table_privilege(to_regclass('mq_msgs'), 'INSERT'), true) AS insert,
+            coalesce(has_table_privilege(to_regclass('outcomes'), 'SELECT'), true) AS read,
+            {}",
         Tables::COLUMNS
     );
     let row = sqlx::query(&statement).fetch_one(&mut *connection).await?;
@@ -77,6 +109,13 @@ async fn find_schema(connection: &mut PgConnection, schema: &str) -> Result<Sche
         Some(current) if current != schema => return Ok(Schema::Elsewhere),
         Some(_) => {}
     }
+    let rights = Rights {
+        insert: row.try_get("insert")?,
+        read: row.try_get("read")?,
+    };
     let ledger = Ledger::read(connection, Tables::from_row(&row)?).await?;
-    Ok(ledger.map_or(Schema::Missing, Schema::Installed))
+    Ok(ledger.map_or(Schema::Missing, |ledger| Schema::Installed {
+        ledger,
+        rights,
+    }))
 }

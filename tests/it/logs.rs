@@ -307,6 +307,7 @@ async fn polls_that_always_fail_are_one_warning() {
     role.granted(
         "GRANT USAGE ON SCHEMA requeuest TO ROLE;
          GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA requeuest TO ROLE;
+         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA requeuest TO ROLE;
          GRANT UPDATE ON requeuest.runners, requeuest.undelivered_channels TO ROLE;
          INSERT INTO requeuest.mq_msgs (id, channel_name, channel_args, attempt_at)
          VALUES (gen_random_uuid(), 'default', '0000|d|x', now())",

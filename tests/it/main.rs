@@ -38,6 +38,7 @@ mod proxy;
 mod redirects;
 mod retention;
 mod retry;
+mod roles;
 mod runtimes;
 mod sessions;
 mod sockets;

@@ -473,7 +473,8 @@ async fn outcomes_expire_without_the_right_to_truncate() {
     role.granted(
         "GRANT USAGE ON SCHEMA requeuest TO ROLE;
          GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA requeuest TO ROLE;
-         GRANT USAGE ON ALL SEQUENCES IN SCHEMA requeuest TO ROLE",
+         GRANT USAGE ON ALL SEQUENCES IN SCHEMA requeuest TO ROLE;
+         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA requeuest TO ROLE",
     )
     .await;
     add_outcomes(&database, 4, 7000, 100, 60).await;

@@ -182,7 +182,7 @@ async fn delivered(durable: &Durable, id: RequestId) {
 }
 
 /// Makes and ends requests in each way, some of them on the application's connections.
-async fn works(durable: &Durable, application: &PgPool) {
+pub async fn works(durable: &Durable, application: &PgPool) {
     let server = Server::in_turn(&[503, 200]).await;
     let url = server.url("/");
     let kinds = [
@@ -427,7 +427,8 @@ pub async fn terminate(database: &TestDatabase, role: &Role<'_>) {
 
 const RIGHTS: &str = "GRANT USAGE ON SCHEMA requeuest TO ROLE;
     GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA requeuest TO ROLE;
-    GRANT USAGE ON ALL SEQUENCES IN SCHEMA requeuest TO ROLE";
+    GRANT USAGE ON ALL SEQUENCES IN SCHEMA requeuest TO ROLE;
+    GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA requeuest TO ROLE";
 
 #[tokio::test]
 async fn new_connections_follow_the_credentials_of_the_callers_pool() {

@@ -16,6 +16,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
+use requeuest::migrate::{DatabaseRole, Migrator};
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, TestDatabase};
 use requeuest::{
@@ -254,7 +255,7 @@ pub fn handle(database: &TestDatabase) -> Durable {
 
 /// Limits that tests of other things meet, and that don't change what these tests expect: permits
 /// for a few processes only, tokens that come back soon, and a breaker that is open for a moment.
-fn limits() -> DestinationPolicy {
+pub fn limits() -> DestinationPolicy {
     let moment = Duration::from_millis(50);
     let breaker = CircuitBreaker::default()
         .failure_share(0.9)
@@ -391,6 +392,12 @@ impl<'a> Role<'a> {
     pub async fn granted(&self, statements: &str) {
         let statements = statements.replace("ROLE", &self.name);
         self.database.pool().execute(&*statements).await.unwrap();
+    }
+
+    /// Gives the role the rights of this part.
+    pub async fn plays(&self, part: DatabaseRole) {
+        let migrator = Migrator::new().grants(part, &self.name);
+        migrator.run(self.database.pool()).await.unwrap();
     }
 
     pub fn options(&self) -> PgConnectOptions {

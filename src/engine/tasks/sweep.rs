@@ -94,6 +94,10 @@ pub(crate) async fn run(store: Store, health: Arc<Health>) {
     loop {
         // The jitter spreads the processes of a fleet, which may have started together.
         tokio::time::sleep(interval.mul_f64(0.5 + fastrand::f64())).await;
+        // A process whose role may not change requests leaves that to others.
+        if sweep.store.verify().await.is_ok() && !sweep.store.may_insert() {
+            continue;
+        }
         sweep.run().await;
     }
 }
