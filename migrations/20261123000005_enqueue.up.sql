@@ -298,7 +298,9 @@ $$;
 -- - `inserted`
 -- - `attached`: the key belongs to an earlier request with the same fingerprint, whose id is
 --   returned.
--- - `conflict`: the key belongs to an earlier request that differs, whose id is returned.
+-- - `conflict`: the key belongs to an earlier request that differs, whose id is returned. The
+--   column `elsewhere` has its fingerprint in hexadecimal digits: the encrypted fingerprints of a
+--   request differ if their keys do, and only the crate can compare them.
 -- - `busy`: nothing was done, because another transaction has one of the keys and p_wait is not
 --   set. The column `elsewhere` says which one, `supersede` or `ordered`.
 -- - `elsewhere`: nothing was done, because another channel, which is returned, has unfinished
@@ -409,13 +411,15 @@ BEGIN
         -- ends when the key is either taken or seen to belong to another request.
         LOOP
             SELECT
-                k.id, k.fingerprint = p_fingerprint AS same, is_known(k.id) AS present
+                k.id, k.fingerprint = p_fingerprint AS same, k.fingerprint AS stored,
+                is_known(k.id) AS present
             INTO v_first
             FROM request_keys k
             WHERE k.channel_name = p_channel AND k.key = p_key;
             IF v_first.present THEN
                 RETURN QUERY SELECT
-                    CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id, NULL;
+                    CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id,
+                    CASE WHEN NOT v_first.same THEN encode(v_first.stored, 'hex') END;
                 RETURN;
             END IF;
             EXIT WHEN v_elsewhere IS NOT NULL;
@@ -542,8 +546,8 @@ $$;
 -- request that it did not insert, with a verdict of enqueue:
 --
 -- - `attached`, with the id of the earlier request. The other requests are inserted.
--- - `conflict`, with the id of the earlier request, or `elsewhere`, with the channel. Then nothing
---   was done, and this is the only row.
+-- - `conflict`, with the id and the fingerprint of the earlier request, for each such request. Or
+--   `elsewhere`, with the channel, for one. Then nothing was done, and there are no other rows.
 CREATE FUNCTION enqueue_many(
     p_ids uuid[],
     p_channels text[],
@@ -576,7 +580,7 @@ DECLARE
     v_attached uuid[] := '{}';
     v_earlier uuid[];
     v_same boolean[];
-    v_first int;
+    v_stored bytea[];
     v_id uuid;
     v_elsewhere text;
     v_states mq_state[];
@@ -591,16 +595,18 @@ BEGIN
         PERFORM take_keys(p_ids, p_channels, p_keys, p_fingerprints);
         SELECT
             coalesce(array_agg(i.id), '{}'), array_agg(k.id),
-            array_agg(k.fingerprint = i.fingerprint)
-        INTO v_attached, v_earlier, v_same
+            array_agg(k.fingerprint = i.fingerprint), array_agg(k.fingerprint)
+        INTO v_attached, v_earlier, v_same, v_stored
         FROM unnest(p_ids, p_channels, p_keys, p_fingerprints)
             AS i(id, channel, key, fingerprint)
         JOIN request_keys k ON k.channel_name = i.channel AND k.key = i.key
         WHERE k.id <> i.id;
-        v_first := array_position(v_same, false);
-        IF v_first IS NOT NULL THEN
+        IF false = ANY (v_same) THEN
             DELETE FROM request_keys k WHERE k.id = ANY (p_ids);
-            RETURN QUERY SELECT v_attached[v_first], 'conflict', v_earlier[v_first], NULL;
+            RETURN QUERY SELECT c.id, 'conflict', c.earlier, encode(c.stored, 'hex')
+            FROM unnest(v_attached, v_earlier, v_same, v_stored)
+                WITH ORDINALITY AS c(id, earlier, same, stored, number)
+            WHERE NOT c.same ORDER BY c.number;
             RETURN;
         END IF;
     END IF;

@@ -4,6 +4,7 @@ DROP FUNCTION purge_expired;
 DROP FUNCTION purge_requests;
 DROP FUNCTION resolve_request;
 DROP FUNCTION replay_request;
+DROP FUNCTION is_sealed;
 DROP FUNCTION refuses_order;
 DROP FUNCTION without_caller;
 DROP FUNCTION request_priority;

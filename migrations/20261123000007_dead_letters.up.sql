@@ -112,14 +112,28 @@ BEGIN
 END;
 $$;
 
--- Makes a new request from a dead letter. Returns:
+-- Whether a stored request is encrypted.
+CREATE FUNCTION is_sealed(p_head text) RETURNS boolean
+LANGUAGE sql
+IMMUTABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT left(p_head, 16384) ~ $re$^\{"method":"[^"\\]*","url":"[^"\\]*","sealed":"$re$
+$$;
+
+-- Makes a new request from a dead letter. An encrypted one needs its content encrypted for the new
+-- id, as p_head and p_body. Returns:
 --
 -- - `replayed`
+-- - `sealed`: nothing was done, because the request is encrypted and p_head is NULL.
 -- - `gone`: its payload no longer exists.
 -- - `busy`: nothing was done, because another transaction has its ordering key.
 -- - `elsewhere`: nothing was done, because another channel has its ordering key.
 -- - NULL: it isn't a dead letter.
-CREATE FUNCTION replay_request(p_id uuid, p_new uuid, p_retention interval) RETURNS text
+CREATE FUNCTION replay_request(
+    p_id uuid, p_new uuid, p_retention interval, p_head text DEFAULT NULL,
+    p_body bytea DEFAULT NULL
+) RETURNS text
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
@@ -153,14 +167,18 @@ BEGIN
     END IF;
     v_now := clock_timestamp();
     UPDATE mq_payloads p
-    SET id = p_new, head = without_caller(p.head), returns = 0, response_status = NULL,
-        response_head = NULL, response_body = NULL
-    WHERE p.id = p_id
+    SET id = p_new, head = without_caller(coalesce(p_head, p.head)),
+        body = CASE WHEN p_head IS NULL THEN p.body ELSE p_body END,
+        returns = 0, response_status = NULL, response_head = NULL, response_body = NULL
+    WHERE p.id = p_id AND (p_head IS NOT NULL OR NOT is_sealed(p.head))
     RETURNING
         p.halts, coalesce(request_limit_key(p.head), request_destination(p.head)),
         request_priority(p.head)
     INTO v_halts, v_destination, v_priority;
     IF NOT FOUND THEN
+        IF EXISTS (SELECT FROM mq_payloads p WHERE p.id = p_id) THEN
+            RETURN 'sealed';
+        END IF;
         RETURN 'gone';
     END IF;
     IF v_in_place THEN

@@ -192,6 +192,24 @@ struct Headers<'a> {
     sensitive: Vec<usize>,
 }
 
+/// What an encrypted head hides. The method, the origin and the delivery stay readable beside it,
+/// because statements and operators read them.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg(feature = "encryption")]
+struct HiddenRequest<'a> {
+    #[serde(borrow)]
+    url: Text<'a>,
+    version: Text<'a>,
+    headers: Pairs<'a>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    sensitive: Vec<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    trailers: Option<Headers<'a>>,
+    /// Whether there is a body: a row whose body was removed must not be sent without one.
+    body: bool,
+}
+
 type Pairs<'a> = Vec<(Text<'a>, Text<'a>)>;
 
 /// Borrowed from the head unless it contains an escape. A plain `Cow` in a list would always be
@@ -306,45 +324,139 @@ fn to_json<T: Serialize>(head: &T) -> String {
     }
 }
 
+/// The JSON behind these bytes, and before room for this many more.
+#[cfg(feature = "encryption")]
+fn to_json_between<T: Serialize>(head: &T, before: &[u8], after: usize) -> Vec<u8> {
+    let mut json = Vec::with_capacity(768 + before.len() + after);
+    json.extend_from_slice(before);
+    if serde_json::to_writer(&mut json, head).is_err() {
+        json.truncate(before.len());
+    }
+    json
+}
+
 /// The request without its body.
 pub(crate) fn decode_request(head: &str) -> Result<(Request, Uri, Delivery), Unreadable> {
     let head: StoredRequest<'_> =
         serde_json::from_str(head).map_err(|error| Unreadable::json("the head", &error, 0))?;
-    let uri: Uri = head
-        .url
-        .0
-        .parse()
-        .map_err(|_| Unreadable::part("the URL"))?;
-    check_uri(&uri).map_err(|_| Unreadable::part("the URL"))?;
-    let delivery = head.delivery.into_owned();
-    validate_timeout(delivery.attempt_timeout).map_err(|_| Unreadable::part("`timeout_ms`"))?;
-    let retry = delivery.retry.validate();
-    retry.map_err(|reason| Unreadable(format!("`retry`: {reason}").into()))?;
-    if let Some(key) = &delivery.limit_key {
-        validate_limit_key(key).map_err(|_| Unreadable::part("`limit_key`"))?;
+    let method = head.method;
+    let (delivery, parts) = (
+        head.delivery.into_owned(),
+        RequestParts {
+            url: head.url,
+            version: head.version,
+            headers: head.headers,
+            sensitive: head.sensitive,
+            trailers: head.trailers,
+        },
+    );
+    parts.into_request(&method.0, delivery)
+}
+
+/// The parts of a stored request that an encrypted head hides.
+struct RequestParts<'a> {
+    url: Text<'a>,
+    version: Text<'a>,
+    headers: Pairs<'a>,
+    sensitive: Vec<usize>,
+    trailers: Option<Headers<'a>>,
+}
+
+impl RequestParts<'_> {
+    fn into_request(
+        self,
+        method: &str,
+        delivery: Delivery,
+    ) -> Result<(Request, Uri, Delivery), Unreadable> {
+        let uri: Uri = self
+            .url
+            .0
+            .parse()
+            .map_err(|_| Unreadable::part("the URL"))?;
+        check_uri(&uri).map_err(|_| Unreadable::part("the URL"))?;
+        validate_timeout(delivery.attempt_timeout).map_err(|_| Unreadable::part("`timeout_ms`"))?;
+        let retry = delivery.retry.validate();
+        retry.map_err(|reason| Unreadable(format!("`retry`: {reason}").into()))?;
+        if let Some(key) = &delivery.limit_key {
+            validate_limit_key(key).map_err(|_| Unreadable::part("`limit_key`"))?;
+        }
+        let (headers, sensitive) = (self.headers, self.sensitive);
+        let request = Request {
+            method: Method::from_str(method).map_err(|_| Unreadable::part("the method"))?,
+            target: Target::Uri(uri.clone()),
+            version: version_of(&self.version.0)?,
+            headers: Headers { headers, sensitive }.into_map()?,
+            body: None,
+            trailers: self.trailers.map(Headers::into_map).transpose()?,
+            options: Options::default(),
+        };
+        Ok((request, uri, delivery))
     }
-    let (headers, sensitive) = (head.headers, head.sensitive);
-    let request = Request {
-        method: Method::from_str(&head.method.0).map_err(|_| Unreadable::part("the method"))?,
-        target: Target::Uri(uri.clone()),
-        version: version_of(&head.version.0)?,
-        headers: Headers { headers, sensitive }.into_map()?,
-        body: None,
-        trailers: head.trailers.map(Headers::into_map).transpose()?,
-        options: Options::default(),
+}
+
+/// What an encrypted head hides of a request, with room for the nonce before it and for the tag
+/// after it, so that it is encrypted in place.
+#[cfg(feature = "encryption")]
+pub(crate) fn encode_hidden(request: &Request, uri: &Uri, before: &[u8], after: usize) -> Vec<u8> {
+    let Headers { headers, sensitive } = Headers::of(&request.headers);
+    let hidden = HiddenRequest {
+        url: Text(uri.to_string().into()),
+        version: version_name(request.version).into(),
+        headers,
+        sensitive,
+        trailers: request.trailers.as_ref().map(Headers::of),
+        body: request.body.is_some(),
     };
-    Ok((request, uri, delivery))
+    to_json_between(&hidden, before, after)
+}
+
+/// The request of an encrypted head without its body, and whether it has one.
+#[cfg(feature = "encryption")]
+pub(crate) fn decode_hidden(
+    method: &str,
+    hidden: &[u8],
+    delivery: &str,
+) -> Result<((Request, Uri, Delivery), bool), Unreadable> {
+    let delivery: Delivery = serde_json::from_str(delivery)
+        .map_err(|error| Unreadable::json("the head's delivery", &error, 0))?;
+    let hidden: HiddenRequest<'_> = serde_json::from_slice(hidden)
+        .map_err(|error| Unreadable::json("the decrypted head", &error, 0))?;
+    let body = hidden.body;
+    let parts = RequestParts {
+        url: hidden.url,
+        version: hidden.version,
+        headers: hidden.headers,
+        sensitive: hidden.sensitive,
+        trailers: hidden.trailers,
+    };
+    Ok((parts.into_request(method, delivery)?, body))
+}
+
+/// The delivery as it stands in a head.
+#[cfg(feature = "encryption")]
+pub(crate) fn encode_delivery(delivery: &Delivery) -> String {
+    to_json(delivery)
 }
 
 pub(crate) fn encode_response(response: &Response) -> String {
+    to_json(&stored_response(response))
+}
+
+/// The head of a response behind these bytes, and before room for this many more.
+#[cfg(feature = "encryption")]
+pub(crate) fn encode_response_between(response: &Response, before: &[u8], after: usize) -> Vec<u8> {
+    to_json_between(&stored_response(response), before, after)
+}
+
+fn stored_response(response: &Response) -> StoredResponse<'_> {
     let Headers { headers, sensitive } = Headers::of(&response.headers);
-    to_json(&StoredResponse {
+    StoredResponse {
         version: version_name(response.version).into(),
         url: response.url.as_ref().map(|url| url.as_str().into()),
         headers,
         sensitive,
         trailers: response.trailers.as_ref().map(Headers::of),
-    })
+    }
 }
 
 pub(crate) fn decode_response(

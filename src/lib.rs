@@ -75,6 +75,7 @@
 //! | `reqwest-middleware` | yes | `Durable` is a middleware |
 //! | `ssrf-guard` | | [`guard`] keeps requests out of your own network |
 //! | `axum` | | converts between [`Body`] and axum's body |
+//! | `encryption` | | [`encryption`] encrypts what is stored, with your keys |
 //! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
 //! | `testkit-download` | | `testkit`, and downloads a Postgres where none is installed |
 //! | `http` | | does nothing; kept for dependents of the older crate |
@@ -89,10 +90,14 @@
 #![cfg_attr(not(feature = "testkit"), doc = "[`testkit`]: #features")]
 #![cfg_attr(feature = "ssrf-guard", doc = "[`guard`]: mod@guard")]
 #![cfg_attr(not(feature = "ssrf-guard"), doc = "[`guard`]: #features")]
+#![cfg_attr(feature = "encryption", doc = "[`encryption`]: mod@encryption")]
+#![cfg_attr(not(feature = "encryption"), doc = "[`encryption`]: #features")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod classify;
 pub mod client;
+#[cfg(feature = "encryption")]
+pub mod encryption;
 pub mod error;
 #[cfg(feature = "ssrf-guard")]
 pub mod guard;
@@ -125,6 +130,7 @@ mod repetition;
 mod request;
 mod response;
 mod runtime;
+mod sealer;
 mod status;
 mod store;
 mod target;
@@ -151,6 +157,8 @@ pub use durable::{
     DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DestinationHandle, Durable, DurableBuilder,
     OutcomeSubscription, RequestHead, WEBHOOKS_ATTEMPT_TIMEOUT,
 };
+#[cfg(feature = "encryption")]
+pub use durable::{KeyUsage, Reencryption, ReencryptionProgress};
 #[cfg(feature = "reqwest-middleware")]
 pub use engine::attempt::transport::MiddlewareTransport;
 pub use engine::attempt::transport::{HttpClient, MapBody, ReqwestFuture, ReqwestTransport};

@@ -27,6 +27,7 @@ use crate::redirects::Redirects;
 use crate::repetition::FailedRequests;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 use crate::runtime::Runtime;
+use crate::sealer::Sealer;
 use crate::store::{Store, StoreConfig};
 
 /// The channel of requests that name none: `default`.
@@ -173,6 +174,7 @@ impl DurableBuilder {
                 max_connections: DEFAULT_MAX_CONNECTIONS,
                 notify_in_transactions: true,
                 connect_options: None,
+                sealer: Sealer::default(),
             },
         }
     }
@@ -477,6 +479,15 @@ impl DurableBuilder {
         self
     }
 
+    /// Encrypts what is stored of requests and responses with the first key of the ring, and reads
+    /// what any of its keys encrypted. The keys must differ in their ids. Defaults to no
+    /// encryption. See [`encryption`](crate::encryption).
+    #[cfg(feature = "encryption")]
+    pub fn encryption(mut self, keys: crate::encryption::Keyring) -> Self {
+        self.store.sealer = Sealer::new(keys);
+        self
+    }
+
     /// How long the outcomes of completed and cancelled requests are kept, from 1 minute to 100
     /// years. Defaults to [`DEFAULT_RETENTION`].
     pub fn retention(mut self, retention: Duration) -> Self {
@@ -711,6 +722,7 @@ impl DurableBuilder {
             }
         }
         validate_schema(&store.schema).map_err(named("schema"))?;
+        store.sealer.validate()?;
         validate_timeout(config.attempt_timeout).map_err(named("attempt_timeout"))?;
         config.retry_awaited.validate().map_err(named("retry"))?;
         config.retry_fired.validate().map_err(named("retry"))?;

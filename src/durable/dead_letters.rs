@@ -104,7 +104,8 @@ impl Durable {
     ///
     /// If there is no such request ([`Error::is_unknown_id`]), or it isn't a dead letter
     /// ([`Error::is_wrong_state`]): it is still pending, it succeeded, or it was already replayed.
-    /// Nothing is changed then. If the database fails. After [`Error::is_indeterminate`] it is
+    /// Nothing is changed then. If it is encrypted, and this process lacks the key
+    /// ([`Error::is_unreadable`]). If the database fails. After [`Error::is_indeterminate`] it is
     /// unknown whether the request was replayed, and [`Error::request_id`] is the new id.
     ///
     /// # Cancel safety
@@ -130,7 +131,8 @@ impl Durable {
 
     /// Replays all dead letters that match, as [`replay`](Self::replay) does, and returns the new
     /// ids. It works in batches: after an error, some were replayed ([`Error::replayed`] has their
-    /// new ids) and the others were not. Dead letters whose stored request is gone are left out.
+    /// new ids) and the others were not. Dead letters whose stored request is gone, or is encrypted
+    /// with a key that this process doesn't have, are left out.
     ///
     /// Without a [`limit`](DeadLetterFilter::limit), all dead letters that existed when the call
     /// began are replayed.

@@ -5,6 +5,8 @@ mod builder;
 mod bulk;
 mod dead_letters;
 mod destination;
+#[cfg(feature = "encryption")]
+mod encryption;
 mod hand_overs;
 mod outcomes;
 mod parked;
@@ -42,6 +44,8 @@ pub use self::builder::{
     DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DurableBuilder, WEBHOOKS_ATTEMPT_TIMEOUT,
 };
 pub use self::destination::DestinationHandle;
+#[cfg(feature = "encryption")]
+pub use self::encryption::{KeyUsage, Reencryption, ReencryptionProgress};
 pub use self::outcomes::OutcomeSubscription;
 pub use self::pass_through::RequestHead;
 pub(crate) use self::submit::{Awaiting, Mode};

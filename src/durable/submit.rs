@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use super::Durable;
-use crate::codec::{self, Delivery};
+use crate::codec::Delivery;
 use crate::destination;
 use crate::engine::attempt::caller_client::CallerClient;
 use crate::engine::attempt::job::Job;
@@ -69,11 +69,14 @@ impl Durable {
                 &mut request.headers,
             );
         }
+        let sealer = self.engine().driver().store.sealer();
+        let (head, body) = sealer.request(id, &request, &uri, &delivery);
         let options = &request.options;
+        let channel = options.channel.as_ref().unwrap_or(&config.channel);
         let destination = destination::name_of(options.limit_key.as_deref(), &uri);
         let row = NewRequest {
             id,
-            channel: Arc::clone(options.channel.as_ref().unwrap_or(&config.channel)),
+            channel: Arc::clone(channel),
             group: match (&options.ordered, &options.group) {
                 (Some(key), _) if options.ordered_by_channel => {
                     destination::channel_ordered_group(key)
@@ -87,14 +90,18 @@ impl Durable {
             ordered: options.ordered.is_some(),
             halts: options.halt_on_discard,
             deadline: options.deadline,
-            key: options.key.as_ref().map(|key| Key {
-                key: Arc::clone(key),
-                fingerprint: fingerprint(&request, &uri),
+            key: options.key.as_ref().map(|key| {
+                let fingerprint = fingerprint(&request, &uri);
+                Key {
+                    text: Arc::clone(key),
+                    sealed: sealer.fingerprint(channel, key, &fingerprint),
+                    fingerprint,
+                }
             }),
             supersede: options.supersede.clone(),
             delay: options.delay.unwrap_or_default(),
-            head: codec::encode_request(&request, &uri, &delivery),
-            body: request.body.clone(),
+            head,
+            body,
             metadata: options.metadata.clone(),
             priority: options.priority,
             waiter: (mode == Mode::Awaited).then_some(self.engine().driver().instance),

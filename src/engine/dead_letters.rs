@@ -99,9 +99,12 @@ async fn replay_pages(
                             || error.is_order_conflict() => {}
                     Err(error) => return Err(error),
                 },
-                // Another call was quicker, the stored request is gone, or its ordering key belongs
-                // to another channel for now.
-                ChangeResult::WrongState(_) | ChangeResult::Gone | ChangeResult::Elsewhere(_) => {}
+                // Another call was quicker, the stored request is gone or can't be read, or its
+                // ordering key belongs to another channel for now.
+                ChangeResult::WrongState(_)
+                | ChangeResult::Gone
+                | ChangeResult::Unreadable(_)
+                | ChangeResult::Elsewhere(_) => {}
             }
         }
     }
@@ -200,6 +203,7 @@ fn not_changed(operation: Operation, id: RequestId, result: ChangeResult) -> Err
             key: key.key,
             holder: key.channel,
         },
+        ChangeResult::Unreadable(unreadable) => return Error::from(unreadable).with_id(id),
         ChangeResult::Gone => Kind::Corrupt("its payload is gone".into()),
         // The callers handle these two themselves.
         ChangeResult::Done | ChangeResult::Busy => Kind::Corrupt("the change had no result".into()),

@@ -229,8 +229,9 @@ mod tests {
             metadata: None,
             waiter: None,
             key: key.map(|key| Key {
-                key: key.into(),
+                text: key.into(),
                 fingerprint: [0; 32],
+                sealed: None,
             }),
             supersede: None,
             initial: Initial::Waiting,

@@ -1,5 +1,6 @@
 //! Persisting many requests in one transaction.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use sqlx::{Executor, PgConnection, Row};
@@ -7,7 +8,8 @@ use uuid::Uuid;
 
 use super::db::within;
 use super::enqueue::{
-    Inserted, Inserting, MESSAGE_NAME, NewRequest, bind_columns, insert_one, unless_all_none,
+    Inserted, Inserting, MESSAGE_NAME, NewRequest, bind_columns, from_hex, insert_one,
+    unless_all_none,
 };
 use super::idle::Checkout;
 use super::{Store, StoreError, quoted};
@@ -155,7 +157,7 @@ async fn execute(
 async fn write(
     connection: &mut PgConnection,
     schema: &str,
-    how: Inserting,
+    how: Inserting<'_>,
     chunk: &Chunk,
 ) -> Result<Vec<RequestId>, Error> {
     let rows = &chunk.rows;
@@ -163,23 +165,40 @@ async fn write(
         let inserted = insert_one(connection, schema, row, how).await?;
         return inserted.persisted(row).map(|id| vec![id]);
     }
-    let mut ids: Vec<RequestId> = rows.iter().map(|row| row.id).collect();
-    for (id, inserted) in insert_many(connection, schema, rows, how).await? {
-        if let Some(number) = rows.iter().position(|row| row.id == id) {
-            ids[number] = inserted.persisted(&rows[number])?;
+    // Fingerprints of the same requests that other keys encrypted.
+    let mut stored = HashMap::new();
+    loop {
+        let refused = insert_many(connection, schema, rows, how, &stored).await?;
+        let mut again = false;
+        let mut ids: Vec<RequestId> = rows.iter().map(|row| row.id).collect();
+        for (id, fingerprint, inserted) in refused {
+            if let Some(number) = rows.iter().position(|row| row.id == id) {
+                ids[number] = inserted.persisted(&rows[number])?;
+                if let Some(fingerprint) = fingerprint {
+                    stored.insert(id, fingerprint);
+                    // A conflict that is none: nothing was inserted.
+                    again = true;
+                }
+            }
+        }
+        if !again {
+            return Ok(ids);
         }
     }
-    Ok(ids)
 }
 
+/// A request that was not inserted, the stored fingerprint of a conflict, and why.
+type Refused = (RequestId, Option<Vec<u8>>, Inserted);
+
 /// Inserts requests in order, through a function of the schema. Returns those that were not
-/// inserted, and why. Unless they are attached to earlier requests, no row was inserted.
+/// inserted. Unless they are attached to earlier requests, no row was inserted.
 pub(super) async fn insert_many(
     connection: &mut PgConnection,
     schema: &str,
     requests: &[NewRequest],
-    how: Inserting,
-) -> Result<Vec<(RequestId, Inserted)>, sqlx::Error> {
+    how: Inserting<'_>,
+    stored: &HashMap<RequestId, Vec<u8>>,
+) -> Result<Vec<Refused>, sqlx::Error> {
     let call = format!(
         "SELECT request_id, verdict, earlier, elsewhere
          FROM {}.enqueue_many(
@@ -189,29 +208,36 @@ pub(super) async fn insert_many(
     );
     let notify = how.notify && requests.iter().any(NewRequest::needs_runner);
     let keys = requests.iter().map(|r| r.key.as_ref());
+    let fingerprints = requests.iter().map(|request| {
+        let key = request.key.as_ref()?;
+        let stored = stored.get(&request.id);
+        Some(stored.map_or_else(|| key.stored_fingerprint(), Vec::as_slice))
+    });
     let refused = bind_columns(sqlx::query(&call), requests)
         .bind(requests.iter().map(|r| r.ordered).collect::<Vec<_>>())
         .bind(requests.iter().map(|r| r.halts).collect::<Vec<_>>())
         .bind(MESSAGE_NAME)
         .bind(notify)
-        .bind(unless_all_none(
-            keys.clone().map(|key| key.map(|key| &*key.key)),
-        ))
-        .bind(unless_all_none(
-            keys.map(|key| key.map(|key| &key.fingerprint[..])),
-        ))
+        .bind(unless_all_none(keys.map(|key| key.map(|key| &*key.text))))
+        .bind(unless_all_none(fingerprints))
         .bind(unless_all_none(
             requests.iter().map(NewRequest::unusual_priority),
         ))
         .persistent(how.prepared)
         .fetch_all(connection)
         .await?;
-    refused
-        .iter()
-        .map(|row| {
-            let id: Uuid = row.try_get(0)?;
-            let (verdict, earlier, elsewhere) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
-            Ok((id.into(), Inserted::read(id, verdict, earlier, elsewhere)))
-        })
-        .collect()
+    let mut inserted = Vec::with_capacity(refused.len());
+    for row in &refused {
+        let id = RequestId::from(row.try_get::<Uuid, _>(0)?);
+        let (verdict, earlier): (&str, _) = (row.try_get(1)?, row.try_get(2)?);
+        let elsewhere: Option<String> = row.try_get(3)?;
+        let Some(request) = requests.iter().find(|request| request.id == id) else {
+            continue;
+        };
+        let fingerprint = elsewhere.as_deref().filter(|_| verdict == "conflict");
+        let fingerprint = fingerprint.and_then(from_hex);
+        let why = Inserted::read(request, verdict, earlier, elsewhere, how.sealer);
+        inserted.push((id, fingerprint, why));
+    }
+    Ok(inserted)
 }

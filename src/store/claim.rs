@@ -118,14 +118,16 @@ impl PolledRow {
 }
 
 impl Store {
-    /// Fetches a body that was too large to come with its claim, if it has at most this many bytes.
+    /// Fetches a body that was too large to come with its claim, if it has at most this many bytes
+    /// and the head is still this one.
     pub(crate) async fn fetch_body(
         &self,
         id: RequestId,
+        head: &str,
         limit: usize,
     ) -> Result<StoredBody, StoreError> {
         self.run_large("claim.body", limit, async |connection| {
-            body(connection, id.into(), limit).await
+            body(connection, id.into(), head, limit).await
         })
         .await
     }
@@ -181,25 +183,32 @@ pub(crate) enum StoredBody {
     Whole(Option<Vec<u8>>),
     /// It has this many bytes, and was not read.
     Larger(usize),
+    /// Head and body were encrypted anew since the head was read.
+    Changed,
 }
 
-/// Postgres knows the length of a body without reading it.
+/// Postgres knows the length of a body without reading it. The head came without the white space
+/// around it.
 async fn body(
     connection: &mut PgConnection,
     id: Uuid,
+    head: &str,
     limit: usize,
 ) -> Result<StoredBody, sqlx::Error> {
-    let row: Option<(Option<i32>, Option<Vec<u8>>)> = sqlx::query_as(
-        "SELECT octet_length(body), CASE WHEN octet_length(body) <= $2 THEN body END
+    let row: Option<(bool, Option<i32>, Option<Vec<u8>>)> = sqlx::query_as(
+        r"SELECT btrim(head, E' \t\n\r') = $3, octet_length(body),
+            CASE WHEN octet_length(body) <= $2 THEN body END
          FROM mq_payloads WHERE id = $1",
     )
     .bind(id)
     .bind(i32::try_from(limit).unwrap_or(i32::MAX))
+    .bind(head)
     .fetch_optional(connection)
     .await?;
     Ok(match row {
-        Some((Some(length), None)) => StoredBody::Larger(length as usize),
-        Some((_, body)) => StoredBody::Whole(body),
+        Some((false, _, _)) => StoredBody::Changed,
+        Some((_, Some(length), None)) => StoredBody::Larger(length as usize),
+        Some((_, _, body)) => StoredBody::Whole(body),
         None => StoredBody::Whole(None),
     })
 }

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use http::StatusCode;
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::Query;
@@ -16,6 +15,7 @@ use crate::destination::ordering_key;
 use crate::error::Error;
 use crate::id::RequestId;
 use crate::metadata::Metadata;
+use crate::sealer::Sealer;
 use crate::status::Status;
 
 /// Which dead letters the next statement is about.
@@ -47,7 +47,7 @@ impl Store {
                 limit,
                 wanted,
             };
-            list(connection, &page).await
+            list(connection, &page, self.sealer()).await
         })
         .await
     }
@@ -84,10 +84,21 @@ impl Store {
         pairs: &[(RequestId, RequestId)],
     ) -> Result<Vec<Replayed>, StoreError> {
         let retention = self.config().retention;
-        self.run("dead_letters.replay", async |connection| {
-            replay(connection, pairs, retention).await
-        })
-        .await
+        let (mut replayed, sealed) = self
+            .run("dead_letters.replay", async |connection| {
+                replay(connection, pairs, retention).await
+            })
+            .await?;
+        for (old, new) in sealed {
+            let bytes = self.config().max_request_body;
+            let result = self
+                .run_large("dead_letters.replay_sealed", bytes, async |connection| {
+                    replay_sealed(connection, old, new, retention, self.sealer()).await
+                })
+                .await?;
+            replayed.push((old, new, result));
+        }
+        Ok(replayed)
     }
 
     /// Records whether an ambiguous request was sent. With `finished_at`, only if the request still
@@ -138,7 +149,7 @@ impl Store {
         limit: i64,
     ) -> Result<Vec<Question>, Error> {
         self.run_verified("reconcile.take", async |connection| {
-            take_ambiguous(connection, channels, lease, limit).await
+            take_ambiguous(connection, channels, lease, limit, self.sealer()).await
         })
         .await
     }
@@ -254,7 +265,11 @@ async fn count(connection: &mut PgConnection, page: &Page) -> Result<u64, sqlx::
     Ok(row.try_get::<i64, _>(0)?.unsigned_abs())
 }
 
-async fn list(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadLetter>, sqlx::Error> {
+async fn list(
+    connection: &mut PgConnection,
+    page: &Page,
+    sealer: &Sealer,
+) -> Result<Vec<DeadLetter>, sqlx::Error> {
     let statement = format!(
         "WITH page AS MATERIALIZED ({})
          SELECT {COLUMNS}
@@ -264,7 +279,7 @@ async fn list(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadLett
         page_of(&page.wanted)
     );
     let rows = bound(&statement, page).fetch_all(connection).await?;
-    rows.iter().map(dead_letter).collect()
+    rows.iter().map(|row| dead_letter(row, sealer)).collect()
 }
 
 async fn ids(connection: &mut PgConnection, page: &Page) -> Result<Vec<Position>, sqlx::Error> {
@@ -294,6 +309,8 @@ pub(crate) enum ChangeResult {
     Elsewhere(KeyHolder),
     /// Nothing: the stored request is gone.
     Gone,
+    /// Nothing: the stored request can't be read.
+    Unreadable(Unreadable),
     /// Nothing: the request is no dead letter, or not of the right status.
     WrongState(CurrentState),
 }
@@ -362,6 +379,9 @@ async fn current_state(
     })
 }
 
+/// Pairs of old and new ids of requests that are encrypted.
+type Sealed = Vec<(RequestId, RequestId)>;
+
 /// The old id, the new id, and what the replay did.
 pub(crate) type Replayed = (RequestId, RequestId, ChangeResult);
 
@@ -369,7 +389,7 @@ async fn replay(
     connection: &mut PgConnection,
     pairs: &[(RequestId, RequestId)],
     retention: Duration,
-) -> Result<Vec<Replayed>, sqlx::Error> {
+) -> Result<(Vec<Replayed>, Sealed), sqlx::Error> {
     let (old, new): (Vec<Uuid>, Vec<Uuid>) = pairs
         .iter()
         .map(|(old, new)| (Uuid::from(*old), Uuid::from(*new)))
@@ -383,13 +403,51 @@ async fn replay(
     .bind(millis(retention))
     .fetch_all(&mut *connection)
     .await?;
-    let mut replayed = Vec::with_capacity(rows.len());
+    let (mut replayed, mut sealed) = (Vec::with_capacity(rows.len()), Vec::new());
     for (old, new, verdict) in rows {
-        let old = RequestId::from(old);
+        let (old, new) = (RequestId::from(old), RequestId::from(new));
+        if verdict.as_deref() == Some(SEALED) {
+            sealed.push((old, new));
+            continue;
+        }
         let result = change_result(&mut *connection, verdict.as_deref(), old).await?;
-        replayed.push((old, new.into(), result));
+        replayed.push((old, new, result));
     }
-    Ok(replayed)
+    Ok((replayed, sealed))
+}
+
+/// The verdict about an encrypted request, whose content has to be encrypted for the new id.
+const SEALED: &str = "sealed";
+
+async fn replay_sealed(
+    connection: &mut PgConnection,
+    old: RequestId,
+    new: RequestId,
+    retention: Duration,
+    sealer: &Sealer,
+) -> Result<ChangeResult, sqlx::Error> {
+    let stored: Option<(String, Option<Vec<u8>>)> =
+        sqlx::query_as("SELECT head, body FROM mq_payloads WHERE id = $1")
+            .bind(Uuid::from(old))
+            .fetch_optional(&mut *connection)
+            .await?;
+    let Some((head, body)) = stored else {
+        return Ok(ChangeResult::Gone);
+    };
+    let (head, body) = match sealer.reseal_request(old, new, &head, body) {
+        Ok(resealed) => resealed,
+        Err(reason) => return Ok(ChangeResult::Unreadable(reason)),
+    };
+    let verdict: Option<String> =
+        sqlx::query_scalar("SELECT replay_request($1, $2, $3 * interval '1 millisecond', $4, $5)")
+            .bind(Uuid::from(old))
+            .bind(Uuid::from(new))
+            .bind(millis(retention))
+            .bind(head)
+            .bind(body.as_deref())
+            .fetch_one(&mut *connection)
+            .await?;
+    change_result(connection, verdict.as_deref(), old).await
 }
 
 async fn resolve(
@@ -465,7 +523,7 @@ pub(crate) struct Question {
     /// When the request finished, in microseconds since 1970.
     pub(crate) finished_at: i64,
     pub(crate) head: Option<String>,
-    pub(crate) body: Option<Bytes>,
+    pub(crate) body: Option<Vec<u8>>,
 }
 
 async fn take_ambiguous(
@@ -473,6 +531,7 @@ async fn take_ambiguous(
     channels: Option<&[String]>,
     lease: Duration,
     limit: i64,
+    sealer: &Sealer,
 ) -> Result<Vec<Question>, sqlx::Error> {
     let rows = sqlx::query(&format!(
         "WITH due AS MATERIALIZED (
@@ -501,11 +560,11 @@ async fn take_ambiguous(
     rows.iter()
         .map(|row| {
             Ok(Question {
-                dead_letter: dead_letter(row)?,
+                dead_letter: dead_letter(row, sealer)?,
                 times: row.try_get("reconciles")?,
                 finished_at: row.try_get("finished_at")?,
                 head: row.try_get("head")?,
-                body: row.try_get::<Option<Vec<u8>>, _>("body")?.map(Bytes::from),
+                body: row.try_get("body")?,
             })
         })
         .collect()
@@ -535,14 +594,16 @@ fn answered(status: u16) -> Option<String> {
     Some(format!("answered with {status}"))
 }
 
-fn dead_letter(row: &PgRow) -> Result<DeadLetter, sqlx::Error> {
+fn dead_letter(row: &PgRow, sealer: &Sealer) -> Result<DeadLetter, sqlx::Error> {
     let status: String = row.try_get("status")?;
     let attempts: i32 = row.try_get("attempts")?;
     let http_status: Option<i16> = row.try_get("http_status")?;
     let http_status = http_status.map(i16::unsigned_abs);
+    let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
     let error: Option<String> = row.try_get("error")?;
+    let error = error.map(|text| sealer.shown_error_text(id, text));
     Ok(DeadLetter {
-        id: row.try_get::<Uuid, _>("id")?.into(),
+        id,
         channel: row.try_get("channel_name")?,
         destination: row.try_get("destination")?,
         method: row.try_get("method")?,

@@ -10,11 +10,13 @@ use sqlx::{Connection, PgConnection, PgExecutor, Postgres};
 use uuid::Uuid;
 
 use super::{Store, StoreError, millis, quoted};
+use crate::codec::Unreadable;
 use crate::destination::{destination_of, ordering_key};
 use crate::error::{Error, Kind, is_lock_timeout};
 use crate::id::RequestId;
 use crate::metadata::Metadata;
 use crate::options::Priority;
+use crate::sealer::Sealer;
 
 /// The longest time between two polls of a runner, as `mq_poll` returns it.
 pub(crate) const RUNNER_WAIT: Duration = Duration::from_secs(1);
@@ -51,9 +53,17 @@ pub(crate) struct NewRequest {
 /// A caller's key for a request.
 #[derive(Clone, Debug)]
 pub(crate) struct Key {
-    pub(crate) key: Arc<str>,
+    pub(crate) text: Arc<str>,
     /// Equal for two calls that mean the same request.
     pub(crate) fingerprint: [u8; 32],
+    /// The form in which the fingerprint is stored, if it is encrypted.
+    pub(crate) sealed: Option<Box<[u8]>>,
+}
+
+impl Key {
+    pub(super) fn stored_fingerprint(&self) -> &[u8] {
+        self.sealed.as_deref().unwrap_or(&self.fingerprint)
+    }
 }
 
 /// The option that a key comes from.
@@ -175,7 +185,7 @@ impl NewRequest {
         match field {
             KeyField::Supersede => self.supersede.as_deref(),
             KeyField::Ordered => self.ordered.then_some(&*self.group),
-            KeyField::Key => self.key.as_ref().map(|key| &*key.key),
+            KeyField::Key => self.key.as_ref().map(|key| &*key.text),
         }
     }
 
@@ -189,6 +199,14 @@ impl NewRequest {
     /// The name of the priority, unless it is the default.
     pub(super) fn unusual_priority(&self) -> Option<&'static str> {
         (!self.priority.is_default()).then(|| self.priority.name())
+    }
+
+    /// Whether this is the stored fingerprint of the same request.
+    fn has_fingerprint(&self, stored: Option<&[u8]>, sealer: &Sealer) -> Result<bool, Unreadable> {
+        let (Some(key), Some(stored)) = (&self.key, stored) else {
+            return Ok(false);
+        };
+        sealer.is_fingerprint(&self.channel, &key.text, &key.fingerprint, stored)
     }
 
     fn metadata(&self) -> Option<&str> {
@@ -342,7 +360,7 @@ impl Store {
     }
 
     /// How rows that take locks are inserted on the crate's own connections.
-    pub(super) fn inserting(&self) -> Inserting {
+    pub(super) fn inserting(&self) -> Inserting<'_> {
         Inserting {
             notify: true,
             wait: true,
@@ -350,11 +368,12 @@ impl Store {
             lease: self.config().lease,
             retention: self.config().retention,
             prepared: true,
+            sealer: self.sealer(),
         }
     }
 
     /// How rows are inserted on a caller's connection.
-    pub(super) fn inserting_for_caller(&self) -> Inserting {
+    pub(super) fn inserting_for_caller(&self) -> Inserting<'_> {
         Inserting {
             notify: self.config().notify_in_transactions,
             prepared: self.caller_keeps_sessions(),
@@ -480,7 +499,7 @@ async fn insert_alone(
     reason = "the flags are independent parameters of one function"
 )]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Inserting {
+pub(super) struct Inserting<'a> {
     /// Whether the commit notifies runners of a request that is due, and processes that wait for a
     /// request that is superseded.
     pub(super) notify: bool,
@@ -493,6 +512,7 @@ pub(super) struct Inserting {
     /// Whether the statement may stay prepared. Behind a pooler the session may serve another
     /// client next time.
     pub(super) prepared: bool,
+    pub(super) sealer: &'a Sealer,
 }
 
 /// What an insert did.
@@ -503,6 +523,9 @@ pub(crate) enum Inserted {
     Attached(RequestId),
     /// Nothing: this earlier request has the key, and is a different request.
     Conflict(RequestId),
+    /// Nothing: this earlier request has the key, and this process can't tell whether it is the
+    /// same.
+    Unreadable(RequestId, Unreadable),
     /// Nothing: another transaction holds this key.
     Busy(KeyField),
     /// Nothing: unfinished requests of this other channel have the ordering key.
@@ -510,16 +533,24 @@ pub(crate) enum Inserted {
 }
 
 impl Inserted {
-    /// The verdict of a function of the schema about the request of this id.
+    /// The verdict of a function of the schema about this request.
     pub(super) fn read(
-        id: Uuid,
+        request: &NewRequest,
         verdict: &str,
         persisted: Option<Uuid>,
         elsewhere: Option<String>,
+        sealer: &Sealer,
     ) -> Self {
-        match (verdict, persisted) {
-            ("attached", Some(first)) if first != id => Self::Attached(first.into()),
-            ("conflict", Some(first)) => Self::Conflict(first.into()),
+        match (verdict, persisted.map(RequestId::from)) {
+            ("attached", Some(first)) if first != request.id => Self::Attached(first),
+            ("conflict", Some(first)) => {
+                let stored = elsewhere.as_deref().and_then(from_hex);
+                match request.has_fingerprint(stored.as_deref(), sealer) {
+                    Ok(true) => Self::Attached(first),
+                    Ok(false) => Self::Conflict(first),
+                    Err(reason) => Self::Unreadable(first, reason),
+                }
+            }
             ("busy", _) => Self::Busy(match elsewhere.as_deref() {
                 Some("supersede") => KeyField::Supersede,
                 _ => KeyField::Ordered,
@@ -538,11 +569,12 @@ impl Inserted {
             Self::Conflict(first) => {
                 let key = request.key.as_ref();
                 let kind = Kind::KeyConflict {
-                    key: key.map(|key| Arc::clone(&key.key)).unwrap_or_default(),
+                    key: key.map(|key| Arc::clone(&key.text)).unwrap_or_default(),
                     channel: Arc::clone(&request.channel),
                 };
                 Err(Error::new(kind).with_id(first))
             }
+            Self::Unreadable(first, reason) => Err(Error::from(reason).with_id(first)),
             Self::Elsewhere(holder) => Err(request.order_conflict(holder)),
             Self::Busy(field) => Err(request.key_busy(field)),
         }
@@ -554,7 +586,7 @@ pub(super) async fn insert_one<'c>(
     executor: impl PgExecutor<'c>,
     schema: &str,
     request: &NewRequest,
-    how: Inserting,
+    how: Inserting<'_>,
 ) -> Result<Inserted, sqlx::Error> {
     // On a caller's connection nothing may depend on the search_path, not even an operator.
     let schema = quoted(schema);
@@ -585,8 +617,8 @@ pub(super) async fn insert_one<'c>(
         .bind(request.waiter)
         .bind(request.initial.state())
         .bind(millis(how.lease))
-        .bind(key.map(|key| &*key.key))
-        .bind(key.map(|key| &key.fingerprint[..]))
+        .bind(key.map(|key| &*key.text))
+        .bind(key.map(Key::stored_fingerprint))
         .bind(request.supersede.as_deref())
         .bind(millis(how.retention))
         .bind(how.notify.then(|| request.needs_runner()))
@@ -598,7 +630,13 @@ pub(super) async fn insert_one<'c>(
         .persistent(how.prepared)
         .fetch_one(executor)
         .await?;
-    Ok(Inserted::read(request.id.into(), &verdict, id, elsewhere))
+    Ok(Inserted::read(request, &verdict, id, elsewhere, how.sealer))
+}
+
+pub(super) fn from_hex(digits: &str) -> Option<Vec<u8>> {
+    let digits = digits.as_bytes().chunks(2);
+    let bytes = digits.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
+    bytes.collect()
 }
 
 pub(super) async fn notify_runners(

@@ -16,6 +16,8 @@ pub(crate) mod hand_over;
 mod idle;
 pub(crate) mod listen;
 pub(crate) mod outcome;
+#[cfg(feature = "encryption")]
+pub(crate) mod reencrypt;
 pub(crate) mod runner_pool;
 pub(crate) mod runners;
 mod schema;
@@ -31,6 +33,7 @@ use sqlx::{PgConnection, PgPool};
 
 use self::db::{Db, Session};
 use crate::error::{Error, database_text};
+use crate::sealer::Sealer;
 
 pub(crate) use self::db::StoreError;
 
@@ -49,6 +52,8 @@ pub(crate) struct StoreConfig {
     pub(crate) notify_in_transactions: bool,
     /// For the crate's own connections. `None` uses the options of the caller's pool.
     pub(crate) connect_options: Option<PgConnectOptions>,
+    /// How requests and responses are stored.
+    pub(crate) sealer: Sealer,
 }
 
 /// Named operations on the schema, over a connection pool of the crate's own. Cheap to clone.
@@ -98,6 +103,11 @@ impl Store {
 
     pub(crate) fn config(&self) -> &StoreConfig {
         &self.inner.config
+    }
+
+    /// Makes the stored forms of requests and responses, and reads them.
+    pub(crate) fn sealer(&self) -> &Sealer {
+        &self.inner.config.sealer
     }
 
     /// The pool that the application gave.
@@ -231,6 +241,7 @@ mod tests {
             max_connections: 2,
             notify_in_transactions: true,
             connect_options: None,
+            sealer: Sealer::default(),
         };
         Store::new(database.pool().clone(), config)
     }

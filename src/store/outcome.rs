@@ -1,6 +1,5 @@
 //! Reading the status and the outcome of requests.
 
-use bytes::Bytes;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
@@ -12,6 +11,7 @@ use crate::id::RequestId;
 use crate::metadata::Metadata;
 use crate::outcome::{Fault, Outcome};
 use crate::response::Response;
+use crate::sealer::Sealer;
 use crate::status::Status;
 
 /// How many bytes of responses one look-up brings. One response that is larger comes alone.
@@ -38,7 +38,7 @@ impl Store {
     ) -> Result<Vec<(RequestId, Found)>, StoreError> {
         let bytes = self.config().max_response_body.max(MAX_FETCHED);
         self.run_large("outcome.find", bytes, async |connection| {
-            find(connection, ids).await
+            find(connection, ids, self.sealer()).await
         })
         .await
     }
@@ -56,7 +56,7 @@ impl Store {
         let bytes = self.config().max_response_body;
         let found = self
             .run_verified_large("outcome.find", bytes, async |connection| {
-                find(connection, &[id]).await
+                find(connection, &[id], self.sealer()).await
             })
             .await?;
         Ok(found
@@ -94,6 +94,7 @@ impl Store {
 async fn find(
     connection: &mut PgConnection,
     ids: &[RequestId],
+    sealer: &Sealer,
 ) -> Result<Vec<(RequestId, Found)>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT
@@ -130,7 +131,7 @@ async fn find(
         .map(|row| {
             let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
             // One that can't be read must not fail the others.
-            match found(&row, id) {
+            match found(&row, id, sealer) {
                 Ok(found) => Ok((id, found)),
                 Err(RowError::Unreadable(unreadable)) => Ok((id, Found::Unreadable(unreadable))),
                 Err(RowError::Database(error)) => Err(error),
@@ -139,7 +140,7 @@ async fn find(
         .collect()
 }
 
-fn found(row: &PgRow, id: RequestId) -> Result<Found, RowError> {
+fn found(row: &PgRow, id: RequestId, sealer: &Sealer) -> Result<Found, RowError> {
     let Some(status) = row.try_get::<Option<String>, _>("status")? else {
         return Ok(if row.try_get("queued")? {
             Found::Pending
@@ -150,7 +151,9 @@ fn found(row: &PgRow, id: RequestId) -> Result<Found, RowError> {
     if !row.try_get::<bool, _>("fetched")? {
         return Ok(Found::Unfetched);
     }
-    Ok(Found::Finished(Box::new(outcome(row, id, &status)?)))
+    Ok(Found::Finished(Box::new(outcome(
+        row, id, &status, sealer,
+    )?)))
 }
 
 async fn any_pending(
@@ -190,7 +193,7 @@ impl From<sqlx::Error> for RowError {
     }
 }
 
-fn outcome(row: &PgRow, id: RequestId, name: &str) -> Result<Outcome, RowError> {
+fn outcome(row: &PgRow, id: RequestId, name: &str, sealer: &Sealer) -> Result<Outcome, RowError> {
     codec::check_outcome_format(row.try_get("format")?)?;
     let status = Status::stored(name)?;
     if !status.is_terminal() {
@@ -201,7 +204,7 @@ fn outcome(row: &PgRow, id: RequestId, name: &str) -> Result<Outcome, RowError> 
         id,
         status,
         attempts: attempts.max(0) as u32,
-        response: response(row, id)?,
+        response: response(row, id, sealer)?,
         fault: None,
         metadata: row
             .try_get::<Option<String>, _>("metadata")?
@@ -211,6 +214,9 @@ fn outcome(row: &PgRow, id: RequestId, name: &str) -> Result<Outcome, RowError> 
     if let Some(class) = row.try_get::<Option<String>, _>("error_class")? {
         let text: Option<String> = row.try_get("error")?;
         let destination: Option<String> = row.try_get("destination")?;
+        let text = text
+            .map(|text| sealer.read_error_text(id, text))
+            .transpose()?;
         let mut fault = Fault::new(class, text.unwrap_or_default());
         fault.destination = destination.map(String::into_boxed_str);
         outcome.fault = Some(fault);
@@ -218,15 +224,18 @@ fn outcome(row: &PgRow, id: RequestId, name: &str) -> Result<Outcome, RowError> 
     Ok(outcome)
 }
 
-fn response(row: &PgRow, id: RequestId) -> Result<Option<Response>, RowError> {
+fn response(row: &PgRow, id: RequestId, sealer: &Sealer) -> Result<Option<Response>, RowError> {
     let http_status: Option<i16> = row.try_get("http_status")?;
     let head: Option<String> = row.try_get("head")?;
     match (http_status, head) {
         (Some(http_status), Some(head)) => {
             let body: Option<Vec<u8>> = row.try_get("body")?;
-            let body = Bytes::from(body.unwrap_or_default());
-            let response = codec::decode_response(id, http_status as u16, &head, body)?;
-            Ok(Some(response))
+            Ok(Some(sealer.read_response(
+                id,
+                http_status as u16,
+                &head,
+                body,
+            )?))
         }
         (None, None) => Ok(None),
         (_, _) => Err(Unreadable::new("the response has no status or no head").into()),

@@ -15,6 +15,7 @@ mod day;
 mod dead_letters;
 mod delivery;
 mod destination;
+mod encryption;
 mod ending;
 mod faults;
 mod guarantee;

@@ -20,7 +20,7 @@ use super::job::Job;
 use super::leases::Lease;
 use super::slots::Slot;
 use crate::classify::FailureClass;
-use crate::codec::{self, Delivery, Unreadable};
+use crate::codec::{Delivery, Unreadable};
 use crate::destination::Destination;
 use crate::engine::settle::{AttemptResult, Held, Settlement};
 use crate::metadata::Metadata;
@@ -157,8 +157,10 @@ impl PolledClaim {
 
     /// What the stored request says of its destination, if that can be read.
     fn request(&self) -> Option<(Uri, Delivery)> {
-        let (_, uri, delivery) = codec::decode_request(self.head.head().ok()??).ok()?;
-        Some((uri, delivery))
+        let head = self.head.head().ok()??;
+        let id = self.current.id().into();
+        let read = self.driver.store.sealer().read_request(id, head).ok()?;
+        Some((read.uri, read.delivery))
     }
 
     fn settle(self, result: AttemptResult) {

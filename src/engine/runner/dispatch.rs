@@ -3,12 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::Uri;
 use sqlxmq::CurrentJob;
 
 use crate::classify::FailureClass;
-use crate::codec::{self, Delivery, Unreadable};
+use crate::codec::Unreadable;
 use crate::destination::name_of;
 use crate::engine::attempt::Driver;
 use crate::engine::attempt::caller_client;
@@ -20,7 +18,7 @@ use crate::engine::attempt::leases::Registered;
 use crate::engine::attempt::transport::Transport;
 use crate::id::RequestId;
 use crate::outcome::{Fault, Outcome};
-use crate::request::Request;
+use crate::sealer::ReadHead;
 use crate::store::StoreError;
 use crate::store::claim::{PolledRow, StoredBody};
 use crate::store::enqueue::MESSAGE_NAME;
@@ -115,7 +113,7 @@ async fn prepare(claim: PolledClaim, id: RequestId) -> Option<(Claim, Transport)
             claim.put_back(FETCH_RETRY);
             None
         }
-        Err(Unusable::Closing) => {
+        Err(Unusable::Closing | Unusable::Changed) => {
             claim.put_back(Duration::ZERO);
             None
         }
@@ -162,26 +160,30 @@ enum Unusable {
     Later(StoreError),
     /// The handle shut down before the body was read.
     Closing,
+    /// Head and body were encrypted anew in between.
+    Changed,
     /// The destination takes no more attempts now.
     Full { destination: String, full: Full },
 }
 
 /// Reads the stored request.
 async fn read(claim: &PolledClaim, id: RequestId) -> Result<Job, Unusable> {
-    let (mut request, uri, delivery) = read_head(claim)?;
-    request.body = if claim.head().fetch_body {
+    let (head, read) = read_head(claim, id)?;
+    let (mut request, uri, delivery) = (read.request, read.uri, read.delivery);
+    let body = if claim.head().fetch_body {
         // Boxed, so that other requests don't take the room that it needs.
         let destination = name_of(delivery.limit_key.as_deref(), &uri);
-        Box::pin(fetch(claim, id, &destination)).await?
+        Box::pin(fetch(claim, id, head, &destination)).await?
     } else {
-        claim.current().raw_bytes().map(Bytes::copy_from_slice)
+        claim.current().raw_bytes().map(<[u8]>::to_vec)
     };
+    request.body = read.body.open(body).map_err(Unusable::Unreadable)?;
     request.options.metadata = claim.head().metadata();
     let channel = Arc::clone(&claim.head().channel);
     Ok(Job::new(id, channel, request, uri, delivery))
 }
 
-fn read_head(claim: &PolledClaim) -> Result<(Request, Uri, Delivery), Unusable> {
+fn read_head(claim: &PolledClaim, id: RequestId) -> Result<(&str, ReadHead), Unusable> {
     let name = claim.current().name();
     let Some(head) = claim.head().head().map_err(Unusable::Unreadable)? else {
         // A head that says `null` is there.
@@ -195,15 +197,17 @@ fn read_head(claim: &PolledClaim) -> Result<(Request, Uri, Delivery), Unusable> 
         let reason = "its name is not `requeuest`, so another program wrote it";
         return Err(Unusable::Unreadable(Unreadable::new(reason)));
     }
-    codec::decode_request(head).map_err(Unusable::Unreadable)
+    let read = claim.driver().store.sealer().read_request(id, head);
+    Ok((head, read.map_err(Unusable::Unreadable)?))
 }
 
 /// Reads a large body once its attempt has a slot, and the body room in memory.
 async fn fetch(
     claim: &PolledClaim,
     id: RequestId,
+    head: &str,
     destination: &str,
-) -> Result<Option<Bytes>, Unusable> {
+) -> Result<Option<Vec<u8>>, Unusable> {
     let driver = claim.driver();
     let mut limit = FIRST_READ;
     loop {
@@ -219,7 +223,7 @@ async fn fetch(
             destination: destination.to_owned(),
             full,
         })?;
-        let fetched = driver.store.fetch_body(id, limit).await;
+        let fetched = driver.store.fetch_body(id, head, limit).await;
         match fetched.map_err(Unusable::Later)? {
             StoredBody::Larger(bytes) => {
                 // The slot goes back: with one, the claim must not wait for more room.
@@ -231,8 +235,9 @@ async fn fetch(
                     room.shrink_to(body.as_ref().map_or(0, Vec::len));
                 }
                 claim.take(slot, room);
-                return Ok(body.map(Bytes::from));
+                return Ok(body);
             }
+            StoredBody::Changed => return Err(Unusable::Changed),
         }
     }
 }

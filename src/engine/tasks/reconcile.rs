@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::codec;
 use crate::dead_letter::{Reconcile, Resolution};
 use crate::engine::attempt::Driver;
 use crate::engine::dead_letters::resolve;
@@ -18,6 +17,7 @@ use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{BoxError, Error, chain};
 use crate::redact::redact_urls;
 use crate::runtime::caught;
+use crate::sealer::Sealer;
 use crate::store::dead_letters::Question;
 
 /// How often the database is asked for ambiguous requests.
@@ -115,7 +115,7 @@ async fn ask_about(
     mut question: Question,
 ) {
     let id = question.dead_letter.id;
-    let resolution = match answer(&*hook, &mut question).await {
+    let resolution = match answer(&*hook, driver.store.sealer(), &mut question).await {
         Ok(Some(resolution)) => Some(resolution),
         Ok(None) => {
             failures.recovers(id);
@@ -151,11 +151,13 @@ async fn ask_about(
 
 async fn answer(
     hook: &dyn Reconcile,
+    sealer: &Sealer,
     question: &mut Question,
 ) -> Result<Option<Resolution>, BoxError> {
     let head = question.head.take().ok_or("its payload is gone")?;
-    let (mut request, _, _) = codec::decode_request(&head)?;
-    request.body = question.body.take();
+    let read = sealer.read_request(question.dead_letter.id, &head)?;
+    let mut request = read.request;
+    request.body = read.body.open(question.body.take())?;
     let letter = question.dead_letter.clone();
     // The function that returns the future may panic, too.
     let asked = pin!(async { hook.reconcile(letter, request).await });

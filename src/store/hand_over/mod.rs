@@ -182,8 +182,9 @@ impl Store {
         cap: Duration,
         max_failures: u32,
     ) -> Result<Option<PutOff>, StoreError> {
+        let error = self.sealer().handler_error(id, error);
         self.run("hand_over.put_off", async |connection| {
-            put_off(connection, id, error, cap, max_failures).await
+            put_off(connection, id, &error, cap, max_failures).await
         })
         .await
     }

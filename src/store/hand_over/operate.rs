@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::error::Error;
 use crate::health::{FailedHandOver, HANDLER_GONE_AFTER, HandledChannel};
 use crate::id::RequestId;
+use crate::sealer::Sealer;
 use crate::store::dead_letters::at;
 use crate::store::{Store, StoreError, millis};
 
@@ -53,7 +54,7 @@ impl Store {
         limit: i64,
     ) -> Result<Vec<FailedHandOver>, Error> {
         self.run_verified("hand_over.failed", async |connection| {
-            failed(connection, after, limit).await
+            failed(connection, after, limit, self.sealer()).await
         })
         .await
     }
@@ -161,6 +162,7 @@ async fn failed(
     connection: &mut PgConnection,
     after: Option<RequestId>,
     limit: i64,
+    sealer: &Sealer,
 ) -> Result<Vec<FailedHandOver>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT
@@ -175,15 +177,17 @@ async fn failed(
     .bind(limit)
     .fetch_all(connection)
     .await?;
-    rows.iter().map(failed_row).collect()
+    rows.iter().map(|row| failed_row(row, sealer)).collect()
 }
 
-fn failed_row(row: &PgRow) -> Result<FailedHandOver, sqlx::Error> {
+fn failed_row(row: &PgRow, sealer: &Sealer) -> Result<FailedHandOver, sqlx::Error> {
+    let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
+    let error: Option<String> = row.try_get("error")?;
     Ok(FailedHandOver {
-        id: row.try_get::<Uuid, _>("id")?.into(),
+        id,
         channel: row.try_get("channel_name")?,
         failures: row.try_get::<i32, _>("failures")?.max(0).unsigned_abs(),
-        error: row.try_get("error")?,
+        error: error.map(|text| sealer.shown_handler_error(id, text)),
         since: at(row.try_get("since")?),
         parked: row.try_get("parked")?,
         unreadable: row.try_get("unreadable")?,

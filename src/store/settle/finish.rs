@@ -3,18 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::Query;
 use sqlx::{Connection as _, PgConnection, Postgres, Row};
 use uuid::Uuid;
 
-use super::{Fence, SettledRow, settled_row, status_of};
-use crate::codec;
+use super::{Fence, SettledRow, body_of, settled_row, status_of};
 use crate::id::RequestId;
 use crate::metadata::Metadata;
 use crate::outcome::Outcome;
 use crate::response::Response;
+use crate::sealer::{Sealer, StoredResponse};
 use crate::status::Status;
 use crate::store::{Store, StoreError, millis};
 
@@ -36,7 +35,7 @@ impl Store {
     ) -> Result<Vec<Finished>, StoreError> {
         let retention = self.config().retention;
         self.run_large("settle.finish", bytes, async |connection| {
-            finish(connection, finishes, retention).await
+            finish(connection, finishes, retention, self.sealer()).await
         })
         .await
     }
@@ -46,7 +45,8 @@ impl Store {
         let retention = self.config().retention;
         self.run_large("settle.try", bytes, async |connection| {
             let mut transaction = connection.begin().await?;
-            finish(&mut transaction, std::slice::from_ref(one), retention).await?;
+            let one = std::slice::from_ref(one);
+            finish(&mut transaction, one, retention, self.sealer()).await?;
             transaction.rollback().await
         })
         .await
@@ -150,17 +150,29 @@ pub(super) async fn finish(
     connection: &mut PgConnection,
     finishes: &[Finish],
     retention: Duration,
+    sealer: &Sealer,
 ) -> Result<Vec<Finished>, sqlx::Error> {
-    let query = match finishes {
-        [(fence, outcome)] if !is_dead_letter(outcome) => bind_alone(*fence, outcome, retention),
-        _ => bind_many(finishes, retention),
+    let stored = |outcome: &Outcome| outcome.response.as_ref().map(|r| sealer.response(r));
+    let rows = match finishes {
+        [(fence, outcome)] if !is_dead_letter(outcome) => {
+            let stored = stored(outcome);
+            let query = bind_alone(*fence, outcome, stored.as_ref(), retention, sealer);
+            query.fetch_all(connection).await?
+        }
+        _ => {
+            let stored: Vec<_> = finishes
+                .iter()
+                .map(|(_, outcome)| stored(outcome))
+                .collect();
+            let query = bind_many(finishes, &stored, retention, sealer);
+            query.fetch_all(connection).await?
+        }
     };
-    let rows = query.fetch_all(connection).await?;
     rows.iter()
         .map(|row| {
             let settled = settled_row(row)?;
             Ok(Finished {
-                earlier: earlier(row, settled.fence.id)?,
+                earlier: earlier(row, settled.fence.id, sealer)?,
                 row: settled,
             })
         })
@@ -175,11 +187,13 @@ fn metadata_of(outcome: &Outcome) -> Option<&str> {
     outcome.metadata.as_ref().map(Metadata::json)
 }
 
-fn bind_alone(
+fn bind_alone<'a>(
     fence: Fence,
-    outcome: &Outcome,
+    outcome: &'a Outcome,
+    stored: Option<&'a StoredResponse>,
     retention: Duration,
-) -> Query<'_, Postgres, PgArguments> {
+    sealer: &Sealer,
+) -> Query<'a, Postgres, PgArguments> {
     let response = outcome.response.as_ref();
     let fault = outcome.fault.as_ref();
     sqlx::query(FINISH_ALONE)
@@ -187,20 +201,30 @@ fn bind_alone(
         .bind(fence.claim_no)
         .bind(outcome.status.as_str())
         .bind(status_of(response))
-        .bind(response.map(codec::encode_response))
-        .bind(response.map(|response| &*response.body))
+        .bind(stored.map(|stored| &*stored.head))
+        .bind(body_of(response, stored))
         .bind(fault.map(|fault| &*fault.class))
-        .bind(fault.map(|fault| &*fault.text))
+        .bind(fault.map(|fault| sealer.error_text(outcome.id, &fault.text)))
         .bind(outcome.without_attempt)
         .bind(millis(retention))
         .bind(metadata_of(outcome))
 }
 
-fn bind_many(finishes: &[Finish], retention: Duration) -> Query<'_, Postgres, PgArguments> {
+fn bind_many<'a>(
+    finishes: &'a [Finish],
+    stored: &'a [Option<StoredResponse>],
+    retention: Duration,
+    sealer: &Sealer,
+) -> Query<'a, Postgres, PgArguments> {
     let outcomes = finishes.iter().map(|(_, outcome)| &**outcome);
     let dead_letters = outcomes.clone().any(is_dead_letter);
     let responses = outcomes.clone().map(|outcome| outcome.response.as_ref());
     let faults = outcomes.clone().map(|outcome| outcome.fault.as_ref());
+    let heads = stored
+        .iter()
+        .map(|s| s.as_ref().map(|stored| &*stored.head));
+    let bodies = responses.clone().zip(stored);
+    let bodies = bodies.map(|(response, stored)| body_of(response, stored.as_ref()));
     let fences = finishes.iter().map(|(fence, _)| fence);
     let query = sqlx::query(if dead_letters {
         FINISH_DEAD_LETTERS
@@ -216,26 +240,20 @@ fn bind_many(finishes: &[Finish], retention: Duration) -> Query<'_, Postgres, Pg
             .collect::<Vec<_>>(),
     )
     .bind(responses.clone().map(status_of).collect::<Vec<_>>())
-    .bind(
-        responses
-            .clone()
-            .map(|response| response.map(codec::encode_response))
-            .collect::<Vec<_>>(),
-    )
-    .bind(
-        responses
-            .map(|response| response.map(|response| &*response.body))
-            .collect::<Vec<_>>(),
-    )
+    .bind(heads.collect::<Vec<_>>())
+    .bind(bodies.collect::<Vec<_>>())
     .bind(
         faults
-            .clone()
             .map(|fault| fault.map(|fault| &*fault.class))
             .collect::<Vec<_>>(),
     )
     .bind(
-        faults
-            .map(|fault| fault.map(|fault| &*fault.text))
+        outcomes
+            .clone()
+            .map(|outcome| {
+                let fault = outcome.fault.as_ref();
+                fault.map(|fault| sealer.error_text(outcome.id, &fault.text))
+            })
             .collect::<Vec<_>>(),
     )
     .bind(
@@ -251,15 +269,18 @@ fn bind_many(finishes: &[Finish], retention: Duration) -> Query<'_, Postgres, Pg
     query.bind(outcomes.map(metadata_of).collect::<Vec<_>>())
 }
 
-fn earlier(row: &PgRow, id: RequestId) -> Result<Option<Box<Response>>, sqlx::Error> {
+fn earlier(
+    row: &PgRow,
+    id: RequestId,
+    sealer: &Sealer,
+) -> Result<Option<Box<Response>>, sqlx::Error> {
     let Some(status) = row.try_get::<Option<i16>, _>(6)? else {
         return Ok(None);
     };
     let head: String = row.try_get(7)?;
     let body: Option<Vec<u8>> = row.try_get(8)?;
-    let body = Bytes::from(body.unwrap_or_default());
     // If the stored head can't be read back, the outcome's error is enough.
-    let response = codec::decode_response(id, status as u16, &head, body);
+    let response = sealer.read_response(id, status as u16, &head, body);
     Ok(response.ok().map(Box::new))
 }
 
@@ -360,9 +381,10 @@ mod tests {
                     finishes.push((other, Arc::new(outcome)));
                 }
                 finishes.sort_by_key(|(fence, _)| fence.id);
-                let settled = finish(&mut connection, &finishes, Duration::from_secs(60))
-                    .await
-                    .unwrap();
+                let retention = Duration::from_secs(60);
+                let none = Sealer::default();
+                let settled = finish(&mut connection, &finishes, retention, &none).await;
+                let settled = settled.unwrap();
                 assert_eq!(settled.len(), finishes.len());
                 let settled = settled.into_iter().find(|one| one.row.fence == fence);
                 let settled = settled.unwrap();

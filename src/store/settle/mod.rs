@@ -21,6 +21,7 @@ use super::{Store, StoreError};
 use crate::classify::FailureClass;
 use crate::id::RequestId;
 use crate::response::Response;
+use crate::sealer::StoredResponse;
 
 pub(crate) use self::finish::{Finish, Finished};
 pub(crate) use self::park::Park;
@@ -91,6 +92,15 @@ fn status_of(response: Option<&Response>) -> Option<i16> {
     response.map(|response| response.status.as_u16() as i16)
 }
 
+/// The body of a response as it is stored.
+fn body_of<'a>(
+    response: Option<&'a Response>,
+    stored: Option<&'a StoredResponse>,
+) -> Option<&'a [u8]> {
+    let sealed = stored.and_then(|stored| stored.sealed_body.as_deref());
+    sealed.or_else(|| response.map(|response| &*response.body))
+}
+
 /// Reads by position, which saves looking up nine names for each row.
 fn settled_row(row: &PgRow) -> Result<SettledRow, sqlx::Error> {
     let (id, claim_no, attempts, waiter, channel, ordered): (Uuid, _, i32, _, _, _) =
@@ -112,6 +122,7 @@ mod tests {
     use super::finish::finish;
     use super::*;
     use crate::outcome::{Fault, Outcome};
+    use crate::sealer::Sealer;
     use crate::testkit::Postgres;
 
     #[tokio::test]
@@ -146,8 +157,9 @@ mod tests {
             };
             let latest = if put_back_first {
                 let put_backs = [put_back(1, 0), put_back(2, 3600)];
+                let (none, now) = (Sealer::default(), Duration::ZERO);
                 let settled =
-                    super::put_back::put_back(&mut connection, &put_backs, Duration::ZERO).await;
+                    super::put_back::put_back(&mut connection, &put_backs, now, &none).await;
                 let settled = settled.unwrap();
                 assert_eq!(settled.len(), 1);
                 let delayed: bool =
@@ -167,7 +179,9 @@ mod tests {
                 (fence(latest - 1), outcome("stale")),
                 (fence(latest), outcome("latest")),
             ];
-            let settled = finish(&mut connection, &finishes, Duration::from_secs(60)).await;
+            let retention = Duration::from_secs(60);
+            let none = Sealer::default();
+            let settled = finish(&mut connection, &finishes, retention, &none).await;
             let settled = settled.unwrap();
             assert_eq!(settled.len(), 1);
             assert_eq!(settled[0].row.fence, fence(latest));

@@ -5,8 +5,8 @@ use std::time::Duration;
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
-use super::{Failure, Fence, SettledRow, settled_row, status_of};
-use crate::codec;
+use super::{Failure, Fence, SettledRow, body_of, settled_row, status_of};
+use crate::sealer::Sealer;
 use crate::store::{Store, StoreError, millis};
 
 /// A request that is due again after `delay`.
@@ -44,7 +44,7 @@ impl Store {
     ) -> Result<Vec<SettledRow>, StoreError> {
         let lease = self.config().lease;
         self.run_large("settle.put_back", bytes, async |connection| {
-            put_back(connection, put_backs, lease).await
+            put_back(connection, put_backs, lease, self.sealer()).await
         })
         .await
     }
@@ -54,7 +54,13 @@ impl Store {
         let lease = self.config().lease;
         self.run_large("settle.try", bytes, async |connection| {
             let mut transaction = connection.begin().await?;
-            put_back(&mut transaction, std::slice::from_ref(one), lease).await?;
+            put_back(
+                &mut transaction,
+                std::slice::from_ref(one),
+                lease,
+                self.sealer(),
+            )
+            .await?;
             transaction.rollback().await
         })
         .await
@@ -127,12 +133,24 @@ pub(super) async fn put_back(
     connection: &mut PgConnection,
     put_backs: &[PutBack],
     lease: Duration,
+    sealer: &Sealer,
 ) -> Result<Vec<SettledRow>, sqlx::Error> {
     let column = put_backs.iter();
     let failures = column.clone().map(|put_back| put_back.failure.as_ref());
     let responses = failures
         .clone()
         .map(|failure| failure.and_then(|f| f.response.as_ref()));
+    let stored = responses.clone().map(|r| r.map(|r| sealer.response(r)));
+    let stored: Vec<_> = stored.collect();
+    let heads = stored
+        .iter()
+        .map(|s| s.as_ref().map(|stored| &*stored.head));
+    let bodies = responses.clone().zip(&stored);
+    let bodies = bodies.map(|(response, stored)| body_of(response, stored.as_ref()));
+    let texts = put_backs.iter().map(|put_back| {
+        let failure = put_back.failure.as_ref();
+        failure.map(|f| sealer.error_text(put_back.fence.id, &f.text))
+    });
     let rows = sqlx::query(PUT_BACK)
         .bind(
             column
@@ -169,29 +187,15 @@ pub(super) async fn put_back(
                 .map(|f| f.map(|f| f.class.as_str()))
                 .collect::<Vec<_>>(),
         )
-        .bind(
-            failures
-                .clone()
-                .map(|f| f.map(|f| &*f.text))
-                .collect::<Vec<_>>(),
-        )
+        .bind(texts.collect::<Vec<_>>())
         .bind(
             failures
                 .map(|f| f.map(|f| i32::try_from(f.duration.as_millis()).unwrap_or(i32::MAX)))
                 .collect::<Vec<_>>(),
         )
-        .bind(responses.clone().map(status_of).collect::<Vec<_>>())
-        .bind(
-            responses
-                .clone()
-                .map(|r| r.map(codec::encode_response))
-                .collect::<Vec<_>>(),
-        )
-        .bind(
-            responses
-                .map(|r| r.map(|response| &*response.body))
-                .collect::<Vec<_>>(),
-        )
+        .bind(responses.map(status_of).collect::<Vec<_>>())
+        .bind(heads.collect::<Vec<_>>())
+        .bind(bodies.collect::<Vec<_>>())
         .bind(millis(lease))
         .bind(
             put_backs
