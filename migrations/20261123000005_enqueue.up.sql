@@ -1,8 +1,8 @@
 -- How requests enter the queue.
 
 -- `enqueue` and `enqueue_many` have the rights of the schema's owner, so a role that may only
--- execute them can persist requests and can't read any. They return ids and names of keys that the
--- caller gave, and never what a row holds.
+-- execute them can persist requests and can't read any. They return ids, names of keys that the
+-- caller gave, and encrypted fingerprints, and never what else a row holds.
 
 -- Ordering keys and supersede keys are locked until the end of the transaction. A transaction takes
 -- up to 64 advisory locks, one for each key. The server's lock table is shared by all databases and
@@ -291,6 +291,20 @@ AS $$
     ) + 1)
 $$;
 
+-- A stored fingerprint in hexadecimal digits, for a comparison that needs its key. One that is not
+-- encrypted tells what to guess a request by, so only a role that may read it gets it.
+CREATE FUNCTION shown_fingerprint(p_stored bytea) RETURNS text
+LANGUAGE sql
+STABLE
+SET search_path FROM CURRENT
+AS $$
+    SELECT encode(p_stored, 'hex')
+    WHERE octet_length(p_stored) > 32 OR has_table_privilege(
+        -- As in enqueue.
+        coalesce(nullif(current_setting('role'), 'none'), session_user), 'request_keys', 'SELECT'
+    )
+$$;
+
 -- Persists one request in the caller's transaction: a commit sends it, a rollback never does.
 --
 -- Verdicts:
@@ -419,7 +433,7 @@ BEGIN
             IF v_first.present THEN
                 RETURN QUERY SELECT
                     CASE WHEN v_first.same THEN 'attached' ELSE 'conflict' END, v_first.id,
-                    CASE WHEN NOT v_first.same THEN encode(v_first.stored, 'hex') END;
+                    CASE WHEN NOT v_first.same THEN shown_fingerprint(v_first.stored) END;
                 RETURN;
             END IF;
             EXIT WHEN v_elsewhere IS NOT NULL;
@@ -603,7 +617,7 @@ BEGIN
         WHERE k.id <> i.id;
         IF false = ANY (v_same) THEN
             DELETE FROM request_keys k WHERE k.id = ANY (p_ids);
-            RETURN QUERY SELECT c.id, 'conflict', c.earlier, encode(c.stored, 'hex')
+            RETURN QUERY SELECT c.id, 'conflict', c.earlier, shown_fingerprint(c.stored)
             FROM unnest(v_attached, v_earlier, v_same, v_stored)
                 WITH ORDINALITY AS c(id, earlier, same, stored, number)
             WHERE NOT c.same ORDER BY c.number;

@@ -1,5 +1,6 @@
 //! Persisting requests.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -417,11 +418,11 @@ async fn insert_by_function(
     connection: &mut PgConnection,
     schema: &str,
     requests: &[NewRequest],
-    how: Inserting,
+    how: Inserting<'_>,
 ) -> Result<(), sqlx::Error> {
     let plain = |request: &NewRequest| request.initial == Initial::Waiting;
     if requests.len() > 1 && !how.again && requests.iter().all(plain) {
-        super::bulk::insert_many(connection, schema, requests, how).await?;
+        super::bulk::insert_many(connection, schema, requests, how, &HashMap::new()).await?;
         return Ok(());
     }
     let mut transaction = connection.begin().await?;
