@@ -14,6 +14,7 @@ use bytes::Bytes;
 use divan::counter::ItemsCount;
 use divan::{AllocProfiler, Bencher, black_box};
 use futures_util::future::join_all;
+use requeuest::encryption::{Key, Keyring, measured};
 use requeuest::testkit::{Postgres, TestDatabase};
 use requeuest::{Body, Durable, Request};
 use tokio::runtime::Runtime;
@@ -47,6 +48,36 @@ fn intake(bencher: Bencher<'_, '_>) {
     bencher
         .with_inputs(request)
         .bench_values(|request| Request::try_from(black_box(request)));
+}
+
+fn keys() -> Keyring {
+    let bytes: Vec<u8> = (0..32).collect();
+    Keyring::new(Key::new("bench", bytes).expect("a key"))
+}
+
+/// Encrypting a body of this many bytes.
+#[divan::bench(args = [0, 1024, 65_536])]
+fn seal_body(bencher: Bencher<'_, '_>, len: usize) {
+    let (keys, body) = (keys(), vec![b'x'; len]);
+    bencher.bench(|| measured::seal_body(&keys, black_box(&body)));
+}
+
+/// Decrypting it.
+#[divan::bench(args = [0, 1024, 65_536])]
+fn open_body(bencher: Bencher<'_, '_>, len: usize) {
+    let keys = keys();
+    let sealed = measured::seal_body(&keys, &vec![b'x'; len]);
+    bencher
+        .with_inputs(|| sealed.clone())
+        .bench_values(|sealed| measured::open_body(&keys, sealed));
+}
+
+/// Encoding the head and the body of a request for its row, with and without encryption.
+#[divan::bench(args = [false, true])]
+fn encode_request(bencher: Bencher<'_, '_>, encrypted: bool) {
+    let encoder = measured::Encoder::new(encrypted.then(keys));
+    let request = Request::try_from(request()).expect("a request");
+    bencher.bench(|| encoder.request(black_box(&request)));
 }
 
 struct Fixture {

@@ -10,6 +10,7 @@
 //! - `--limit`: how many attempts the receiver may get at the same time. It then has a rate limit
 //!   too, which is never reached.
 //! - `--guard on`: the handles have a guard that allows the receiver's address.
+//! - `--encrypt on`: what is stored is encrypted.
 //! - `--set max_wal_size=4GB`: a setting of the Postgres server.
 //!
 //! The receiver, Postgres (with `fsync` on) and the callers share the machine. The same run also
@@ -27,6 +28,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use requeuest::encryption::{Key, Keyring};
 use requeuest::guard::Guard;
 use requeuest::sqlx::PgPool;
 use requeuest::{DestinationPolicy, Durable, RateLimit};
@@ -56,6 +58,7 @@ struct Arguments {
     concurrency: usize,
     limit: Option<u32>,
     guard: bool,
+    encrypt: bool,
     /// The body of each request.
     body: Bytes,
     json: Option<PathBuf>,
@@ -75,6 +78,7 @@ impl Arguments {
             concurrency: requeuest::DEFAULT_CONCURRENCY,
             limit: None,
             guard: false,
+            encrypt: false,
             body: vec![b'x'; 256].into(),
             json: None,
             only: Vec::new(),
@@ -90,6 +94,7 @@ impl Arguments {
                 "--set" => parsed.settings.push(server::setting(&value)?),
                 "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
                 "--concurrency" => parsed.concurrency = value.parse()?,
+                "--encrypt" => parsed.encrypt = value == "on",
                 "--limit" => parsed.limit = Some(value.parse()?),
                 "--guard" => parsed.guard = value == "on",
                 "--body" => parsed.body = vec![b'x'; value.parse()?].into(),
@@ -255,6 +260,10 @@ impl Bench<'_> {
         }
         if self.arguments.guard {
             builder = builder.guard(Guard::new().allow("127.0.0.1"));
+        }
+        if self.arguments.encrypt {
+            let bytes: Vec<u8> = (0..32).collect();
+            builder = builder.encryption(Keyring::new(Key::new("bench", bytes)?));
         }
         let durable = builder.build()?;
         durable.status(requeuest::Uuid::nil().into()).await?;
