@@ -325,6 +325,41 @@ async fn a_client_with_the_guards_parts_denies_names_and_redirects() {
     assert_eq!((receiver.count(), secret.count()), (1, 0));
 }
 
+/// reqwest sends credentials with the second request to another origin.
+#[tokio::test]
+async fn a_client_with_the_guards_parts_follows_no_redirect_within_another_origin() {
+    let database = migrated().await;
+    let redirecting = |location: String| {
+        Server::start(move |_, _| {
+            let mut redirect = reply(307, "");
+            redirect
+                .headers_mut()
+                .insert("location", location.parse().unwrap());
+            async move { redirect }
+        })
+    };
+    let other = redirecting("/again".to_owned()).await;
+    let receiver = redirecting(other.url("/hop")).await;
+    let guard = Guard::new().allow("127.0.0.1");
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .redirect(guard.redirect_policy(10).unwrap())
+        .build()
+        .unwrap();
+    let durable = builder(&database)
+        .guard(guard)
+        .transport(ReqwestTransport::new(client))
+        .build()
+        .unwrap();
+    let mut request = Request::get(receiver.url("/").parse().unwrap(), HeaderMap::new());
+    let secret = "hunter2".parse().unwrap();
+    request.headers_mut().insert("authorization", secret);
+    let response = durable.await_response(request).await.unwrap();
+    assert_eq!(response.status(), 307);
+    assert_eq!((receiver.count(), other.count()), (1, 1));
+    assert!(!other.seen()[0].headers.contains_key("authorization"));
+}
+
 #[tokio::test]
 async fn the_webhooks_preset_has_a_guard_and_other_handles_have_none() {
     let database = migrated().await;

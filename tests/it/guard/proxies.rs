@@ -27,6 +27,7 @@ async fn the_proxies_of_the_environment_are_ignored() {
     let child = child
         .env(DATABASE, database.url())
         .env(SERVER, receiver.url("/"))
+        .env("RUST_LOG", "requeuest=warn")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -34,6 +35,9 @@ async fn the_proxies_of_the_environment_are_ignored() {
     let ended = tokio::task::spawn_blocking(move || child.wait_with_output());
     let ended = in_time(ended).await.unwrap().unwrap();
     assert!(ended.status.success(), "{ended:?}");
+    let log = String::from_utf8_lossy(&ended.stderr);
+    let warnings = log.matches("a handle with a guard ignores the environment's proxy");
+    assert_eq!(warnings.count(), 1, "{log}");
     // Without a guard through the proxy, with one past it.
     let bodies = |server: &Server| server.bodies();
     assert_eq!(bodies(&proxy), ["without"]);
@@ -46,6 +50,7 @@ async fn send_in_an_environment_with_a_proxy() {
     if !plays("send_in_an_environment_with_a_proxy") {
         return;
     }
+    env_logger::init();
     let pool = PgPool::connect(&std::env::var(DATABASE).unwrap())
         .await
         .unwrap();

@@ -16,6 +16,16 @@ use super::plain::Setup;
 use crate::error::{BoxError, Error};
 use crate::guard::{Denied, Guard};
 
+/// Variables of the environment that name a proxy.
+const ENVIRONMENT: [&str; 6] = [
+    "HTTP_PROXY",
+    "http_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+];
+
 impl Guard {
     /// A resolver for [`ClientBuilder::dns_resolver`] that fails for names that resolve to a denied
     /// address. Disable the proxies of such a client, and check its redirects with
@@ -39,6 +49,7 @@ impl Guard {
     ///     .no_proxy()
     ///     .dns_resolver(guard.resolver()?)
     ///     .redirect(guard.redirect_policy(3)?)
+    ///     .referer(false)
     ///     .user_agent("billing/1.0")
     ///     .build()?;
     /// let durable = Durable::builder(pool)
@@ -63,11 +74,15 @@ impl Guard {
     }
 
     /// A policy for [`ClientBuilder::redirect`] that follows up to `max` redirects, fails for one
-    /// that leads to a denied URL, and follows none from https to http. The last redirect of a
-    /// longer chain is the response.
+    /// that leads to a denied URL, and follows none from https to http. A redirect that it doesn't
+    /// follow is the response.
     ///
-    /// reqwest drops credentials for the first request to another origin of a chain, but not for
-    /// later ones, and only those that it knows. [`Redirects`](crate::Redirects) are safer.
+    /// reqwest drops credentials for the first request to another origin, and sends them again with
+    /// the next one to that origin. So this policy doesn't follow redirects within another origin.
+    /// reqwest doesn't know other credentials than `Authorization`, `Cookie` and
+    /// `Proxy-Authorization`, and names the last URL with its path, unless
+    /// [`referer`](ClientBuilder::referer) is off. The crate's own transport has none of these
+    /// faults: see [`Redirects`](crate::Redirects).
     ///
     /// # Errors
     ///
@@ -76,10 +91,17 @@ impl Guard {
         self.validate()?;
         let guard = self.clone();
         Ok(Policy::custom(move |attempt| {
-            let previous = attempt.previous();
-            let is_downgrade = attempt.url().scheme() != "https"
-                && previous.last().is_some_and(|url| url.scheme() == "https");
-            if previous.len() > max || is_downgrade {
+            let (next, previous) = (attempt.url(), attempt.previous());
+            let is_followed = match (previous.first(), previous.last()) {
+                (Some(first), Some(last)) => {
+                    let is_downgrade = last.scheme() == "https" && next.scheme() != "https";
+                    let gets_credentials =
+                        last.origin() == next.origin() && first.origin() != next.origin();
+                    previous.len() <= max && !is_downgrade && !gets_credentials
+                }
+                _ => false,
+            };
+            if !is_followed {
                 return attempt.stop();
             }
             match attempt.url().as_str().parse().map(|uri| guard.admit(&uri)) {
@@ -142,6 +164,16 @@ pub(super) fn setup(guard: &Arc<Guard>) -> Result<Setup, Error> {
         proxy: None,
     };
     let mut proxy = None;
+    if guard.proxy().is_none()
+        && ENVIRONMENT
+            .iter()
+            .any(|name| std::env::var_os(name).is_some())
+    {
+        tracing::warn!(
+            "a handle with a guard ignores the environment's proxy; name a proxy that checks by \
+             itself with Guard::trust_proxy"
+        );
+    }
     if let Some(url) = guard.proxy() {
         let host = Url::parse(url).map_err(|error| refused(&error))?;
         resolver.proxy = host.host_str().map(Box::from);
