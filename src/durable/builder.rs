@@ -354,7 +354,9 @@ impl DurableBuilder {
     /// - A 410 ends the request and disables the destination. 429, 502, 503 and 504 pause it. It
     ///   has a circuit breaker and a retry budget ([`DestinationPolicy::webhooks`]).
     /// - An attempt may take 20 seconds ([`WEBHOOKS_ATTEMPT_TIMEOUT`]).
-    /// - With the feature `ssrf-guard`, requests go to the public internet only (`guard`).
+    /// - With the feature `ssrf-guard`, requests go to the public internet only (`guard`). A
+    ///   [`transport`](Self::transport) of the caller's has to check names by itself, with
+    ///   `Guard::resolver`.
     ///
     /// Requests whose response is awaited keep their retries and their rules of success. Settings
     /// made after this one replace it.
