@@ -504,9 +504,10 @@ impl Error {
         matches!(self.0.kind, Kind::UnknownDestination(_))
     }
 
-    /// Whether this version can't read what is stored of the request or of its outcome: a newer
-    /// version wrote it, or it is damaged. Nothing was changed. A process of the version that wrote
-    /// it can read it.
+    /// Whether this process can't read what is stored of the request or of its outcome: a newer
+    /// version wrote it, it is encrypted with a key that the process doesn't have, or it is
+    /// damaged. Nothing was changed. A process of the version that wrote it, with its keys, can
+    /// read it.
     pub fn is_unreadable(&self) -> bool {
         matches!(self.0.kind, Kind::Unreadable(_))
     }
@@ -706,8 +707,8 @@ fn only_enqueues(f: &mut fmt::Formatter<'_>, what: &str) -> fmt::Result {
 fn unreadable(f: &mut fmt::Formatter<'_>, reason: &str) -> fmt::Result {
     write!(
         f,
-        "this version can't read what is stored: {reason}; ask a process of the version that wrote \
-         it, or repair the row"
+        "this process can't read what is stored: {reason}; ask a process of the version that wrote \
+         it and with its keys, or repair the row"
     )
 }
 

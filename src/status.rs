@@ -36,13 +36,14 @@ pub enum Status {
     /// An attempt failed, and the next one is due later.
     Retryable,
     /// A process claimed the request and could not read what is stored of it: a newer version wrote
-    /// it, another program did, or it is damaged. It was not sent, no attempt is counted, and later
-    /// requests of its ordering key wait.
+    /// it, another program did, it is encrypted with a key that the process doesn't have, or it is
+    /// damaged. It was not sent, no attempt is counted, and later requests of its ordering key
+    /// wait.
     ///
     /// Processes look at it again and again, every 5 seconds at first and every 10 minutes in the
     /// end, and one that can read it sends it. Until then it stays, also beyond its deadline.
     /// [`Durable::parked`](crate::Durable::parked) says what could not be read. Let a process of a
-    /// newer version deliver the channel, repair the row, or
+    /// newer version, or one with the key, deliver the channel, repair the row, or
     /// [cancel](crate::Durable::cancel) the request.
     Parked,
     /// The request got a final response, or was resolved as sent. For a fired request that is 2xx,

@@ -81,7 +81,7 @@ impl Durable {
     /// The outcome is stored before the handler is called, so callers that await the response don't
     /// wait for the handler.
     ///
-    /// An outcome that this version can't read ([`Error::is_unreadable`]) waits for a process that
+    /// An outcome that this process can't read ([`Error::is_unreadable`]) waits for a process that
     /// can. The others don't wait for it.
     ///
     /// Async functions become handlers through [`outcome_fn`](crate::outcome_fn).

@@ -24,7 +24,7 @@ pub(crate) enum Found {
     Finished(Box<Outcome>),
     /// Finished, with an outcome for which this look-up had no room.
     Unfetched,
-    /// The request has finished, and this version can't read its outcome.
+    /// The request has finished, and this process can't read its outcome.
     Unreadable(Unreadable),
     Unknown,
 }

@@ -143,7 +143,7 @@ impl PolledClaim {
         turn_after(self.head.attempts - 1)
     }
 
-    /// Puts the request back because this version can't read it, without counting an attempt.
+    /// Puts the request back because this process can't read it, without counting an attempt.
     pub(crate) fn park(self, reason: Unreadable) {
         let channel = Arc::clone(&self.head.channel);
         self.settle(AttemptResult::Park { reason, channel });

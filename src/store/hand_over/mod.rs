@@ -63,7 +63,7 @@ pub(crate) enum Taken {
     Nothing,
     /// An outcome was due but has expired. It is not due any more.
     Expired,
-    /// An outcome was due that this version can't read. It was put off.
+    /// An outcome was due that this process can't read. It was put off.
     Unreadable {
         id: RequestId,
         reason: Unreadable,

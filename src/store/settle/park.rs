@@ -1,4 +1,4 @@
-//! Parking requests that this version can't read, and listing the parked ones.
+//! Parking requests that this process can't read, and listing the parked ones.
 
 use std::time::Duration;
 

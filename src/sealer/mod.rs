@@ -1,0 +1,68 @@
+//! The stored form of requests and responses, encrypted if the handle has keys.
+//!
+//! An encrypted head of a request is JSON too:
+//! `{"method":…,"url":<origin>,"sealed":…,"delivery":…}`. The statements that read a head find
+//! there what they read in any other. What is readable is
+//! bound to the encrypted rest, except for the mark of a waiting caller, which a replay takes off.
+//! An encrypted head of a response is `{"sealed":…}`, and an encrypted text begins with `sealed:`.
+//!
+//! Rows that are not encrypted are read whether or not there are keys.
+
+mod fingerprint;
+mod request;
+mod response;
+mod text;
+
+#[cfg(feature = "encryption")]
+use std::sync::Arc;
+
+use crate::codec::Unreadable;
+#[cfg(feature = "encryption")]
+use crate::encryption::Keyring;
+use crate::error::Error;
+
+pub(crate) use self::request::ReadHead;
+pub(crate) use self::response::StoredResponse;
+
+/// Makes stored forms and reads them. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sealer {
+    #[cfg(feature = "encryption")]
+    keys: Option<Arc<Keyring>>,
+}
+
+impl Sealer {
+    #[cfg(feature = "encryption")]
+    pub(crate) fn new(keys: Keyring) -> Self {
+        Self {
+            keys: Some(Arc::new(keys)),
+        }
+    }
+
+    #[cfg(feature = "encryption")]
+    pub(crate) fn keys(&self) -> Option<&Keyring> {
+        self.keys.as_deref()
+    }
+
+    /// Checks the keys, for the builder.
+    #[cfg_attr(
+        not(feature = "encryption"),
+        expect(clippy::unused_self, reason = "no keys")
+    )]
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        #[cfg(feature = "encryption")]
+        if let Some(keys) = &self.keys {
+            return keys.validate();
+        }
+        Ok(())
+    }
+}
+
+/// Why a form is unreadable for a process without keys.
+fn no_keys() -> Unreadable {
+    Unreadable::new(if cfg!(feature = "encryption") {
+        "it is encrypted, and this process has no keys"
+    } else {
+        "it is encrypted, and this program is built without the feature `encryption`"
+    })
+}
