@@ -16,6 +16,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
+use requeuest::encryption::{Key, Keyring};
 use requeuest::migrate::{DatabaseRole, Migrator};
 use requeuest::retry::RetryPolicy;
 use requeuest::testkit::{self, Postgres, TestDatabase};
@@ -238,14 +239,19 @@ pub fn builder(database: &TestDatabase) -> DurableBuilder {
 }
 
 /// A builder of handles on this pool. With `REQUEUEST_LIMITS=1`, each destination has all kinds of
-/// limits. Copies of the test binary inherit that.
+/// limits. With `REQUEUEST_ENCRYPTION=1`, what is stored is encrypted. Copies of the test binary
+/// inherit both.
 pub fn builder_on(pool: &PgPool) -> DurableBuilder {
-    let builder = Durable::builder(pool.clone());
-    if std::env::var("REQUEUEST_LIMITS").is_ok_and(|value| value == "1") {
-        builder.destination("*", limits())
-    } else {
-        builder
+    let mut builder = Durable::builder(pool.clone());
+    let wanted = |name| std::env::var(name).is_ok_and(|value| value == "1");
+    if wanted("REQUEUEST_LIMITS") {
+        builder = builder.destination("*", limits());
     }
+    if wanted("REQUEUEST_ENCRYPTION") {
+        let bytes: Vec<u8> = (0..32).collect();
+        builder = builder.encryption(Keyring::new(Key::new("all", bytes).unwrap()));
+    }
+    builder
 }
 
 /// A handle with the default settings.
@@ -276,7 +282,7 @@ pub fn limits() -> DestinationPolicy {
 /// Stands in for a handle in another process: its own pool, and no runner.
 pub async fn other_process(database: &TestDatabase) -> Durable {
     let pool = PgPool::connect(database.url()).await.unwrap();
-    Durable::builder(pool).runner(false).build().unwrap()
+    builder_on(&pool).runner(false).build().unwrap()
 }
 
 /// A hyper client that speaks plain HTTP.

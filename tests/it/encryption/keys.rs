@@ -1,9 +1,12 @@
 //! Callers' keys: a repeated call is the same request, whichever key encrypts.
 
-use requeuest::{Options, Request};
+use std::time::Duration;
 
-use super::{assert_unreadable, there};
-use crate::support::{count, migrated, other_process, post, rows};
+use requeuest::migrate::DatabaseRole;
+use requeuest::{Durable, Options, Request};
+
+use super::{assert_unreadable, ring, there};
+use crate::support::{Role, count, migrated, other_process, post, rows};
 
 fn keyed(key: &str, body: &str) -> Request {
     post("http://a/hook", body.to_owned()).with(Options::default().key(key))
@@ -70,4 +73,28 @@ async fn equal_calls_of_different_keys_have_nothing_in_common_in_the_database() 
     }
     let parts = "SELECT count(DISTINCT substr(fingerprint, 4, 32)) FROM requeuest.request_keys";
     assert_eq!(count(&database, parts).await, 2);
+}
+
+#[tokio::test]
+async fn a_role_that_only_enqueues_compares_encrypted_fingerprints_alone() {
+    let database = migrated().await;
+    let role = Role::create(&database).await;
+    role.plays(DatabaseRole::Enqueue).await;
+    let old = there(&database, &["a"]).await;
+    let sealed = old.fire(keyed("k", "x")).await.unwrap();
+    let from_before = other_process(&database).await;
+    let plain = from_before.fire(keyed("l", "x")).await.unwrap();
+
+    let builder = Durable::builder(role.pool()).runner(false);
+    let durable = builder.encryption(ring(&["b", "a"])).build().unwrap();
+    assert_eq!(durable.fire(keyed("k", "x")).await.unwrap(), sealed);
+    let error = durable.fire(keyed("l", "x")).await.unwrap_err();
+    assert!(error.is_key_conflict(), "{error}");
+    assert_eq!(error.request_id(), Some(plain));
+
+    let rotating = there(&database, &["b", "a"]).await;
+    rotating.reencrypt().unwrap().finish().await.unwrap();
+    assert_eq!(durable.fire(keyed("l", "x")).await.unwrap(), plain);
+    durable.shutdown(Duration::ZERO).await.unwrap();
+    role.dropped().await;
 }
