@@ -368,7 +368,8 @@ BEGIN
         -- The role that calls: within this function, the current one is the schema's owner.
         coalesce(nullif(current_setting('role'), 'none'), session_user), 'mq_msgs', 'INSERT'
     ) THEN
-        RAISE EXCEPTION 'permission denied to send a request at once; a role that enqueues needs runner(false)'
+        RAISE EXCEPTION
+            'permission denied to send a request at once; a role that enqueues needs runner(false)'
             USING ERRCODE = 'insufficient_privilege';
     END IF;
     -- Take all locks first, always in this order: if a later lock is not available, nothing may

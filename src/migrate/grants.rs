@@ -61,7 +61,8 @@ const SLOTS: &[&str] = &[
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DatabaseRole {
-    /// Persists requests, with [`fire`](crate::Durable::fire), [`fire_in`](crate::Durable::fire_in),
+    /// Persists requests, with [`fire`](crate::Durable::fire),
+    /// [`fire_in`](crate::Durable::fire_in),
     /// [`fire_many`](crate::Durable::fire_many) and
     /// [`fire_many_in`](crate::Durable::fire_many_in), through a handle with
     /// [`runner(false)`](crate::DurableBuilder::runner). It can't read a request, a response or a
