@@ -2,6 +2,7 @@ DROP FUNCTION mark_handled;
 DROP FUNCTION take_unhandled;
 DROP FUNCTION cancel_channels;
 DROP FUNCTION cancel_request;
+DROP FUNCTION give_up_deferred;
 DROP FUNCTION expire_requests;
 DROP FUNCTION end_requests;
 DROP FUNCTION finish_requests;

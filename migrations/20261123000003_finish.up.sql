@@ -273,6 +273,30 @@ BEGIN
 END;
 $$;
 
+-- Gives up those of these requests that are deferred: their callers' time is over, and no attempt
+-- would find that out. Left alone are requests that another transaction has locked, and those that
+-- this session's process might not be able to read.
+CREATE FUNCTION give_up_deferred(p_ids uuid[]) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_ids uuid[];
+BEGIN
+    SELECT array_agg(found.id) INTO v_ids FROM (
+        SELECT m.id FROM mq_msgs m
+        WHERE m.id = ANY (p_ids) AND m.state = 'deferred' AND m.format = ANY (known_formats())
+        FOR UPDATE SKIP LOCKED
+    ) found;
+    IF v_ids IS NOT NULL THEN
+        PERFORM end_requests(
+            v_ids, 'discarded', 'deferred',
+            'its destination took no more requests until the caller''s time was over', NULL
+        );
+    END IF;
+END;
+$$;
+
 -- Cancels an unfinished request. Returns `cancelled`; `ended` if the request had already ended;
 -- NULL if there is no such request.
 CREATE FUNCTION cancel_request(p_id uuid, p_retention interval) RETURNS text

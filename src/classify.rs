@@ -486,6 +486,10 @@ pub enum FailureClass {
     /// [`max_age`](crate::retry::RetryPolicy::max_age) of its retry policy, or a day where that
     /// limits its attempts only.
     NoRunner,
+    /// The request waited for its destination, which was paused, disabled or limited, until its
+    /// caller's time was over: the [`max_age`](crate::retry::RetryPolicy::max_age) of its retry
+    /// policy.
+    Deferred,
 }
 
 impl FailureClass {
@@ -510,6 +514,7 @@ impl FailureClass {
             Self::Denied => "denied",
             Self::Deadline => "deadline",
             Self::NoRunner => "no_runner",
+            Self::Deferred => "deferred",
         }
     }
 
@@ -533,6 +538,7 @@ impl FailureClass {
                 | Self::Denied
                 | Self::Deadline
                 | Self::NoRunner
+                | Self::Deferred
         )
     }
 }
@@ -561,6 +567,7 @@ impl FromStr for FailureClass {
             "denied" => Self::Denied,
             "deadline" => Self::Deadline,
             "no_runner" => Self::NoRunner,
+            "deferred" => Self::Deferred,
             _ => return Err(ParseNameError::new("the name of a failure class")),
         })
     }

@@ -102,7 +102,8 @@ impl Engine {
     ) -> Result<AwaitOutcome, Error> {
         let has_client = client.is_some();
         let id = row.id;
-        let waiter = self.driver().waiters.subscribe(id, client);
+        let within = job.delivery.retry.age_limit();
+        let waiter = self.driver().waiters.subscribe(id, client, within);
         Ok(AwaitOutcome {
             id,
             submitted: Some(self.hand_in(row, job, None, has_client, earlier)?),

@@ -263,7 +263,7 @@ impl Engine {
     pub(crate) async fn outcome(&self, id: RequestId) -> Result<Outcome, Error> {
         let driver = &self.driver;
         // Subscribed before asking, or the outcome could come in between.
-        let waiter = driver.waiters.subscribe(id, None);
+        let waiter = driver.waiters.subscribe(id, None, None);
         let found = self
             .with_store(|store| async move { store.find_one(id).await })
             .await?;

@@ -438,6 +438,11 @@ impl RetryPolicy {
         }
     }
 
+    /// How old a request may be for another attempt.
+    pub(crate) fn age_limit(&self) -> Option<Duration> {
+        self.max_age
+    }
+
     /// Whether the number of attempts allows another one.
     pub(crate) fn allows_after(&self, attempts: u32) -> bool {
         let in_kind = match &self.delays {

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::{Store, StoreError, millis};
 use crate::destination::{DestinationPolicy, Millis, State, Until, millis as to_millis};
 use crate::error::Error;
+use crate::id::RequestId;
 
 /// A destination as the database has it.
 #[derive(Clone, Debug)]
@@ -128,6 +129,19 @@ impl Store {
         let lease = self.config().lease;
         self.run("destinations.lease", async |connection| {
             lease_all(connection, instance, requests, lease).await
+        })
+        .await
+    }
+
+    /// Gives up those of these requests that wait for their destinations.
+    pub(crate) async fn give_up_deferred(&self, ids: &[RequestId]) -> Result<(), StoreError> {
+        let ids: Vec<Uuid> = ids.iter().copied().map(Uuid::from).collect();
+        self.run("destinations.give_up", async |connection| {
+            sqlx::query("SELECT give_up_deferred($1)")
+                .bind(&ids)
+                .execute(connection)
+                .await?;
+            Ok(())
         })
         .await
     }

@@ -1,6 +1,7 @@
 //! Limits, pauses and breakers of destinations, and what slow ones leave to the others.
 
 mod disabling;
+mod fairness;
 mod policies;
 mod proxies;
 

@@ -277,7 +277,8 @@ impl Claim {
             self.lease = None;
             return false;
         };
-        if !lease.has_slot() {
+        // A slot that was taken before this process knew of limits and pauses is taken anew.
+        if !lease.has_slot() || lease.give_early_slot() {
             lease.mark_waiting();
             let destination = self.job.limit_name();
             match self.driver.slots.acquire(&destination, self.turn()).await {

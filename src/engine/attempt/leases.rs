@@ -105,6 +105,13 @@ impl Lease {
         self.lock().slot = Some(slot);
     }
 
+    /// Gives a slot back that was taken too early. Returns whether there was one.
+    pub(crate) fn give_early_slot(&self) -> bool {
+        let early = self.lock().slot.take_if(|slot| slot.is_early());
+        // Dropped outside of the lock: the gate has its own.
+        early.is_some()
+    }
+
     pub(crate) fn has_room(&self) -> bool {
         self.lock().room.is_some()
     }

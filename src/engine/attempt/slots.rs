@@ -49,6 +49,11 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
+    /// Whether it was taken before this process knew what the database knows of destinations.
+    pub(super) fn is_early(&self) -> bool {
+        self.pass.is_early()
+    }
+
     /// Notes what the attempt has shown of its destination.
     pub(super) fn note(&self, seen: Seen) {
         self.pass.note(seen);
@@ -129,6 +134,9 @@ impl Slots {
     /// Waits for a slot, and while the results that wait for their commit are too large. An error
     /// says that the destination takes no more attempts for a while.
     pub(crate) async fn acquire(&self, destination: &str, turn: Turn) -> Result<Slot, Full> {
+        if !self.gate.has_looked() {
+            Box::pin(self.gate.looks()).await;
+        }
         // The pass first: no slot waits for a destination.
         let mut pass = match self.gate.try_enter(destination, turn) {
             Err(Full::Soon | Full::Short) => Box::pin(self.gate.enter(destination, turn)).await?,
@@ -236,6 +244,7 @@ mod tests {
             }),
             100,
         );
+        slots.gate.note_look();
         let mut cx = Context::from_waker(Waker::noop());
         let small = slots.count_unsettled(60);
         assert!(slots.try_inline("a").is_ok());

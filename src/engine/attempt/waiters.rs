@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
@@ -35,6 +36,8 @@ struct Entry {
     sender: oneshot::Sender<Waited>,
     /// The request is known to be persisted, so it is an error if the database doesn't know it.
     armed: bool,
+    /// When the caller's time is over, if its retry policy says so.
+    until: Option<Instant>,
     /// The client that the caller would have used.
     client: Option<CallerClient>,
 }
@@ -54,13 +57,16 @@ impl Waiters {
         self: &Arc<Self>,
         id: RequestId,
         client: Option<CallerClient>,
+        within: Option<Duration>,
     ) -> Waiter {
+        let until = within.and_then(|within| Instant::now().checked_add(within));
         let token = self.next_token.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         self.lock().entry(id).or_default().push(Entry {
             token,
             sender,
             armed: false,
+            until,
             client,
         });
         Waiter {
@@ -156,6 +162,17 @@ impl Waiters {
         waiting
             .iter()
             .filter(|(_, entries)| entries.iter().any(|entry| entry.armed))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    /// The requests of armed waiters whose time is over.
+    pub(crate) fn overdue(&self, now: Instant) -> Vec<RequestId> {
+        let waiting = self.lock();
+        let is_overdue = |entry: &Entry| entry.armed && entry.until.is_some_and(|it| it <= now);
+        waiting
+            .iter()
+            .filter(|(_, entries)| entries.iter().any(is_overdue))
             .map(|(id, _)| *id)
             .collect()
     }

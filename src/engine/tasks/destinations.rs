@@ -50,7 +50,12 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
-            () = gate.urgent.notified() => tokio::time::sleep(PAUSE).await,
+            () = gate.urgent.notified() => {
+                // The first attempts wait for the first look.
+                if gate.has_looked() {
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
         }
         // A handle that delivers nothing costs the database nothing.
         if !gate.is_used() {
@@ -71,6 +76,7 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
                 gate.learn(known);
             }
         }
+        gate.note_look();
         // Other processes, now or earlier, may have deferred requests of destinations that this one
         // doesn't know of.
         if let Ok(names) = store.deferred_destinations(&after, STEP).await {

@@ -59,6 +59,7 @@ pub(crate) async fn run(store: Store, leases: Arc<Leases>, waiters: Arc<Waiters>
         }
         if whole_round {
             next_round = Instant::now() + POLL_INTERVAL;
+            give_up_deferred(&store, &waiters).await;
         } else {
             ids.retain(|id| to_fetch.contains(id));
         }
@@ -71,6 +72,16 @@ pub(crate) async fn run(store: Store, leases: Arc<Leases>, waiters: Arc<Waiters>
                 None => listener = None,
             },
         }
+    }
+}
+
+/// Gives up requests that wait for their destinations longer than their callers do: no attempt
+/// finds out that their time is over.
+async fn give_up_deferred(store: &Store, waiters: &Waiters) {
+    let overdue = waiters.overdue(Instant::now());
+    for part in overdue.chunks(MAX_IDS) {
+        // After a failure, which the store logs, the next round tries again.
+        let _ = store.give_up_deferred(part).await;
     }
 }
 

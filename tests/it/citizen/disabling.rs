@@ -39,7 +39,7 @@ fn earlier(value: &mut Value, by: i64) {
 }
 
 /// Moves all times of destinations back, as if so much time had passed since.
-async fn pass(database: &TestDatabase, time: Duration) {
+pub(super) async fn pass(database: &TestDatabase, time: Duration) {
     let mut transaction = database.pool().begin().await.unwrap();
     let stored: Vec<(String, String)> =
         sqlx::query_as("SELECT name, state::text FROM requeuest.destinations FOR UPDATE")

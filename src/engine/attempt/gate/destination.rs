@@ -16,8 +16,12 @@ pub(super) const REMEMBERED: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Destination {
     pub(super) policy: Arc<DestinationPolicy>,
+    /// Whether the policy is the database's.
+    pub(super) has_stored_policy: bool,
     /// Attempts under way, and attempts that wait for their slot.
     pub(super) passes: usize,
+    /// Requests that wait in memory for a pass.
+    pub(super) waiting: usize,
     pub(super) pace: Paced,
     pub(super) failing: Failing,
     /// Whether its passes count among the slow ones.
@@ -41,7 +45,9 @@ impl Destination {
     pub(super) fn new(policy: Arc<DestinationPolicy>, now: Instant) -> Self {
         let mut new = Self {
             policy: Arc::clone(&policy),
+            has_stored_policy: false,
             passes: 0,
+            waiting: 0,
             pace: Paced::new(now),
             failing: Failing::default(),
             counted_slow: true,
@@ -84,6 +90,8 @@ impl Destination {
 
     pub(super) fn is_idle(&self, now: Instant) -> bool {
         self.passes == 0
+            && self.waiting == 0
+            && !self.has_stored_policy
             && self.pace.quiet(now) > REMEMBERED
             && self
                 .deferred

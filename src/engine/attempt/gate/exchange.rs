@@ -18,9 +18,14 @@ impl Gate {
     pub(crate) fn learn_all(&self, known: Vec<StoredDestination>) {
         let names: HashSet<String> = known.iter().map(|known| known.name.clone()).collect();
         for (name, destination) in &mut self.lock().destinations {
-            if destination.shared.is_some() && !names.contains(&**name) {
-                destination.shared = None;
+            if names.contains(&**name) {
+                continue;
+            }
+            if destination.shared.take().is_some() {
                 destination.throttled = None;
+            }
+            if std::mem::take(&mut destination.has_stored_policy) {
+                destination.set_policy(self.policy_of(name));
             }
         }
         self.learn(known);
@@ -31,6 +36,7 @@ impl Gate {
         let now = Instant::now();
         let mut inner = self.lock();
         for known in known {
+            let is_stored = known.policy.is_some();
             let policy = match known.policy {
                 Some(policy) => Arc::new(policy),
                 None => self.policy_of(&known.name),
@@ -39,6 +45,7 @@ impl Gate {
             if *destination.policy != *policy {
                 destination.set_policy(policy);
             }
+            destination.has_stored_policy = is_stored;
             let closed = known.state.closed_until(known.now);
             if closed.is_none() {
                 // Resumed or reset, unless it was throttled after that.

@@ -17,6 +17,8 @@ const LUMP: Duration = Duration::from_millis(100);
 const TOKENS_LAST: Duration = Duration::from_secs(1);
 /// How soon a process asks for permits again if other processes have all of them.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// If the next token comes later than this, requests don't wait for it in memory.
+const NEAR: Duration = Duration::from_millis(250);
 /// A destination without an attempt for this long gives its permits back.
 const KEPT: Duration = Duration::from_secs(5);
 
@@ -68,6 +70,12 @@ impl Limits {
     pub(super) fn is_none(self) -> bool {
         self.concurrency.is_none() && self.rate.is_none()
     }
+
+    /// How many tokens come within this time, if there is a rate.
+    pub(super) fn tokens_within(self, time: Duration) -> Option<usize> {
+        self.rate
+            .map(|rate| (rate.per_second * time.as_secs_f64()) as usize)
+    }
 }
 
 /// The permits and tokens of this process.
@@ -79,6 +87,8 @@ pub(super) struct Leased {
     permits_of: u32,
     tokens: u32,
     tokens_until: Option<Instant>,
+    /// When the next token comes, if there was none at the last question.
+    next_token: Option<Instant>,
     /// Not asked for before this time.
     not_before: Option<Instant>,
     /// Attempts were turned away for want of permits or tokens since the last question, and the
@@ -277,6 +287,12 @@ impl Leased {
             self.permits_until = None;
         }
         self.not_before = (!wait.is_zero()).then_some(asked + wait);
+        self.next_token = no_token.then(|| asked + grant.wait);
+    }
+
+    /// Whether no token comes soon.
+    pub(super) fn is_far(&self, now: Instant) -> bool {
+        self.next_token.is_some_and(|at| at > now + NEAR)
     }
 
     /// Asks again later, because the question failed.

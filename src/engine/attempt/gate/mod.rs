@@ -7,7 +7,8 @@
 //! get equal parts. Without work for others, one destination takes all slots but a few, which are
 //! for the first requests to others.
 //!
-//! A destination of which most attempts fail is asked at most 100 times a second, until it answers.
+//! A destination of which most attempts fail is asked at a bounded rate until it answers: 100 times
+//! a second, and 20 times if all of them fail.
 //!
 //! What the processes have in common (limits, pauses, breakers) is in the database. A task copies
 //! it from there to here, and what attempts have shown from here to there. So an attempt asks only
@@ -24,6 +25,7 @@ mod share;
 mod tests;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +42,12 @@ use crate::engine::config::Config;
 const MAX_IDLE: usize = 10_000;
 /// The longest delay of a retry for which there is no budget.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(600);
+
+/// How long the first attempts wait for what the database knows of destinations.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a request waits in memory for a pass of a destination that is limited, or that has not
+/// answered yet. Until then it takes room that requests to others could have.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The settings of a gate.
 #[derive(Debug)]
@@ -80,6 +88,9 @@ pub(crate) struct Gate {
     pub(crate) wanting: Notify,
     /// Notified when other processes should know soon what an attempt has shown.
     pub(crate) urgent: Notify,
+    /// Whether the task has looked at what the database knows, and notified when it has.
+    looked: AtomicBool,
+    first_look: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -126,6 +137,26 @@ pub(crate) struct Pass {
     gate: Arc<Gate>,
     name: Arc<str>,
     began: Option<Instant>,
+    /// Whether a half-open breaker let the attempt pass. An attempt that began before says nothing
+    /// of the destination as it is now.
+    is_probe: bool,
+    /// Whether this process didn't know yet what others know of the destination.
+    is_early: bool,
+}
+
+/// A request that waits in memory for a pass.
+#[derive(Debug)]
+struct Waiting {
+    gate: Arc<Gate>,
+    name: Arc<str>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(destination) = self.gate.lock().destinations.get_mut(&self.name) {
+            destination.waiting -= 1;
+        }
+    }
 }
 
 impl Pass {
@@ -138,9 +169,13 @@ impl Pass {
         }
     }
 
+    pub(super) fn is_early(&self) -> bool {
+        self.is_early
+    }
+
     /// Notes what the attempt has shown.
     pub(super) fn note(&self, seen: Seen) {
-        self.gate.note(&self.name, seen);
+        self.gate.note(&self.name, self.is_probe, seen);
     }
 }
 
@@ -181,6 +216,8 @@ impl Inner {
         if self.destinations.len() > MAX_IDLE {
             self.destinations.retain(|_, destination| {
                 destination.passes > 0
+                    || destination.waiting > 0
+                    || destination.has_stored_policy
                     || destination.deferred.is_some()
                     || destination.shared.is_some()
                     || !destination.report.is_empty()
@@ -200,6 +237,8 @@ impl Gate {
             inner: Mutex::default(),
             wanting: Notify::new(),
             urgent: Notify::new(),
+            looked: AtomicBool::new(false),
+            first_look: Notify::new(),
         })
     }
 
@@ -207,6 +246,27 @@ impl Gate {
     fn note_use(&self, inner: &mut Inner) {
         if !std::mem::replace(&mut inner.used, true) {
             self.urgent.notify_one();
+        }
+    }
+
+    /// Whether it is known here what other processes know, if the database could tell.
+    pub(crate) fn has_looked(&self) -> bool {
+        self.looked.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn note_look(&self) {
+        if !self.looked.swap(true, Ordering::AcqRel) {
+            self.first_look.notify_waiters();
+        }
+    }
+
+    /// Waits for that before the first attempts of this process: their destinations may be paused,
+    /// or limited at run time.
+    pub(crate) async fn looks(&self) {
+        self.note_use(&mut self.lock());
+        let first_look = self.first_look.notified();
+        if !self.has_looked() {
+            let _ = tokio::time::timeout(LOOK_TIMEOUT, first_look).await;
         }
     }
 
@@ -263,7 +323,9 @@ impl Gate {
             return Err(Full::Lasting);
         }
         if free == 0 {
-            return Err(if pace == Pace::Slow {
+            // With no pass at all, it waits for others that are slow.
+            let is_lasting = pace == Pace::Slow || pace == Pace::Unknown && destination.passes == 0;
+            return Err(if is_lasting {
                 Full::Lasting
             } else {
                 Full::Soon
@@ -282,7 +344,11 @@ impl Gate {
                 }
                 return Err(match lack {
                     // Where attempts are short, the wait is short too.
-                    Lack::Some if pace == Pace::Slow || destination.is_half_open(now) => {
+                    Lack::Some
+                        if pace == Pace::Slow
+                            || destination.is_half_open(now)
+                            || destination.leased.is_far(now) =>
+                    {
                         Full::Lasting
                     }
                     _ => Full::Short,
@@ -306,6 +372,7 @@ impl Gate {
                 }
             }
         }
+        let is_probe = destination.is_half_open(now);
         destination.failing.spend(now);
         destination.leased.spend(limits);
         if destination.leased.is_wanted() {
@@ -319,27 +386,67 @@ impl Gate {
             gate: Arc::clone(self),
             name,
             began: None,
+            is_probe,
+            is_early: !self.has_looked(),
         })
     }
 
     /// Waits for a pass of a destination that will have one soon.
     pub(super) async fn enter(self: &Arc<Self>, name: &str, turn: Turn) -> Result<Pass, Full> {
         let began = Instant::now();
+        let mut waiting = None;
         loop {
             let freed = Arc::clone(&self.entry(&mut self.lock(), name, began).freed);
             // Created before the attempt to enter: no pass that is freed after it is missed.
             let freed = freed.notified();
             match self.try_enter(name, turn) {
-                Err(Full::Soon | Full::Short) => {
+                Err(full @ (Full::Soon | Full::Short)) => {
+                    if waiting.is_none() {
+                        waiting = Some(self.wait(name, full)?);
+                    }
                     // Looks again after a while: the destination may have become slow.
                     let _ = tokio::time::timeout(SLOW, freed).await;
                     // The request gives way to requests that this process could send.
-                    if began.elapsed() > REMEMBERED {
+                    if began.elapsed() > self.patience(name, full) {
                         return Err(Full::Lasting);
                     }
                 }
                 entered => return entered,
             }
+        }
+    }
+
+    /// Counts a request that waits, unless more wait than will have a pass soon.
+    fn wait(self: &Arc<Self>, name: &str, full: Full) -> Result<Waiting, Full> {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        let destination = self.entry(&mut inner, name, now);
+        let limits = destination.limits(now);
+        let most = limits
+            .tokens_within(PATIENCE)
+            .map_or(room::AHEAD, |tokens| tokens.clamp(1, room::AHEAD));
+        if full == Full::Short && destination.waiting >= most {
+            return Err(Full::Lasting);
+        }
+        destination.waiting += 1;
+        Ok(Waiting {
+            gate: Arc::clone(self),
+            name: name.into(),
+        })
+    }
+
+    /// How long a request waits.
+    fn patience(&self, name: &str, full: Full) -> Duration {
+        let now = Instant::now();
+        let inner = self.lock();
+        let is_fast = inner
+            .destinations
+            .get(name)
+            .is_some_and(|destination| destination.pace.pace(now) == Pace::Fast);
+        if full == Full::Soon && is_fast {
+            REMEMBERED
+        } else {
+            PATIENCE
         }
     }
 

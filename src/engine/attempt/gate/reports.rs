@@ -35,7 +35,7 @@ pub(crate) enum Blame {
 
 impl Gate {
     /// Notes what an attempt has shown.
-    pub(super) fn note(&self, name: &str, seen: Seen) {
+    pub(super) fn note(&self, name: &str, is_probe: bool, seen: Seen) {
         let now = Instant::now();
         let mut inner = self.lock();
         let Some(destination) = inner.destinations.get_mut(name) else {
@@ -44,7 +44,9 @@ impl Gate {
         let throttle = seen
             .status
             .and_then(|status| destination.policy.throttle(status, seen.retry_after));
-        let half_open = destination.is_half_open(now);
+        let is_probe = is_probe && destination.is_half_open(now);
+        // A receiver that wants fewer requests has not failed.
+        let is_busy = throttle.is_some() && seen.status == Some(StatusCode::TOO_MANY_REQUESTS);
         let on_gone = destination
             .policy
             .auto_disable
@@ -59,18 +61,21 @@ impl Gate {
             let until = now + pause;
             destination.throttled = destination.throttled.max(Some(until));
             self.urgent.notify_one();
-        } else if seen.fault != Blame::Other {
-            let failed = seen.fault == Blame::Destination;
-            report.attempts = report.attempts.saturating_add(1);
-            report.failures = report.failures.saturating_add(failed.into());
-            let retries = u32::from(seen.turn == Turn::Retry);
-            report.retries = report.retries.saturating_add(retries);
+        }
+        if seen.fault != Blame::Other {
+            let failed = seen.fault == Blame::Destination && !is_busy;
+            if !is_busy {
+                report.attempts = report.attempts.saturating_add(1);
+                report.failures = report.failures.saturating_add(failed.into());
+                let retries = u32::from(seen.turn == Turn::Retry);
+                report.retries = report.retries.saturating_add(retries);
+            }
             if on_gone && seen.status == Some(StatusCode::GONE) {
                 report.gone = true;
                 destination.throttled = destination.throttled.max(Some(now + UNTIL_KNOWN));
                 self.urgent.notify_one();
             }
-            if half_open {
+            if is_probe {
                 report.probe = Some(report.probe.unwrap_or(true) && !failed);
                 if failed {
                     destination.throttled = destination.throttled.max(Some(now + UNTIL_KNOWN));

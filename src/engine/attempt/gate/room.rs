@@ -10,7 +10,7 @@ use super::pace::{Pace, SOON_MIN};
 use crate::store::runner_pool::Room;
 
 /// How many requests beyond its free passes a poll may bring for a fast destination.
-const AHEAD: usize = 64;
+pub(super) const AHEAD: usize = 64;
 
 impl Gate {
     /// Notes that deferred requests of a destination exist. Returns whether that is news.

@@ -13,7 +13,7 @@ const GREED: usize = 3;
 /// While slow destinations have less than this fraction of all slots, each may take a first one.
 const FIRST_SHARE: f64 = 0.75;
 /// The part of the slots that first requests to destinations that have not answered yet leave
-/// free: one in 32.
+/// free: one in 32, and at least one slot.
 const KNOWN_RESERVE: usize = 32;
 
 /// The most passes that one destination has, and that all slow ones have together.
@@ -47,7 +47,7 @@ impl Gate {
         let unused = self.most.saturating_sub(inner.slow_passes);
         let fair = (GREED * unused).saturating_sub(destination.passes);
         let first_limit = if pace == Pace::Unknown {
-            self.rules.slots - self.rules.slots / KNOWN_RESERVE
+            (self.rules.slots - self.rules.slots.div_ceil(KNOWN_RESERVE)).max(1)
         } else {
             part_of(self.rules.slots, FIRST_SHARE).max(1)
         };

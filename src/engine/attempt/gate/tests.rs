@@ -5,7 +5,7 @@ use super::pace::Failing;
 use super::share::RESERVE;
 use super::*;
 use crate::destination::{CircuitBreaker, RateLimit, Report, State};
-use crate::store::destinations::{Grant, LeaseRequest};
+use crate::store::destinations::{Grant, LeaseRequest, StoredDestination};
 
 const SLOTS: usize = 64;
 const SECOND: Duration = Duration::from_secs(1);
@@ -340,4 +340,24 @@ fn a_poll_for_a_slow_destination_comes_when_some_of_its_attempts_have_ended() {
     assert_eq!(soon(Duration::from_millis(300)), 50);
     assert_eq!(soon(Duration::from_millis(800)), 100);
     assert_eq!(soon(10 * SECOND), 250);
+}
+
+#[test]
+fn a_policy_of_the_database_outlives_a_quiet_time_and_ends_with_its_row() {
+    let gate = gate(DestinationPolicy::default());
+    let now = Instant::now();
+    let row = StoredDestination {
+        name: "a".to_owned(),
+        state: State::default(),
+        policy: Some(DestinationPolicy::default().max_concurrency_per_process(1)),
+        now: 1_790_000_000_000,
+        is_leased: false,
+        is_readable: true,
+    };
+    gate.learn(vec![row]);
+    assert_eq!(fill(&gate, "a", now).len(), 1);
+    answer(&gate, "a", Duration::ZERO, now);
+    assert_eq!(fill(&gate, "a", now + 125 * SECOND).len(), 1);
+    gate.learn_all(Vec::new());
+    assert!(fill(&gate, "a", now + 125 * SECOND).len() > 1);
 }
