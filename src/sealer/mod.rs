@@ -8,6 +8,15 @@
 //!
 //! Rows that are not encrypted are read whether or not there are keys.
 
+#![cfg_attr(
+    not(feature = "encryption"),
+    allow(
+        clippy::unused_self,
+        clippy::unnecessary_wraps,
+        reason = "without keys, most forms are what they are made of"
+    )
+)]
+
 mod fingerprint;
 mod request;
 mod response;
@@ -45,10 +54,6 @@ impl Sealer {
     }
 
     /// Checks the keys, for the builder.
-    #[cfg_attr(
-        not(feature = "encryption"),
-        expect(clippy::unused_self, reason = "no keys")
-    )]
     pub(crate) fn validate(&self) -> Result<(), Error> {
         #[cfg(feature = "encryption")]
         if let Some(keys) = &self.keys {
