@@ -16,7 +16,7 @@ use http::{HeaderMap, StatusCode};
 use crate::classify::FailureClass;
 use crate::id::RequestId;
 use crate::outcome::{Cause, Fault};
-use crate::redact::redact_urls;
+use crate::redact::error_text;
 use crate::status::Status;
 
 pub(crate) use self::database::{database_text, has_sqlstate, is_lock_timeout, shared};
@@ -879,7 +879,7 @@ impl fmt::Debug for Error {
                 Kind::Body(_) | Kind::PassThrough(_) | Kind::Discarded { .. } | Kind::Ambiguous(_),
                 Some(source),
             ) => {
-                debug.field(&redact_urls(&chain(source)));
+                debug.field(&error_text(&chain(source)));
             }
             (_, Some(source)) => {
                 debug.field(&source);

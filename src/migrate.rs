@@ -8,6 +8,7 @@ mod change;
 mod grants;
 mod ledger;
 
+use std::fmt;
 use std::time::Duration;
 
 use sqlx::PgPool;
@@ -91,7 +92,7 @@ pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
 /// let durable = Durable::builder(pool).schema("calls").build()?;
 /// # Ok(()) }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Migrator {
     schema: String,
     max_wait: Duration,
@@ -262,6 +263,17 @@ impl Migrator {
             max_wait: self.max_wait,
             grants: self.grants.clone(),
         })
+    }
+}
+
+/// Without the connect options, which have a password.
+impl fmt::Debug for Migrator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Migrator")
+            .field("schema", &self.schema)
+            .field("max_wait", &self.max_wait)
+            .field("grants", &self.grants)
+            .finish_non_exhaustive()
     }
 }
 

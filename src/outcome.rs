@@ -10,6 +10,7 @@ use bytes::Bytes;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::metadata::Metadata;
+use crate::redact::shorten;
 use crate::response::Response;
 use crate::status::Status;
 
@@ -43,7 +44,8 @@ pub(crate) struct Fault {
 }
 
 impl Fault {
-    pub(crate) fn new(class: impl Into<Cow<'static, str>>, text: String) -> Self {
+    pub(crate) fn new(class: impl Into<Cow<'static, str>>, mut text: String) -> Self {
+        shorten(&mut text);
         Self {
             class: class.into(),
             text,

@@ -1,7 +1,72 @@
-//! Removes the secrets of URLs from logs, errors and texts stored in the database: credentials,
-//! path and query. Webhook URLs carry their tokens in the path.
+//! Keeps secrets out of logs, errors and texts stored in the database: the credentials, the path
+//! and the query of URLs, and the values of headers that carry credentials. Webhook URLs carry
+//! their tokens in the path.
 
 use std::any::Any;
+use std::fmt;
+
+use http::{HeaderMap, HeaderName};
+
+/// The longest text of an error that is stored or shown, in bytes.
+pub(crate) const MAX_ERROR_TEXT: usize = 2048;
+
+/// Whether values of this header are secret, in requests and in responses.
+fn is_secret(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "authorization"
+            | "proxy-authorization"
+            | "cookie"
+            | "set-cookie"
+            | "x-api-key"
+            | "api-key"
+            | "apikey"
+            | "x-auth-token"
+            | "x-access-token"
+    )
+}
+
+/// Marks the values of secret headers, and of these others, as sensitive. Whatever prints the map
+/// hides them from then on, and so does HTTP/2's compression.
+pub(crate) fn mark_secrets(headers: &mut HeaderMap, others: &[HeaderName]) {
+    for (name, value) in headers.iter_mut() {
+        if is_secret(name) || others.contains(name) {
+            value.set_sensitive(true);
+        }
+    }
+}
+
+/// Headers as they may be shown.
+pub(crate) struct Shown<'a>(pub(crate) &'a HeaderMap);
+
+impl fmt::Debug for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut map = f.debug_map();
+        for (name, value) in self.0 {
+            if is_secret(name) {
+                map.entry(name, &format_args!("Sensitive"));
+            } else {
+                map.entry(name, value);
+            }
+        }
+        map.finish()
+    }
+}
+
+/// The text of an error as it may be stored and shown.
+pub(crate) fn error_text(text: &str) -> String {
+    let mut shown = storable(&redact_urls(text));
+    shorten(&mut shown);
+    shown
+}
+
+/// Shortens the text of an error to what is stored and shown.
+pub(crate) fn shorten(text: &mut String) {
+    if text.len() > MAX_ERROR_TEXT {
+        cut(text, MAX_ERROR_TEXT - '…'.len_utf8());
+        text.push('…');
+    }
+}
 
 /// How much of a panic's text is kept, in bytes.
 const MAX_PANIC_TEXT: usize = 1000;
@@ -72,6 +137,33 @@ mod tests {
         assert_eq!(of(Box::new(7)), "a value that is not text");
         let long = of(Box::new("é".repeat(800)));
         assert_eq!(long, format!("{}…", "é".repeat(500)));
+    }
+
+    #[test]
+    fn the_text_of_an_error_has_a_limit() {
+        assert_eq!(error_text("short"), "short");
+        let exact = "x".repeat(MAX_ERROR_TEXT);
+        assert_eq!(error_text(&exact), exact);
+        let long = error_text(&"é".repeat(MAX_ERROR_TEXT));
+        assert!(long.len() <= MAX_ERROR_TEXT, "{}", long.len());
+        assert!(long.ends_with("é…"));
+    }
+
+    #[test]
+    fn headers_with_credentials_are_hidden() {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-api-key", "hunter2".parse().unwrap());
+        headers.append("set-cookie", "hunter2".parse().unwrap());
+        headers.append("set-cookie", "hunter3".parse().unwrap());
+        headers.insert("x-mine", "hunter2".parse().unwrap());
+        headers.insert("accept", "text/plain".parse().unwrap());
+        let shown = format!("{:?}", Shown(&headers));
+        assert_eq!(shown.matches("hunter").count(), 1, "{shown}");
+        mark_secrets(&mut headers, &[HeaderName::from_static("x-mine")]);
+        for shown in [format!("{headers:?}"), format!("{:?}", Shown(&headers))] {
+            assert!(!shown.contains("hunter"), "{shown}");
+            assert!(shown.contains("text/plain"), "{shown}");
+        }
     }
 
     #[test]

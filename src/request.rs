@@ -4,7 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use http::uri::Authority;
-use http::{HeaderMap, Method, Uri, Version};
+use http::{HeaderMap, HeaderValue, Method, Uri, Version, header};
 use url::Url;
 
 use crate::body::Body;
@@ -12,6 +12,7 @@ use crate::classify::AcceptedResponse;
 use crate::destination::Destination;
 use crate::error::Error;
 use crate::options::Options;
+use crate::redact::Shown;
 use crate::target;
 
 /// The longest URL that is accepted, in bytes. It exceeds the 8000 bytes that RFC 9110 section 4.1
@@ -247,9 +248,10 @@ impl Request {
         Ok(uri)
     }
 
-    /// Refuses more headers or trailers than are stored.
+    /// Refuses more headers or trailers than are stored, and a framing that is not the body's.
     pub(crate) fn check_headers(&self) -> Result<(), Error> {
         check_headers("headers", &self.headers)?;
+        check_framing(&self.headers, self.body.as_ref().map_or(0, Bytes::len))?;
         let trailers = self.trailers.as_ref();
         trailers.map_or(Ok(()), |trailers| check_headers("trailers", trailers))
     }
@@ -279,6 +281,39 @@ fn check_headers(field: &'static str, headers: &HeaderMap) -> Result<(), Error> 
     if len > MAX_HEADERS_LEN {
         let reason = format!("must be at most {MAX_HEADERS_LEN} bytes long, but have {len}");
         return Err(Error::request(field, reason));
+    }
+    Ok(())
+}
+
+/// Refuses headers that say where the body ends, and say it wrongly. One client would fail with
+/// them, and another would send them: then a server between here and the receiver may take a part
+/// of the body for a request of its own.
+fn check_framing(headers: &HeaderMap, body: usize) -> Result<(), Error> {
+    let refused = |reason: String| Err(Error::request("headers", reason));
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    if let Some(length) = lengths.next() {
+        let is_bodys = |length: &HeaderValue| {
+            let digits = length.to_str().ok().filter(|text| !text.starts_with('+'));
+            digits.and_then(|text| text.parse().ok()) == Some(body)
+        };
+        if !is_bodys(length) || lengths.next().is_some() {
+            return refused(format!(
+                "Content-Length must be that of the body, which has {body} bytes; leave it out, \
+                 and it is added"
+            ));
+        }
+    }
+    let mut encodings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    if let Some(encoding) = encodings.next() {
+        let is_chunked = encoding.as_bytes().eq_ignore_ascii_case(b"chunked");
+        if !is_chunked || encodings.next().is_some() {
+            return refused("Transfer-Encoding must be `chunked`, or be left out".to_owned());
+        }
+        if headers.contains_key(header::CONTENT_LENGTH) {
+            return refused(
+                "Transfer-Encoding and Content-Length must not be given together".to_owned(),
+            );
+        }
     }
     Ok(())
 }
@@ -342,7 +377,7 @@ impl fmt::Debug for Request {
                     .map(|uri| Destination::of(&uri).to_string())
                     .unwrap_or_default(),
             )
-            .field("headers", &self.headers)
+            .field("headers", &Shown(&self.headers))
             .field("body", &self.body.as_ref().map(Bytes::len))
             .field("options", &self.options)
             .finish_non_exhaustive()
@@ -423,6 +458,51 @@ mod tests {
                 .field(),
             Some("url")
         );
+    }
+
+    #[test]
+    fn a_framing_that_is_not_the_bodys_is_refused() {
+        let check = |headers: &[(&str, &str)], body: &'static str| {
+            let mut builder = http::Request::post("http://a/");
+            for (name, value) in headers {
+                builder = builder.header(*name, *value);
+            }
+            Request::from_http_builder(builder, body)
+                .unwrap()
+                .check_headers()
+        };
+        let (length, encoding) = ("content-length", "transfer-encoding");
+        for good in [
+            &[(length, "4")][..],
+            &[(length, "004")],
+            &[(encoding, "Chunked")],
+            &[],
+        ] {
+            check(good, "body").unwrap();
+        }
+        check(&[(length, "0")], "").unwrap();
+        for bad in [
+            &[(length, "3")][..],
+            &[(length, "5")],
+            &[(length, "+4")],
+            &[(length, "-4")],
+            &[(length, "4, 4")],
+            &[(length, "0x4")],
+            &[(length, "")],
+            &[(length, "99999999999999999999999")],
+            &[(length, "4"), (length, "4")],
+            &[(length, "4"), (encoding, "chunked")],
+            &[(encoding, "chunked"), (encoding, "chunked")],
+            &[(encoding, "gzip, chunked")],
+            &[(encoding, "chunked, identity")],
+            &[(encoding, "xchunked")],
+            &[(encoding, "identity")],
+            &[(encoding, "chunked\t")],
+        ] {
+            let error = check(bad, "body").unwrap_err();
+            assert_eq!(error.field(), Some("headers"), "{bad:?}");
+            assert!(error.is_request());
+        }
     }
 
     #[test]

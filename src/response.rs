@@ -11,6 +11,7 @@ use url::Url;
 
 use crate::body::{Body, BodyError};
 use crate::id::RequestId;
+use crate::redact::Shown;
 
 /// The answer to a persisted request. It is committed to the database before any caller sees it.
 ///
@@ -144,7 +145,7 @@ impl fmt::Debug for Response {
             .field("id", &self.id)
             .field("status", &self.status)
             .field("version", &self.version)
-            .field("headers", &self.headers)
+            .field("headers", &Shown(&self.headers))
             .field("body", &self.body.len())
             .finish_non_exhaustive()
     }

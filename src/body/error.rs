@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::Utf8Error;
 
 use crate::error::{BoxError, chain};
-use crate::redact::redact_urls;
+use crate::redact::error_text;
 
 /// Why a [`Body`](crate::Body) could not be read or decoded. Its source is the client's or the
 /// decoder's error.
@@ -63,7 +63,7 @@ impl fmt::Display for BodyError {
 impl fmt::Debug for BodyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // An error from outside this crate may show secrets of a URL.
-        write!(f, "BodyError({})", redact_urls(&chain(self)))
+        write!(f, "BodyError({})", error_text(&chain(self)))
     }
 }
 

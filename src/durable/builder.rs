@@ -105,6 +105,7 @@ pub struct DurableBuilder {
     max_sending_bytes: Option<usize>,
     max_unsettled_bytes: Option<usize>,
     /// Their patterns are checked by `build`.
+    redact_headers: Vec<String>,
     policies: Vec<(String, DestinationPolicy)>,
     config: Config,
     store: StoreConfig,
@@ -138,6 +139,7 @@ impl DurableBuilder {
             max_sending_bytes: None,
             max_unsettled_bytes: None,
             policies: Vec::new(),
+            redact_headers: Vec::new(),
             config: Config {
                 channel: DEFAULT_CHANNEL.into(),
                 deliver: None,
@@ -163,6 +165,7 @@ impl DurableBuilder {
                 redirects: Redirects::none(),
                 #[cfg(feature = "ssrf-guard")]
                 guard: None,
+                redact_headers: Vec::new(),
             },
             store: StoreConfig {
                 schema: DEFAULT_SCHEMA.to_owned(),
@@ -579,6 +582,29 @@ impl DurableBuilder {
         self
     }
 
+    /// Names of headers, of requests and of responses, whose values are secret and shown nowhere:
+    /// they are [marked sensitive](http::HeaderValue::set_sensitive). Adds to those that always
+    /// are: `Authorization`, `Proxy-Authorization`, `Cookie`, `Set-Cookie`, `X-Api-Key`, `Api-Key`,
+    /// `Apikey`, `X-Auth-Token`, `X-Access-Token`, and values that are marked already. They are
+    /// stored and sent as they are.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+    /// let durable = requeuest::Durable::builder(pool).redact_headers(["x-partner-token"]).build()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn redact_headers<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        self.redact_headers
+            .extend(names.into_iter().map(Into::into));
+        self
+    }
+
     /// The header by which receivers recognise repeated requests, for requests whose
     /// [`Options`](crate::Options) name none. Defaults to [`IdempotencyHeader::quoted`].
     pub fn idempotency_header(mut self, header: IdempotencyHeader) -> Self {
@@ -636,6 +662,15 @@ impl DurableBuilder {
         }
         if !(config.max_share > 0.0 && config.max_share <= 1.0) {
             return Err(Error::config("max_share", "must be over 0 and up to 1"));
+        }
+        for name in &self.redact_headers {
+            let name = name.parse().map_err(|_| {
+                Error::config(
+                    "redact_headers",
+                    format!("not the name of a header: {name:?}"),
+                )
+            })?;
+            config.redact_headers.push(name);
         }
         config.policies.validate(config.attempt_timeout)?;
         config.destination_policy.validate(config.attempt_timeout)?;

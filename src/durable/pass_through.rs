@@ -1,5 +1,6 @@
 //! What is known of a request before its body is read.
 
+use std::fmt;
 use std::sync::Arc;
 
 use http::{HeaderMap, Method, Uri};
@@ -24,19 +25,20 @@ impl Durable {
     }
 }
 
+use crate::redact::Shown;
+
 /// Decides which requests pass through without being persisted.
 pub(super) type PassThrough = Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>;
 
 /// The part of a request that
-/// [`DurableBuilder::pass_through`](crate::DurableBuilder::pass_through) sees.
-#[derive(Debug)]
+/// [`DurableBuilder::pass_through`](crate::DurableBuilder::pass_through) sees. `Debug` shows the
+/// host of the URL, and no credentials.
 pub struct RequestHead<'a> {
     method: &'a Method,
     url: UrlRef<'a>,
     headers: &'a HeaderMap,
 }
 
-#[derive(Debug)]
 enum UrlRef<'a> {
     Uri(&'a http::Uri),
     #[cfg(feature = "reqwest-middleware")]
@@ -87,5 +89,15 @@ impl<'a> RequestHead<'a> {
     /// The headers.
     pub fn headers(&self) -> &HeaderMap {
         self.headers
+    }
+}
+
+impl fmt::Debug for RequestHead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestHead")
+            .field("method", &self.method)
+            .field("host", &self.host())
+            .field("headers", &Shown(self.headers))
+            .finish_non_exhaustive()
     }
 }

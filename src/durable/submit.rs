@@ -19,6 +19,7 @@ use crate::fingerprint::fingerprint;
 use crate::id::RequestId;
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
+use crate::redact::mark_secrets;
 use crate::repetition::Marker;
 use crate::request::Request;
 use crate::store::enqueue::{Initial, Key, NewRequest};
@@ -70,13 +71,27 @@ impl Durable {
             );
         }
         let sealer = self.engine().driver().store.sealer();
+        let options = &request.options;
+        let channel = Arc::clone(options.channel.as_ref().unwrap_or(&config.channel));
+        let key = options.key.as_ref().map(|key| {
+            let fingerprint = fingerprint(&request, &uri);
+            Key {
+                text: Arc::clone(key),
+                sealed: sealer.fingerprint(&channel, key, &fingerprint),
+                fingerprint,
+            }
+        });
+        // Later than the fingerprint, to which a sensitive value belongs.
+        mark_secrets(&mut request.headers, &config.redact_headers);
+        if let Some(trailers) = &mut request.trailers {
+            mark_secrets(trailers, &config.redact_headers);
+        }
         let (head, body) = sealer.request(id, &request, &uri, &delivery);
         let options = &request.options;
-        let channel = options.channel.as_ref().unwrap_or(&config.channel);
         let destination = destination::name_of(options.limit_key.as_deref(), &uri);
         let row = NewRequest {
             id,
-            channel: Arc::clone(channel),
+            channel,
             group: match (&options.ordered, &options.group) {
                 (Some(key), _) if options.ordered_by_channel => {
                     destination::channel_ordered_group(key)
@@ -90,14 +105,7 @@ impl Durable {
             ordered: options.ordered.is_some(),
             halts: options.halt_on_discard,
             deadline: options.deadline,
-            key: options.key.as_ref().map(|key| {
-                let fingerprint = fingerprint(&request, &uri);
-                Key {
-                    text: Arc::clone(key),
-                    sealed: sealer.fingerprint(channel, key, &fingerprint),
-                    fingerprint,
-                }
-            }),
+            key,
             supersede: options.supersede.clone(),
             delay: options.delay.unwrap_or_default(),
             head,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::Uri;
+use http::{HeaderName, Uri};
 
 use crate::classify::Classifier;
 use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
@@ -63,6 +63,8 @@ pub(crate) struct Config {
     pub(crate) redirects: Redirects,
     #[cfg(feature = "ssrf-guard")]
     pub(crate) guard: Option<Arc<Guard>>,
+    /// Headers that are secret, besides those that always are.
+    pub(crate) redact_headers: Vec<HeaderName>,
 }
 
 impl Config {

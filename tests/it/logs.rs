@@ -23,13 +23,13 @@ use crate::support::{
 };
 
 /// What a copy of this binary prints and logs while it plays a part.
-struct Output {
-    printed: String,
-    logged: Vec<String>,
+pub struct Output {
+    pub printed: String,
+    pub logged: Vec<String>,
 }
 
 impl Output {
-    async fn of(name: &str, variables: &[(&str, String)]) -> Self {
+    pub async fn of(name: &str, variables: &[(&str, String)]) -> Self {
         let mut command = part(module_path!(), name);
         command
             .env("RUST_LOG", "requeuest=debug")
@@ -43,19 +43,19 @@ impl Output {
         Self { printed, logged }
     }
 
-    fn at(&self, level: &str) -> Vec<&str> {
+    pub fn at(&self, level: &str) -> Vec<&str> {
         let level = format!("[{level}");
         let lines = self.logged.iter().map(|line| &**line);
         lines.filter(|line| line.starts_with(&level)).collect()
     }
 }
 
-fn variable(name: &str) -> String {
+pub fn variable(name: &str) -> String {
     std::env::var(name).unwrap()
 }
 
 /// The pool of a part's application.
-async fn application_pool() -> PgPool {
+pub async fn application_pool() -> PgPool {
     let url = variable("REQUEUEST_TEST_DATABASE");
     PgPool::connect(&url).await.unwrap()
 }

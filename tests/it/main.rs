@@ -41,6 +41,7 @@ mod retention;
 mod retry;
 mod roles;
 mod runtimes;
+mod secrets;
 mod sessions;
 mod sockets;
 mod stopping;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
-use http::{HeaderMap, StatusCode, Uri};
+use http::{HeaderMap, HeaderName, StatusCode, Uri};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Service, ServiceExt};
 
@@ -23,7 +23,7 @@ use crate::context;
 use crate::engine::config::Config;
 use crate::error::{BoxError, chain, without_url};
 use crate::outcome::{Cause, Fault, Outcome};
-use crate::redact::{redact_urls, storable};
+use crate::redact::{error_text, mark_secrets, redact_urls, shorten};
 use crate::response::Response;
 use crate::retry::retry_after;
 use crate::runtime::{BoxFuture, caught};
@@ -119,7 +119,7 @@ impl Failed {
             class,
             is_of_proxy: false,
             is_after_redirect: false,
-            text: storable(text),
+            text: error_text(text),
             cause: None,
         }
     }
@@ -132,9 +132,11 @@ impl Failed {
         // Clients put URLs into their errors, also those of redirects, with the secrets in them.
         let error = without_url(error);
         let shown = chain(&*error);
-        let redacted = redact_urls(&shown);
-        let is_safe = redacted == shown;
-        let failed = Self::new(class_of(&*error), &redacted);
+        let failed = Self::new(class_of(&*error), &shown);
+        // What the error prints in full may be more than its text.
+        let is_safe = [shown, format!("{error:?}")]
+            .iter()
+            .all(|shown| redact_urls(shown) == *shown);
         let is_of_proxy = is_of_proxy(&*error);
         let is_after_redirect = is_after_redirect(&*error);
         let cause: Arc<dyn StdError + Send + Sync> = if is_safe {
@@ -167,6 +169,7 @@ impl Failed {
     /// Adds to the text.
     pub(super) fn note(&mut self, note: &str) {
         self.text = format!("{}; {note}", self.text);
+        shorten(&mut self.text);
     }
 
     pub(super) fn into_text(self) -> String {
@@ -204,7 +207,7 @@ impl KeptByCaller {
             is_of_proxy: is_of_proxy(error),
             is_after_redirect: is_after_redirect(error),
             cause: Some(Cause::WithCaller),
-            ..Failed::new(class_of(error), &redact_urls(&chain(error)))
+            ..Failed::new(class_of(error), &chain(error))
         })
     }
 }
@@ -285,7 +288,7 @@ pub(super) async fn exchange(
                 .map_err(Failed::with)?;
             called = true;
             let response = sender.send(request).await.map_err(Failed::with)?;
-            let answer = read(job, response, max_response_body).await;
+            let answer = read(job, response, &config.redact_headers, max_response_body).await;
             answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))).after_head())
         });
         match tokio::time::timeout(timeout + margin, caught(exchange)).await {
@@ -336,13 +339,22 @@ fn to_http(job: &Job, number: u32) -> http::Request<Body> {
 }
 
 /// Reads a response up to the limit, and leaves the rest of a larger body unread.
-async fn read(job: &Job, response: http::Response<Body>, limit: usize) -> Result<Answer, BoxError> {
+async fn read(
+    job: &Job,
+    response: http::Response<Body>,
+    secret_headers: &[HeaderName],
+    limit: usize,
+) -> Result<Answer, BoxError> {
     let (mut parts, body) = response.into_parts();
+    mark_secrets(&mut parts.headers, secret_headers);
     let url = parts.extensions.remove::<ResponseUrl>().map(|url| url.0);
     let collected = Limited::new(body, limit).collect().await;
     let (body, trailers, whole) = match collected {
         Ok(collected) => {
-            let trailers = collected.trailers().cloned();
+            let mut trailers = collected.trailers().cloned();
+            if let Some(trailers) = &mut trailers {
+                mark_secrets(trailers, secret_headers);
+            }
             (collected.to_bytes(), trailers, true)
         }
         Err(error) if error.is::<LengthLimitError>() => Default::default(),

@@ -15,7 +15,7 @@ use crate::engine::dead_letters::resolve;
 use crate::engine::supervise::supervise;
 use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{BoxError, Error, chain};
-use crate::redact::redact_urls;
+use crate::redact::error_text;
 use crate::runtime::caught;
 use crate::sealer::Sealer;
 use crate::store::dead_letters::Question;
@@ -122,7 +122,7 @@ async fn ask_about(
             None
         }
         Err(error) => {
-            let error = redact_urls(&chain(&*error));
+            let error = error_text(&chain(&*error));
             if failures.is_news(id) {
                 tracing::warn!(%id, error, "a reconcile hook failed and is called again later");
             } else {

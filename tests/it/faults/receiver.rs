@@ -10,7 +10,8 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use requeuest::{ReqwestTransport, Response};
+use requeuest::retry::RetryPolicy;
+use requeuest::{FailureClass, ReqwestTransport, Response};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
@@ -27,6 +28,12 @@ enum Fault {
     HalfABody,
     Garbage,
     EndlessBody,
+    /// A head that comes byte by byte.
+    SlowHead,
+    /// Informational responses without an end.
+    EndlessHints,
+    ManyHeaders,
+    LargeHead,
     EarlyHints,
     /// A good response, after which the connection is closed without `connection: close`.
     ClosedWhenIdle,
@@ -68,6 +75,29 @@ async fn misbehave(fault: Fault, stream: &mut TcpStream) -> std::io::Result<()> 
             loop {
                 stream.write_all(chunk.as_bytes()).await?;
             }
+        }
+        Fault::SlowHead => {
+            stream.write_all(b"HTTP/1.1 200 OK\r\nx-slow: ").await?;
+            loop {
+                stream.write_all(b"x").await?;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        Fault::EndlessHints => loop {
+            stream
+                .write_all(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+                .await?;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        },
+        Fault::ManyHeaders => {
+            let headers = "a: b\r\n".repeat(1001);
+            let head = format!("HTTP/1.1 200 OK\r\n{headers}content-length: 0\r\n\r\n");
+            stream.write_all(head.as_bytes()).await
+        }
+        Fault::LargeHead => {
+            let value = "x".repeat(500 * 1024);
+            let head = format!("HTTP/1.1 200 OK\r\nx-large: {value}\r\n\r\n");
+            stream.write_all(head.as_bytes()).await
         }
         Fault::EarlyHints => {
             let hints = b"HTTP/1.1 103 Early Hints\r\nlink: </style.css>\r\n\r\n";
@@ -138,6 +168,10 @@ async fn an_incomplete_or_invalid_response_is_retried() {
         (Fault::SlowBody, "timeout"),
         (Fault::HalfABody, "incomplete"),
         (Fault::Garbage, "protocol"),
+        (Fault::SlowHead, "timeout"),
+        (Fault::EndlessHints, "timeout"),
+        (Fault::ManyHeaders, "protocol"),
+        (Fault::LargeHead, "protocol"),
     ] {
         let (response, requests, failed) = with_fault(fault).await;
         assert_eq!(response.unwrap().text().unwrap(), "good", "{fault:?}");
@@ -152,6 +186,60 @@ async fn an_endless_body_is_read_to_the_limit_and_is_delivered() {
     assert!(error.is_response_too_large(), "{error:?}");
     assert_eq!(error.response_head().unwrap().0, 200);
     assert_eq!(requests, 1);
+}
+
+/// Sends more than its response on each connection, and leaves it open.
+async fn splitting() -> SocketAddr {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        // One that is sent unasked, and one that a wrong length leaves behind.
+        let unasked = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ngood\
+            HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil";
+        let framed_twice = b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\
+            transfer-encoding: chunked\r\n\r\n4\r\ngood\r\n0\r\n\r\n\
+            HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil";
+        let answers: [&[u8]; 2] = [unasked, framed_twice];
+        for answer in answers.into_iter().cycle() {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                while read_request(&mut stream).await {
+                    if stream.write_all(answer).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    addr
+}
+
+#[tokio::test]
+async fn a_response_that_is_sent_unasked_is_not_taken_for_the_next() {
+    let database = migrated().await;
+    let addr = splitting().await;
+    let durable = short_lease_builder(database.pool()).build().unwrap();
+    for _ in 0..20 {
+        let response = in_time(durable.await_response(post(format!("http://{addr}/"), "x"))).await;
+        assert_eq!(response.unwrap().text().unwrap(), "good");
+    }
+}
+
+#[tokio::test]
+async fn a_receiver_that_does_not_read_holds_an_attempt_for_its_timeout() {
+    let database = migrated().await;
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let durable = short_lease_builder(database.pool())
+        .attempt_timeout(Duration::from_secs(1))
+        .retry(RetryPolicy::none())
+        .build()
+        .unwrap();
+    // More than the sockets' buffers take.
+    let request = post(url, vec![0; 8 * 1024 * 1024 - 1024]);
+    let error = in_time(durable.await_response(request)).await.unwrap_err();
+    assert_eq!(error.failure_class(), Some(FailureClass::Timeout));
+    drop(listener);
 }
 
 #[tokio::test]

@@ -251,3 +251,35 @@ async fn a_refused_request_does_not_affect_others() {
     // Only the good request is there.
     eventually_rows(&database, "outcomes", 1).await;
 }
+
+#[tokio::test]
+async fn a_framing_that_is_not_the_bodys_is_refused() {
+    let database = migrated().await;
+    let durable = builder(&database).build().unwrap();
+    let server = Server::echo().await;
+    let bad = [
+        ("content-length", "3"),
+        ("content-length", "5"),
+        ("transfer-encoding", "gzip, chunked"),
+    ];
+    for (name, value) in bad {
+        let request = || {
+            let request = http::Request::post(server.url("/")).header(name, value);
+            request.body("body".to_owned()).unwrap()
+        };
+        let refused = durable.fire(request()).await.unwrap_err();
+        assert_refused(&refused, "headers");
+        let refused = in_time(layered(&durable).oneshot(request())).await;
+        assert_refused(&refused.unwrap_err(), "headers");
+        let call = middleware(&durable).post(server.url("/")).body("body");
+        let refused = in_time(call.header(name, value).send()).await;
+        assert_refused(&into_error(refused.unwrap_err()), "headers");
+    }
+    assert_nothing_persisted(&database).await;
+    assert_eq!(server.count(), 0);
+    for (name, value) in [("content-length", "4"), ("transfer-encoding", "chunked")] {
+        let request = http::Request::post(server.url("/")).header(name, value);
+        let response = in_time(durable.await_response(request.body("body").unwrap())).await;
+        assert_eq!(response.unwrap().text().unwrap(), "body", "{name}");
+    }
+}

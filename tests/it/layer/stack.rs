@@ -1,6 +1,7 @@
 //! The layer together with other layers and with services that aren't always ready.
 
 use std::collections::HashSet;
+use std::convert::Infallible;
 use std::future::pending;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use requeuest::Body;
 use tower::buffer::Buffer;
-use tower::{Layer, Service, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_http::compression::CompressionLayer;
 use tower_http::decompression::DecompressionLayer;
 use tower_http::set_header::{SetRequestHeaderLayer, SetResponseHeaderLayer};
@@ -145,6 +146,47 @@ async fn compression_works_below_and_above_the_layer() {
         .service(hyper_client());
     let response = in_time(above.oneshot(request())).await.unwrap();
     assert_eq!(text(response).await, long);
+}
+
+/// Zeros, compressed to about a thousandth.
+async fn bomb(bytes: usize) -> Bytes {
+    let zeros = service_fn(move |_: Request<Body>| async move {
+        Ok::<_, Infallible>(Response::new(Full::from(vec![0; bytes])))
+    });
+    let request = Request::get("http://a/")
+        .header(ACCEPT_ENCODING, "gzip")
+        .body(Body::empty())
+        .unwrap();
+    let zipped = CompressionLayer::new().layer(zeros).oneshot(request).await;
+    let zipped = zipped.unwrap().into_body().collect().await;
+    zipped.unwrap().to_bytes()
+}
+
+#[tokio::test]
+async fn a_body_that_unpacks_to_more_than_the_limit_is_not_kept() {
+    let database = migrated().await;
+    let limit = 64 * 1024;
+    let bomb = bomb(64 * limit).await;
+    assert!(bomb.len() < limit, "{}", bomb.len());
+    let server = Server::start(move |_, _| {
+        let mut response = reply(200, bomb.clone());
+        let gzip = HeaderValue::from_static("gzip");
+        response.headers_mut().insert(CONTENT_ENCODING, gzip);
+        async move { response }
+    })
+    .await;
+    let client = ServiceBuilder::new()
+        .layer(DecompressionLayer::new())
+        .service(hyper_client());
+    let durable = builder(&database)
+        .transport(client)
+        .max_response_body(limit)
+        .build()
+        .unwrap();
+    let request = Request::get(server.url("/")).body("").unwrap();
+    let error = in_time(durable.await_response(request)).await.unwrap_err();
+    assert!(error.is_response_too_large(), "{error:?}");
+    assert_eq!(server.count(), 1);
 }
 
 #[tokio::test]
