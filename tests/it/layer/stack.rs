@@ -151,7 +151,7 @@ async fn compression_works_below_and_above_the_layer() {
 /// Zeros, compressed to about a thousandth.
 async fn bomb(bytes: usize) -> Bytes {
     let zeros = service_fn(move |_: Request<Body>| async move {
-        Ok::<_, Infallible>(Response::new(Full::from(vec![0; bytes])))
+        Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(vec![0; bytes])))
     });
     let request = Request::get("http://a/")
         .header(ACCEPT_ENCODING, "gzip")
