@@ -139,7 +139,10 @@ proptest! {
 
     #[test]
     fn headers_are_taken_or_refused(
-        pairs in proptest::collection::vec(("[!-~]{0,24}", proptest::collection::vec(any::<u8>(), 0..40)), 0..20),
+        pairs in proptest::collection::vec(
+            ("[!-~]{0,24}", proptest::collection::vec(any::<u8>(), 0..40)),
+            0..20,
+        ),
     ) {
         let mut request = Request::get(Url::parse("http://a/").unwrap(), HeaderMap::new());
         for (name, value) in pairs {

@@ -592,7 +592,8 @@ impl DurableBuilder {
     ///
     /// ```no_run
     /// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
-    /// let durable = requeuest::Durable::builder(pool).redact_headers(["x-partner-token"]).build()?;
+    /// let builder = requeuest::Durable::builder(pool);
+    /// let durable = builder.redact_headers(["x-partner-token"]).build()?;
     /// # Ok(()) }
     /// ```
     pub fn redact_headers<I>(mut self, names: I) -> Self

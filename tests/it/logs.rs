@@ -1,6 +1,7 @@
 //! What the crate logs, as an application sees it that only uses the `log` crate.
 
 use std::io::Write;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -29,8 +30,11 @@ pub struct Output {
 }
 
 impl Output {
-    pub async fn of(name: &str, variables: &[(&str, String)]) -> Self {
-        let mut command = part(module_path!(), name);
+    async fn of(name: &str, variables: &[(&str, String)]) -> Self {
+        Self::of_part(part(module_path!(), name), variables).await
+    }
+
+    pub async fn of_part(mut command: Command, variables: &[(&str, String)]) -> Self {
         command
             .env("RUST_LOG", "requeuest=debug")
             .envs(variables.iter().map(|(name, value)| (name, value)));

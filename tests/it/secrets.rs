@@ -21,7 +21,7 @@ use tower::service_fn;
 use crate::logs::{Output, application_pool, variable};
 use crate::support::{
     LONG, Server, builder, closed_port, eventually, in_time, migrated, other_process, outcome_of,
-    plays, quick, reply, with_middleware,
+    part, plays, quick, reply, with_middleware,
 };
 
 /// Begins each secret, whose rest names the field.
@@ -126,7 +126,8 @@ async fn no_secret_shows_in_what_a_program_prints_logs_or_stores_elsewhere() {
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", server.addr.to_string()),
     ];
-    let output = Output::of("show_everything", &variables).await;
+    let part = part(module_path!(), "show_everything");
+    let output = Output::of_part(part, &variables).await;
     // The receiver got what it should get.
     let seen = server.seen();
     assert!(seen.len() > 5, "{}", seen.len());
@@ -203,6 +204,10 @@ async fn show_everything() {
         return;
     }
     env_logger::init();
+    // Rust's own hook prints the text of each panic.
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("panicked at {:?}", panic.location());
+    }));
     let pool = application_pool().await;
     let authority = variable("REQUEUEST_TEST_SERVER");
     let options = (*pool.connect_options()).clone().password("knry-database");

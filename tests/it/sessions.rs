@@ -559,11 +559,16 @@ async fn a_right_that_is_taken_away_is_named_and_not_the_migration() {
 
     role.granted("GRANT USAGE ON SCHEMA requeuest TO ROLE")
         .await;
-    role.granted("REVOKE INSERT ON requeuest.mq_msgs FROM ROLE")
-        .await;
+    // Without the first of these rights, a handle calls the function.
+    role.granted(
+        "REVOKE INSERT ON requeuest.mq_msgs FROM ROLE;
+         REVOKE EXECUTE ON FUNCTION requeuest.enqueue FROM ROLE",
+    )
+    .await;
     let refused = in_time(durable.fire(request())).await.unwrap_err();
     let text = format!("{refused:?}");
-    assert!(text.contains("permission denied for table"), "{text}");
+    assert!(text.contains("permission denied for"), "{text}");
+    assert!(refused.is_forbidden(), "{text}");
     in_time(durable.shutdown(LONG)).await.unwrap();
     role.dropped().await;
 }
