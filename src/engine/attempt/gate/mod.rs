@@ -8,7 +8,7 @@
 //! for the first requests to others.
 //!
 //! A destination of which most attempts fail is asked at a bounded rate until it answers: 100 times
-//! a second, and 20 times if all of them fail.
+//! a second, and 50 times if all of them fail.
 //!
 //! What the processes have in common (limits, pauses, breakers) is in the database. A task copies
 //! it from there to here, and what attempts have shown from here to there. So an attempt asks only

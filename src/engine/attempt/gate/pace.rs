@@ -15,9 +15,9 @@ const FAILURE_WEIGHT: f64 = 0.1;
 /// A destination of which more attempts fail is failing.
 const FAILING: f64 = 0.5;
 /// The time between two attempts at a failing destination: 100 a second if about half of them fail,
-/// and 20 if all do.
+/// and 50 if all do.
 const FAILING_INTERVAL_MIN: Duration = Duration::from_millis(10);
-const FAILING_INTERVAL_MAX: Duration = Duration::from_millis(50);
+const FAILING_INTERVAL_MAX: Duration = Duration::from_millis(20);
 /// How much of that time may be made up for at once.
 const FAILING_BURST: Duration = Duration::from_millis(250);
 
