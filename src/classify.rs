@@ -480,6 +480,8 @@ pub enum FailureClass {
     /// The guard of the feature `ssrf-guard` denies where the request, or a redirect, leads. The
     /// request is discarded at once, unless a classifier says otherwise.
     Denied,
+    /// A [hook](crate::hooks) refused the attempt or failed. Nothing was sent.
+    Hook,
     /// The request's deadline passed before it was sent.
     Deadline,
     /// No runner has delivered the request's channel within the time that the request may take: the
@@ -512,6 +514,7 @@ impl FailureClass {
             Self::Lost => "lost",
             Self::Unusable => "unusable",
             Self::Denied => "denied",
+            Self::Hook => "hook",
             Self::Deadline => "deadline",
             Self::NoRunner => "no_runner",
             Self::Deferred => "deferred",
@@ -536,6 +539,7 @@ impl FailureClass {
                 | Self::Refused
                 | Self::Unusable
                 | Self::Denied
+                | Self::Hook
                 | Self::Deadline
                 | Self::NoRunner
                 | Self::Deferred
@@ -565,6 +569,7 @@ impl FromStr for FailureClass {
             "lost" => Self::Lost,
             "unusable" => Self::Unusable,
             "denied" => Self::Denied,
+            "hook" => Self::Hook,
             "deadline" => Self::Deadline,
             "no_runner" => Self::NoRunner,
             "deferred" => Self::Deferred,
@@ -829,6 +834,7 @@ mod tests {
             FailureClass::Abandoned,
             FailureClass::Lost,
             FailureClass::Unusable,
+            FailureClass::Hook,
             FailureClass::Deadline,
         ] {
             assert_eq!(class.as_str().parse(), Ok(class));

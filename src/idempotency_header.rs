@@ -80,6 +80,11 @@ impl IdempotencyHeader {
         Ok(self)
     }
 
+    /// Whether requests get a header of this name.
+    pub(crate) fn is_named(&self, name: &HeaderName) -> bool {
+        self.form != Form::None && self.name == *name
+    }
+
     /// Adds the header, unless the method is idempotent or the request already has it.
     pub(crate) fn apply(&self, method: &Method, id: RequestId, headers: &mut HeaderMap) {
         if method.is_idempotent() || headers.contains_key(&self.name) {

@@ -52,6 +52,8 @@
 //! In a stack of layers or middleware, put requeuest first and remove the retry layer. The [guide]
 //! has the tables of what belongs above and below.
 //!
+//! [`hooks`] change each attempt before it is sent: tokens, signatures, other clients.
+//!
 //! [`Durable::response`] and [`Durable::outcome`] re-attach to a request by its id, and
 //! [`Durable::dead_letters`] lists the requests that were given up. [`Options`] are the settings of
 //! one request, [`DurableBuilder`] those of a handle. [`migrate()`] installs the schema. It needs
@@ -101,11 +103,13 @@ pub mod encryption;
 pub mod error;
 #[cfg(feature = "ssrf-guard")]
 pub mod guard;
+pub mod hooks;
 pub mod migrate;
 pub mod retry;
 #[cfg(feature = "testkit")]
 pub mod testkit;
 
+mod base64;
 mod body;
 mod codec;
 mod context;
@@ -150,12 +154,12 @@ pub use destination::{
 };
 pub use durable::{
     DEFAULT_ATTEMPT_TIMEOUT, DEFAULT_CHANNEL, DEFAULT_CONCURRENCY, DEFAULT_DEAD_LETTER_RETENTION,
-    DEFAULT_HANDLER_CONCURRENCY, DEFAULT_HANDLER_TIMEOUT, DEFAULT_LEASE, DEFAULT_MAX_CONNECTIONS,
-    DEFAULT_MAX_HANDLER_FAILURES, DEFAULT_MAX_KEY_WAIT, DEFAULT_MAX_LOST_ATTEMPTS,
-    DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS, DEFAULT_MAX_REQUEST_BODY,
-    DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES, DEFAULT_MAX_SHARE,
-    DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DestinationHandle, Durable, DurableBuilder,
-    OutcomeSubscription, RequestHead, WEBHOOKS_ATTEMPT_TIMEOUT,
+    DEFAULT_HANDLER_CONCURRENCY, DEFAULT_HANDLER_TIMEOUT, DEFAULT_HOOK_TIMEOUT, DEFAULT_LEASE,
+    DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_HANDLER_FAILURES, DEFAULT_MAX_KEY_WAIT,
+    DEFAULT_MAX_LOST_ATTEMPTS, DEFAULT_MAX_QUEUED_BYTES, DEFAULT_MAX_QUEUED_REQUESTS,
+    DEFAULT_MAX_REQUEST_BODY, DEFAULT_MAX_RESPONSE_BODY, DEFAULT_MAX_SENDING_BYTES,
+    DEFAULT_MAX_SHARE, DEFAULT_MAX_UNSETTLED_BYTES, DEFAULT_RETENTION, DestinationHandle, Durable,
+    DurableBuilder, OutcomeSubscription, RequestHead, WEBHOOKS_ATTEMPT_TIMEOUT,
 };
 #[cfg(feature = "encryption")]
 pub use durable::{KeyUsage, Reencryption, ReencryptionProgress};
@@ -166,6 +170,7 @@ pub use error::Error;
 pub use health::{
     BackgroundTask, FailedHandOver, HANDLER_GONE_AFTER, HandledChannel, RunnerInfo, SweepPart,
 };
+pub use hooks::AttemptHook;
 pub use id::RequestId;
 pub use idempotency_header::IdempotencyHeader;
 pub use into_request::IntoRequest;

@@ -257,18 +257,18 @@ impl Request {
     }
 
     /// Builds the HTTP request for one attempt. The body is shared, not copied.
-    pub(crate) fn to_http(&self, uri: Uri) -> http::Request<Body> {
+    pub(crate) fn to_http(&self, uri: Uri, headers: HeaderMap) -> http::Request<Body> {
         let mut request =
             http::Request::new(Body::buffered(self.body.clone(), self.trailers.clone()));
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = uri;
         *request.version_mut() = self.version;
-        *request.headers_mut() = self.headers.clone();
+        *request.headers_mut() = headers;
         request
     }
 }
 
-fn check_headers(field: &'static str, headers: &HeaderMap) -> Result<(), Error> {
+pub(crate) fn check_headers(field: &'static str, headers: &HeaderMap) -> Result<(), Error> {
     let count = headers.len();
     if count > MAX_HEADERS {
         let reason = format!("must have at most {MAX_HEADERS} values, but have {count}");

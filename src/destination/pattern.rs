@@ -79,6 +79,16 @@ impl DestinationPattern {
         }
     }
 
+    /// Whether it matches a destination of this name.
+    pub(crate) fn is_for(&self, name: &str) -> bool {
+        self.matches(&Parts::of(name))
+    }
+
+    /// Whether it matches limit keys only.
+    pub(crate) fn is_of_limit_key(&self) -> bool {
+        matches!(self.0, Kind::Key(_) | Kind::KeyPrefix(_))
+    }
+
     fn matches(&self, destination: &Parts<'_>) -> bool {
         match (&self.0, destination) {
             (Kind::All, _) => true,

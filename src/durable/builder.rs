@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use http::HeaderName;
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 
@@ -13,13 +14,15 @@ use super::{Durable, Inner};
 use crate::classify::{Classifier, Classify, Webhooks};
 use crate::dead_letter::Reconcile;
 use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
+use crate::engine::attempt::hooks::Hooks;
 use crate::engine::attempt::transport::{self, HttpClient, Transport, erase};
 use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::engine::{Config, DestinationObserver, Engine};
-use crate::error::Error;
+use crate::error::{Error, chain};
 #[cfg(feature = "ssrf-guard")]
 use crate::guard::Guard;
+use crate::hooks::AttemptHook;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{TOO_LONG, validate_channel, validate_timeout};
@@ -65,6 +68,8 @@ pub const DEFAULT_DEAD_LETTER_RETENTION: Duration = Duration::from_secs(90 * 24 
 pub const DEFAULT_MAX_LOST_ATTEMPTS: u32 = 5;
 /// How many outcomes of a channel handlers get at the same time in a handle: 4.
 pub const DEFAULT_HANDLER_CONCURRENCY: usize = 4;
+/// How long the hooks of an attempt may take together: 10 seconds.
+pub const DEFAULT_HOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a handler of outcomes may take: 60 seconds.
 pub const DEFAULT_HANDLER_TIMEOUT: Duration = Duration::from_secs(60);
 /// After how many failures of its handler an outcome is parked: 100, which takes about 8 hours.
@@ -104,9 +109,12 @@ pub struct DurableBuilder {
     max_queued_bytes: Option<usize>,
     max_sending_bytes: Option<usize>,
     max_unsettled_bytes: Option<usize>,
-    /// Their patterns are checked by `build`.
+    /// Checked by `build`.
     redact_headers: Vec<String>,
+    /// Their patterns are checked by `build`.
     policies: Vec<(String, DestinationPolicy)>,
+    /// Checked by `build`.
+    strip_headers: Vec<String>,
     config: Config,
     store: StoreConfig,
 }
@@ -140,6 +148,7 @@ impl DurableBuilder {
             max_unsettled_bytes: None,
             policies: Vec::new(),
             redact_headers: Vec::new(),
+            strip_headers: Vec::new(),
             config: Config {
                 channel: DEFAULT_CHANNEL.into(),
                 deliver: None,
@@ -161,6 +170,11 @@ impl DurableBuilder {
                 retry_awaited: RetryPolicy::awaited(),
                 retry_fired: RetryPolicy::fired(),
                 classifier: Classifier::default(),
+                hooks: Hooks {
+                    hooks: Vec::new(),
+                    timeout: DEFAULT_HOOK_TIMEOUT,
+                },
+                strip_headers: Box::default(),
                 idempotency_header: IdempotencyHeader::default(),
                 redirects: Redirects::none(),
                 #[cfg(feature = "ssrf-guard")]
@@ -411,6 +425,73 @@ impl DurableBuilder {
     /// [`accept`](crate::Options::accept). Defaults to the rules of [`classify`](crate::classify).
     pub fn classify(mut self, classify: impl Classify) -> Self {
         self.config.classifier = Classifier::new(classify);
+        self
+    }
+
+    /// Sees and changes each attempt before it is sent, and may refuse it: adds a token, signs the
+    /// request, chooses another client. Several hooks run in the order in which they are added.
+    /// [`hooks`](crate::hooks) has ready ones, and says when they run. Defaults to none.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::Durable;
+    /// use requeuest::hooks::{OAuth2, only_to};
+    ///
+    /// # fn example(pool: sqlx::PgPool, secret: String) -> Result<(), requeuest::Error> {
+    /// let login = "https://login.example.com/oauth/token";
+    /// let oauth = OAuth2::client_credentials(login, "billing", secret).scope("charges");
+    /// let durable = Durable::builder(pool)
+    ///     .on_attempt(only_to("https://api.example.com", oauth))
+    ///     .build()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn on_attempt(mut self, hook: impl AttemptHook) -> Self {
+        self.config.hooks.hooks.push(Arc::new(hook));
+        self
+    }
+
+    /// How long the [hooks](Self::on_attempt) of an attempt may take together, before its own
+    /// [timeout](Self::attempt_timeout) begins. After that the attempt has failed, and nothing of
+    /// it is sent. Longer than zero. Defaults to [`DEFAULT_HOOK_TIMEOUT`].
+    pub fn hook_timeout(mut self, timeout: Duration) -> Self {
+        self.config.hooks.timeout = timeout;
+        self
+    }
+
+    /// Headers that are not stored. They are removed when a request is enqueued, and no attempt has
+    /// them, not even the first one in the same process: a [hook](Self::on_attempt) adds them to
+    /// each attempt, so that all attempts are alike. Trailers of these names are removed too.
+    ///
+    /// For the owner of a [key](crate::Options::key_owner), a header counts before it is removed.
+    /// With the key, a hash of it is stored. Requests that pass through keep their headers. The
+    /// header of [`idempotency_header`](Self::idempotency_header) can't be removed. Defaults to
+    /// none.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::Durable;
+    /// use requeuest::hooks::{header_fn, only_to};
+    ///
+    /// async fn from_vault() -> Result<String, std::io::Error> {
+    ///     Ok("…".to_owned())
+    /// }
+    ///
+    /// # fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+    /// let durable = Durable::builder(pool)
+    ///     .strip_headers(["authorization", "cookie"])
+    ///     .on_attempt(only_to("api.example.com", header_fn("authorization", from_vault)))
+    ///     .build()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn strip_headers<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        let names = names.into_iter().map(Into::into);
+        self.strip_headers.extend(names);
         self
     }
 
@@ -673,6 +754,11 @@ impl DurableBuilder {
             })?;
             config.redact_headers.push(name);
         }
+        for hook in &config.hooks.hooks {
+            hook.check()
+                .map_err(|error| Error::config("on_attempt", chain(&*error)))?;
+        }
+        config.strip_headers = stripped(&self.strip_headers, &config.idempotency_header)?;
         config.policies.validate(config.attempt_timeout)?;
         config.destination_policy.validate(config.attempt_timeout)?;
         let (request, response) = (self.store.max_request_body, self.store.max_response_body);
@@ -762,6 +848,7 @@ impl DurableBuilder {
         validate_schema(&store.schema).map_err(named("schema"))?;
         store.sealer.validate()?;
         validate_timeout(config.attempt_timeout).map_err(named("attempt_timeout"))?;
+        validate_timeout(config.hooks.timeout).map_err(named("hook_timeout"))?;
         config.retry_awaited.validate().map_err(named("retry"))?;
         config.retry_fired.validate().map_err(named("retry"))?;
         ensure(
@@ -872,6 +959,22 @@ impl fmt::Debug for DurableBuilder {
             .field("runner", &self.runner)
             .finish_non_exhaustive()
     }
+}
+
+/// The names of headers that are not stored.
+fn stripped(names: &[String], idempotency: &IdempotencyHeader) -> Result<Box<[HeaderName]>, Error> {
+    let invalid = |reason: String| Error::config("strip_headers", reason);
+    let parse = |name: &String| {
+        let parsed = HeaderName::try_from(&**name)
+            .map_err(|_| invalid(format!("{name:?} is not the name of a header")))?;
+        if idempotency.is_named(&parsed) {
+            return Err(invalid(format!(
+                "`{parsed}` is the header by which receivers recognise a repetition"
+            )));
+        }
+        Ok(parsed)
+    };
+    names.iter().map(parse).collect()
 }
 
 /// A limit in bytes. By default the largest body takes a quarter of it at most, so that bodies of a

@@ -62,6 +62,16 @@ impl Durable {
             limit_key: options.limit_key.as_deref().map(Box::from),
             awaited: mode == Mode::Awaited,
         };
+        // The caller's credentials tell who owns the key, also where they are not stored.
+        let is_keyed = options.key.is_some();
+        let of_caller = is_keyed.then(|| fingerprint(&request, &uri));
+        for name in &config.strip_headers {
+            request.headers.remove(name);
+            if let Some(trailers) = &mut request.trailers {
+                trailers.remove(name);
+            }
+        }
+        let options = &request.options;
         if options.guarantee == Guarantee::AtLeastOnce {
             let header = options.idempotency_header.as_ref();
             header.unwrap_or(&config.idempotency_header).apply(
@@ -73,13 +83,11 @@ impl Durable {
         let sealer = self.engine().driver().store.sealer();
         let options = &request.options;
         let channel = Arc::clone(options.channel.as_ref().unwrap_or(&config.channel));
-        let key = options.key.as_ref().map(|key| {
-            let fingerprint = fingerprint(&request, &uri);
-            Key {
-                text: Arc::clone(key),
-                sealed: sealer.fingerprint(&channel, key, &fingerprint),
-                fingerprint,
-            }
+        let key = options.key.as_ref().zip(of_caller);
+        let key = key.map(|(key, fingerprint)| Key {
+            text: Arc::clone(key),
+            sealed: sealer.fingerprint(&channel, key, &fingerprint),
+            fingerprint,
         });
         // Later than the fingerprint, to which a sensitive value belongs.
         mark_secrets(&mut request.headers, &config.redact_headers);

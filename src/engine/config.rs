@@ -8,6 +8,7 @@ use http::{HeaderName, Uri};
 
 use crate::classify::Classifier;
 use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
+use crate::engine::attempt::hooks::Hooks;
 use crate::error::Error;
 #[cfg(feature = "ssrf-guard")]
 use crate::guard::Guard;
@@ -59,6 +60,9 @@ pub(crate) struct Config {
     pub(crate) retry_awaited: RetryPolicy,
     pub(crate) retry_fired: RetryPolicy,
     pub(crate) classifier: Classifier,
+    pub(crate) hooks: Hooks,
+    /// Headers that are not stored.
+    pub(crate) strip_headers: Box<[HeaderName]>,
     pub(crate) idempotency_header: IdempotencyHeader,
     pub(crate) redirects: Redirects,
     #[cfg(feature = "ssrf-guard")]

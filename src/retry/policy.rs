@@ -380,7 +380,7 @@ impl RetryPolicy {
 
     /// The delay before the next attempt, or `None` to give up.
     ///
-    /// `random` is drawn from 0 to 1. `asked` is the delay of the response's `Retry-After`.
+    /// `random` is drawn from 0 to 1. `asked` is the delay that the response or a hook asked for.
     /// `function` is this process's function, for a policy whose own one could not be stored. If it
     /// panics, its text goes to `panicked`.
     pub(crate) fn delay(
@@ -415,7 +415,7 @@ impl RetryPolicy {
             },
         };
         let own = self.jitter.apply(bound, random);
-        let asked = self.bounded(asked.unwrap_or_default());
+        let asked = asked.unwrap_or_default();
         let left = match self.max_age {
             Some(max) if retry.age >= max => return None,
             Some(max) => max - retry.age,
@@ -549,7 +549,8 @@ mod tests {
     }
 
     fn asked(policy: &RetryPolicy, age: Duration, asked: Duration) -> Option<Duration> {
-        policy.delay(Retry::new(1, age), 1.0, Some(asked), None, &mut None)
+        let asked = Some(policy.bounded(asked));
+        policy.delay(Retry::new(1, age), 1.0, asked, None, &mut None)
     }
 
     fn stored(policy: &RetryPolicy) -> RetryPolicy {
@@ -634,7 +635,8 @@ mod tests {
         ) {
             let retry = Retry::new(attempts, age);
             let own = policy.delay(retry, random, None, None, &mut None);
-            let raised = policy.delay(retry, random, Some(wanted), None, &mut None);
+            let asked = Some(policy.bounded(wanted));
+            let raised = policy.delay(retry, random, asked, None, &mut None);
             let bound = policy.max_retry_after.unwrap_or(DEFAULT_MAX_RETRY_AFTER);
             match (own, raised) {
                 (None, raised) => prop_assert_eq!(raised, None),

@@ -20,6 +20,7 @@ mod ending;
 mod faults;
 mod guarantee;
 mod guard;
+mod hooks;
 mod house;
 mod idioms;
 mod input;

@@ -37,8 +37,8 @@ const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 const ABANDONED: &str = "the caller or task that made the attempt went away";
 
 /// How long an attempt keeps its slot and its lease at most.
-fn hard_deadline(job: &Job) -> Duration {
-    job.delivery.attempt_timeout + DEADLINE_GRACE
+fn hard_deadline(driver: &Driver, job: &Job) -> Duration {
+    driver.config.hooks.time() + job.delivery.attempt_timeout + DEADLINE_GRACE
 }
 
 /// A request that a poll claimed, before its stored head is read.
@@ -189,7 +189,7 @@ pub(crate) struct Claim {
     began: Instant,
     /// When the attempt is due.
     due: Instant,
-    /// When the attempt under way began.
+    /// When the attempt under way began to be sent.
     sending: Option<Instant>,
 }
 
@@ -202,7 +202,7 @@ impl Claim {
         };
         let lease = driver.leases.insert(fence, Some(slot), room);
         // The hard deadline runs from here, because a caller may never come to make the attempt.
-        lease.mark_sending(Instant::now() + hard_deadline(&job));
+        lease.mark_sending(Instant::now() + hard_deadline(driver, &job));
         let deadline = job.request.options.deadline;
         Self::new(driver, lease, job, 1, Duration::ZERO, deadline)
     }
@@ -257,7 +257,7 @@ impl Claim {
     /// Prepares the claim for a caller that may never come for it.
     pub(super) fn awaiting_caller(self) -> Self {
         if let Some(lease) = &self.lease {
-            lease.mark_sending(Instant::now() + hard_deadline(&self.job));
+            lease.mark_sending(Instant::now() + hard_deadline(&self.driver, &self.job));
         }
         self
     }
@@ -291,12 +291,16 @@ impl Claim {
             }
         }
         let now = Instant::now();
-        lease.mark_sending(now + hard_deadline(&self.job));
+        lease.mark_sending(now + hard_deadline(&self.driver, &self.job));
         if self.unconfirmed && !Box::pin(self.confirm()).await {
             return false;
         }
-        self.sending = Some(Instant::now());
         true
+    }
+
+    /// From here on, a part of the request may have been sent.
+    pub(super) fn begin_sending(&mut self) {
+        self.sending = Some(Instant::now());
     }
 
     /// Has the database confirm the claim: the request may have been cancelled, taken over or given
@@ -358,7 +362,8 @@ impl Claim {
     }
 
     /// The delay until the next attempt, or `None` to give the request up. `asked` is the delay
-    /// that the response asked for. `panicked` gets the text of a panic in the policy's function.
+    /// that the response or a hook asked for. `panicked` gets the text of a panic in the policy's
+    /// function.
     pub(super) fn next_delay(
         &self,
         asked: Option<Duration>,

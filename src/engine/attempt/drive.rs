@@ -1,5 +1,5 @@
-//! Drives a claimed request: send, judge, settle, and repeat until it finishes or goes back to the
-//! queue.
+//! Drives a claimed request: hooks, send, judge, settle, and repeat until it finishes or goes back
+//! to the queue.
 
 use std::future::Future;
 use std::pin::pin;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use tracing::Instrument as _;
 
 use super::claim::Claim;
+use super::hooks::exchange_with_hooks;
 use super::judge::{Judgement, history, judge};
 use super::send::{ByEngine, Sender, exchange};
 use super::transport::Transport;
@@ -53,14 +54,15 @@ pub(crate) fn drive(
             }
             let driver = claim.driver();
             let max_response_body = driver.store.config().max_response_body;
-            let exchange = exchange(
-                claim.job(),
-                claim.attempts(),
-                sender,
-                &driver.config,
-                max_response_body,
-            )
-            .await;
+            let exchange = if driver.config.hooks.is_empty() {
+                claim.begin_sending();
+                let (job, number) = (claim.job(), claim.attempts());
+                let config = &claim.driver().config;
+                exchange(job, number, None, sender, config, max_response_body).await
+            } else {
+                // Boxed, so that attempts without hooks don't take its room.
+                Box::pin(exchange_with_hooks(&mut claim, sender, max_response_body)).await
+            };
             let history = history(&exchange, &claim).await;
             match judge(exchange, history, &claim) {
                 Judgement::Finish(outcome) => return claim.finish(outcome),

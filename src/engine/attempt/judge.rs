@@ -60,11 +60,20 @@ pub(super) fn judge(exchange: Exchange, history: History, claim: &Claim) -> Judg
     let driver = claim.driver();
     let attempt = attempt(&exchange, claim).after(history);
     let accept = job.delivery.accept.as_deref();
-    let (verdict, classifier) = driver.config.classifier.judge(accept, &attempt);
+    let (verdict, classifier) = match exchange.decided {
+        // A list of accepted responses is only of use if there is a response.
+        Some(verdict) if accept.is_none() || exchange.result.is_err() => (verdict, None),
+        _ => driver.config.classifier.judge(accept, &attempt),
+    };
     note(claim, &exchange, verdict);
     let mut function = None;
     let delay = match verdict {
-        Verdict::Retry => claim.next_delay(exchange.asked_delay(), &mut function),
+        Verdict::Retry => {
+            let asked = exchange
+                .asked_delay()
+                .map(|it| job.delivery.retry.bounded(it));
+            claim.next_delay(asked.or(exchange.delay_of_hook()), &mut function)
+        }
         Verdict::Final | Verdict::Discard | Verdict::Ambiguous => None,
     };
     let panicked = classifier
@@ -121,7 +130,7 @@ fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
     let seen = exchange.seen();
     let is_of_proxy = matches!(&exchange.result, Err(failed) if failed.is_of_proxy);
     let fault = match seen {
-        _ if is_of_proxy => Blame::Other,
+        _ if is_of_proxy || exchange.decided.is_some() => Blame::Other,
         Ok(_) if verdict == Verdict::Final => Blame::Success,
         Ok((StatusCode::PROXY_AUTHENTICATION_REQUIRED, _))
         | Err(
@@ -129,6 +138,7 @@ fn note(claim: &Claim, exchange: &Exchange, verdict: Verdict) {
             | FailureClass::Unusable
             | FailureClass::Denied
             | FailureClass::Abandoned
+            | FailureClass::Hook
             | FailureClass::Other,
         ) => Blame::Other,
         Ok(_) | Err(_) => Blame::Destination,

@@ -6,9 +6,9 @@
 //! [`caller_client`].
 //!
 //! ```text
-//! claim ─► drive ─► send ─► judge ─► claim.settle ─► the settle lane
-//!   ▲                          │
-//!   └──────── held retry ◄─────┘
+//! claim ─► drive ─► hooks ─► send ─► judge ─► claim.settle ─► the settle lane
+//!   ▲                                    │
+//!   └───────────── held retry ◄──────────┘
 //! ```
 
 pub(crate) mod bodies;
@@ -17,6 +17,7 @@ pub(crate) mod claim;
 pub(crate) mod drive;
 mod fault;
 pub(crate) mod gate;
+pub(crate) mod hooks;
 pub(crate) mod job;
 mod judge;
 pub(crate) mod leases;

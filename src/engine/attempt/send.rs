@@ -18,10 +18,11 @@ use super::fault::{class_of, is_after_redirect, is_of_proxy};
 use super::job::Job;
 use super::transport::{ResponseUrl, Transport};
 use crate::body::{Body, BodyError};
-use crate::classify::FailureClass;
+use crate::classify::{FailureClass, Verdict};
 use crate::context;
 use crate::engine::config::Config;
 use crate::error::{BoxError, chain, without_url};
+use crate::hooks::Then;
 use crate::outcome::{Cause, Fault, Outcome};
 use crate::redact::{error_text, mark_secrets, redact_urls, shorten};
 use crate::response::Response;
@@ -99,6 +100,8 @@ impl Sender for ByEngine {
 pub(super) struct Exchange {
     pub(super) duration: Duration,
     pub(super) result: Result<Answer, Failed>,
+    /// What a hook says of it, whatever the classifier would.
+    pub(super) decided: Option<Verdict>,
 }
 
 /// Why an attempt brought no response.
@@ -109,16 +112,19 @@ pub(crate) struct Failed {
     pub(super) is_of_proxy: bool,
     /// The receiver has answered with a redirect, and the request after it failed.
     is_after_redirect: bool,
+    /// What the hook wants that refused the attempt.
+    pub(super) then: Then,
     text: String,
     cause: Option<Cause>,
 }
 
 impl Failed {
-    fn new(class: FailureClass, text: &str) -> Self {
+    pub(super) fn new(class: FailureClass, text: &str) -> Self {
         Self {
             class,
             is_of_proxy: false,
             is_after_redirect: false,
+            then: Then::Judge,
             text: error_text(text),
             cause: None,
         }
@@ -251,11 +257,32 @@ impl Answer {
 }
 
 impl Exchange {
+    /// An attempt that a hook did not let pass.
+    pub(super) fn failed(duration: Duration, failed: Failed) -> Self {
+        Self {
+            duration,
+            decided: match failed.then {
+                Then::Judge => None,
+                Then::Retry(_) => Some(Verdict::Retry),
+                Then::Discard => Some(Verdict::Discard),
+            },
+            result: Err(failed),
+        }
+    }
+
     /// What a classifier sees.
     pub(super) fn seen(&self) -> Result<(StatusCode, &HeaderMap), FailureClass> {
         match &self.result {
             Ok(answer) => Ok((answer.response().status, &answer.response().headers)),
             Err(failed) => Err(failed.class),
+        }
+    }
+
+    /// The delay that a hook asked for.
+    pub(super) fn delay_of_hook(&self) -> Option<Duration> {
+        match self.result.as_ref().err()?.then {
+            Then::Retry(delay) => Some(delay),
+            Then::Judge | Then::Discard => None,
         }
     }
 
@@ -267,10 +294,11 @@ impl Exchange {
 }
 
 /// Makes the attempt with this number: sends the request and reads its response, within the
-/// attempt's timeout.
+/// attempt's timeout. `headers` are sent instead of the stored ones.
 pub(super) async fn exchange(
     job: &Job,
     number: u32,
+    headers: Option<&HeaderMap>,
     sender: &mut dyn Sender,
     config: &Config,
     max_response_body: usize,
@@ -281,7 +309,7 @@ pub(super) async fn exchange(
     let timeout = job.delivery.attempt_timeout;
     let mut result = {
         let exchange = pin!(async {
-            let request = to_http(job, number);
+            let request = to_http(job, number, headers);
             admit(config, request.uri())?;
             poll_fn(|cx| sender.poll_ready(cx))
                 .await
@@ -313,6 +341,7 @@ pub(super) async fn exchange(
     Exchange {
         duration: began.elapsed(),
         result,
+        decided: None,
     }
 }
 
@@ -330,8 +359,9 @@ fn admit(config: &Config, uri: &Uri) -> Result<(), Failed> {
 }
 
 /// The request for one attempt.
-fn to_http(job: &Job, number: u32) -> http::Request<Body> {
-    let mut request = job.request.to_http(job.uri.clone());
+fn to_http(job: &Job, number: u32, headers: Option<&HeaderMap>) -> http::Request<Body> {
+    let headers = headers.unwrap_or(&job.request.headers);
+    let mut request = job.request.to_http(job.uri.clone(), headers.clone());
     let extensions = request.extensions_mut();
     *extensions = job.extensions.clone();
     context::attach(extensions, job.id, &job.channel, number);
