@@ -1,16 +1,19 @@
-//! A sender of webhooks: its guard denies URLs of its own network, a slow and a dead receiver don't
-//! delay the others, and an operator sends what was kept and given up once the dead one has been
-//! repaired.
+//! A sender of webhooks: its guard denies URLs of its own network, and each webhook is signed with
+//! the key of its receiver. A slow and a dead receiver don't delay the others, and an operator
+//! sends what was kept and given up once the dead one has been repaired.
 //!
 //! `cargo run --example webhooks`
 
+use std::collections::HashMap;
 use std::error::Error;
 use std::time::{Duration, Instant};
 
 use requeuest::DestinationEventKind::{self, Disabled, Opened};
 use requeuest::guard::Guard;
+use requeuest::hooks::Refusal;
 use requeuest::retry::{Jitter, RetryPolicy};
 use requeuest::testkit::Postgres;
+use requeuest::webhooks::{Endpoint, Signer, SigningKey};
 use requeuest::{CircuitBreaker, DeadLetterFilter, DestinationPolicy, Durable, RequestId};
 use requeuest::{Status, migrate};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -25,6 +28,12 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const EVENTS: usize = 30;
 /// How many deliveries to the good receiver are timed.
 const TIMED: usize = 100;
+/// The keys of the receivers. An application makes them at random, and has them in its database.
+const KEYS: [&str; 3] = [
+    "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+    "whsec_AAECAwQFBgcICQoLDA0ODxAREhMUFRYX",
+    "whsec_BgcICQoLDA0ODxAREhMUFRYXGBkaGxwd",
+];
 /// What the slow receiver's owner has asked for.
 const LIMIT: u32 = 4;
 
@@ -36,9 +45,10 @@ async fn main() -> Result<()> {
 async fn story() -> Result<()> {
     let database = Postgres::start().await?.database().await?;
     migrate(database.pool()).await?;
-    let good = Receiver::start(200, Duration::ZERO).await?;
-    let slow = Receiver::start(200, Duration::from_millis(300)).await?;
-    let dead = Receiver::start(500, Duration::ZERO).await?;
+    let good = Receiver::start(200, Duration::ZERO, KEYS[0]).await?;
+    let slow = Receiver::start(200, Duration::from_millis(300), KEYS[1]).await?;
+    let dead = Receiver::start(500, Duration::ZERO, KEYS[2]).await?;
+    let receivers = [&good, &slow, &dead].map(|receiver| receiver.origin.clone());
 
     let webhooks = DestinationPolicy::webhooks;
     // Shorter times than the preset's: a breaker that is open for 5 seconds at first, and delays
@@ -53,6 +63,7 @@ async fn story() -> Result<()> {
         .retry(delays)
         .destination(&slow.origin, webhooks().max_concurrency(LIMIT))
         .destination(&dead.origin, webhooks().circuit_breaker(breaker))
+        .on_attempt(signer(receivers.into_iter().zip(KEYS).collect()))
         .on_destination_event(move |event| {
             // Fails once `story` has returned, which is fine.
             let _ = sender.send((event.kind.clone(), Instant::now()));
@@ -116,8 +127,23 @@ async fn story() -> Result<()> {
     completed(&durable, &replayed).await?;
     let number = replayed.len();
     println!("dead: dead letters that were replayed and have arrived: {number}");
+    for receiver in [&good, &slow, &dead] {
+        assert_eq!(receiver.refused(), 0);
+    }
+    println!("each receiver has checked the signatures of all its webhooks");
     durable.shutdown(Duration::from_secs(5)).await?;
     Ok(())
+}
+
+/// Signs each webhook with the key of its receiver.
+fn signer(keys: HashMap<String, &'static str>) -> Signer {
+    Signer::lookup(move |endpoint: Endpoint| {
+        let key = keys.get(&endpoint.destination).copied();
+        async move {
+            let key = key.ok_or_else(|| Refusal::discard("the receiver has no key"))?;
+            Ok(vec![key.parse::<SigningKey>()?])
+        }
+    })
 }
 
 async fn fire(durable: &Durable, to: &Receiver, number: usize) -> Result<Vec<RequestId>> {

@@ -78,6 +78,7 @@
 //! | `ssrf-guard` | | [`guard`] keeps requests out of your own network |
 //! | `axum` | | converts between [`Body`] and axum's body |
 //! | `encryption` | | [`encryption`] encrypts what is stored, with your keys |
+//! | `webhooks` | | signs and verifies as Standard Webhooks asks: [`webhooks`] |
 //! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
 //! | `testkit-download` | | `testkit`, and downloads a Postgres where none is installed |
 //! | `http` | | does nothing; kept for dependents of the older crate |
@@ -94,6 +95,8 @@
 #![cfg_attr(not(feature = "ssrf-guard"), doc = "[`guard`]: #features")]
 #![cfg_attr(feature = "encryption", doc = "[`encryption`]: mod@encryption")]
 #![cfg_attr(not(feature = "encryption"), doc = "[`encryption`]: #features")]
+#![cfg_attr(feature = "webhooks", doc = "[`webhooks`]: mod@webhooks")]
+#![cfg_attr(not(feature = "webhooks"), doc = "[`webhooks`]: #features")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod classify;
@@ -108,6 +111,8 @@ pub mod migrate;
 pub mod retry;
 #[cfg(feature = "testkit")]
 pub mod testkit;
+#[cfg(feature = "webhooks")]
+pub mod webhooks;
 
 mod base64;
 mod body;

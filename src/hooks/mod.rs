@@ -6,6 +6,7 @@
 //!
 //! - [`header_fn`] sets a header from a closure.
 //! - [`OAuth2`] adds a token of OAuth 2 client credentials.
+//! - `webhooks::Signer`, with the feature `webhooks`, signs as [Standard Webhooks] asks.
 //! - [`only_to`] limits a hook to some destinations.
 //! - [`hook_fn`] and [`hook_fn_with`] make a hook from an async function.
 //!
@@ -80,6 +81,7 @@
 //! ```
 //!
 //! [`DurableBuilder::on_attempt`]: crate::DurableBuilder::on_attempt
+//! [Standard Webhooks]: https://www.standardwebhooks.com
 
 mod attempt;
 mod function;

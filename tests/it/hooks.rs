@@ -3,6 +3,7 @@
 mod oauth2;
 mod refusals;
 mod strip;
+mod webhooks;
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};

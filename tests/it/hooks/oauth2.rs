@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures_util::future;
 use http::Response;
+use requeuest::guard::Guard;
 use requeuest::hooks::{OAuth2, only_to};
 use requeuest::{DurableBuilder, ReqwestTransport, Status};
 
@@ -212,6 +213,28 @@ async fn a_token_goes_to_its_destination_only_and_has_a_client_of_its_own() {
     assert_eq!(values(&server, "authorization"), ["Bearer token-0"]);
     assert_eq!(values(&other, "authorization"), [""]);
     assert_eq!(values(&tokens, "user-agent"), ["tokens"]);
+}
+
+#[tokio::test]
+async fn a_guard_denies_the_token_server_too() {
+    let database = migrated().await;
+    let (tokens, server) = (token_server(3600).await, Server::always(200).await);
+    let guard = Guard::new()
+        .allow("127.0.0.1")
+        .deny_ports([tokens.addr.port()]);
+    let durable = builder(&database)
+        .guard(guard)
+        .retry(quick().max_attempts(2))
+        .on_attempt(oauth(&tokens))
+        .build()
+        .unwrap();
+    let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
+    let outcome = outcome_of(&durable, id).await;
+    assert_eq!(outcome.status(), Status::Discarded, "{outcome:?}");
+    let (class, text) = failures(&database, id).await.remove(0);
+    assert_eq!(class, "hook");
+    assert!(text.contains("is not permitted"), "{text}");
+    assert_eq!((tokens.count(), server.count()), (0, 0));
 }
 
 #[tokio::test]

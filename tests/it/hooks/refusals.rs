@@ -170,10 +170,10 @@ async fn a_failing_hook_says_nothing_of_the_destination() {
         ..=30 => Err(Refusal::failed("no token")),
         _ => Ok(()),
     };
+    let policy = DestinationPolicy::webhooks().without_retry_budget();
     let durable = Durable::builder(database.pool().clone())
-        .webhooks()
+        .destination("*", policy)
         .retry(quick())
-        .destination("*", DestinationPolicy::webhooks().without_retry_budget())
         .on_attempt(hook_fn(fail))
         .build()
         .unwrap();
