@@ -206,6 +206,8 @@ CREATE TABLE destination_leases (
     permits int NOT NULL,
     -- How many the process could use.
     wanted int NOT NULL,
+    -- Since when the process has had some, or none.
+    since timestamptz NOT NULL,
     expires_at timestamptz NOT NULL,
     PRIMARY KEY (name, instance)
 ) WITH (

@@ -8,7 +8,10 @@
 -- token, the time until the next one.
 --
 -- While other processes want more permits than they have, each may have an equal part. A process
--- that has more gives the surplus back as its attempts end.
+-- that has more begins no attempt, and gives the surplus back as its attempts end. If there are
+-- fewer permits than processes, each process has one by turns.
+--
+-- A process passes on what its code or a stored policy says, which may be any number.
 CREATE FUNCTION lease_destinations(
     p_instance uuid, p_names text[], p_limits int[], p_used int[], p_permits int[],
     p_rates float8[], p_buckets int[], p_tokens int[], p_lease interval
@@ -18,10 +21,16 @@ SET search_path FROM CURRENT
 SET enable_seqscan = off
 AS $$
 DECLARE
+    -- A turn is no shorter, or most of the time would be lost in between.
+    c_turn CONSTANT interval := '1 second';
+    c_longest_ms CONSTANT bigint := 86400000;
     v record;
     v_row record;
     v_now timestamptz;
+    v_own destination_leases%ROWTYPE;
     v_others record;
+    v_part int;
+    v_held int;
     v_filled float8;
 BEGIN
     INSERT INTO destinations (name)
@@ -43,39 +52,66 @@ BEGIN
         wait_ms := 0;
         IF v.maximum IS NOT NULL THEN
             DELETE FROM destination_leases l WHERE l.name = v.name AND l.expires_at <= v_now;
+            SELECT * INTO v_own FROM destination_leases l
+            WHERE l.name = v.name AND l.instance = p_instance;
             SELECT
-                coalesce(sum(l.permits), 0)::int AS permits, count(*)::int AS number,
-                coalesce(bool_or(l.permits < l.wanted), false) AS want_more
+                coalesce(sum(l.permits), 0) AS permits, count(*)::int AS number,
+                count(*) FILTER (
+                    WHERE l.permits = 0 AND l.since < CASE
+                        WHEN v_own.permits > 0 AND v_own.since > v_now - c_turn THEN '-infinity'
+                        WHEN v_own.permits > 0 THEN 'infinity'
+                        ELSE coalesce(v_own.since, 'infinity')
+                    END
+                ) AS before
             INTO v_others FROM destination_leases l
             WHERE l.name = v.name AND l.instance <> p_instance;
-            permits := greatest(least(v.permits, v.maximum - v_others.permits), 0);
-            IF v_others.want_more THEN
-                permits := least(
-                    permits,
-                    greatest(v.used, ceil(v.maximum::float8 / (v_others.number + 1))::int)
-                );
+            v_part := v.maximum / (v_others.number + 1);
+            IF v_part > 0 THEN
+                permits := greatest(0, least(v.permits, v.maximum - (
+                    SELECT coalesce(sum(greatest(l.permits, least(l.wanted, v_part))), 0)
+                    FROM destination_leases l
+                    WHERE l.name = v.name AND l.instance <> p_instance
+                )));
+            ELSE
+                permits := greatest(0, least(
+                    v.permits, 1, v.maximum - v_others.permits - v_others.before
+                ));
             END IF;
+            -- Attempts under way hold theirs until they end.
+            v_held := greatest(permits, least(v.used, v.maximum - v_others.permits));
             IF v.permits = 0 THEN
                 DELETE FROM destination_leases l
                 WHERE l.name = v.name AND l.instance = p_instance;
             ELSE
-                INSERT INTO destination_leases AS l (name, instance, permits, wanted, expires_at)
-                VALUES (v.name, p_instance, permits, v.permits, v_now + p_lease)
+                INSERT INTO destination_leases AS l (
+                    name, instance, permits, wanted, since, expires_at
+                )
+                VALUES (v.name, p_instance, v_held, v.permits, v_now, v_now + p_lease)
                 ON CONFLICT (name, instance) DO UPDATE
                 SET permits = excluded.permits, wanted = excluded.wanted,
+                    since = CASE
+                        WHEN (l.permits > 0) = (excluded.permits > 0) THEN l.since
+                        ELSE excluded.since
+                    END,
                     expires_at = excluded.expires_at;
             END IF;
         END IF;
         IF v.rate IS NOT NULL AND v.tokens > 0 THEN
-            v_filled := least(
+            v_filled := CASE WHEN v.rate > 0 THEN least(
                 v.bucket,
-                coalesce(v_row.tokens, v.bucket) + v.rate * greatest(
-                    extract(epoch FROM v_now - coalesce(v_row.filled_at, v_now))::float8, 0
+                greatest(coalesce(v_row.tokens, v.bucket), 0) + v.rate * greatest(
+                    CASE WHEN isfinite(v_row.filled_at)
+                        THEN extract(epoch FROM v_now - v_row.filled_at)::float8
+                    END,
+                    0
                 )
-            );
+            ) ELSE 0 END;
             tokens := least(floor(v_filled)::int, v.tokens);
             IF tokens = 0 THEN
-                wait_ms := ceil((1 - v_filled) / v.rate * 1000)::bigint;
+                wait_ms := CASE
+                    WHEN v.rate > 0 THEN least(ceil((1 - v_filled) / v.rate * 1000), c_longest_ms)
+                    ELSE c_longest_ms
+                END;
             END IF;
             UPDATE destinations d
             SET tokens = v_filled - lease_destinations.tokens, filled_at = v_now

@@ -2,6 +2,7 @@
 
 mod disabling;
 mod fairness;
+mod leases;
 mod policies;
 mod proxies;
 

@@ -19,6 +19,8 @@ const TOKENS_LAST: Duration = Duration::from_secs(1);
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// If the next token comes later than this, requests don't wait for it in memory.
 const NEAR: Duration = Duration::from_millis(250);
+/// A process that had no use for more permits for this long asks only to keep those that it has.
+const WANTED: Duration = Duration::from_secs(1);
 /// A destination without an attempt for this long gives its permits back.
 const KEPT: Duration = Duration::from_secs(5);
 
@@ -94,6 +96,8 @@ pub(super) struct Leased {
     /// Attempts were turned away for want of permits or tokens since the last question, and the
     /// database can have them.
     wanted: bool,
+    /// When permits or tokens were last wanted.
+    last_wanted: Option<Instant>,
     /// When the database was last asked for permits.
     permits_asked: Option<Instant>,
     /// A row of this process may be in the database.
@@ -155,6 +159,9 @@ impl Leased {
             }
             _ => lack != Lack::Nothing,
         };
+        if self.wanted {
+            self.last_wanted = Some(now);
+        }
         lack
     }
 
@@ -246,8 +253,17 @@ impl Leased {
         if limits.is_none() || !(self.wanted || self.has_row) || !self.may_ask(now) {
             return None;
         }
-        self.has_row |= limits.concurrency.is_some();
+        let lately = |at: Instant| now.saturating_duration_since(at) <= WANTED;
+        let has_use = in_use || self.last_wanted.is_some_and(lately);
+        let most = if has_use {
+            most
+        } else {
+            self.permits.min(most)
+        };
         let permits = limits.concurrency.map_or(0, |limit| limit.min(most));
+        if limits.concurrency.is_some() {
+            self.has_row = permits > 0;
+        }
         // What is wanted from here on may not be in this question.
         let wanted = std::mem::take(&mut self.wanted);
         let lump = limits.rate.filter(|_| wanted).map_or(0, Rate::lump);
