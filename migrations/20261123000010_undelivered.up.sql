@@ -87,7 +87,8 @@ $$;
 -- Requests of a channel that are due and that no process has: those that are due after p_after, the
 -- oldest first. Up to p_limit of them, and all that are due at the same time as the last. The time
 -- without a runner counts from `since`: as in mq_poll, that of a retry counts from when it was due,
--- unless a caller waits.
+-- unless a caller waits. That of requests that could not be sent although there was a runner counts
+-- from when the runner was lost: their destination took no more, or they were behind another.
 CREATE FUNCTION due_requests(
     p_channel text, p_format smallint, p_after timestamptz, p_until timestamptz, p_limit int
 ) RETURNS TABLE (id uuid, due timestamptz, since timestamptz)
@@ -100,12 +101,18 @@ SET enable_sort = off
 SET jit = off
 AS $$
 #variable_conflict use_column
+DECLARE
+    v_lost timestamptz := (
+        SELECT u.since FROM undelivered_channels u
+        WHERE u.channel_name = p_channel AND u.format = p_format
+    );
 BEGIN
     RETURN QUERY
     SELECT
         first.id, first.attempt_at,
         CASE
             WHEN first.attempts > 0 AND first.waiter IS NOT NULL THEN first.began_at
+            WHEN first.is_held_back THEN greatest(first.attempt_at, v_lost)
             ELSE first.attempt_at
         END
     FROM (
@@ -113,7 +120,8 @@ BEGIN
         FROM unnest('{high,normal,low}'::mq_priority[]) AS kind(priority), LATERAL (
             SELECT
                 m.id, m.attempt_at, m.attempts, m.waiter,
-                coalesce(m.began_at, m.created_at) AS began_at
+                coalesce(m.began_at, m.created_at) AS began_at,
+                false AS is_held_back
             FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format
                 AND m.priority = kind.priority AND m.state = 'waiting'
@@ -125,7 +133,8 @@ BEGIN
         (
             SELECT
                 m.id, m.attempt_at, m.attempts, m.waiter,
-                coalesce(m.began_at, m.created_at) AS began_at
+                coalesce(m.began_at, m.created_at) AS began_at,
+                false AS is_held_back
             FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format
                 AND m.state IN ('claimed', 'held', 'sending_once')
@@ -136,7 +145,8 @@ BEGIN
         (
             SELECT
                 m.id, m.attempt_at, m.attempts, m.waiter,
-                coalesce(m.began_at, m.created_at) AS began_at
+                coalesce(m.began_at, m.created_at) AS began_at,
+                true AS is_held_back
             FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format AND m.state = 'behind'
                 AND m.attempt_at > p_after AND m.attempt_at <= p_until
@@ -146,7 +156,8 @@ BEGIN
         (
             SELECT
                 m.id, m.attempt_at, m.attempts, m.waiter,
-                coalesce(m.began_at, m.created_at) AS began_at
+                coalesce(m.began_at, m.created_at) AS began_at,
+                true AS is_held_back
             FROM mq_msgs m
             WHERE m.channel_name = p_channel AND m.format = p_format AND m.state = 'deferred'
                 AND m.attempt_at > p_after AND m.attempt_at <= p_until
@@ -265,7 +276,8 @@ $$;
 -- p_limit of them up. Returns how many it gave up, and whether there may be more to do.
 --
 -- A channel must have been without a runner for a while, or requests that wait behind a backlog
--- would be given up while their only runner is replaced.
+-- would be given up while their only runner is replaced. Requests of a closed destination stay: a
+-- runner wouldn't send them either.
 CREATE FUNCTION sweep_channel(p_channel text, p_format smallint, p_limit int)
 RETURNS TABLE (given_up bigint, more boolean)
 LANGUAGE plpgsql
@@ -274,9 +286,11 @@ SET enable_seqscan = off
 AS $$
 DECLARE
     c_replaced_within CONSTANT interval := '1 minute';
+    c_closed_again CONSTANT interval := '10 minutes';
     v_now timestamptz := clock_timestamp();
     v_noted undelivered_channels%ROWTYPE;
     v_ids uuid[];
+    v_kept uuid[];
     v_unsent uuid[];
     v_once uuid[];
 BEGIN
@@ -312,6 +326,16 @@ BEGIN
                 WHERE u.channel_name = p_channel AND u.format = p_format AND u.give_up_at <= v_now
                 ORDER BY u.give_up_at LIMIT p_limit
             );
+            v_kept := ARRAY(
+                SELECT m.id FROM mq_msgs m
+                WHERE m.id = ANY (v_ids) AND m.waiter IS NULL
+                    AND m.state IN ('waiting', 'behind', 'deferred')
+                    AND is_closed(v_now, m.destination, m.channel_args)
+            );
+            UPDATE undelivered u SET give_up_at = v_now + c_closed_again
+            WHERE u.id = ANY (v_kept);
+            more := more OR cardinality(v_ids) >= p_limit;
+            v_ids := ARRAY(SELECT unnest(v_ids) EXCEPT SELECT unnest(v_kept));
             DELETE FROM undelivered u WHERE u.id = ANY (v_ids);
             -- Those that changed in the meantime are noted again once they are due.
             SELECT
@@ -345,7 +369,6 @@ BEGIN
                 coalesce(v_once, '{}'), 'ambiguous', 'lost',
                 'the process that made the attempt died before it recorded an answer', NULL
             ));
-            more := more OR cardinality(v_ids) >= p_limit;
         END IF;
     END IF;
     IF NOT more AND NOT EXISTS (

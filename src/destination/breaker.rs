@@ -53,6 +53,17 @@ impl Breaker {
         self.phase == Phase::Closed && self.unknown.is_empty()
     }
 
+    /// Forgets an open breaker if no attempt was made for so long after its end.
+    pub(super) fn forget(&mut self, unused: Millis, now: Millis) {
+        let ended = self.open.until.saturating_add(unused);
+        if self.phase(now) == Phase::HalfOpen && now > ended {
+            *self = Self {
+                unknown: std::mem::take(&mut self.unknown),
+                ..Self::default()
+            };
+        }
+    }
+
     /// Moves on after attempts, which the window has counted already, or after some time.
     pub(super) fn apply(
         &mut self,

@@ -25,6 +25,9 @@ pub(crate) type Millis = i64;
 /// A clock that is set back by no more than this changes nothing.
 const CLOCK_SLACK: Millis = 60_000;
 
+/// How long a breaker that waits for probes is remembered, and a pause that has ended.
+const UNUSED: Millis = 24 * 60 * 60 * 1000;
+
 /// Longer reasons are cut to so many bytes.
 const MAX_REASON_LEN: usize = 500;
 
@@ -123,6 +126,7 @@ pub(crate) struct State {
     throttled: Option<Span>,
     #[serde(skip_serializing_if = "Breaker::is_default")]
     breaker: Breaker,
+    #[serde(skip_serializing_if = "Window::is_default")]
     window: Window,
     #[serde(skip_serializing_if = "Option::is_none")]
     streak: Option<Streak>,
@@ -306,6 +310,17 @@ impl State {
                 .as_ref()
                 .is_some_and(|streak| streak.is_kept(now))
             && self.unknown.is_empty()
+    }
+
+    /// Forgets what has ended for long, although no attempt shows that it has. Returns whether
+    /// nothing is worth storing any more. A destination that isn't used again would otherwise be
+    /// remembered for ever.
+    pub(crate) fn forget(&mut self, now: Millis) -> bool {
+        self.paused = self
+            .paused
+            .take_if(|paused| paused.is_active(now.saturating_sub(UNUSED)));
+        self.breaker.forget(UNUSED, now);
+        self.is_idle(now)
     }
 
     pub(crate) fn status(
@@ -732,6 +747,39 @@ mod tests {
         assert!(!state.is_idle(START + HOUR));
         let opened = opened(&with_breaker(), START);
         assert!(!opened.is_idle(START + 400 * DAY));
+    }
+
+    #[test]
+    fn what_has_ended_for_long_is_forgotten() {
+        let opened = opened(&with_breaker(), START);
+        let mut paused = State::default();
+        paused.pause(Some(START + HOUR), START);
+        for state in [opened, paused] {
+            assert!(!state.clone().forget(START));
+            assert!(!state.clone().forget(START + DAY));
+            assert!(state.clone().forget(START + 2 * DAY));
+        }
+        let mut forever = State::default();
+        forever.pause(None, START);
+        assert!(!forever.forget(START + 400 * DAY));
+        forever.resume(START);
+        forever.disable("why", START);
+        assert!(!forever.forget(START + 400 * DAY));
+    }
+
+    #[test]
+    fn nothing_is_stored_of_a_window_without_attempts() {
+        let policy = with_breaker();
+        let mut state = State::default();
+        state.apply(&policy, &ended(5, 5), START);
+        assert!(serde_json::to_string(&state).unwrap().contains("window"));
+        state.streak = None;
+        state.apply(&policy, &Report::default(), START + HOUR);
+        assert_eq!(serde_json::to_string(&state).unwrap(), "{}");
+        state.pause(None, START);
+        state.apply(&policy, &Report::default(), START);
+        state.resume(START);
+        assert_eq!(serde_json::to_string(&state).unwrap(), "{}");
     }
 
     #[test]

@@ -57,6 +57,9 @@ impl Window {
         let at = now.div_euclid(bucket_ms);
         self.buckets.retain(|bucket| bucket.is_within(at));
         if report.attempts == 0 {
+            if self.buckets.is_empty() {
+                self.clear();
+            }
             return;
         }
         let counts = Counts {
@@ -82,6 +85,11 @@ impl Window {
 
     pub(super) fn clear(&mut self) {
         self.buckets.clear();
+        self.bucket_ms = 0;
+    }
+
+    pub(super) fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 
     pub(super) fn has_unknown(&self) -> bool {

@@ -81,8 +81,8 @@ impl Store {
         .await
     }
 
-    /// The destinations that have changed since a time of the database, or all of them for `None`.
-    /// The first row has no name: it is there for the database's time.
+    /// The destinations that have changed since a time of the database, or none for `None`. The
+    /// first row has no name: it is there for the database's time.
     pub(crate) async fn changed_destinations(
         &self,
         since: Option<Millis>,
@@ -91,6 +91,23 @@ impl Store {
             let since = since.map(|since| since.saturating_sub(to_millis(OVERLAP)));
             let rows = sqlx::query(CHANGED)
                 .bind(since)
+                .fetch_all(connection)
+                .await?;
+            rows.iter().map(stored).collect()
+        })
+        .await
+    }
+
+    /// Up to `limit` of all destinations in the database, in order: those after `after`.
+    pub(crate) async fn known_destinations(
+        &self,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<StoredDestination>, StoreError> {
+        self.run("destinations.known", async |connection| {
+            let rows = sqlx::query(KNOWN)
+                .bind(after)
+                .bind(limit as i64)
                 .fetch_all(connection)
                 .await?;
             rows.iter().map(stored).collect()
@@ -158,6 +175,39 @@ impl Store {
         .await
     }
 
+    /// Empties the states of destinations that haven't changed for long and whose states say
+    /// nothing any more. Looks at a bounded number of rows, those after `after`. Returns where to
+    /// continue, and whether most of them said nothing.
+    pub(crate) async fn settle_destinations(
+        &self,
+        after: &str,
+    ) -> Result<(Option<String>, bool), StoreError> {
+        const LIMIT: usize = 1000;
+        self.run("destinations.settle", async |connection| {
+            let rows = sqlx::query(UNCHANGED)
+                .bind(after)
+                .bind(LIMIT as i64)
+                .fetch_all(&mut *connection)
+                .await?;
+            let rows: Vec<_> = rows.iter().map(stored).collect::<Result<_, _>>()?;
+            let forget = |row: &mut StoredDestination| {
+                row.is_readable && row.policy.is_none() && row.state.forget(row.now)
+            };
+            let settled: Vec<&str> = rows
+                .iter()
+                .filter(|row| forget(&mut (*row).clone()))
+                .map(|row| &*row.name)
+                .collect();
+            if !settled.is_empty() {
+                change_all(connection, &settled, &mut |row| forget(row)).await?;
+            }
+            let is_fruitful = settled.len() * 2 > rows.len();
+            let last = rows.last().filter(|_| rows.len() == LIMIT);
+            Ok((last.map(|row| row.name.clone()), is_fruitful))
+        })
+        .await
+    }
+
     /// Removes rows of destinations that say nothing any more. Returns whether there may be more.
     pub(crate) async fn forget_destinations(&self) -> Result<bool, StoreError> {
         const LIMIT: i32 = 1000;
@@ -196,11 +246,25 @@ const CHANGED: &str = columns!(
     "FROM (
         SELECT '' AS name
         UNION ALL
-        SELECT c.name FROM destinations c
-        WHERE c.changed_at > coalesce(
-            to_timestamp($1::bigint / 1000.0), timestamptz '-infinity'
-        )
+        SELECT c.name FROM destinations c WHERE c.changed_at > to_timestamp($1::bigint / 1000.0)
     ) i LEFT JOIN destinations d ON d.name = ANY (ARRAY[i.name])"
+);
+
+const KNOWN: &str = columns!(
+    "FROM (
+        SELECT c.name FROM destinations c WHERE c.name > $1 ORDER BY c.name LIMIT $2
+    ) i JOIN destinations d ON d.name = ANY (ARRAY[i.name]) ORDER BY i.name"
+);
+
+/// Those of which something is stored that may have ended.
+const UNCHANGED: &str = columns!(
+    "FROM (
+        SELECT c.name FROM destinations c
+        WHERE c.name > $1 AND c.policy IS NULL AND c.state::text <> '{}'
+            AND c.changed_at <= clock_timestamp() - interval '10 minutes'
+            AND coalesce(c.closed_until, '-infinity') <= clock_timestamp()
+        ORDER BY c.name LIMIT $2
+    ) i JOIN destinations d ON d.name = ANY (ARRAY[i.name]) ORDER BY i.name"
 );
 
 const LOCKED: &str = columns!(
@@ -282,7 +346,9 @@ async fn change_all(
          SET state = i.state::json, policy = i.policy::json,
             closed_until = CASE
                 WHEN i.closed = 9223372036854775807 THEN 'infinity'
-                ELSE to_timestamp(least(i.closed, 253402300799000) / 1000.0)
+                -- A NULL would be ignored by `least`.
+                WHEN i.closed IS NOT NULL
+                THEN to_timestamp(least(i.closed, 253402300799000) / 1000.0)
             END,
             changed_at = clock_timestamp()
          FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[])

@@ -3,6 +3,7 @@
 mod disabling;
 mod fairness;
 mod leases;
+mod memory;
 mod policies;
 mod proxies;
 

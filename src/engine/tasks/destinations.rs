@@ -5,7 +5,7 @@
 //! what other processes have changed. A second loop leases permits and tokens whenever attempts are
 //! short of them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,12 +16,17 @@ use crate::destination::{DestinationEvent, DestinationEventKind, Millis};
 use crate::engine::attempt::gate::Gate;
 use crate::engine::config::DestinationObserver;
 use crate::redact::panic_text;
+use crate::store::destinations::StoredDestination;
 use crate::store::{Store, StoreError};
 
 /// How often the task reports and reads.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How often all destinations are read, and not only those that have changed: a row may be gone.
 const ALL: Duration = Duration::from_secs(60);
+/// How many of them one statement reads.
+const PAGE: usize = 5000;
+/// For how long they are read before it is time again for those that have changed.
+const READING: Duration = Duration::from_millis(500);
 /// The least time between two reports.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How many destinations with deferred requests are looked at in one step. The next step continues
@@ -46,7 +51,7 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut after = String::new();
     let mut since: Option<Millis> = None;
-    let mut read_all: Option<Instant> = None;
+    let mut all = All::default();
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -63,19 +68,14 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
         }
         report(store, gate, observer).await;
         // The store logs failures.
-        let is_all = read_all.is_none_or(|at| at.elapsed() >= ALL);
-        let changed = store.changed_destinations(since.filter(|_| !is_all));
-        if let Ok(changed) = changed.await {
+        if let Ok(changed) = store.changed_destinations(since).await {
             since = changed.first().map(|row| row.now).or(since);
             let known = changed.into_iter().filter(|row| !row.name.is_empty());
-            let known = known.collect();
-            if is_all {
-                read_all = Some(Instant::now());
-                gate.learn_all(known);
-            } else {
-                gate.learn(known);
-            }
+            let known: Vec<_> = known.collect();
+            all.note(&known);
+            gate.learn(known);
         }
+        all.read(store, gate).await;
         gate.note_look();
         // Other processes, now or earlier, may have deferred requests of destinations that this one
         // doesn't know of.
@@ -87,6 +87,50 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
                 Some(last) if names.len() == STEP => last.clone(),
                 _ => String::new(),
             };
+        }
+    }
+}
+
+/// Reads all destinations, a page after the other. What changes meanwhile is read beside it.
+#[derive(Default)]
+struct All {
+    /// When the last one was read.
+    read: Option<Instant>,
+    /// The last one of the last page.
+    after: String,
+    /// Those that have been found since the first page.
+    found: HashSet<String>,
+}
+
+impl All {
+    fn is_due(&self) -> bool {
+        self.read.is_none_or(|at| at.elapsed() >= ALL)
+    }
+
+    fn note(&mut self, known: &[StoredDestination]) {
+        if self.is_due() {
+            self.found.extend(known.iter().map(|row| row.name.clone()));
+        }
+    }
+
+    /// Continues where it was if a page failed, or if there are many.
+    async fn read(&mut self, store: &Store, gate: &Gate) {
+        let began = Instant::now();
+        // The first attempts wait for all of the first look.
+        while self.is_due() && (self.read.is_none() || began.elapsed() < READING) {
+            // The store logs failures.
+            let Ok(page) = store.known_destinations(&self.after, PAGE).await else {
+                return;
+            };
+            self.note(&page);
+            let last = page.last().filter(|_| page.len() == PAGE);
+            let next = last.map(|row| row.name.clone());
+            gate.learn(page);
+            if next.is_none() {
+                gate.forget_others(&std::mem::take(&mut self.found));
+                self.read = Some(Instant::now());
+            }
+            self.after = next.unwrap_or_default();
         }
     }
 }

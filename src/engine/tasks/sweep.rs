@@ -118,6 +118,8 @@ struct Sweep {
     destinations: Part,
     /// The last channel whose runners were looked for.
     channels_after: Option<String>,
+    /// The last destination whose state was looked at.
+    destinations_after: String,
     old_attempts: Cursor,
     old_keys: Cursor,
     late_after: Option<Uuid>,
@@ -150,6 +152,7 @@ impl Sweep {
             handlers: Part::new("handlers"),
             destinations: Part::new("destinations"),
             channels_after: None,
+            destinations_after: String::new(),
             old_attempts: Cursor::new(Old::Attempts),
             old_keys: Cursor::new(Old::Keys),
             late_after: None,
@@ -186,7 +189,16 @@ impl Sweep {
             .note(&self.store, &self.health, &forgotten);
     }
 
-    async fn forget_destinations(&self) -> Result<Progress, StoreError> {
+    async fn forget_destinations(&mut self) -> Result<Progress, StoreError> {
+        for _ in 0..MAX_STEPS {
+            let after = &self.destinations_after;
+            let (next, is_fruitful) = self.store.settle_destinations(after).await?;
+            let is_done = next.is_none();
+            self.destinations_after = next.unwrap_or_default();
+            if is_done || !is_fruitful {
+                break;
+            }
+        }
         for _ in 0..MAX_STEPS {
             if !self.store.forget_destinations().await? {
                 return Ok(Progress::Done);

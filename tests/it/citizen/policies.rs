@@ -12,7 +12,7 @@ use crate::support::{LONG, Server, builder, eventually, migrated, other_process,
 const REACH: Duration = Duration::from_secs(2);
 
 /// Fires one request after the other until one is deferred, and returns it.
-async fn until_deferred(durable: &Durable, server: &Server) -> RequestId {
+pub(super) async fn until_deferred(durable: &Durable, server: &Server) -> RequestId {
     let began = Instant::now();
     loop {
         let id = durable.fire(post(server.url("/"), "")).await.unwrap();

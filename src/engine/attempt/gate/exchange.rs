@@ -14,11 +14,10 @@ impl Gate {
         self.lock().used
     }
 
-    /// Notes all that the database has: of others it has nothing any more.
-    pub(crate) fn learn_all(&self, known: Vec<StoredDestination>) {
-        let names: HashSet<String> = known.iter().map(|known| known.name.clone()).collect();
+    /// Notes that the database has nothing of other destinations than these.
+    pub(crate) fn forget_others(&self, known: &HashSet<String>) {
         for (name, destination) in &mut self.lock().destinations {
-            if names.contains(&**name) {
+            if known.contains(&**name) {
                 continue;
             }
             if destination.shared.take().is_some() {
@@ -28,7 +27,6 @@ impl Gate {
                 destination.set_policy(self.policy_of(name));
             }
         }
-        self.learn(known);
     }
 
     /// Notes what the database has of destinations.
