@@ -23,6 +23,7 @@ mod room;
 mod share;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,7 +34,7 @@ use tokio::sync::Notify;
 
 use self::destination::{Destination, REMEMBERED};
 use self::leased::Lack;
-use self::pace::{Pace, SLOW};
+use self::pace::Pace;
 pub(crate) use self::reports::{Blame, Seen};
 use crate::destination::{DestinationPolicy, Policies};
 use crate::engine::config::Config;
@@ -45,10 +46,6 @@ const MAX_RETRY_DELAY: Duration = Duration::from_secs(600);
 
 /// How long the first attempts wait for what the database knows of destinations.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a request waits in memory for a pass of a destination that is limited, or that has not
-/// answered yet. Until then it takes room that requests to others could have.
-const PATIENCE: Duration = Duration::from_secs(1);
-
 /// The settings of a gate.
 #[derive(Debug)]
 pub(crate) struct Rules {
@@ -142,21 +139,6 @@ pub(crate) struct Pass {
     is_probe: bool,
     /// Whether this process didn't know yet what others know of the destination.
     is_early: bool,
-}
-
-/// A request that waits in memory for a pass.
-#[derive(Debug)]
-struct Waiting {
-    gate: Arc<Gate>,
-    name: Arc<str>,
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if let Some(destination) = self.gate.lock().destinations.get_mut(&self.name) {
-            destination.waiting -= 1;
-        }
-    }
 }
 
 impl Pass {
@@ -389,65 +371,6 @@ impl Gate {
             is_probe,
             is_early: !self.has_looked(),
         })
-    }
-
-    /// Waits for a pass of a destination that will have one soon.
-    pub(super) async fn enter(self: &Arc<Self>, name: &str, turn: Turn) -> Result<Pass, Full> {
-        let began = Instant::now();
-        let mut waiting = None;
-        loop {
-            let freed = Arc::clone(&self.entry(&mut self.lock(), name, began).freed);
-            // Created before the attempt to enter: no pass that is freed after it is missed.
-            let freed = freed.notified();
-            match self.try_enter(name, turn) {
-                Err(full @ (Full::Soon | Full::Short)) => {
-                    if waiting.is_none() {
-                        waiting = Some(self.wait(name, full)?);
-                    }
-                    // Looks again after a while: the destination may have become slow.
-                    let _ = tokio::time::timeout(SLOW, freed).await;
-                    // The request gives way to requests that this process could send.
-                    if began.elapsed() > self.patience(name, full) {
-                        return Err(Full::Lasting);
-                    }
-                }
-                entered => return entered,
-            }
-        }
-    }
-
-    /// Counts a request that waits, unless more wait than will have a pass soon.
-    fn wait(self: &Arc<Self>, name: &str, full: Full) -> Result<Waiting, Full> {
-        let now = Instant::now();
-        let mut inner = self.lock();
-        let destination = self.entry(&mut inner, name, now);
-        let limits = destination.limits(now);
-        let most = limits
-            .tokens_within(PATIENCE)
-            .map_or(room::AHEAD, |tokens| tokens.clamp(1, room::AHEAD));
-        if full == Full::Short && destination.waiting >= most {
-            return Err(Full::Lasting);
-        }
-        destination.waiting += 1;
-        Ok(Waiting {
-            gate: Arc::clone(self),
-            name: name.into(),
-        })
-    }
-
-    /// How long a request waits.
-    fn patience(&self, name: &str, full: Full) -> Duration {
-        let now = Instant::now();
-        let inner = self.lock();
-        let is_fast = inner
-            .destinations
-            .get(name)
-            .is_some_and(|destination| destination.pace.pace(now) == Pace::Fast);
-        if full == Full::Soon && is_fast {
-            REMEMBERED
-        } else {
-            PATIENCE
-        }
     }
 
     fn leave(&self, name: &str, began: Option<Instant>, now: Instant) {
