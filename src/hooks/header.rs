@@ -27,7 +27,8 @@ use crate::error::BoxError;
 /// let key = Arc::new(RwLock::new("replaced at run time".to_owned()));
 /// let header = header_fn("x-api-key", move || {
 ///     let key = key.read().map(|key| key.clone());
-///     async { key.map_err(|_| "the key is poisoned") }
+///     let key = key.map_err(|_| "the key is poisoned");
+///     async { key }
 /// });
 /// let durable = Durable::builder(pool)
 ///     .strip_headers(["x-api-key"]) // never stored
