@@ -15,7 +15,7 @@ use requeuest::{
 use sqlx::{PgConnection, PgPool};
 
 use crate::support::{
-    Server, builder, count, eventually, eventually_rows, in_time, migrated, post, rows,
+    Server, builder, builder_on, count, eventually, eventually_rows, in_time, migrated, post, rows,
 };
 
 const DONE: &str = "SELECT count(*) FROM done";
@@ -132,7 +132,8 @@ async fn outcomes_wait_for_a_handler_and_go_to_exactly_one() {
     eventually_rows(&database, "unhandled", 20).await;
     assert_eq!(count(&database, DONE).await, 0);
 
-    let other = Durable::new(PgPool::connect(database.url()).await.unwrap());
+    let pool = PgPool::connect(database.url()).await.unwrap();
+    let other = builder_on(&pool).build().unwrap();
     let _listeners = [
         durable.on_outcome("default", Insert).await.unwrap(),
         other.on_outcome("default", Insert).await.unwrap(),
