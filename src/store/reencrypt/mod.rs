@@ -13,7 +13,8 @@ use uuid::Uuid;
 use super::Store;
 use crate::codec::Unreadable;
 use crate::error::Error;
-use crate::sealer::Sealer;
+use crate::id::RequestId;
+use crate::sealer::{Sealer, StoredResponse};
 
 pub(crate) use self::table::{Place, Table};
 
@@ -116,6 +117,22 @@ fn changed(rows: u64) -> Reencrypted {
     }
 }
 
+/// A stored response, encrypted by the first key, if there is one.
+fn response(
+    sealer: &Sealer,
+    id: RequestId,
+    status: Option<i16>,
+    head: Option<&str>,
+    body: Option<Vec<u8>>,
+) -> Result<Option<StoredResponse>, Unreadable> {
+    let (Some(status), Some(head)) = (status, head) else {
+        return Ok(None);
+    };
+    sealer
+        .reseal_response(id, status as u16, head, body)
+        .map(Some)
+}
+
 async fn request(
     connection: &mut PgConnection,
     place: &Place,
@@ -135,21 +152,15 @@ async fn request(
     let old_head: String = row.try_get("head")?;
     let (head, body) = readable!(sealer.reseal_request(id, id, &old_head, row.try_get("body")?));
     let old_response: Option<String> = row.try_get("response_head")?;
-    let response = match (
-        row.try_get::<Option<i16>, _>("response_status")?,
-        &old_response,
-    ) {
-        (Some(status), Some(head)) => {
-            let body = row.try_get("response_body")?;
-            Some(readable!(sealer.reseal_response(
-                id,
-                status as u16,
-                head,
-                body
-            )))
-        }
-        _ => None,
-    };
+    let response_status = row.try_get("response_status")?;
+    let response_body = row.try_get("response_body")?;
+    let response = readable!(response(
+        sealer,
+        id,
+        response_status,
+        old_response.as_deref(),
+        response_body
+    ));
     let done = sqlx::query(
         "UPDATE mq_payloads p
          SET head = $2, body = $3, response_head = coalesce($4, p.response_head),
@@ -164,11 +175,7 @@ async fn request(
     .bind(head)
     .bind(body.as_deref())
     .bind(response.as_ref().map(|response| &*response.head))
-    .bind(
-        response
-            .as_ref()
-            .and_then(|response| response.sealed_body.as_deref()),
-    )
+    .bind(response.as_ref().and_then(|it| it.sealed_body.as_deref()))
     .bind(&old_head)
     .bind(&old_response)
     .execute(connection)
@@ -196,18 +203,8 @@ async fn outcome(
     };
     let (old_head, old_error): (Option<String>, Option<String>) =
         (row.try_get("head")?, row.try_get("error")?);
-    let response = match (row.try_get::<Option<i16>, _>("http_status")?, &old_head) {
-        (Some(status), Some(head)) => {
-            let body = row.try_get("body")?;
-            Some(readable!(sealer.reseal_response(
-                id,
-                status as u16,
-                head,
-                body
-            )))
-        }
-        _ => None,
-    };
+    let (status, body) = (row.try_get("http_status")?, row.try_get("body")?);
+    let response = readable!(response(sealer, id, status, old_head.as_deref(), body));
     let error = match &old_error {
         Some(text) => Some(readable!(sealer.reseal_error_text(id, text.clone()))),
         None => None,
@@ -226,11 +223,7 @@ async fn outcome(
     .bind(Uuid::from(id))
     .bind(slot)
     .bind(response.as_ref().map(|response| &*response.head))
-    .bind(
-        response
-            .as_ref()
-            .and_then(|response| response.sealed_body.as_deref()),
-    )
+    .bind(response.as_ref().and_then(|it| it.sealed_body.as_deref()))
     .bind(error)
     .bind(&old_head)
     .bind(&old_error)
