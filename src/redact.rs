@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderName};
 pub(crate) const MAX_ERROR_TEXT: usize = 2048;
 
 /// Whether values of this header are secret, in requests and in responses.
-fn is_secret(name: &HeaderName) -> bool {
+pub(crate) fn is_secret(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
         "authorization"

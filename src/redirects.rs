@@ -5,30 +5,21 @@
 //! with its path in `Referer`, and follow from https to http.
 
 use http::header::{
-    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_LOCATION,
-    CONTENT_TYPE, COOKIE, EXPECT, HOST, LAST_MODIFIED, LOCATION, ORIGIN, PROXY_AUTHORIZATION,
-    REFERER, TRAILER, TRANSFER_ENCODING,
+    CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_LOCATION, CONTENT_TYPE, EXPECT,
+    HOST, LAST_MODIFIED, LOCATION, ORIGIN, REFERER, TRAILER, TRANSFER_ENCODING,
 };
 use http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
 use url::Url;
 
 use crate::error::Error;
+use crate::redact::is_secret;
 use crate::request::check_uri;
 
 /// The most redirects that can be followed: 20.
 pub const MAX_REDIRECTS: u32 = 20;
 
-/// Headers that go to one origin only.
-const SECRET: [HeaderName; 8] = [
-    AUTHORIZATION,
-    COOKIE,
-    HeaderName::from_static("cookie2"),
-    PROXY_AUTHORIZATION,
-    HeaderName::from_static("x-api-key"),
-    HOST,
-    ORIGIN,
-    REFERER,
-];
+/// Headers that go to one origin only, besides those that carry credentials.
+const OF_ORIGIN: [HeaderName; 4] = [HeaderName::from_static("cookie2"), HOST, ORIGIN, REFERER];
 
 /// Headers that say something about a body.
 const OF_BODY: [HeaderName; 11] = [
@@ -57,8 +48,9 @@ const OF_BODY: [HeaderName; 11] = [
 ///   bodies are repeated. So a `POST` that is redirected by 301, 302 or 303 arrives as a `GET`
 ///   without its body, and the answer to that `GET` ends the request.
 /// - **Credentials** stay with their origin (scheme, host and port). For another one, these headers
-///   are dropped, for the rest of the chain: `Authorization`, `Cookie`, `Proxy-Authorization`,
-///   `X-Api-Key`, `Host`, `Origin`, `Referer`, values that are marked as sensitive, and those that
+///   are dropped, for the rest of the chain: those that carry credentials by their name, such as
+///   `Authorization`, `Cookie`, `Proxy-Authorization` and `X-Api-Key`; `Host`, `Origin` and
+///   `Referer`; values that are marked as sensitive; and those that
 ///   [`secret_header`](Self::secret_header) names. So are a user and a password in a `Location`.
 /// - **From https to http** no redirect is followed.
 /// - With the feature `ssrf-guard`, the handle's guard checks each redirect.
@@ -115,7 +107,7 @@ impl Redirects {
     }
 
     fn is_secret(&self, name: &HeaderName) -> bool {
-        SECRET.contains(name) || self.secret.contains(name)
+        is_secret(name) || OF_ORIGIN.contains(name) || self.secret.contains(name)
     }
 }
 
