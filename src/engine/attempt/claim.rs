@@ -277,8 +277,7 @@ impl Claim {
             self.lease = None;
             return false;
         };
-        // A slot that was taken before this process knew of limits and pauses is taken anew.
-        if !lease.has_slot() || lease.give_early_slot() {
+        if !lease.keeps_slot() {
             lease.mark_waiting();
             let destination = self.job.limit_name();
             match self.driver.slots.acquire(&destination, self.turn()).await {

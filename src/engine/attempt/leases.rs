@@ -90,8 +90,16 @@ impl Lease {
         }
     }
 
-    pub(crate) fn has_slot(&self) -> bool {
-        self.lock().slot.is_some()
+    /// Whether the attempt has its slot. One that was taken before this process knew of limits and
+    /// pauses is given back.
+    pub(crate) fn keeps_slot(&self) -> bool {
+        let mut inner = self.lock();
+        let early = inner.slot.take_if(|slot| slot.is_early());
+        let keeps = inner.slot.is_some();
+        drop(inner);
+        // Outside of the lock: the gate has its own.
+        drop(early);
+        keeps
     }
 
     /// Notes what the attempt has shown of its destination.
@@ -103,13 +111,6 @@ impl Lease {
 
     pub(crate) fn take_slot(&self, slot: Slot) {
         self.lock().slot = Some(slot);
-    }
-
-    /// Gives a slot back that was taken too early. Returns whether there was one.
-    pub(crate) fn give_early_slot(&self) -> bool {
-        let early = self.lock().slot.take_if(|slot| slot.is_early());
-        // Dropped outside of the lock: the gate has its own.
-        early.is_some()
     }
 
     pub(crate) fn has_room(&self) -> bool {
