@@ -388,10 +388,11 @@ async fn damage(pool: &PgPool, authority: &str) {
         .await
         .unwrap();
     eventually("the request is parked", || async {
-        !durable.parked(None).await.unwrap().is_empty()
+        let parked = durable.parked(None).await.unwrap();
+        show("parked", &parked);
+        !parked.is_empty()
     })
     .await;
-    show("parked", &durable.parked(None).await.unwrap());
     in_time(durable.shutdown(LONG)).await.unwrap();
 }
 

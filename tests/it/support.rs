@@ -213,8 +213,24 @@ where
     C: FnMut() -> F,
     F: Future<Output = bool>,
 {
+    eventually_some(what, || {
+        let holds = condition();
+        async move { holds.await.then_some(()) }
+    })
+    .await;
+}
+
+/// Waits until there is a value, and fails the test if that takes too long.
+pub async fn eventually_some<F, C, T>(what: &str, mut value: C) -> T
+where
+    C: FnMut() -> F,
+    F: Future<Output = Option<T>>,
+{
     let deadline = Instant::now() + LONG;
-    while !condition().await {
+    loop {
+        if let Some(value) = value().await {
+            return value;
+        }
         assert!(Instant::now() < deadline, "never happened: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -177,6 +177,8 @@ async fn what_cannot_be_read_is_parked_and_sent_once_it_can_be_read() {
 
     let durable = Durable::new(database.pool().clone());
     assert_eq!(outcome_of(&durable, good).await.status(), Status::Completed);
+    // No poll looks at the requests again before they are listed.
+    in_time(durable.shutdown(LONG)).await.unwrap();
     eventually_rows(&database, PARKED, parked.len() as i64).await;
     assert_eq!(rows(&database, "mq_msgs WHERE attempts > 0").await, 0);
     let listed = there.parked(None).await.unwrap();
@@ -204,6 +206,7 @@ async fn what_cannot_be_read_is_parked_and_sent_once_it_can_be_read() {
         .execute("UPDATE requeuest.mq_payloads SET name = 'requeuest'")
         .await
         .unwrap();
+    let durable = Durable::new(database.pool().clone());
     for (id, _, _) in &parked {
         let outcome = outcome_of(&durable, *id).await;
         assert_eq!(outcome.status(), Status::Completed);

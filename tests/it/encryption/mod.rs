@@ -18,8 +18,8 @@ use sqlx::{Executor, PgConnection, PgPool};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::support::{
-    Server, builder, eventually, in_time, migrated, other_process, outcome_of, post, quick, reply,
-    rows,
+    Server, builder, eventually, eventually_some, in_time, migrated, other_process, outcome_of,
+    post, quick, reply, rows,
 };
 
 /// A key whose bytes follow from its id.
@@ -55,15 +55,15 @@ pub async fn look_again(database: &TestDatabase) {
     database.pool().execute(statements).await.unwrap();
 }
 
-/// Waits until this request is parked, and returns the reason.
+/// Waits until this request is listed as parked, and returns the reason. While a poll looks at the
+/// request again, it isn't listed.
 pub async fn parked(durable: &Durable, id: RequestId) -> String {
-    eventually("the request is parked", || async {
-        durable.status(id).await.unwrap() == Some(Status::Parked)
+    eventually_some("the request is parked", || async {
+        let listed = durable.parked(None).await.unwrap();
+        let request = listed.into_iter().find(|request| request.id == id);
+        request.map(|request| request.reason)
     })
-    .await;
-    let parked = durable.parked(None).await.unwrap();
-    let request = parked.into_iter().find(|request| request.id == id);
-    request.unwrap().reason
+    .await
 }
 
 pub fn assert_unreadable<T: std::fmt::Debug>(result: Result<T, Error>, id: RequestId, part: &str) {
@@ -193,7 +193,11 @@ async fn a_request_waits_parked_for_a_process_with_its_key() {
     assert_eq!(server.count(), 0);
 
     let durable = delivering(&database, &["a"]);
-    look_again(&database).await;
+    eventually("all are sent", || async {
+        look_again(&database).await;
+        rows(&database, "mq_msgs").await == 0
+    })
+    .await;
     for id in ids {
         let outcome = outcome_of(&durable, id).await;
         assert_eq!(
@@ -241,8 +245,12 @@ async fn an_outcome_waits_for_a_handler_with_its_key_and_is_unreadable_without()
     drop(useless);
 
     let _subscription = durable.on_outcome("default", handler()).await.unwrap();
-    look_again(&database).await;
-    assert_eq!(in_time(ids.recv()).await, Some(id));
+    eventually("the outcome is handed over", || async {
+        look_again(&database).await;
+        !ids.is_empty()
+    })
+    .await;
+    assert_eq!(ids.recv().await, Some(id));
     crate::support::eventually_rows(&database, "unhandled", 0).await;
 }
 

@@ -77,9 +77,9 @@ async fn a_request_that_was_moved_or_changed_is_parked_until_it_is_as_it_was() {
     let mend = "UPDATE requeuest.mq_payloads p SET head = k.head, body = k.body
         FROM requeuest.kept k WHERE k.id = p.id";
     execute(&database, mend, &[]).await;
-    look_again(&database).await;
     for (id, change, _) in cases {
         eventually(&change, || async {
+            look_again(&database).await;
             durable.status(id).await.unwrap() == Some(Status::Completed)
         })
         .await;
