@@ -4,13 +4,15 @@
 //! this form. A body is ciphertext and tag alone. It is sealed with its head: by the same key, and
 //! with a nonce that follows from the head's. So a body fails to open beside another head.
 
+use aws_lc_rs::aead::{self, Aad, CHACHA20_POLY1305, LessSafeKey, UnboundKey};
+use aws_lc_rs::rand;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
-use chacha20poly1305::aead::rand_core::RngCore;
-use chacha20poly1305::aead::{AeadInPlace, OsRng};
-use chacha20poly1305::{Tag, XNonce};
+use chacha20::cipher::consts::U10;
+use chacha20::hchacha;
+use zeroize::Zeroizing;
 
-use super::key::{Key, Keyring};
+use super::key::{KEY_LEN, Key, Keyring};
 use crate::codec::Unreadable;
 use crate::id::RequestId;
 
@@ -71,6 +73,10 @@ fn associated_data(part: Part, id: RequestId, beside: &[&[u8]]) -> Vec<u8> {
     data
 }
 
+/// A nonce of XChaCha20-Poly1305.
+pub(super) type XNonce = [u8; 24];
+pub(super) type Tag = [u8; TAG_LEN];
+
 fn full_nonce(nonce: &Nonce, part: Part) -> XNonce {
     let mut full = XNonce::default();
     full[..nonce.len()].copy_from_slice(nonce);
@@ -78,12 +84,31 @@ fn full_nonce(nonce: &Nonce, part: Part) -> XNonce {
     full
 }
 
+/// The key and the nonce of ChaCha20-Poly1305 that XChaCha20-Poly1305 with this key and nonce comes
+/// down to (draft-irtf-cfrg-xchacha-03, sections 2.2 and 2.3).
+fn chacha(key: &[u8; KEY_LEN], nonce: &XNonce) -> (LessSafeKey, aead::Nonce) {
+    let (start, rest) = nonce.split_at(16);
+    let subkey = hchacha::<U10>(key.into(), start.into());
+    let subkey = Zeroizing::new(<[u8; KEY_LEN]>::from(subkey));
+    let subkey = UnboundKey::new(&CHACHA20_POLY1305, &subkey[..]).expect("a key of 32 bytes");
+    let mut short = [0; 12];
+    short[4..].copy_from_slice(rest);
+    let nonce = aead::Nonce::assume_unique_for_key(short);
+    (LessSafeKey::new(subkey), nonce)
+}
+
 impl Key {
     /// Encrypts the bytes in place. Returns the tag.
+    ///
+    /// # Panics
+    ///
+    /// For more bytes than can be in memory. No plaintext is returned as if it were encrypted.
     pub(super) fn encrypt(&self, nonce: &XNonce, data: &[u8], bytes: &mut [u8]) -> Tag {
-        // Fails for more bytes than can be in memory. What has no tag doesn't open.
-        let sealed = self.cipher.encrypt_in_place_detached(nonce, data, bytes);
-        sealed.unwrap_or_default()
+        let (key, nonce) = chacha(&self.sealing, nonce);
+        let tag = key.seal_in_place_separate_tag(nonce, Aad::from(data), bytes);
+        let mut bytes = [0; TAG_LEN];
+        bytes.copy_from_slice(tag.expect("less than 256 GiB").as_ref());
+        bytes
     }
 
     /// Decrypts ciphertext and tag in place. Returns the length of the plaintext.
@@ -93,26 +118,22 @@ impl Key {
         data: &[u8],
         bytes: &mut [u8],
     ) -> Result<usize, Unreadable> {
-        let changed = || {
-            Unreadable::new(format!(
+        let (key, nonce) = chacha(&self.sealing, nonce);
+        match key.open_in_place(nonce, Aad::from(data), bytes) {
+            Ok(text) => Ok(text.len()),
+            Err(_) => Err(Unreadable::new(format!(
                 "it can't be decrypted with the key `{}`: it was changed, or moved from another \
                  row, or the key has other bytes",
                 self.id()
-            ))
-        };
-        let len = bytes.len().checked_sub(TAG_LEN).ok_or_else(changed)?;
-        let (text, tag) = bytes.split_at_mut(len);
-        self.cipher
-            .decrypt_in_place_detached(nonce, data, text, Tag::from_slice(tag))
-            .map_err(|_| changed())?;
-        Ok(len)
+            ))),
+        }
     }
 }
 
 impl Keyring {
     pub(crate) fn nonce() -> Nonce {
         let mut nonce = [0; NONCE_LEN];
-        OsRng.fill_bytes(&mut nonce);
+        rand::fill(&mut nonce).expect("random bytes of the system");
         nonce
     }
 
@@ -221,6 +242,8 @@ impl Keyring {
 
 #[cfg(test)]
 mod tests {
+    use chacha20poly1305::aead::{Aead, Payload};
+    use chacha20poly1305::{KeyInit, XChaCha20Poly1305};
     use proptest::prelude::*;
 
     use super::*;
@@ -251,6 +274,23 @@ mod tests {
     type Opened = Result<Vec<u8>, Unreadable>;
 
     proptest! {
+        #[test]
+        fn another_implementation_of_the_cipher_agrees(
+            nonce: [u8; 24],
+            data: Vec<u8>,
+            bytes: Vec<u8>,
+        ) {
+            let key = key("a", 1);
+            let other = XChaCha20Poly1305::new((&*key.sealing).into());
+            let mut sealed = bytes.clone();
+            let tag = key.encrypt(&nonce, &data, &mut sealed);
+            sealed.extend_from_slice(&tag);
+            let payload = Payload { msg: &bytes, aad: &data };
+            prop_assert_eq!(&other.encrypt(&nonce.into(), payload).unwrap(), &sealed);
+            prop_assert_eq!(key.decrypt(&nonce, &data, &mut sealed).unwrap(), bytes.len());
+            prop_assert_eq!(&sealed[..bytes.len()], &bytes);
+        }
+
         #[test]
         fn what_is_sealed_opens_where_it_was_sealed_and_nowhere_else(
             bytes: Vec<u8>,

@@ -4,9 +4,7 @@
 //! encrypted. Two calls that mean the same have equal forms while one key encrypts, and Postgres
 //! compares these. The encrypted digest is there for the next key.
 
-use chacha20poly1305::XNonce;
-
-use super::cipher::{Part, TAG_LEN};
+use super::cipher::{Part, TAG_LEN, XNonce};
 use super::key::{Key, Keyring, hmac};
 use crate::codec::Unreadable;
 
@@ -43,7 +41,9 @@ impl Key {
 }
 
 fn nonce(hash: &[u8; 32]) -> XNonce {
-    *XNonce::from_slice(&hash[..24])
+    let mut nonce = XNonce::default();
+    nonce.copy_from_slice(&hash[..24]);
+    nonce
 }
 
 /// A stored form, taken apart: the id of the key, the hash, and the encrypted digest.

@@ -2,11 +2,9 @@
 
 use std::fmt;
 
+use aws_lc_rs::hmac::{self, HMAC_SHA256};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
-use chacha20poly1305::{KeyInit, XChaCha20Poly1305};
-use hmac::{Hmac, Mac};
-use sha2::Sha256;
 use zeroize::Zeroizing;
 
 use crate::codec::Unreadable;
@@ -35,7 +33,7 @@ pub const MAX_KEY_ID_LEN: usize = 64;
 /// ```
 pub struct Key {
     id: Box<str>,
-    pub(super) cipher: XChaCha20Poly1305,
+    pub(super) sealing: Zeroizing<[u8; KEY_LEN]>,
     pub(super) hashing: Zeroizing<[u8; KEY_LEN]>,
 }
 
@@ -65,10 +63,9 @@ impl Key {
             let reason = "must be random, but all of its bytes are the same";
             return Err(Error::config("encryption_key", reason));
         }
-        let cipher = XChaCha20Poly1305::new((&*derived(key, b"requeuest seal")).into());
         Ok(Self {
             id: id.into(),
-            cipher,
+            sealing: derived(key, b"requeuest seal"),
             hashing: derived(key, b"requeuest digest"),
         })
     }
@@ -109,15 +106,15 @@ fn derived(key: &[u8], purpose: &[u8]) -> Zeroizing<[u8; KEY_LEN]> {
     derived
 }
 
+/// HMAC-SHA256 (RFC 2104) over the parts, one behind the other.
 pub(super) fn hmac(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
-    // HMAC takes keys of any length.
-    let Ok(mut mac) = <Hmac<Sha256> as Mac>::new_from_slice(key) else {
-        return [0; 32];
-    };
+    let mut context = hmac::Context::with_key(&hmac::Key::new(HMAC_SHA256, key));
     for part in parts {
-        mac.update(part);
+        context.update(part);
     }
-    mac.finalize().into_bytes().into()
+    let mut tag = [0; 32];
+    tag.copy_from_slice(context.sign().as_ref());
+    tag
 }
 
 /// The keys of a process. The first one encrypts, and all of them decrypt.
