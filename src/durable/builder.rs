@@ -570,7 +570,34 @@ impl DurableBuilder {
     /// encryption. See [`encryption`](crate::encryption).
     #[cfg(feature = "encryption")]
     pub fn encryption(mut self, keys: crate::encryption::Keyring) -> Self {
-        self.store.sealer = Sealer::new(keys);
+        self.store.sealer.set_keys(keys);
+        self
+    }
+
+    /// Whether stored requests and responses that are not encrypted are refused. A request is
+    /// [parked](crate::Status::Parked), and an outcome is an error for its id alone
+    /// ([`Error::is_unreadable`]). So is a call whose [`key`](crate::Options::key) is stored with a
+    /// fingerprint that is not encrypted. Needs [`encryption`](Self::encryption). Defaults to
+    /// `false`.
+    ///
+    /// Without it, a role that may write the tables can put a request or a response of its own in
+    /// place of an encrypted one. Before you set it, give the keys to all processes, and encrypt
+    /// what is stored with [`Durable::reencrypt`]. A handle with this setting leaves what is not
+    /// encrypted as it is, also in `reencrypt`: who wrote it is not known.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::Durable;
+    /// use requeuest::encryption::Keyring;
+    ///
+    /// # fn example(pool: sqlx::PgPool, keys: Keyring) -> Result<(), requeuest::Error> {
+    /// let durable = Durable::builder(pool).encryption(keys).require_encryption(true).build()?;
+    /// # Ok(()) }
+    /// ```
+    #[cfg(feature = "encryption")]
+    pub fn require_encryption(mut self, required: bool) -> Self {
+        self.store.sealer.require(required);
         self
     }
 

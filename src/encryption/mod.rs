@@ -30,7 +30,11 @@
 //! A stolen backup, a replica or a role that can read the tables show nothing of the above. A role
 //! that can write to them can't change an encrypted request or response, nor move one to another
 //! row or column: what doesn't belong there fails to decrypt. It can delete rows, return an earlier
-//! state of a row, and add rows that are not encrypted, because these stay readable.
+//! state of a row, and change what is readable.
+//!
+//! Rows that are not encrypted stay readable, so that encryption can be switched on while requests
+//! are under way. Until [`require_encryption`](crate::DurableBuilder::require_encryption) is set, a
+//! role that can write may add such rows, or put one in place of an encrypted one.
 //!
 //! # Without the key
 //!

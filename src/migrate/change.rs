@@ -112,7 +112,7 @@ impl Target {
     pub(super) async fn remove(&self) -> Result<(), MigrateError> {
         let mut connection = self.connect().await?;
         self.locked(&mut connection, async |transaction| {
-            let found = self.find(transaction).await?;
+            let found = self.find(transaction, false).await?;
             if let Some(version) = found.ledger.and_then(|ledger| ledger.failed) {
                 return Err(MigrateError::Dirty(version));
             }
@@ -244,7 +244,7 @@ impl Target {
         &self,
         connection: &mut PgConnection,
     ) -> Result<(Found, Vec<&'static Migration>), MigrateError> {
-        let found = self.find(connection).await?;
+        let found = self.find(connection, true).await?;
         if let Some(ledger) = found.ledger {
             match ledger.check(super::newest_of(self.migrations)) {
                 Ok(()) | Err(MigrationState::Older { .. }) => {}
@@ -271,20 +271,20 @@ impl Target {
             if !found.may_create {
                 return Err(MigrateError::Execute(self.forbidden(found.exists)));
             }
-            self.verify_owner(&found)?;
+            self.verify_owner(found.owner.as_deref(), &found.role)?;
         }
         Ok((found, pending))
     }
 
     /// Makes sure that the schema is the role's own. The owner of a schema can put functions into
     /// it, and remove what other roles have put there.
-    fn verify_owner(&self, found: &Found) -> Result<(), MigrateError> {
-        match &found.owner {
-            Some(owner) if *owner != found.role => {
+    fn verify_owner(&self, owner: Option<&str>, role: &str) -> Result<(), MigrateError> {
+        match owner {
+            Some(owner) if owner != role => {
                 let kind = Kind::ForeignSchema {
                     schema: self.schema.trim_matches('"').into(),
-                    owner: owner.as_str().into(),
-                    role: found.role.as_str().into(),
+                    owner: owner.into(),
+                    role: role.into(),
                 };
                 Err(MigrateError::Source(Box::new(Error::new(kind))))
             }
@@ -321,7 +321,13 @@ impl Target {
         }
     }
 
-    async fn find(&self, connection: &mut PgConnection) -> Result<Found, MigrateError> {
+    /// Looks at the schema. To use it, its owner must be the role itself, the database's owner or a
+    /// superuser.
+    async fn find(
+        &self,
+        connection: &mut PgConnection,
+        for_use: bool,
+    ) -> Result<Found, MigrateError> {
         let statement = format!(
             "SELECT
                 to_regnamespace($1) IS NOT NULL,
@@ -335,6 +341,13 @@ impl Target {
                     SELECT pg_get_userbyid(n.nspowner)::text FROM pg_namespace n
                     WHERE n.oid = to_regnamespace($1)
                 ),
+                EXISTS (
+                    SELECT FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner
+                    WHERE n.oid = to_regnamespace($1) AND (r.rolsuper OR EXISTS (
+                        SELECT FROM pg_database d
+                        WHERE d.datname = current_database() AND d.datdba = r.oid
+                    ))
+                ),
                 {}",
             Tables::COLUMNS
         );
@@ -347,12 +360,17 @@ impl Target {
         if !row.try_get::<bool, _>(2)? {
             return Err(refused(MigrationState::Forbidden));
         }
+        let (role, owner): (String, Option<String>) = (row.try_get(3)?, row.try_get(4)?);
+        // Before anything is read there: its ledger could be a view that calls the owner's code.
+        if for_use && !row.try_get::<bool, _>(5)? {
+            self.verify_owner(owner.as_deref(), &role)?;
+        }
         let tables = Tables::from_row(&row)?;
         Ok(Found {
             exists: row.try_get(0)?,
             may_create: row.try_get(1)?,
-            role: row.try_get(3)?,
-            owner: row.try_get(4)?,
+            role,
+            owner,
             tables,
             ledger: Ledger::read(connection, tables).await?,
             applied: if tables.migrations {

@@ -32,6 +32,7 @@ impl Sealer {
     ) -> Result<bool, Unreadable> {
         // An encrypted one is longer.
         if stored.len() <= fingerprint.len() {
+            self.admit_plain()?;
             return Ok(stored == fingerprint);
         }
         #[cfg(feature = "encryption")]
@@ -54,7 +55,10 @@ impl Sealer {
         stored: &[u8],
     ) -> Result<Box<[u8]>, Unreadable> {
         let fingerprint = match (<[u8; 32]>::try_from(stored), &self.keys) {
-            (Ok(plain), _) => plain,
+            (Ok(plain), _) => {
+                self.admit_plain()?;
+                plain
+            }
             (Err(_), Some(keys)) => keys.open_digest(KeyOf { channel, key }, stored)?,
             (Err(_), None) => return Err(no_keys()),
         };

@@ -6,7 +6,9 @@
 //! bound to the encrypted rest, except for the mark of a waiting caller, which a replay takes off.
 //! An encrypted head of a response is `{"sealed":…}`, and an encrypted text begins with `sealed:`.
 //!
-//! Rows that are not encrypted are read whether or not there are keys.
+//! Rows that are not encrypted are read whether or not there are keys, unless the handle requires
+//! encryption: a role that writes the tables could otherwise put a plain row in place of an encrypted
+//! one.
 
 #![cfg_attr(
     not(feature = "encryption"),
@@ -38,14 +40,27 @@ pub(crate) use self::response::StoredResponse;
 pub(crate) struct Sealer {
     #[cfg(feature = "encryption")]
     keys: Option<Arc<Keyring>>,
+    /// What is not encrypted is unreadable.
+    #[cfg(feature = "encryption")]
+    required: bool,
 }
 
 impl Sealer {
     #[cfg(feature = "encryption")]
     pub(crate) fn new(keys: Keyring) -> Self {
-        Self {
-            keys: Some(Arc::new(keys)),
-        }
+        let mut sealer = Self::default();
+        sealer.set_keys(keys);
+        sealer
+    }
+
+    #[cfg(feature = "encryption")]
+    pub(crate) fn set_keys(&mut self, keys: Keyring) {
+        self.keys = Some(Arc::new(keys));
+    }
+
+    #[cfg(feature = "encryption")]
+    pub(crate) fn require(&mut self, required: bool) {
+        self.required = required;
     }
 
     #[cfg(feature = "encryption")]
@@ -56,8 +71,23 @@ impl Sealer {
     /// Checks the keys, for the builder.
     pub(crate) fn validate(&self) -> Result<(), Error> {
         #[cfg(feature = "encryption")]
-        if let Some(keys) = &self.keys {
-            return keys.validate();
+        match &self.keys {
+            Some(keys) => keys.validate()?,
+            None if self.required => {
+                let reason = "needs keys: set `encryption` too";
+                return Err(Error::config("require_encryption", reason));
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Fails if what is not encrypted must not be read.
+    fn admit_plain(&self) -> Result<(), Unreadable> {
+        #[cfg(feature = "encryption")]
+        if self.required {
+            let reason = "it is not encrypted, and this process requires encryption";
+            return Err(Unreadable::new(reason));
         }
         Ok(())
     }

@@ -145,6 +145,7 @@ impl Sealer {
             }
         }
         let _ = id;
+        self.admit_plain()?;
         let (request, uri, delivery) =
             codec::decode_request(head).map_err(|reason| match SealedHead::find(head) {
                 Some(_) => no_keys(),

@@ -51,6 +51,7 @@ impl Sealer {
             }
             return Err(no_keys());
         }
+        self.admit_plain()?;
         codec::decode_response(id, status, head, Bytes::from(body.unwrap_or_default()))
     }
 

@@ -11,6 +11,17 @@ use crate::id::RequestId;
 /// What an encrypted text begins with. No other stored text does.
 const SEALED_TEXT: &str = "sealed:";
 
+/// The classes of errors whose texts the migrations write, which have no keys. These texts say
+/// nothing of a request or a response.
+#[cfg(feature = "encryption")]
+const CLASSES_OF_THE_DATABASE: [&str; 5] = [
+    "deadline",
+    "deferred",
+    "no_runner",
+    "response_unknown",
+    "superseded",
+];
+
 impl Sealer {
     /// The text of an error as it is stored.
     pub(crate) fn error_text<'a>(&self, id: RequestId, text: &'a str) -> Cow<'a, str> {
@@ -22,16 +33,21 @@ impl Sealer {
         as_plain(text)
     }
 
+    /// The text of an error of this class.
     pub(crate) fn read_error_text(
         &self,
         id: RequestId,
+        class: &str,
         text: String,
     ) -> Result<String, Unreadable> {
         #[cfg(feature = "encryption")]
         if let Some(keys) = &self.keys {
+            if !text.starts_with(SEALED_TEXT) && !CLASSES_OF_THE_DATABASE.contains(&class) {
+                self.admit_plain()?;
+            }
             return open_error(keys, Part::ErrorText, id, text);
         }
-        let _ = id;
+        let _ = (id, class);
         if text.starts_with(SEALED_TEXT) {
             return Err(no_keys());
         }
@@ -39,8 +55,8 @@ impl Sealer {
     }
 
     /// The text of an error for a list: if it can't be read, why.
-    pub(crate) fn shown_error_text(&self, id: RequestId, text: String) -> String {
-        let read = self.read_error_text(id, text);
+    pub(crate) fn shown_error_text(&self, id: RequestId, class: &str, text: String) -> String {
+        let read = self.read_error_text(id, class, text);
         read.unwrap_or_else(|reason| reason.as_str().to_owned())
     }
 
@@ -49,9 +65,10 @@ impl Sealer {
     pub(crate) fn reseal_error_text(
         &self,
         id: RequestId,
+        class: &str,
         text: String,
     ) -> Result<String, Unreadable> {
-        let text = self.read_error_text(id, text)?;
+        let text = self.read_error_text(id, class, text)?;
         Ok(self.error_text(id, &text).into_owned())
     }
 
@@ -69,7 +86,7 @@ impl Sealer {
     pub(crate) fn shown_handler_error(&self, id: RequestId, text: String) -> String {
         #[cfg(feature = "encryption")]
         if let Some(keys) = &self.keys {
-            let read = open_error(keys, Part::HandlerError, id, text);
+            let read = self.open_handler_error(keys, id, text);
             return read.unwrap_or_else(|reason| reason.as_str().to_owned());
         }
         let _ = id;
@@ -87,10 +104,23 @@ impl Sealer {
         text: String,
     ) -> Result<String, Unreadable> {
         let text = match &self.keys {
-            Some(keys) => open_error(keys, Part::HandlerError, id, text)?,
+            Some(keys) => self.open_handler_error(keys, id, text)?,
             None => text,
         };
         Ok(self.handler_error(id, &text).into_owned())
+    }
+
+    #[cfg(feature = "encryption")]
+    fn open_handler_error(
+        &self,
+        keys: &Keyring,
+        id: RequestId,
+        text: String,
+    ) -> Result<String, Unreadable> {
+        if !text.starts_with(SEALED_TEXT) {
+            self.admit_plain()?;
+        }
+        open_error(keys, Part::HandlerError, id, text)
     }
 }
 

@@ -601,7 +601,9 @@ fn dead_letter(row: &PgRow, sealer: &Sealer) -> Result<DeadLetter, sqlx::Error> 
     let http_status = http_status.map(i16::unsigned_abs);
     let id = RequestId::from(row.try_get::<Uuid, _>("id")?);
     let error: Option<String> = row.try_get("error")?;
-    let error = error.map(|text| sealer.shown_error_text(id, text));
+    let error_class: Option<String> = row.try_get("error_class")?;
+    let class = error_class.as_deref().unwrap_or_default();
+    let error = error.map(|text| sealer.shown_error_text(id, class, text));
     Ok(DeadLetter {
         id,
         channel: row.try_get("channel_name")?,
@@ -613,7 +615,7 @@ fn dead_letter(row: &PgRow, sealer: &Sealer) -> Result<DeadLetter, sqlx::Error> 
         created_at: at(row.try_get("created_at")?),
         finished_at: at(row.try_get("finished_at")?),
         http_status,
-        error_class: row.try_get("error_class")?,
+        error_class,
         error: error.or_else(|| answered(http_status?)),
         metadata: row
             .try_get::<Option<String>, _>("metadata")?

@@ -215,7 +215,7 @@ fn outcome(row: &PgRow, id: RequestId, name: &str, sealer: &Sealer) -> Result<Ou
         let text: Option<String> = row.try_get("error")?;
         let destination: Option<String> = row.try_get("destination")?;
         let text = text
-            .map(|text| sealer.read_error_text(id, text))
+            .map(|text| sealer.read_error_text(id, &class, text))
             .transpose()?;
         let mut fault = Fault::new(class, text.unwrap_or_default());
         fault.destination = destination.map(String::into_boxed_str);

@@ -7,6 +7,7 @@ use requeuest::testkit::TestDatabase;
 use requeuest::{
     DeadLetterFilter, Durable, Error, Options, RequestId, Resolution, Status, Uuid, outcome_fn,
 };
+use sqlx::migrate::MigrateError;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Row};
 
 use crate::sessions::{RETENTION, with_table, works};
@@ -476,6 +477,19 @@ async fn a_role_has_the_rights_of_its_parts_and_no_others() {
     role.dropped().await;
 }
 
+fn assert_foreign(migrated: Result<(), MigrateError>, owner: &Role<'_>) {
+    let refused = migrated.unwrap_err();
+    let MigrateError::Source(source) = &refused else {
+        panic!("{refused:?}");
+    };
+    let error = source.downcast_ref::<Error>().unwrap();
+    assert!(error.is_not_migrated(), "{error:?}");
+    let text = error.to_string();
+    for part in ["\"requeuest\"", &owner.name, "run migrate as"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
 #[tokio::test]
 async fn a_schema_of_another_role_is_refused() {
     let database = requeuest::testkit::Postgres::shared().await.unwrap();
@@ -488,16 +502,7 @@ async fn a_schema_of_another_role_is_refused() {
     app.granted("GRANT ALL ON SCHEMA requeuest TO ROLE").await;
     // A superuser may do anything there, and would run what its owner puts there.
     for pool in [app.pool(), database.pool().clone()] {
-        let refused = requeuest::migrate(&pool).await.unwrap_err();
-        let sqlx::migrate::MigrateError::Source(source) = &refused else {
-            panic!("{refused:?}");
-        };
-        let error = source.downcast_ref::<Error>().unwrap();
-        assert!(error.is_not_migrated(), "{error:?}");
-        let text = error.to_string();
-        for part in ["\"requeuest\"", &mallory.name, "run migrate as"] {
-            assert!(text.contains(part), "{text}");
-        }
+        assert_foreign(requeuest::migrate(&pool).await, &mallory);
     }
     assert_eq!(
         count(
@@ -508,6 +513,35 @@ async fn a_schema_of_another_role_is_refused() {
         0
     );
     in_time(requeuest::migrate(&mallory.pool())).await.unwrap();
+    // With nothing to migrate, too. Not even its ledger is read, which may be anything.
+    let owner = mallory.pool();
+    owner
+        .execute(
+            "CREATE TABLE requeuest.called (by text);
+             GRANT ALL ON ALL TABLES IN SCHEMA requeuest TO PUBLIC;
+             CREATE FUNCTION requeuest.call(bigint) RETURNS bigint LANGUAGE sql AS
+                'INSERT INTO requeuest.called VALUES (current_user); SELECT $1';
+             ALTER TABLE requeuest._sqlx_migrations RENAME TO real;
+             CREATE VIEW requeuest._sqlx_migrations AS
+                SELECT requeuest.call(version) AS version, description, success, checksum
+                FROM requeuest.real;
+             GRANT SELECT ON requeuest._sqlx_migrations TO PUBLIC",
+        )
+        .await
+        .unwrap();
+    for pool in [app.pool(), database.pool().clone()] {
+        assert_foreign(requeuest::migrate(&pool).await, &mallory);
+    }
+    let called = "SELECT count(*) FROM requeuest.called";
+    assert_eq!(count(&database, called).await, 0);
+    owner
+        .execute(
+            "DROP VIEW requeuest._sqlx_migrations;
+             ALTER TABLE requeuest.real RENAME TO _sqlx_migrations;
+             DROP FUNCTION requeuest.call; DROP TABLE requeuest.called",
+        )
+        .await
+        .unwrap();
     let app_too = Migrator::new().grants(DatabaseRole::Runner, &app.name);
     app_too.run(database.pool()).await.unwrap_err();
     app_too.run(&mallory.pool()).await.unwrap();

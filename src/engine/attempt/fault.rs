@@ -17,11 +17,19 @@ type TunnelError = <Tunnel<HttpConnector> as Service<Uri>>::Error;
 /// Why there is no connection through a SOCKS proxy.
 type SocksError = <SocksV5<HttpConnector> as Service<Uri>>::Error;
 
+/// What is wrong with an answer in HTTP/2.
+const BROKEN: [h2::Reason; 5] = [
+    h2::Reason::PROTOCOL_ERROR,
+    h2::Reason::FLOW_CONTROL_ERROR,
+    h2::Reason::FRAME_SIZE_ERROR,
+    h2::Reason::COMPRESSION_ERROR,
+    h2::Reason::ENHANCE_YOUR_CALM,
+];
+
 /// The class of a client's error. Only an error that certainly came before the request was sent
 /// gets a class that says so.
 pub(super) fn class_of(error: &(dyn StdError + 'static)) -> FailureClass {
-    #[cfg(feature = "ssrf-guard")]
-    if causes(error).any(super::transport::is_denied) {
+    if is_denied(error) {
         return FailureClass::Denied;
     }
     if is_unusable(error) {
@@ -32,6 +40,17 @@ pub(super) fn class_of(error: &(dyn StdError + 'static)) -> FailureClass {
         FailureClass::Refused
     } else {
         after_connecting(error)
+    }
+}
+
+/// Whether a guard denied what the error is about.
+pub(crate) fn is_denied(error: &(dyn StdError + 'static)) -> bool {
+    #[cfg(feature = "ssrf-guard")]
+    return causes(error).any(super::transport::is_denied);
+    #[cfg(not(feature = "ssrf-guard"))]
+    {
+        let _ = error;
+        false
     }
 }
 
@@ -171,6 +190,13 @@ fn after_connecting(error: &(dyn StdError + 'static)) -> FailureClass {
 fn is_malformed(error: &(dyn StdError + 'static)) -> bool {
     if let Some(error) = error.downcast_ref::<hyper::Error>() {
         return error.is_parse();
+    }
+    if let Some(error) = error.downcast_ref::<h2::Error>() {
+        // This side has found the answer to be wrong. Heads over the limit are among that.
+        return error.is_library()
+            && error
+                .reason()
+                .is_some_and(|reason| BROKEN.contains(&reason));
     }
     matches!(
         io_kind(error),

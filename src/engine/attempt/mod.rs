@@ -15,7 +15,7 @@ pub(crate) mod bodies;
 pub(crate) mod caller_client;
 pub(crate) mod claim;
 pub(crate) mod drive;
-mod fault;
+pub(crate) mod fault;
 pub(crate) mod gate;
 pub(crate) mod hooks;
 pub(crate) mod job;

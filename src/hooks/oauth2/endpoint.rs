@@ -18,6 +18,7 @@ use crate::base64;
 use crate::body::Body;
 use crate::context;
 use crate::destination::Destination;
+use crate::engine::attempt::fault::is_denied;
 use crate::engine::attempt::transport::{HttpClient, Transport, erase};
 use crate::error::{BoxError, chain, without_url};
 use crate::request::check_uri;
@@ -33,11 +34,17 @@ const USUAL_LIFETIME: Duration = Duration::from_secs(3600);
 /// The longest time for which an answer is believed.
 const MAX_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
+/// With a feature that brings `zeroize`, its memory is overwritten when it is dropped.
+#[cfg(any(feature = "encryption", feature = "webhooks"))]
+type Secret = zeroize::Zeroizing<String>;
+#[cfg(not(any(feature = "encryption", feature = "webhooks")))]
+type Secret = String;
+
 pub(super) struct Endpoint {
     /// Checked when the handle is built.
     url: Option<Uri>,
     id: String,
-    secret: String,
+    secret: Secret,
     pub(super) scope: Option<String>,
     pub(super) audience: Option<String>,
     pub(super) in_body: bool,
@@ -72,7 +79,7 @@ impl Endpoint {
         Self {
             url: url.parse().ok(),
             id,
-            secret,
+            secret: secret.into(),
             scope: None,
             audience: None,
             in_body: false,
@@ -163,7 +170,7 @@ impl Endpoint {
     /// RFC 6749 section 2.3.1: both parts are encoded as in a form first.
     fn basic(&self) -> Result<HeaderValue, Refusal> {
         let encoded = |text: &str| byte_serialize(text.as_bytes()).collect::<String>();
-        let both = format!("{}:{}", encoded(&self.id), encoded(&self.secret));
+        let both: Secret = format!("{}:{}", encoded(&self.id), encoded(&self.secret)).into();
         let basic = format!("Basic {}", base64::encode(both.as_bytes()));
         let mut basic = HeaderValue::try_from(basic)
             .map_err(|_| self.failed("the client's credentials are too long"))?;
@@ -209,8 +216,15 @@ impl Endpoint {
         Refusal::failed(format!("no token{from}: {reason}"))
     }
 
+    /// What the guard denies is denied again at each attempt, so the request is given up.
     fn failed_by(&self, error: BoxError) -> Refusal {
-        self.failed(&chain(&*without_url(error)))
+        let is_denied = is_denied(&*error);
+        let failed = self.failed(&chain(&*without_url(error)));
+        if is_denied {
+            Refusal::discard(failed.reason)
+        } else {
+            failed
+        }
     }
 }
 
@@ -316,6 +330,13 @@ mod tests {
             assert!(check(url, "a").is_err(), "{url}");
         }
         assert!(check("https://login.example", "").is_err());
+    }
+
+    #[cfg(any(feature = "encryption", feature = "webhooks"))]
+    #[test]
+    fn the_secret_is_overwritten_when_it_is_dropped() {
+        fn overwrites<T: zeroize::ZeroizeOnDrop>(_: &T) {}
+        overwrites(&endpoint().secret);
     }
 
     #[test]

@@ -191,7 +191,7 @@ async fn outcome(
     let id = place.id();
     let slot: i16 = place.second.parse().unwrap_or_default();
     let row = sqlx::query(
-        "SELECT o.http_status, o.head, o.body, o.error FROM outcomes o
+        "SELECT o.http_status, o.head, o.body, o.error_class, o.error FROM outcomes o
          WHERE o.id = $1 AND o.slot = $2",
     )
     .bind(Uuid::from(id))
@@ -205,8 +205,10 @@ async fn outcome(
         (row.try_get("head")?, row.try_get("error")?);
     let (status, body) = (row.try_get("http_status")?, row.try_get("body")?);
     let response = readable!(response(sealer, id, status, old_head.as_deref(), body));
+    let class: Option<String> = row.try_get("error_class")?;
+    let class = class.as_deref().unwrap_or_default();
     let error = match &old_error {
-        Some(text) => Some(readable!(sealer.reseal_error_text(id, text.clone()))),
+        Some(text) => Some(readable!(sealer.reseal_error_text(id, class, text.clone()))),
         None => None,
     };
     let done = sqlx::query(
@@ -239,16 +241,16 @@ async fn attempt(
 ) -> Result<Reencrypted, sqlx::Error> {
     let id = place.id();
     let number: i32 = place.second.parse().unwrap_or_default();
-    let old: Option<String> =
-        sqlx::query_scalar("SELECT error FROM attempts WHERE id = $1 AND number = $2")
+    let old: Option<(String, String)> =
+        sqlx::query_as("SELECT error_class, error FROM attempts WHERE id = $1 AND number = $2")
             .bind(Uuid::from(id))
             .bind(number)
             .fetch_optional(&mut *connection)
             .await?;
-    let Some(old) = old else {
+    let Some((class, old)) = old else {
         return Ok(Reencrypted::Skipped);
     };
-    let new = readable!(sealer.reseal_error_text(id, old.clone()));
+    let new = readable!(sealer.reseal_error_text(id, &class, old.clone()));
     let done = sqlx::query(
         "UPDATE attempts t SET error = $3
          WHERE t.number = $2 AND t.id = ANY (ARRAY(

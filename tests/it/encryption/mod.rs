@@ -5,6 +5,7 @@ mod canary;
 mod keys;
 mod moved;
 mod reencrypt;
+mod required;
 
 use std::time::Duration;
 

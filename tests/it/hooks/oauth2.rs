@@ -8,7 +8,7 @@ use futures_util::future;
 use http::Response;
 use requeuest::guard::Guard;
 use requeuest::hooks::{OAuth2, only_to};
-use requeuest::{DurableBuilder, ReqwestTransport, Status};
+use requeuest::{DurableBuilder, FailureClass, ReqwestTransport, Status};
 
 use super::{failures, values};
 use crate::support::{
@@ -224,16 +224,18 @@ async fn a_guard_denies_the_token_server_too() {
         .deny_ports([tokens.addr.port()]);
     let durable = builder(&database)
         .guard(guard)
-        .retry(quick().max_attempts(2))
+        .retry(quick())
         .on_attempt(oauth(&tokens))
         .build()
         .unwrap();
     let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
     let outcome = outcome_of(&durable, id).await;
     assert_eq!(outcome.status(), Status::Discarded, "{outcome:?}");
-    let (class, text) = failures(&database, id).await.remove(0);
-    assert_eq!(class, "hook");
-    assert!(text.contains("is not permitted"), "{text}");
+    // As after a denied URL of a request: the next attempt would be denied too.
+    assert_eq!(outcome.attempts(), 1);
+    let error = in_time(durable.response(id)).await.unwrap_err();
+    assert_eq!(error.failure_class(), Some(FailureClass::Hook));
+    assert!(error.to_string().contains("is not permitted"), "{error}");
     assert_eq!((tokens.count(), server.count()), (0, 0));
 }
 

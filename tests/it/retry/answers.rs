@@ -1,12 +1,19 @@
 //! Answers that are no complete response, and odd ones that are.
 
+use std::convert::Infallible;
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue};
+use http_body_util::Empty;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use requeuest::classify::{MAX_BROKEN_ANSWERS, Verdict, classify_fn};
-use requeuest::{FailureClass, Status};
+use requeuest::{FailureClass, ReqwestTransport, Status};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::raw;
@@ -82,6 +89,62 @@ async fn a_receiver_that_only_answers_garbage_gets_ten_attempts() {
         let kept = format!("mq_payloads WHERE id = '{id}'");
         assert_eq!(rows(&database, &kept).await, 1);
     }
+}
+
+/// Answers each request in HTTP/2 with a head of so many KiB.
+async fn heads_in_http2(size: usize) -> (SocketAddr, Arc<AtomicUsize>) {
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&requests);
+    let addr = raw(move |stream| {
+        let counted = Arc::clone(&counted);
+        async move {
+            let service = service_fn(move |_: http::Request<Incoming>| {
+                counted.fetch_add(1, Ordering::SeqCst);
+                let mut response = http::Response::new(Empty::<Bytes>::new());
+                for number in 0..size {
+                    let name = HeaderName::try_from(format!("x-{number}")).unwrap();
+                    let value = HeaderValue::try_from("v".repeat(1000)).unwrap();
+                    response.headers_mut().insert(name, value);
+                }
+                async { Ok::<_, Infallible>(response) }
+            });
+            let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        }
+    })
+    .await;
+    (addr, requests)
+}
+
+#[tokio::test]
+async fn a_head_in_http2_over_the_limit_gets_ten_attempts() {
+    let database = migrated().await;
+    // Its limit is 16 KiB.
+    let client = reqwest::Client::builder().http2_prior_knowledge();
+    let durable = builder(&database)
+        .transport(ReqwestTransport::new(client.build().unwrap()))
+        .retry(quick())
+        .build()
+        .unwrap();
+    for kilobytes in [20, 2000] {
+        let (addr, requests) = heads_in_http2(kilobytes).await;
+        let id = durable.fire(post(format!("http://{addr}/"), "x")).await;
+        let id = id.unwrap();
+        let outcome = outcome_of(&durable, id).await;
+        assert_eq!(outcome.status(), Status::Discarded, "{kilobytes}");
+        assert_eq!(outcome.attempts(), MAX_BROKEN_ANSWERS);
+        let error = in_time(durable.response(id)).await.unwrap_err();
+        assert_eq!(
+            error.failure_class(),
+            Some(FailureClass::Protocol),
+            "{error:?}"
+        );
+        assert_eq!(requests.load(Ordering::SeqCst), 10);
+    }
+    let (addr, _) = heads_in_http2(10).await;
+    let response = in_time(durable.await_response(post(format!("http://{addr}/"), "x"))).await;
+    assert!(response.unwrap().headers().len() >= 10);
 }
 
 #[tokio::test]
