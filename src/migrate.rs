@@ -36,9 +36,9 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 /// Running it again, or from several processes at once, is harmless. It needs no extension and
 /// works on Postgres 14 and later. Its role needs the right to create a schema in the database,
 /// unless the schema exists and belongs to that role. Where there is nothing to migrate, any role
-/// that may use the schema can run it, if the schema's owner is the database's owner or a superuser.
-/// Any other owner could have put code of its own there. Roles other than the schema's owner get no
-/// rights: see [`Migrator::grants`].
+/// that may use the schema can run it, if the schema's owner is the database's owner or a
+/// superuser: any other owner could have put code of its own there. Roles other than the schema's
+/// owner get no rights: see [`Migrator::grants`].
 ///
 /// It runs beside processes at work, also older and newer ones. A schema that a newer release has
 /// upgraded is left as it is, for as long as it is compatible with this one.

@@ -7,8 +7,8 @@
 //! An encrypted head of a response is `{"sealed":…}`, and an encrypted text begins with `sealed:`.
 //!
 //! Rows that are not encrypted are read whether or not there are keys, unless the handle requires
-//! encryption: a role that writes the tables could otherwise put a plain row in place of an encrypted
-//! one.
+//! encryption. A role that writes the tables could otherwise put a plain row in place of an
+//! encrypted one.
 
 #![cfg_attr(
     not(feature = "encryption"),

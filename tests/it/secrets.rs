@@ -1,6 +1,10 @@
 //! Secrets show nowhere: each field of a request and of a response holds one, and a test looks for
-//! all of them in what a program can print, in the logs of every crate at `trace`, and in the
-//! tables that are not meant to hold them.
+//! all of them in what a program can print, in the logs of every crate at `trace`, in the spans and
+//! events of every crate as a `tracing` subscriber sees them, and in the tables that are not meant
+//! to hold them.
+
+mod hooked;
+mod subscriber;
 
 use std::error::Error as StdError;
 use std::fmt::Debug;
@@ -17,7 +21,9 @@ use serde_json::json;
 use sqlx::postgres::PgListener;
 use sqlx::{Executor, PgConnection, PgPool};
 use tower::service_fn;
+use tracing::Instrument;
 
+use self::hooked::OF_HOOKS;
 use crate::logs::{Output, application_pool, variable};
 use crate::support::{
     LONG, Server, builder, closed_port, eventually, in_time, migrated, other_process, outcome_of,
@@ -26,8 +32,8 @@ use crate::support::{
 
 /// Begins each secret, whose rest names the field.
 const CANARY: &str = "knry-";
-/// The same as it begins in Basic credentials, and in the hexadecimal text of bytes.
-const ENCODED: [&str; 2] = ["a25yeS", "6b6e72792d"];
+/// The same as it begins in Base64, in the hexadecimal text of bytes, and in a list of bytes.
+const ENCODED: [&str; 3] = ["a25yeS", "6b6e72792d", "107, 110, 114, 121, 45"];
 
 /// The URL of a path on this server, with secrets in its other parts and behind the path.
 fn url(authority: &str, path: &str) -> String {
@@ -68,9 +74,15 @@ fn named(authority: &str, path: &str) -> Request {
     request
 }
 
-/// Answers with secrets: 503 below `/busy`, else 200.
+/// Answers with secrets: 503 below `/busy`, with a token below `/token`, else 200.
 async fn receiver() -> Server {
     Server::start(|_, seen| async move {
+        if seen.uri.path().starts_with("/token") {
+            return reply(
+                200,
+                r#"{"access_token":"knry-token","token_type":"Bearer"}"#,
+            );
+        }
         let status = if seen.uri.path().starts_with("/busy") {
             503
         } else {
@@ -119,27 +131,51 @@ fn leaks(text: &str) -> Vec<&str> {
 
 #[tokio::test]
 async fn no_secret_shows_in_what_a_program_prints_logs_or_stores_elsewhere() {
+    search("log").await;
+}
+
+#[tokio::test]
+async fn no_secret_shows_in_the_spans_and_events_of_a_tracing_subscriber() {
+    search("tracing").await;
+}
+
+/// Has a program show everything, with its logs printed by this crate.
+async fn search(logs: &str) {
     let database = migrated().await;
     let server = receiver().await;
     let variables = [
         ("RUST_LOG", "trace".to_owned()),
         ("REQUEUEST_TEST_DATABASE", database.url().to_owned()),
         ("REQUEUEST_TEST_SERVER", server.addr.to_string()),
+        ("REQUEUEST_TEST_LOGS", logs.to_owned()),
     ];
     let part = part(module_path!(), "show_everything");
     let output = Output::of_part(part, &variables).await;
     // The receiver got what it should get.
     let seen = server.seen();
     assert!(seen.len() > 5, "{}", seen.len());
-    assert!(
-        seen.iter()
-            .any(|seen| seen.headers["x-partner"] == "knry-named")
-    );
+    assert!(seen.iter().any(|seen| {
+        seen.headers
+            .get("x-partner")
+            .is_some_and(|it| it == "knry-named")
+    }));
+    let signed = seen.iter().filter(|seen| {
+        let is = |name: &str, value: &str| seen.headers.get(name).is_some_and(|it| it == value);
+        is("authorization", "Bearer knry-token")
+            && is("x-signed", "knry-hook-secret")
+            && seen.headers.contains_key("webhook-signature")
+    });
+    assert!(signed.count() >= 2);
 
     assert_eq!(leaks(&output.printed), [""; 0]);
     let logged = output.logged.join("\n");
     for crate_of_line in ["requeuest", "sqlx", "hyper_util", "reqwest"] {
         assert!(logged.contains(crate_of_line), "no line of {crate_of_line}");
+    }
+    if logs == "tracing" {
+        for seen in ["] span call", "] event event"] {
+            assert!(logged.contains(seen), "no {seen}");
+        }
     }
     assert_eq!(leaks(&logged), [""; 0]);
 
@@ -158,6 +194,15 @@ async fn no_secret_shows_in_what_a_program_prints_logs_or_stores_elsewhere() {
             table if table.starts_with("outcomes") => "- '{head,body,metadata}'::text[]",
             _ => "",
         };
+        let whole = format!("SELECT lower(t::text) FROM requeuest.{table} t");
+        let whole: Vec<String> = sqlx::query_scalar(&whole)
+            .fetch_all(database.pool())
+            .await
+            .unwrap();
+        for secret in OF_HOOKS {
+            let found = whole.iter().find(|row| row.contains(secret));
+            assert_eq!(found, None, "{table}");
+        }
         let rows = format!("SELECT (to_jsonb(t) {meant})::text FROM requeuest.{table} t");
         let rows: Vec<String> = sqlx::query_scalar(&rows)
             .fetch_all(database.pool())
@@ -203,6 +248,9 @@ async fn show_everything() {
     if !plays("show_everything") {
         return;
     }
+    if variable("REQUEUEST_TEST_LOGS") == "tracing" {
+        subscriber::subscribe();
+    }
     env_logger::init();
     // Rust's own hook prints the text of each panic.
     std::panic::set_hook(Box::new(|panic| {
@@ -218,11 +266,13 @@ async fn show_everything() {
 
     let durable = named_builder(&pool).build().unwrap();
     show("durable", &durable);
-    answers(&durable, &authority).await;
+    let call = tracing::info_span!("call");
+    answers(&durable, &authority).instrument(call).await;
     refusals(&durable, &pool, &authority).await;
     in_time(durable.shutdown(LONG)).await.unwrap();
     faults(&pool, &authority).await;
     hooks(&pool, &authority).await;
+    hooked::attempts(&pool, &authority).await;
     damage(&pool, &authority).await;
 }
 
