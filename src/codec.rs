@@ -483,7 +483,7 @@ pub(crate) fn decode_response(
 }
 
 #[cfg(test)]
-mod fuzz;
+pub(crate) mod fuzz;
 
 #[cfg(test)]
 mod tests {

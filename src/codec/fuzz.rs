@@ -47,7 +47,7 @@ const PIECES: [&str; 28] = [
 ];
 
 /// An entry of the corpus, changed in up to eight places.
-fn changed(corpus: &'static str) -> impl Strategy<Value = String> {
+pub(crate) fn changed(corpus: &'static str) -> impl Strategy<Value = String> {
     let change = (
         any::<Index>(),
         0usize..12,

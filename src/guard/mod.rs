@@ -386,4 +386,6 @@ impl fmt::Debug for Guard {
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

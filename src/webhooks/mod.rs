@@ -43,6 +43,8 @@
 //!
 //! [Standard Webhooks]: https://www.standardwebhooks.com
 
+#[cfg(test)]
+mod fuzz;
 mod key;
 mod signer;
 mod verifier;

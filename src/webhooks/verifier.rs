@@ -101,7 +101,7 @@ impl Verifier {
         self.verify_at(headers, body, SystemTime::now())
     }
 
-    fn verify_at(
+    pub(super) fn verify_at(
         &self,
         headers: &HeaderMap,
         body: &[u8],
