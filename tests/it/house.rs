@@ -403,3 +403,69 @@ fn the_width_check_finds_wide_lines_but_no_urls_and_rows() {
     assert_eq!(too_wide(&text, true), [2]);
     assert_eq!(too_wide(&text, false), [2, 3]);
 }
+
+/// The names of tests in the last cells of a page's tables.
+fn named_tests(page: &str) -> Vec<String> {
+    let rows = page.lines().filter(|line| line.starts_with("| "));
+    let cells = rows.filter_map(|row| row.trim_end_matches([' ', '|']).rsplit(" | ").next());
+    let names = cells.flat_map(|cell| quoted(cell, '`'));
+    names.filter(|name| !name.ends_with('/')).collect()
+}
+
+/// Whether there is a test of this name: `module::of::a_test`, `a_test` anywhere in `tests/it`, or
+/// a file.
+fn is_test(name: &str, sources: &[(PathBuf, String)]) -> bool {
+    if name.contains('/') {
+        return root().join(name).is_file();
+    }
+    let (module, test) = match name.rsplit_once("::") {
+        Some((module, test)) => (Some(module), test),
+        None => (None, name),
+    };
+    let function = format!("fn {test}(");
+    let is_in = |path: &Path| {
+        let path = path.with_extension("");
+        let path = if path.ends_with("mod") {
+            path.parent().unwrap()
+        } else {
+            &path
+        };
+        let path: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
+        match (&*path, module) {
+            (["tests", "it", ..], None) => true,
+            (["tests", "it", rest @ ..] | ["src", rest @ ..], Some(module)) => {
+                let path = rest.join("::");
+                path == module || path + "::tests" == module
+            }
+            _ => false,
+        }
+    };
+    let mut found = sources.iter().filter(|(path, _)| is_in(path));
+    found.any(|(_, source)| source.contains(&function))
+}
+
+fn sources() -> Vec<(PathBuf, String)> {
+    let files = files(&["src", "tests/it"], &[".rs"]).into_iter();
+    files.map(|path| (path.clone(), read(path))).collect()
+}
+
+#[test]
+fn the_tests_that_pages_name_exist() {
+    let sources = sources();
+    for page in ["SECURITY.md", "docs/faults.md"] {
+        let names = named_tests(&read(page));
+        assert!(names.len() > 30, "{page}: {names:?}");
+        let missing: Vec<_> = names.iter().filter(|it| !is_test(it, &sources)).collect();
+        assert_eq!(missing, [""; 0], "{page}");
+    }
+}
+
+#[test]
+fn the_check_of_named_tests_finds_modules_and_unknown_names() {
+    let sources = sources();
+    let page = "| a | b | `house::no_test`, `house` |\n| a | `x` | `house::the_tests_that_pages_\
+                name_exist`, `error::tests::none` in `src/` |";
+    let names = named_tests(page);
+    let missing: Vec<_> = names.iter().filter(|it| !is_test(it, &sources)).collect();
+    assert_eq!(missing, ["house::no_test", "house", "error::tests::none"]);
+}

@@ -4,11 +4,14 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use requeuest::testkit::TestDatabase;
-use requeuest::{Durable, RequestId};
+use requeuest::{Durable, Options, RequestId, Status};
 use sqlx::PgPool;
 use tokio::task::JoinSet;
 
-use crate::support::{count, eventually, in_time, migrated, other_process, part, plays, post};
+use crate::support::{
+    LONG, Server, builder, count, eventually, eventually_some, in_time, migrated, other_process,
+    part, plays, post,
+};
 
 const URL: &str = "http://127.0.0.1:9/";
 const DATABASE: &str = "REQUEUEST_TEST_DATABASE";
@@ -164,4 +167,62 @@ fn memory(name: &str) -> u64 {
     let size = status.lines().find_map(|line| line.strip_prefix(name));
     let size = size.expect("not reported").trim();
     size.trim_end_matches("kB").trim().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_notification_that_lies_changes_nothing() {
+    let database = migrated().await;
+    let (server, gate) = Server::held(200).await;
+    let prompt = Server::always(200).await;
+    let runner = builder(&database).build().unwrap();
+    let idle = other_process(&database).await;
+    let delayed = Options::default().delay(LONG);
+    let delayed = idle.fire(post(server.url("/"), "x").with(delayed)).await;
+    let held = idle.fire(post(server.url("/"), "x")).await.unwrap();
+    server.wait_for(1).await;
+    let waiter = idle.clone();
+    let awaited = tokio::spawn(async move { waiter.response(held).await });
+    let instance = eventually_some("the instance waits", || async {
+        let waiter = "SELECT waiter FROM requeuest.mq_msgs WHERE waiter IS NOT NULL";
+        let waiter: Option<uuid::Uuid> = sqlx::query_scalar(waiter)
+            .fetch_optional(database.pool())
+            .await
+            .unwrap();
+        waiter
+    })
+    .await;
+
+    // Every role of the database may send these.
+    let channel = format!("requeuest_{}", instance.simple());
+    let (held_id, delayed_id) = (held.to_string(), delayed.unwrap());
+    for (channel, payload) in [
+        (&*channel, &*held_id),
+        (&channel, "no id"),
+        (&channel, &delayed_id.to_string()),
+        ("mq", ""),
+        ("mq_default", &held_id),
+    ] {
+        sqlx::query("SELECT pg_notify($1, $2)")
+            .bind(channel)
+            .bind(payload)
+            .execute(database.pool())
+            .await
+            .unwrap();
+    }
+    // Another request goes all the way after them.
+    let id = idle
+        .fire_in(database.pool(), post(prompt.url("/"), "x"))
+        .await;
+    let response = in_time(idle.response(id.unwrap())).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert!(!awaited.is_finished());
+    let status = idle.status(delayed_id).await.unwrap();
+    assert_eq!(status, Some(Status::Scheduled));
+    assert_eq!(server.count(), 1);
+
+    gate.add_permits(1);
+    let response = in_time(awaited).await.unwrap().unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(server.count(), 1);
+    in_time(runner.shutdown(LONG)).await.unwrap();
 }

@@ -10,8 +10,8 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use requeuest::{
-    Body, Durable, DurableService, Error, HeaderMap, MAX_HEADERS, MAX_HEADERS_LEN, MAX_URL_LEN,
-    Request, RequestId, Url, Uuid, reqwest,
+    Body, DeadLetterFilter, Durable, DurableService, Error, HeaderMap, MAX_HEADERS,
+    MAX_HEADERS_LEN, MAX_URL_LEN, Options, Request, RequestId, Url, Uuid, reqwest,
 };
 use reqwest_middleware::ClientWithMiddleware;
 use tower::{Layer, ServiceExt};
@@ -282,4 +282,45 @@ async fn a_framing_that_is_not_the_bodys_is_refused() {
         let response = in_time(durable.await_response(request.body("body").unwrap())).await;
         assert_eq!(response.unwrap().text().unwrap(), "body", "{name}");
     }
+}
+
+/// Each of these is a statement where text becomes one.
+const SQL: [&str; 4] = [
+    "'; DROP TABLE requeuest.mq_msgs; --",
+    "\"; DROP SCHEMA requeuest CASCADE; --",
+    "\\'; SELECT pg_sleep(100); -- $1 $$ %s",
+    "x'||(SELECT head FROM mq_payloads)||'",
+];
+
+#[tokio::test]
+async fn text_that_is_sql_is_kept_and_sent_as_it_is() {
+    let database = migrated().await;
+    let server = Server::echo().await;
+    for sql in SQL {
+        let durable = builder(&database).channel(sql).build().unwrap();
+        let options = Options::default()
+            .key(sql)
+            .ordered(sql)
+            .supersede(sql)
+            .limit_key(sql)
+            .metadata(serde_json::json!({ sql: sql }));
+        let request = || {
+            let request = http::Request::post(server.url("/")).header("x-sql", sql);
+            let request = request.body(sql).unwrap();
+            Request::try_from(request).unwrap().with(options.clone())
+        };
+        let id = durable.fire(request()).await.unwrap();
+        let response = in_time(durable.response(id)).await.unwrap();
+        assert_eq!(response.body(), sql);
+        assert_eq!(server.seen().last().unwrap().headers["x-sql"], sql);
+        assert_eq!(durable.fire(request()).await.unwrap(), id);
+        let other = http::Request::post(server.url("/")).body("x").unwrap();
+        let other = Request::try_from(other).unwrap().with(options.clone());
+        let refused = durable.fire(other).await.unwrap_err();
+        assert!(refused.is_key_conflict(), "{refused}");
+        let filter = DeadLetterFilter::default().channel(sql);
+        assert!(durable.dead_letters(&filter).await.unwrap().is_empty());
+    }
+    assert_eq!(server.count(), SQL.len());
+    assert_eq!(rows(&database, "outcomes").await, SQL.len() as i64);
 }
