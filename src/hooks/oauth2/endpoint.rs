@@ -40,6 +40,13 @@ type Secret = zeroize::Zeroizing<String>;
 #[cfg(not(any(feature = "encryption", feature = "webhooks")))]
 type Secret = String;
 
+fn secret(text: String) -> Secret {
+    #[cfg(any(feature = "encryption", feature = "webhooks"))]
+    return Secret::new(text);
+    #[cfg(not(any(feature = "encryption", feature = "webhooks")))]
+    text
+}
+
 pub(super) struct Endpoint {
     /// Checked when the handle is built.
     url: Option<Uri>,
@@ -79,7 +86,7 @@ impl Endpoint {
         Self {
             url: url.parse().ok(),
             id,
-            secret: secret.into(),
+            secret: self::secret(secret),
             scope: None,
             audience: None,
             in_body: false,
@@ -170,7 +177,8 @@ impl Endpoint {
     /// RFC 6749 section 2.3.1: both parts are encoded as in a form first.
     fn basic(&self) -> Result<HeaderValue, Refusal> {
         let encoded = |text: &str| byte_serialize(text.as_bytes()).collect::<String>();
-        let both: Secret = format!("{}:{}", encoded(&self.id), encoded(&self.secret)).into();
+        let both = format!("{}:{}", encoded(&self.id), encoded(&self.secret));
+        let both = secret(both);
         let basic = format!("Basic {}", base64::encode(both.as_bytes()));
         let mut basic = HeaderValue::try_from(basic)
             .map_err(|_| self.failed("the client's credentials are too long"))?;
