@@ -99,6 +99,7 @@
 #![cfg_attr(not(feature = "webhooks"), doc = "[`webhooks`]: #features")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod admin;
 pub mod classify;
 pub mod client;
 #[cfg(feature = "encryption")]
@@ -126,6 +127,7 @@ mod fingerprint;
 mod health;
 mod id;
 mod idempotency_header;
+mod inspection;
 mod into_request;
 mod layer;
 mod metadata;

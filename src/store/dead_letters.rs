@@ -589,7 +589,7 @@ async fn ask_again(
 }
 
 /// The sentence for a request that was given up because of its last response.
-fn answered(status: u16) -> Option<String> {
+pub(super) fn answered(status: u16) -> Option<String> {
     let status = StatusCode::from_u16(status).ok()?;
     Some(format!("answered with {status}"))
 }

@@ -14,6 +14,7 @@ pub(crate) mod destinations;
 pub(crate) mod enqueue;
 pub(crate) mod hand_over;
 mod idle;
+pub(crate) mod inspect;
 pub(crate) mod listen;
 pub(crate) mod outcome;
 #[cfg(feature = "encryption")]

@@ -4,6 +4,7 @@
 
 #![allow(unreachable_pub)] // a test crate has no outside
 
+mod admin;
 mod behind;
 mod bounds;
 mod bulk;

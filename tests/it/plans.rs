@@ -211,7 +211,11 @@ async fn no_statement_reads_through_the_backlog() {
         let options = delayed.clone().key(&*key).supersede(&*key).ordered(&*key);
         let request = post(server.url("/"), "x").with(options);
         let id = durable.fire(request).await.unwrap();
+        let waiting = durable.admin().request(id).await.unwrap();
+        assert!(waiting.unwrap().hold.is_some());
         assert!(durable.cancel(id).await.unwrap());
+        let cancelled = durable.admin().request(id).await.unwrap();
+        assert_eq!(cancelled.unwrap().status, Status::Cancelled);
     }
     let kept = durable
         .dead_letters(&DeadLetterFilter::default().limit(1000))
@@ -298,6 +302,7 @@ async fn no_statement_scans_a_table_that_was_empty_when_planned() {
             let id = in_time(durable.fire(request)).await.unwrap();
             let response = in_time(durable.response(id)).await.unwrap();
             assert_eq!(response.status(), 200);
+            assert!(durable.admin().request(id).await.unwrap().is_some());
             let status = durable.status(id).await.unwrap();
             assert_eq!(status, Some(Status::Completed));
         }

@@ -1,0 +1,228 @@
+//! Reading one request for an operator.
+//!
+//! Each statement reads a few rows by their keys, however many requests there are.
+
+use std::time::{Duration, SystemTime};
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::Store;
+use super::dead_letters::{answered, at};
+use super::outcome::status;
+use crate::codec::Unreadable;
+use crate::error::Error;
+use crate::id::RequestId;
+use crate::inspection::{FailedAttempt, RequestInfo};
+use crate::sealer::Sealer;
+
+/// A request, and what says why it is not being sent.
+#[derive(Debug)]
+pub(crate) struct Inspected {
+    pub(crate) info: RequestInfo,
+    /// `None` once it has ended.
+    pub(crate) place: Option<Place>,
+}
+
+/// Where an unfinished request stands in the queue. Times are by the database's clock.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) now: SystemTime,
+    /// When it is due; if a process has it, when that must have renewed its lease.
+    pub(crate) due_at: SystemTime,
+    pub(crate) state: State,
+    /// The first request of its ordering key, if that is another one.
+    pub(crate) first: Option<RequestId>,
+    /// The first request has ended and halts the key.
+    pub(crate) is_halted: bool,
+    /// A runner that is alive claims its channel and its format.
+    pub(crate) is_delivered: bool,
+    /// Since when it is parked, and why.
+    pub(crate) parked: Option<(SystemTime, String)>,
+}
+
+/// What a row's state says of its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// An attempt is under way, or its process died.
+    Sending,
+    /// The process that made the last attempt makes the next one.
+    Held,
+    Deferred,
+    Parked,
+    Waiting,
+}
+
+impl Store {
+    /// One request with its failed attempts. Without a destination's state, which is in another
+    /// table: `hold` is `None`.
+    pub(crate) async fn inspect(&self, id: RequestId) -> Result<Option<Inspected>, Error> {
+        let found = self
+            .run_verified("inspect.request", async |connection| {
+                inspect(connection, id, self.sealer()).await
+            })
+            .await?;
+        found
+            .transpose()
+            .map_err(|unreadable| Error::from(unreadable).with_id(id))
+    }
+}
+
+type Found<T> = Option<Result<T, Unreadable>>;
+
+async fn inspect(
+    connection: &mut PgConnection,
+    id: RequestId,
+    sealer: &Sealer,
+) -> Result<Found<Inspected>, sqlx::Error> {
+    // In an order in which a request that ends meanwhile is read as ended, and never as unknown.
+    let attempts = failed_attempts(connection, id, sealer).await?;
+    let row = sqlx::query(REQUEST)
+        .bind(Uuid::from(id))
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let status = match status(connection, id).await? {
+        Some(Ok(status)) => status,
+        Some(Err(unreadable)) => return Ok(Some(Err(unreadable))),
+        None => return Ok(None),
+    };
+    let time = |name: &str| Ok::<_, sqlx::Error>(row.try_get::<Option<i64>, _>(name)?.map(at));
+    let http_status: Option<i16> = row.try_get("http_status")?;
+    let http_status = http_status.map(i16::unsigned_abs);
+    let class: Option<String> = row.try_get("error_class")?;
+    let error: Option<String> = row.try_get("error")?;
+    let shown = |text| sealer.shown_error_text(id, class.as_deref().unwrap_or_default(), text);
+    let error = error.map(shown);
+    let begun: i32 = row.try_get("attempts")?;
+    let place = if row.try_get("is_queued")? && !status.is_terminal() {
+        Some(place(&row)?)
+    } else {
+        None
+    };
+    let replayed_as: Option<Uuid> = row.try_get("replayed_as")?;
+    let waits = place.as_ref().filter(|place| place.state != State::Sending);
+    Ok(Some(Ok(Inspected {
+        info: RequestInfo {
+            id,
+            channel: row.try_get("channel_name")?,
+            status,
+            method: row.try_get("method")?,
+            destination: row.try_get("destination")?,
+            ordering_key: row.try_get("ordering_key")?,
+            attempts: begun.unsigned_abs(),
+            created_at: at(row.try_get("created_at")?),
+            due_at: waits.map(|place| place.due_at),
+            deadline: time("deadline")?,
+            finished_at: time("finished_at")?,
+            http_status,
+            error_class: class,
+            error: error.or_else(|| answered(http_status?)),
+            replayed_as: replayed_as.map(RequestId::from),
+            failed_attempts: attempts,
+            hold: None,
+        },
+        place,
+    })))
+}
+
+/// A halted request is in the queue and among the outcomes. `first` is the first request of the
+/// ordering key, by the index that has that order.
+const REQUEST: &str = r#"
+    SELECT
+        m.id IS NOT NULL AS is_queued,
+        coalesce(o.channel_name, m.channel_name) AS channel_name,
+        coalesce(o.attempts, m.attempts) AS attempts,
+        epoch_us(coalesce(o.created_at, m.created_at)) AS created_at,
+        epoch_us(o.finished_at) AS finished_at,
+        o.http_status, o.error_class, o.error, o.replayed_as,
+        epoch_us(m.deadline) AS deadline,
+        CASE WHEN is_ordered(coalesce(o.channel_args, m.channel_args))
+            THEN substr(coalesce(o.channel_args, m.channel_args), 8) END AS ordering_key,
+        coalesce(
+            o.destination, m.destination,
+            CASE WHEN NOT is_ordered(coalesce(o.channel_args, m.channel_args))
+                THEN substr(coalesce(o.channel_args, m.channel_args), 8) END
+        ) AS destination,
+        substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method,
+        m.state::text AS state,
+        -- A held row's due time includes a lease.
+        epoch_us(
+            m.attempt_at - CASE WHEN m.state = 'held'
+                THEN current_setting('requeuest.lease')::interval ELSE interval '0' END
+        ) AS due_at,
+        epoch_us(clock_timestamp()) AS now,
+        first.id AS first,
+        first.state = 'halted' AS is_halted,
+        m.id IS NOT NULL AND is_delivered(m.channel_name, m.format) AS is_delivered,
+        epoch_us(p.parked_since) AS parked_since,
+        p.parked_reason
+    FROM (SELECT $1::uuid AS id) i
+    LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])
+    LEFT JOIN outcomes o ON o.id = ANY (ARRAY[i.id])
+    LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[i.id])
+    LEFT JOIN LATERAL (
+        SELECT ahead.id, ahead.state FROM mq_msgs ahead
+        WHERE m.seq IS NOT NULL
+            AND ahead.channel_name = m.channel_name AND ahead.channel_args = m.channel_args
+            AND ahead.seq IS NOT NULL
+        ORDER BY ahead.seq LIMIT 1
+    ) first ON first.id <> m.id
+    WHERE m.id IS NOT NULL OR o.id IS NOT NULL"#;
+
+fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
+    let first: Option<Uuid> = row.try_get("first")?;
+    let is_halted: Option<bool> = row.try_get("is_halted")?;
+    let since: Option<i64> = row.try_get("parked_since")?;
+    let reason: Option<String> = row.try_get("parked_reason")?;
+    Ok(Place {
+        now: at(row.try_get("now")?),
+        due_at: at(row.try_get("due_at")?),
+        state: match row.try_get("state")? {
+            "claimed" | "sending_once" => State::Sending,
+            "held" => State::Held,
+            "deferred" => State::Deferred,
+            "parked" => State::Parked,
+            _ => State::Waiting,
+        },
+        first: first.map(RequestId::from),
+        is_halted: is_halted.unwrap_or_default(),
+        is_delivered: row.try_get("is_delivered")?,
+        parked: since.map(|since| (at(since), reason.unwrap_or_default())),
+    })
+}
+
+async fn failed_attempts(
+    connection: &mut PgConnection,
+    id: RequestId,
+    sealer: &Sealer,
+) -> Result<Vec<FailedAttempt>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT a.number, epoch_us(a.ended_at) AS ended_at, a.duration_ms, a.http_status,
+            a.error_class, a.error
+         FROM attempts a WHERE a.id = $1 ORDER BY a.number",
+    )
+    .bind(Uuid::from(id))
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let number: i32 = row.try_get("number")?;
+            let millis: i32 = row.try_get("duration_ms")?;
+            let http_status: Option<i16> = row.try_get("http_status")?;
+            let class: String = row.try_get("error_class")?;
+            let error = sealer.shown_error_text(id, &class, row.try_get("error")?);
+            Ok(FailedAttempt {
+                number: number.unsigned_abs(),
+                ended_at: at(row.try_get("ended_at")?),
+                duration: Duration::from_millis(u64::from(millis.unsigned_abs())),
+                http_status: http_status.map(i16::unsigned_abs),
+                error_class: class,
+                error,
+            })
+        })
+        .collect()
+}
