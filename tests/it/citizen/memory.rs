@@ -69,11 +69,11 @@ async fn assert_deferred(durable: &Durable, ids: &[RequestId]) {
 async fn the_time_of_deferred_requests_counts_from_the_loss_of_their_runner() {
     let database = migrated().await;
     let (server, ids) = deferred_for_days(&database, DAY).await;
-    without_a_runner(&database).await;
     let web = enqueuing(&database);
-    // No runner has sent them since.
+    // No runner sends them. No sweep looks at them while their destination is closed.
     let destination = web.destination(&origin(&server)).unwrap();
     destination.resume().await.unwrap();
+    without_a_runner(&database).await;
     let noted = "undelivered WHERE give_up_at > now() + interval '23 hours'";
     eventually_rows(&database, noted, 3).await;
     assert_deferred(&web, &ids).await;
