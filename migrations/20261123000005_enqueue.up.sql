@@ -305,6 +305,58 @@ AS $$
     )
 $$;
 
+-- Refuses what the crate never asks for, from a role that can only call: the id of another request,
+-- whose key or outcome it would replace; a channel's name that no handle can have; and metadata
+-- that is too long or no `jsonb`, with which an operator's query over all requests would fail.
+CREATE FUNCTION check_new(p_ids uuid[], p_channels text[], p_metadata text[]) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+-- One of its errors is expected.
+SET exit_on_error = off
+AS $$
+DECLARE
+    v_first uuid := (SELECT i.id FROM unnest(p_ids) AS i(id) ORDER BY i.id LIMIT 1);
+    v_last uuid := (SELECT i.id FROM unnest(p_ids) AS i(id) ORDER BY i.id DESC LIMIT 1);
+    v_known boolean;
+BEGIN
+    BEGIN
+        -- Both in one statement, as in is_known. Ids rise with time, so few others are in between.
+        v_known := EXISTS (
+            SELECT FROM (
+                SELECT m.id FROM mq_msgs m WHERE m.id >= v_first AND m.id <= v_last
+                UNION ALL
+                SELECT o.id FROM outcomes o WHERE o.id >= v_first AND o.id <= v_last
+                OFFSET 0
+            ) near
+            WHERE near.id = ANY (p_ids)
+        );
+        -- Releases the locks of all partitions, as in claim_keys.
+        RAISE SQLSTATE 'RQ000';
+    EXCEPTION WHEN SQLSTATE 'RQ000' THEN
+        NULL;
+    END;
+    IF v_known THEN
+        RAISE EXCEPTION 'another request has this id' USING ERRCODE = 'unique_violation';
+    END IF;
+    IF EXISTS (
+        SELECT FROM unnest(p_channels) AS i(channel)
+        WHERE octet_length(i.channel) NOT BETWEEN 1 AND 55
+    ) THEN
+        RAISE EXCEPTION 'the name of a channel has 1 to 55 bytes'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF EXISTS (
+        SELECT FROM unnest(p_metadata) AS i(metadata)
+        -- Text that is no jsonb is an error.
+        WHERE octet_length(i.metadata) > 4096 OR jsonb_typeof(i.metadata::jsonb) = ''
+    ) THEN
+        RAISE EXCEPTION 'the metadata has more than 4096 bytes'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+END;
+$$;
+
 -- Persists one request in the caller's transaction: a commit sends it, a rollback never does.
 --
 -- Verdicts:
@@ -363,11 +415,13 @@ DECLARE
     v_last bigint;
     v_seq bigint;
     v_now timestamptz;
-BEGIN
-    IF p_state NOT IN ('waiting', 'deferred') AND NOT has_table_privilege(
-        -- The role that calls: within this function, the current one is the schema's owner.
+    -- Whether the role that calls can do no more than call. Within this function, the current role
+    -- is the schema's owner.
+    v_calls_only boolean := NOT has_table_privilege(
         coalesce(nullif(current_setting('role'), 'none'), session_user), 'mq_msgs', 'INSERT'
-    ) THEN
+    );
+BEGIN
+    IF v_calls_only AND p_state NOT IN ('waiting', 'deferred') THEN
         RAISE EXCEPTION
             'permission denied to send a request at once; a role that enqueues needs runner(false)'
             USING ERRCODE = 'insufficient_privilege';
@@ -387,6 +441,9 @@ BEGIN
     IF p_again AND is_known(p_id) THEN
         RETURN QUERY SELECT 'inserted', p_id, NULL;
         RETURN;
+    END IF;
+    IF v_calls_only THEN
+        PERFORM check_new(ARRAY[p_id], ARRAY[p_channel], ARRAY[p_metadata::text]);
     END IF;
     IF p_ordered THEN
         -- Repeats the body of ordered_elsewhere: in one statement, the two lookups take less time
@@ -602,6 +659,12 @@ DECLARE
     v_lift bigint;
     v_now timestamptz;
 BEGIN
+    -- As in enqueue.
+    IF NOT has_table_privilege(
+        coalesce(nullif(current_setting('role'), 'none'), session_user), 'mq_msgs', 'INSERT'
+    ) THEN
+        PERFORM check_new(p_ids, p_channels, p_metadata);
+    END IF;
     IF true = ANY (p_ordered) THEN
         -- Before the statement that takes the sequence numbers.
         PERFORM lock_orders(p_channels, p_groups, p_ordered);

@@ -1,5 +1,7 @@
 //! Roles of the database: what each may do, and what it must not be able to find out.
 
+mod calls;
+
 use std::time::Duration;
 
 use requeuest::migrate::{DatabaseRole, Migrator};
