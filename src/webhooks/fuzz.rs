@@ -39,7 +39,7 @@ fn is_verified(headers: &HeaderMap) -> bool {
 fn the_corpus_has_webhooks_that_are_verified_and_others() {
     let all = || WEBHOOKS.lines().filter_map(headers);
     let verified = all().filter(is_verified).count();
-    assert!(verified >= 4 && verified < all().count(), "{verified}");
+    assert!(verified >= 3 && verified < all().count(), "{verified}");
 }
 
 proptest! {
@@ -52,7 +52,7 @@ proptest! {
             let key: SigningKey = SECRET.parse().unwrap();
             let right = key.sign(&signed);
             let right = text(SIGNATURE).split(' ').any(|entry| entry == right);
-            prop_assert!(right, "{}", entry);
+            prop_assert!(right && !text(ID).contains('.'), "{}", entry);
         }
     }
 

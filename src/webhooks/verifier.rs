@@ -56,6 +56,8 @@ pub struct Verified {
 pub enum VerifyError {
     /// One of the three headers is missing, is there twice, or isn't text.
     MissingHeader,
+    /// The id is empty or has a dot, so it isn't certain where it ended in what was signed.
+    MalformedId,
     /// The timestamp is not a number of seconds.
     MalformedTimestamp,
     /// The timestamp is too old. The webhook may be a copy of an earlier one.
@@ -108,6 +110,11 @@ impl Verifier {
         now: SystemTime,
     ) -> Result<Verified, VerifyError> {
         let id = only(headers, ID)?;
+        // With a dot, the same signature would be right for other parts: what begins the body could
+        // stand for the timestamp.
+        if id.is_empty() || id.contains('.') {
+            return Err(VerifyError::MalformedId);
+        }
         let timestamp = only(headers, TIMESTAMP)?;
         let signatures = only(headers, SIGNATURE)?;
         let time = time(timestamp).ok_or(VerifyError::MalformedTimestamp)?;
@@ -165,6 +172,7 @@ impl fmt::Display for VerifyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::MissingHeader => "a header of the webhook's signature is missing or repeated",
+            Self::MalformedId => "the webhook's id is empty or has a dot",
             Self::MalformedTimestamp => "the webhook's timestamp is not a number",
             Self::TooOld => "the webhook's timestamp is too old",
             Self::TooNew => "the webhook's timestamp is in the future",
@@ -259,7 +267,7 @@ mod tests {
         let right = signed_at("1000");
         let signature = right[SIGNATURE].to_str().unwrap();
         for changed in [
-            headers("id.", "1000", signature),
+            headers("id-", "1000", signature),
             headers("id", "1001", signature),
         ] {
             assert_eq!(verify(&changed, 1000), Err(VerifyError::NoMatch));
@@ -268,6 +276,24 @@ mod tests {
         assert!(verifier.verify_at(&right, b"bodY", at(1000)).is_err());
         let other = Verifier::new([OTHER]).unwrap();
         assert!(other.verify_at(&right, b"body", at(1000)).is_err());
+    }
+
+    #[test]
+    fn a_dot_in_the_id_moves_nothing_of_the_body_into_the_timestamp() {
+        let key: SigningKey = KEY.parse().unwrap();
+        let body = b"2000.body";
+        let signature = key.sign(&signed("id", "1000", body));
+        let verifier = Verifier::new([KEY]).unwrap();
+        let verify = |id, timestamp, body: &[u8]| {
+            verifier.verify_at(&headers(id, timestamp, &signature), body, at(2000))
+        };
+        assert_eq!(verify("id", "1000", body), Err(VerifyError::TooOld));
+        // The same bytes are signed.
+        assert_eq!(
+            verify("id.1000", "2000", b"body"),
+            Err(VerifyError::MalformedId)
+        );
+        assert_eq!(verify("", "2000", b"body"), Err(VerifyError::MalformedId));
     }
 
     #[test]
