@@ -1,5 +1,6 @@
 //! A [`reqwest::Client`] as a transport.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -26,7 +27,7 @@ use crate::body::Body;
 /// let durable = Durable::builder(pool).transport(ReqwestTransport::new(client)).build()?;
 /// # Ok(()) }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ReqwestTransport {
     client: reqwest::Client,
 }
@@ -73,11 +74,9 @@ impl Service<http::Request<Body>> for ReqwestTransport {
 
 /// The response future of [`ReqwestTransport`].
 #[pin_project]
-#[derive(Debug)]
 pub struct ReqwestFuture(#[pin] State);
 
 #[pin_project(project = StateProj)]
-#[derive(Debug)]
 enum State {
     Sending(#[pin] <reqwest::Client as Service<reqwest::Request>>::Future),
     Refused(Option<reqwest::Error>),
@@ -97,6 +96,20 @@ impl Future for ReqwestFuture {
     }
 }
 
+// Without the client, whose default headers may be credentials, and the request's URL.
+
+impl fmt::Debug for ReqwestTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReqwestTransport").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for ReqwestFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReqwestFuture").finish_non_exhaustive()
+    }
+}
+
 /// The URL that a response came from. An [`http::Response`] has no field for it, unlike a
 /// [`reqwest::Response`].
 #[derive(Clone, Debug)]
@@ -107,4 +120,27 @@ pub(crate) fn from_reqwest(response: reqwest::Response) -> http::Response<reqwes
     let mut response = http::Response::from(response);
     response.extensions_mut().insert(url);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_no_secret() {
+        let mut headers = http::HeaderMap::new();
+        headers.insert("x-mine", "hunter2".parse().unwrap());
+        let proxy = reqwest::Proxy::all("http://u:hunter3@127.0.0.1:1/hunter4").unwrap();
+        let client = reqwest::Client::builder()
+            .default_headers(headers)
+            .proxy(proxy);
+        let mut transport = ReqwestTransport::new(client.build().unwrap());
+        let mut shown = vec![format!("{transport:?}")];
+        for uri in ["http://u:hunter5@localhost:1/hunter6?hunter7", "/hunter8"] {
+            let mut request = http::Request::new(Body::empty());
+            *request.uri_mut() = uri.parse().unwrap();
+            shown.push(format!("{:?}", transport.call(request)));
+        }
+        assert!(!shown.concat().contains("hunter"), "{shown:?}");
+    }
 }
