@@ -38,7 +38,7 @@ const RANGES_V4: [(Ipv4Addr, u8, Kind); 16] = [
 const RANGES_V6: [(Ipv6Addr, u8, Kind); 11] = [
     (Ipv6Addr::UNSPECIFIED, 128, "an address of this host"),
     (Ipv6Addr::LOCALHOST, 128, "a loopback address"),
-    (v6(0x64, 0xff9b, 1), 48, "a private address"),
+    (LOCAL_NAT64, 48, "a private address"),
     (v6(0xfc00, 0, 0), 7, "a private address"),
     (v6(0xfe80, 0, 0), 10, "a link-local address"),
     (v6(0xfec0, 0, 0), 10, "a private address"),
@@ -49,6 +49,9 @@ const RANGES_V6: [(Ipv6Addr, u8, Kind); 11] = [
     // IETF protocol assignments, except for Teredo, which carries an IPv4 address.
     (v6(0x2001, 0, 0), 23, "a reserved address"),
 ];
+
+/// Of translators in networks of one's own (RFC 8215).
+const LOCAL_NAT64: Ipv6Addr = v6(0x64, 0xff9b, 1);
 
 /// Where machines in a cloud get credentials. Wide rules don't permit these.
 const METADATA_V4: [Ipv4Addr; 6] = [
@@ -147,10 +150,10 @@ fn is_only_a_carrier(address: Ipv6Addr) -> bool {
 /// The IPv4 addresses that an address carries.
 pub(super) fn carried(address: IpAddr) -> impl Iterator<Item = Ipv4Addr> {
     let found = match address {
-        IpAddr::V4(_) => [None, None, None],
-        IpAddr::V6(address) => carried_by(address),
+        IpAddr::V4(_) => ([None; 3], [None; 3]),
+        IpAddr::V6(address) => (carried_by(address), translated_by(address)),
     };
-    found.into_iter().flatten()
+    found.0.into_iter().chain(found.1).flatten()
 }
 
 fn carried_by(address: Ipv6Addr) -> [Option<Ipv4Addr>; 3] {
@@ -161,13 +164,26 @@ fn carried_by(address: Ipv6Addr) -> [Option<Ipv4Addr>; 3] {
         [0x2002, high, low, ..] => [Some(v4(high, low)), None],
         // Teredo: the server, and the client with its bits inverted.
         [0x2001, 0, high, low, ..] => [Some(v4(high, low)), Some(Ipv4Addr::from(!u32::from(last)))],
-        _ if is_only_a_carrier(address) => [Some(last), None],
+        _ if is_only_a_carrier(address) || is_of_local_nat64(address) => [Some(last), None],
         _ => [None, None],
     };
     // The interface identifier of ISATAP goes with any prefix. Its first bits say whether it is
     // universal and whether it is a group.
     let isatap = segments[4] & !0x0300 == 0 && segments[5] == 0x5efe;
     [outer[0], outer[1], isatap.then_some(last)]
+}
+
+/// What a NAT64 translator of the own network makes of an address, besides the last 32 bits: its
+/// prefix may have 48, 56, 64 or 96 bits (RFC 6052 section 2.2).
+fn translated_by(address: Ipv6Addr) -> [Option<Ipv4Addr>; 3] {
+    let octets = address.octets();
+    let is_local = is_of_local_nat64(address);
+    [[6, 7, 9, 10], [7, 9, 10, 11], [9, 10, 11, 12]]
+        .map(|at| is_local.then(|| Ipv4Addr::from(at.map(|at| octets[at]))))
+}
+
+fn is_of_local_nat64(address: Ipv6Addr) -> bool {
+    shares_v6(address, LOCAL_NAT64, 48)
 }
 
 #[cfg(test)]
@@ -283,7 +299,7 @@ mod tests {
             assert!(is_metadata(IpAddr::V4(address)));
             for (form, address) in forms(address) {
                 let is_known = carried(IpAddr::V6(address)).any(|v4| is_metadata(IpAddr::V4(v4)));
-                assert!(is_known || form == "local NAT64", "{form}");
+                assert!(is_known, "{form}");
             }
         }
     }

@@ -115,6 +115,27 @@ fn only_a_rule_for_exactly_this_address_allows_metadata() {
     ] {
         assert!(denial(&wide, url).is_some(), "{url}");
     }
+    // Behind a translator of one's own, in each of the forms of RFC 6052.
+    let translated = Guard::new()
+        .allow("64:ff9b:1::/48")
+        .allow("*.example")
+        .deny("10.0.0.1");
+    assert_eq!(denial(&translated, "http://[64:ff9b:1::808:808]/"), None);
+    assert_eq!(denial(&translated, "http://[64:ff9b:1::a00:2]/"), None);
+    for address in [
+        "64:ff9b:1:a9fe:a9:fe00::",
+        "64:ff9b:1:a9:fe:a9fe::",
+        "64:ff9b:1::a9:fea9:fe00:0",
+        "64:ff9b:1::a9fe:a9fe",
+        "64:ff9b:1::a00:1",
+    ] {
+        let url = format!("http://[{address}]/");
+        assert!(denial(&translated, &url).is_some(), "{address}");
+        assert!(
+            resolved(&translated, "a.example", &[address]).is_err(),
+            "{address}"
+        );
+    }
     for name in ["a.internal.example", "metadata.google.internal"] {
         assert!(
             resolved(&wide, name, &["169.254.169.254"]).is_err(),
