@@ -55,7 +55,8 @@ const OF_BODY: [HeaderName; 11] = [
 /// - **From https to http** no redirect is followed.
 /// - With the feature `ssrf-guard`, the handle's guard checks each redirect.
 ///
-/// All requests of a chain are one attempt, with one timeout. No `Referer` is added.
+/// All requests of a chain are one attempt, with one timeout. No `Referer` is added. Requests for a
+/// token of [`OAuth2`](crate::hooks::OAuth2) are not redirected.
 ///
 /// # Examples
 ///
@@ -110,6 +111,10 @@ impl Redirects {
         is_secret(name) || OF_ORIGIN.contains(name) || self.secret.contains(name)
     }
 }
+
+/// In the extensions of a request whose redirects are never followed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unfollowed;
 
 /// A request of a chain, without its body.
 #[derive(Clone, Debug)]

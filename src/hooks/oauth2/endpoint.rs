@@ -21,6 +21,7 @@ use crate::destination::Destination;
 use crate::engine::attempt::fault::is_denied;
 use crate::engine::attempt::transport::{HttpClient, Transport, erase};
 use crate::error::{BoxError, chain, without_url};
+use crate::redirects::Unfollowed;
 use crate::request::check_uri;
 use crate::retry::retry_after;
 
@@ -141,6 +142,8 @@ impl Endpoint {
             &attempt.channel().into(),
             number,
         );
+        // Its body may hold the client's secret, and the answer's token is the server's word.
+        request.extensions_mut().insert(Unfollowed);
         let sent = client.oneshot(request).await;
         let (head, body) = sent.map_err(|error| self.failed_by(error))?.into_parts();
         let collected = Limited::new(body, MAX_ANSWER).collect().await;

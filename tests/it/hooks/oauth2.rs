@@ -8,7 +8,7 @@ use futures_util::future;
 use http::Response;
 use requeuest::guard::Guard;
 use requeuest::hooks::{OAuth2, only_to};
-use requeuest::{DurableBuilder, FailureClass, ReqwestTransport, Status};
+use requeuest::{DurableBuilder, FailureClass, Redirects, ReqwestTransport, Status};
 
 use super::{failures, values};
 use crate::support::{
@@ -169,6 +169,34 @@ async fn without_a_token_nothing_is_sent_and_the_attempt_is_repeated() {
     let from = format!("the hook failed: no token from http://{}: ", tokens.addr);
     let expected = expected.map(|text| ("hook".into(), format!("{from}{text}; nothing was sent")));
     assert_eq!(failures(&database, id).await, expected);
+}
+
+#[tokio::test]
+async fn a_redirect_of_the_token_server_leads_the_secret_nowhere_else() {
+    let database = migrated().await;
+    let (server, other) = (Server::always(200).await, token_server(60).await);
+    let location = other.url("/");
+    let tokens = Server::start(move |_, _| {
+        let location = location.clone();
+        async move {
+            let mut redirect = reply(307, "");
+            let location = location.parse().unwrap();
+            redirect.headers_mut().insert("location", location);
+            redirect
+        }
+    })
+    .await;
+    let following = builder(&database).redirects(Redirects::follow(3));
+    let durable = following
+        .retry(quick().max_attempts(2))
+        .on_attempt(oauth(&tokens).credentials_in_body())
+        .build()
+        .unwrap();
+    let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
+    assert_eq!(outcome_of(&durable, id).await.status(), Status::Discarded);
+    let (_, text) = failures(&database, id).await.remove(0);
+    assert!(text.contains("it answered with 307"), "{text}");
+    assert_eq!((tokens.count(), other.count(), server.count()), (2, 0, 0));
 }
 
 #[tokio::test]

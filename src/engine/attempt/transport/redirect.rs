@@ -13,7 +13,7 @@ use crate::body::Body;
 use crate::error::BoxError;
 #[cfg(feature = "ssrf-guard")]
 use crate::guard::Guard;
-use crate::redirects::{Hop, Redirects};
+use crate::redirects::{Hop, Redirects, Unfollowed};
 
 /// [`PlainTransport`], and the redirects that it doesn't follow.
 #[derive(Clone, Debug)]
@@ -77,6 +77,10 @@ impl Service<http::Request<Body>> for Following {
         let (mut plain, rules) = (self.plain.clone(), Arc::clone(&self.rules));
         Box::pin(async move {
             let (parts, body) = request.into_parts();
+            let max = match parts.extensions.get::<Unfollowed>() {
+                Some(Unfollowed) => 0,
+                None => rules.redirects.max(),
+            };
             let mut hop = Hop {
                 method: parts.method,
                 uri: parts.uri,
@@ -98,7 +102,7 @@ impl Service<http::Request<Body>> for Following {
                     Err(error) if followed == 0 => return Err(error.into()),
                     Err(error) => return Err(AfterRedirect(error.without_url().into()).into()),
                 };
-                if followed == rules.redirects.max() {
+                if followed == max {
                     return Ok(answer);
                 }
                 // The answer's body isn't read: nothing bounds it.
