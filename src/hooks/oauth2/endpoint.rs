@@ -23,7 +23,7 @@ use crate::engine::attempt::transport::{HttpClient, Transport, erase};
 use crate::error::{BoxError, chain, without_url};
 use crate::redirects::Unfollowed;
 use crate::request::check_uri;
-use crate::retry::retry_after;
+use crate::retry::{DEFAULT_MAX_RETRY_AFTER, retry_after};
 
 /// How long a request for a token may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -201,7 +201,9 @@ impl Endpoint {
             let code = error.map_or_else(String::new, |code| format!(" and `{code}`"));
             let failed = self.failed(&format!("it answered with {status}{code}"));
             return Err(match retry_after(headers, SystemTime::now()) {
-                Some(delay) => Refusal::retry_after(delay, failed.reason),
+                Some(delay) => {
+                    Refusal::retry_after(delay.min(DEFAULT_MAX_RETRY_AFTER), failed.reason)
+                }
                 None => failed,
             });
         }
@@ -264,6 +266,7 @@ impl fmt::Debug for Endpoint {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::Then;
     use super::*;
 
     fn endpoint() -> Endpoint {
@@ -309,6 +312,17 @@ mod tests {
             let reason = answered(status, body).err().unwrap().reason;
             assert!(reason.contains(expected), "{reason}");
             assert!(!reason.to_lowercase().contains("hunter"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_delay_that_the_server_asks_for_is_at_most_that_of_a_receiver() {
+        for (asked, delay) in [("60", 60), ("99999999", 3600)] {
+            let mut headers = HeaderMap::new();
+            headers.insert("retry-after", HeaderValue::from_static(asked));
+            let refusal = endpoint().token(StatusCode::TOO_MANY_REQUESTS, &headers, b"");
+            let then = refusal.err().unwrap().then;
+            assert_eq!(then, Then::Retry(Duration::from_secs(delay)), "{asked}");
         }
     }
 

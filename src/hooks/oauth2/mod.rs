@@ -26,7 +26,8 @@ use crate::error::BoxError;
 /// [transport](crate::DurableBuilder::transport), which follows no redirect of it, or the client
 /// that [`transport`](Self::transport) sets. A guard of the handle checks its URL too, and a
 /// request whose token it denies is given up. It may take 10 seconds, and its answer 64 KiB. A
-/// token server that asks for a delay with `Retry-After` delays the attempt that long.
+/// token server that asks for a delay with `Retry-After` delays the attempt that long, at most an
+/// hour.
 ///
 /// **Every destination of the handle gets the token.** Use [`only_to`](super::only_to) unless all
 /// of them may have it. `Debug` and errors show neither the secret nor a token. With the feature
