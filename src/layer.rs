@@ -243,11 +243,12 @@ where
 
     fn call(&mut self, request: http::Request<B>) -> ResponseFuture<S, B> {
         let inner = self.inner.clone();
-        // An attempt comes here if a transport contains this or another durable service.
-        let is_attempt = context::is_attempt(request.extensions());
-        if is_attempt || self.durable.passes_through(&RequestHead::of_http(&request)) {
-            // An attempt was admitted already.
-            if let (false, Err(error)) = (is_attempt, self.durable.admit(request.uri())) {
+        // An attempt comes here if a transport contains this or another durable service. The handle
+        // that makes it may have no guard of its own.
+        let passes = context::is_attempt(request.extensions())
+            || self.durable.passes_through(&RequestHead::of_http(&request));
+        if passes {
+            if let Err(error) = self.durable.admit(request.uri()) {
                 return ResponseFuture(State::Refused(Some(error)));
             }
             let passing = inner.oneshot(request.map(Body::wrap));

@@ -43,11 +43,11 @@ impl Middleware for Durable {
         extensions: &mut Extensions,
         next: Next<'_>,
     ) -> MiddlewareResult<reqwest::Response> {
-        // An attempt comes here if a transport contains this or another handle.
-        if context::is_attempt(extensions) {
-            return next.run(request, extensions).await;
-        }
-        if self.passes_through(&RequestHead::of_reqwest(&request)) {
+        // An attempt comes here if a transport contains this or another handle. The one that makes
+        // it may have no guard of its own.
+        let passes = context::is_attempt(extensions)
+            || self.passes_through(&RequestHead::of_reqwest(&request));
+        if passes {
             self.admit_url(request.url()).map_err(refused)?;
             return next.run(request, extensions).await;
         }

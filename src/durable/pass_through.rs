@@ -9,7 +9,8 @@ use super::Durable;
 use crate::error::Error;
 
 impl Durable {
-    /// Refuses a request that passes through to where the guard denies.
+    /// Refuses a request, or an attempt of another handle, that passes through to where the guard
+    /// denies.
     pub(crate) fn admit(&self, uri: &Uri) -> Result<(), Error> {
         self.engine().config().admit(uri)
     }

@@ -1,14 +1,14 @@
 //! Every entry point asks the guard, not only some.
 
 use requeuest::guard::Guard;
-use requeuest::{Channels, Client, DurableService, Error, Options};
+use requeuest::{Channels, Client, DurableService, Error, MiddlewareTransport, Options};
 use reqwest_middleware::ClientWithMiddleware;
 use tower::{Layer, ServiceExt};
 
 use super::{denied_at_an_attempt, guarded};
 use crate::support::{
-    Server, assert_nothing_persisted, builder, hyper_client, in_time, migrated, outcome_of, post,
-    quick, with_middleware,
+    LONG, Server, assert_nothing_persisted, builder, hyper_client, in_time, migrated, outcome_of,
+    post, quick, with_middleware,
 };
 
 fn assert_denied(door: &str, error: &Error) {
@@ -91,4 +91,25 @@ async fn requests_of_the_older_client_and_replays_are_denied_at_the_attempt() {
         .unwrap();
     denied_at_an_attempt(&durable, id.into()).await;
     assert_eq!(server.count(), 1);
+}
+
+/// An attempt has been admitted by the handle that makes it, if that has a guard at all.
+#[tokio::test]
+async fn a_guard_below_another_handle_checks_its_attempts() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let inner = builder(&database).guard(Guard::new()).runner(false);
+    let inner = inner.build().unwrap();
+    let client = with_middleware(reqwest::Client::new(), &inner);
+    let outer = [
+        builder(&database).transport(MiddlewareTransport::new(client)),
+        builder(&database).transport(inner.layer().layer(hyper_client())),
+    ];
+    for outer in outer {
+        let durable = outer.retry(quick()).build().unwrap();
+        let id = durable.fire(post(server.url("/"), "x")).await.unwrap();
+        denied_at_an_attempt(&durable, id).await;
+        in_time(durable.shutdown(LONG)).await.unwrap();
+    }
+    assert_eq!(server.count(), 0);
 }

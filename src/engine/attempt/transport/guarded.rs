@@ -151,9 +151,10 @@ impl Resolve for GuardResolver {
     }
 }
 
-/// Whether the guard denied what this error is about.
+/// Whether the guard denied what this error is about: that of the handle, or of another one in its
+/// transport.
 pub(in crate::engine::attempt) fn is_denied(error: &(dyn std::error::Error + 'static)) -> bool {
-    error.is::<Denied>()
+    error.is::<Denied>() || error.downcast_ref::<Error>().is_some_and(Error::is_denied)
 }
 
 /// How the crate's own client is built with this guard.

@@ -9,7 +9,7 @@ use tower::Service;
 
 use super::from_reqwest;
 use crate::body::Body;
-use crate::error::BoxError;
+use crate::error::{BoxError, Error};
 
 /// Adapts a [`ClientWithMiddleware`] to `Service<http::Request<Body>>`, for
 /// [`DurableBuilder::transport`](crate::DurableBuilder::transport): background attempts run through
@@ -89,6 +89,10 @@ impl Service<http::Request<Body>> for MiddlewareTransport {
 pub(crate) fn unwrapped(error: MiddlewareError) -> BoxError {
     match error {
         MiddlewareError::Reqwest(error) => error.into(),
-        MiddlewareError::Middleware(error) => error.into(),
+        // Of this crate's, if another handle is among the middleware.
+        MiddlewareError::Middleware(error) => match error.downcast::<Error>() {
+            Ok(own) => own.into(),
+            Err(other) => other.into(),
+        },
     }
 }
