@@ -2,6 +2,7 @@ DROP FUNCTION enqueue_many;
 DROP FUNCTION take_keys;
 DROP FUNCTION enqueue;
 DROP FUNCTION check_new;
+DROP FUNCTION calls_only;
 DROP FUNCTION shown_fingerprint;
 DROP FUNCTION next_seq;
 DROP FUNCTION ordered_elsewhere;

@@ -305,6 +305,19 @@ AS $$
     )
 $$;
 
+-- Whether the role that calls can do no more than call, for functions that run as the schema's
+-- owner: within them, the current role is the owner. No search_path, so it is inlined, and the
+-- table is found by that of the function that asks.
+CREATE FUNCTION calls_only() RETURNS boolean
+LANGUAGE sql
+STABLE
+AS $$
+    SELECT NOT pg_catalog.has_table_privilege(
+        coalesce(nullif(pg_catalog.current_setting('role'), 'none'), session_user),
+        'mq_msgs', 'INSERT'
+    )
+$$;
+
 -- Refuses what the crate never asks for, from a role that can only call: the id of another request,
 -- whose key or outcome it would replace; a channel's name that no handle can have; and metadata
 -- that is too long or no `jsonb`, with which an operator's query over all requests would fail.
@@ -415,11 +428,7 @@ DECLARE
     v_last bigint;
     v_seq bigint;
     v_now timestamptz;
-    -- Whether the role that calls can do no more than call. Within this function, the current role
-    -- is the schema's owner.
-    v_calls_only boolean := NOT has_table_privilege(
-        coalesce(nullif(current_setting('role'), 'none'), session_user), 'mq_msgs', 'INSERT'
-    );
+    v_calls_only boolean := calls_only();
 BEGIN
     IF v_calls_only AND p_state NOT IN ('waiting', 'deferred') THEN
         RAISE EXCEPTION
@@ -659,10 +668,7 @@ DECLARE
     v_lift bigint;
     v_now timestamptz;
 BEGIN
-    -- As in enqueue.
-    IF NOT has_table_privilege(
-        coalesce(nullif(current_setting('role'), 'none'), session_user), 'mq_msgs', 'INSERT'
-    ) THEN
+    IF calls_only() THEN
         PERFORM check_new(p_ids, p_channels, p_metadata);
     END IF;
     IF true = ANY (p_ordered) THEN
