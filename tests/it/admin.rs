@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use requeuest::admin::{Hold, RequestInfo};
 use requeuest::retry::RetryPolicy;
-use requeuest::testkit::TestDatabase;
 use requeuest::{DestinationPolicy, DestinationState, Durable, Options, RequestId, Status, Uuid};
 
 use crate::support::{
-    Server, builder, eventually, eventually_some, migrated, other_process, outcome_of, post, quick,
+    Server, builder, eventually, eventually_some, execute, migrated, other_process, outcome_of,
+    post, quick,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -33,11 +33,6 @@ async fn held(durable: &Durable, id: RequestId, beginning: &str) -> Hold {
         hold.to_string().starts_with(beginning).then_some(hold)
     })
     .await
-}
-
-async fn execute(database: &TestDatabase, id: RequestId, statement: &str) {
-    let statement = sqlx::query(statement).bind(Uuid::from(id));
-    statement.execute(database.pool()).await.unwrap();
 }
 
 #[tokio::test]

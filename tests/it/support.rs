@@ -356,6 +356,16 @@ pub async fn assert_nothing_persisted(database: &TestDatabase) {
     }
 }
 
+/// Runs a statement about one request, `$1`, that must change a row.
+pub async fn execute(database: &TestDatabase, id: RequestId, statement: &str) {
+    let done = sqlx::query(statement)
+        .bind(Uuid::from(id))
+        .execute(database.pool())
+        .await
+        .unwrap();
+    assert!(done.rows_affected() > 0, "{statement}");
+}
+
 /// The id in the only row of one of the schema's tables.
 pub async fn only_id(database: &TestDatabase, table: &str) -> RequestId {
     let ids: Vec<Uuid> = sqlx::query_scalar(&format!("SELECT id FROM requeuest.{table}"))

@@ -16,20 +16,11 @@ use sqlx::{Executor, PgConnection};
 use tokio::sync::Mutex;
 
 use crate::support::{
-    LONG, Server, builder, count, eventually, eventually_rows, in_time, migrated, other_process,
-    outcome_of, passing, post, quick, reply, rows,
+    LONG, Server, builder, count, eventually, eventually_rows, execute, in_time, migrated,
+    other_process, outcome_of, passing, post, quick, reply, rows,
 };
 
 const PARKED: &str = "mq_msgs WHERE state = 'parked'";
-
-async fn execute(database: &TestDatabase, id: RequestId, statement: &str) {
-    let done = sqlx::query(statement)
-        .bind(Uuid::from(id))
-        .execute(database.pool())
-        .await
-        .unwrap();
-    assert!(done.rows_affected() > 0, "{statement}");
-}
 
 async fn text(database: &TestDatabase, id: RequestId, query: &str) -> String {
     sqlx::query_scalar(query)
