@@ -36,6 +36,9 @@ pub(crate) enum Part {
 
 /// The random part of a nonce, which a head and its body have in common.
 pub(crate) type Nonce = [u8; NONCE_LEN];
+/// A nonce of XChaCha20-Poly1305.
+pub(super) type XNonce = [u8; 24];
+pub(super) type Tag = [u8; TAG_LEN];
 
 /// A sealed text, taken apart.
 #[derive(Clone, Copy, Debug)]
@@ -73,10 +76,6 @@ fn associated_data(part: Part, id: RequestId, beside: &[&[u8]]) -> Vec<u8> {
     data
 }
 
-/// A nonce of XChaCha20-Poly1305.
-pub(super) type XNonce = [u8; 24];
-pub(super) type Tag = [u8; TAG_LEN];
-
 fn full_nonce(nonce: &Nonce, part: Part) -> XNonce {
     let mut full = XNonce::default();
     full[..nonce.len()].copy_from_slice(nonce);
@@ -105,10 +104,10 @@ impl Key {
     /// For more bytes than can be in memory. No plaintext is returned as if it were encrypted.
     pub(super) fn encrypt(&self, nonce: &XNonce, data: &[u8], bytes: &mut [u8]) -> Tag {
         let (key, nonce) = chacha(&self.sealing, nonce);
-        let tag = key.seal_in_place_separate_tag(nonce, Aad::from(data), bytes);
-        let mut bytes = [0; TAG_LEN];
-        bytes.copy_from_slice(tag.expect("less than 256 GiB").as_ref());
-        bytes
+        let sealed = key.seal_in_place_separate_tag(nonce, Aad::from(data), bytes);
+        let mut tag = Tag::default();
+        tag.copy_from_slice(sealed.expect("less than 256 GiB").as_ref());
+        tag
     }
 
     /// Decrypts ciphertext and tag in place. Returns the length of the plaintext.
