@@ -1,7 +1,7 @@
 //! For operators: why a request has not been sent.
 //!
-//! [`Durable::admin`](crate::Durable::admin) returns an [`Admin`]. It reads and changes what all
-//! processes share, so it works from any of them.
+//! [`Durable::admin`](crate::Durable::admin) returns an [`Admin`]. It reads what all processes
+//! share, so it works from any of them.
 
 mod hold;
 

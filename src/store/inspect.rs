@@ -47,10 +47,9 @@ pub(crate) struct Place {
 pub(crate) enum State {
     /// An attempt is under way, or its process died.
     Sending,
-    /// The process that made the last attempt makes the next one.
-    Held,
     Deferred,
     Parked,
+    /// For a claim, or for the process that made the last attempt and makes the next one.
     Waiting,
 }
 
@@ -140,12 +139,10 @@ const REQUEST: &str = r#"
         epoch_us(o.finished_at) AS finished_at,
         o.http_status, o.error_class, o.error, o.replayed_as,
         epoch_us(m.deadline) AS deadline,
-        CASE WHEN is_ordered(coalesce(o.channel_args, m.channel_args))
-            THEN substr(coalesce(o.channel_args, m.channel_args), 8) END AS ordering_key,
+        CASE WHEN is_ordered(g.name) THEN substr(g.name, 8) END AS ordering_key,
         coalesce(
             o.destination, m.destination,
-            CASE WHEN NOT is_ordered(coalesce(o.channel_args, m.channel_args))
-                THEN substr(coalesce(o.channel_args, m.channel_args), 8) END
+            CASE WHEN NOT is_ordered(g.name) THEN substr(g.name, 8) END
         ) AS destination,
         substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method,
         m.state::text AS state,
@@ -164,6 +161,7 @@ const REQUEST: &str = r#"
     LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])
     LEFT JOIN outcomes o ON o.id = ANY (ARRAY[i.id])
     LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[i.id])
+    CROSS JOIN LATERAL (SELECT coalesce(o.channel_args, m.channel_args) AS name) g
     LEFT JOIN LATERAL (
         SELECT ahead.id, ahead.state FROM mq_msgs ahead
         WHERE m.seq IS NOT NULL
@@ -183,7 +181,6 @@ fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
         due_at: at(row.try_get("due_at")?),
         state: match row.try_get("state")? {
             "claimed" | "sending_once" => State::Sending,
-            "held" => State::Held,
             "deferred" => State::Deferred,
             "parked" => State::Parked,
             _ => State::Waiting,
