@@ -39,7 +39,8 @@
 //!
 //! - [`Durable`], a handle: [`fire`](Durable::fire) and [`fire_many`](Durable::fire_many) persist
 //!   and return, [`await_response`](Durable::await_response) waits. Cheap to clone; create one per
-//!   process with [`Durable::new`] or [`Durable::builder`].
+//!   process with [`Durable::new`] or [`Durable::builder`], or from a URL with
+//!   [`Durable::connect`].
 //! - [`Durable::fire_in`], in your transaction: a commit sends the request, a rollback never does.
 //!   In the other direction, [`Durable::on_outcome`] hands each outcome to your code in a
 //!   transaction.
@@ -183,7 +184,7 @@ pub use idempotency_header::IdempotencyHeader;
 pub use into_request::IntoRequest;
 pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture};
 pub use metadata::MAX_METADATA_LEN;
-pub use migrate::migrate;
+pub use migrate::{migrate, migrate_url};
 pub use options::{Guarantee, Options, Priority};
 pub use outcome::Outcome;
 pub use redirects::{MAX_REDIRECTS, Redirects};

@@ -20,7 +20,7 @@ pub use self::grants::DatabaseRole;
 use self::grants::Grant;
 pub(crate) use self::ledger::{Ledger, Tables};
 use crate::runtime;
-use crate::store::quoted;
+use crate::store::{self, quoted};
 
 /// The default name of the schema: `requeuest`.
 pub const DEFAULT_SCHEMA: &str = "requeuest";
@@ -79,6 +79,30 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 /// ```
 pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
     Migrator::new().run(pool).await
+}
+
+/// As [`migrate`], in the database at a URL such as
+/// `postgres://user:password@host:5432/database`. The application needs no sqlx.
+///
+/// # Errors
+///
+/// As for [`migrate`]. For a URL that is not valid, [`MigrateError::Source`] with an
+/// [`Error`](crate::Error) whose [`field`](crate::Error::field) is `url` and which shows nothing of
+/// the URL.
+///
+/// # Cancel safety
+///
+/// Once begun it continues, awaited or not. Running it again waits for it.
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example() -> Result<(), sqlx::migrate::MigrateError> {
+/// requeuest::migrate_url("postgres://localhost/app").await?;
+/// # Ok(()) }
+/// ```
+pub async fn migrate_url(url: &str) -> Result<(), MigrateError> {
+    Migrator::new().run_url(url).await
 }
 
 /// Installs or removes the schema, under a name of your choice.
@@ -217,7 +241,24 @@ impl Migrator {
     ///
     /// Once begun it continues, awaited or not. Running it again waits for it.
     pub async fn run(&self, pool: &PgPool) -> Result<(), MigrateError> {
-        let target = self.target(pool)?;
+        self.install(&pool.connect_options()).await
+    }
+
+    /// As [`run`](Self::run), in the database at a URL. See [`migrate_url`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`run`](Self::run) and [`migrate_url`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Once begun it continues, awaited or not. Running it again waits for it.
+    pub async fn run_url(&self, url: &str) -> Result<(), MigrateError> {
+        self.install(&options_of(url)?).await
+    }
+
+    async fn install(&self, options: &PgConnectOptions) -> Result<(), MigrateError> {
+        let target = self.target(options)?;
         runtime::once(move || async move { target.install().await })
             .await
             .map_err(sqlx::Error::Io)?
@@ -238,7 +279,24 @@ impl Migrator {
     ///
     /// Once begun it continues, awaited or not. Running it again waits for it.
     pub async fn undo(&self, pool: &PgPool) -> Result<(), MigrateError> {
-        let target = self.target(pool)?;
+        self.remove(&pool.connect_options()).await
+    }
+
+    /// As [`undo`](Self::undo), in the database at a URL.
+    ///
+    /// # Errors
+    ///
+    /// As for [`undo`](Self::undo), and for a URL as for [`migrate_url`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Once begun it continues, awaited or not. Running it again waits for it.
+    pub async fn undo_url(&self, url: &str) -> Result<(), MigrateError> {
+        self.remove(&options_of(url)?).await
+    }
+
+    async fn remove(&self, options: &PgConnectOptions) -> Result<(), MigrateError> {
+        let target = self.target(options)?;
         runtime::once(move || async move { target.remove().await })
             .await
             .map_err(sqlx::Error::Io)?
@@ -254,11 +312,11 @@ impl Migrator {
         Ok(())
     }
 
-    fn target(&self, pool: &PgPool) -> Result<Target, MigrateError> {
+    fn target(&self, options: &PgConnectOptions) -> Result<Target, MigrateError> {
         self.validate()?;
-        let connect = self.connect_options.clone();
+        let connect = self.connect_options.as_ref();
         Ok(Target {
-            connect: connect.unwrap_or_else(|| (*pool.connect_options()).clone()),
+            connect: connect.unwrap_or(options).clone(),
             schema: quoted(&self.schema),
             migrations: &MIGRATIONS,
             max_wait: self.max_wait,
@@ -276,6 +334,10 @@ impl fmt::Debug for Migrator {
             .field("grants", &self.grants)
             .finish_non_exhaustive()
     }
+}
+
+fn options_of(url: &str) -> Result<PgConnectOptions, MigrateError> {
+    store::url::connect_options(url).map_err(|error| MigrateError::Source(Box::new(error)))
 }
 
 /// The newest migration that this crate knows, which names its release.

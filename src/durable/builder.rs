@@ -31,7 +31,7 @@ use crate::repetition::FailedRequests;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 use crate::runtime::Runtime;
 use crate::sealer::Sealer;
-use crate::store::{Store, StoreConfig};
+use crate::store::{self, Store, StoreConfig};
 
 /// The channel of requests that name none: `default`.
 pub const DEFAULT_CHANNEL: &str = "default";
@@ -100,7 +100,7 @@ const MAX_BODY: usize = 512 * 1024 * 1024;
 /// ```
 #[must_use = "a builder does nothing until it is built"]
 pub struct DurableBuilder {
-    pool: PgPool,
+    database: Database,
     deliver: Subscription,
     transport: TransportChoice,
     runner: bool,
@@ -117,6 +117,12 @@ pub struct DurableBuilder {
     strip_headers: Vec<String>,
     config: Config,
     store: StoreConfig,
+}
+
+enum Database {
+    Pool(PgPool),
+    /// Checked by `build`.
+    Url(String),
 }
 
 /// The channels that the runner delivers.
@@ -136,8 +142,16 @@ enum TransportChoice {
 
 impl DurableBuilder {
     pub(super) fn new(pool: PgPool) -> Self {
+        Self::on(Database::Pool(pool))
+    }
+
+    pub(super) fn from_url(url: String) -> Self {
+        Self::on(Database::Url(url))
+    }
+
+    fn on(database: Database) -> Self {
         Self {
-            pool,
+            database,
             deliver: Subscription::Own,
             transport: TransportChoice::Plain,
             runner: true,
@@ -765,6 +779,11 @@ impl DurableBuilder {
     pub fn build(self) -> Result<Durable, Error> {
         self.check()?;
         self.check_where_it_sends()?;
+        let pool = match self.database {
+            Database::Pool(pool) => Ok(pool),
+            // A pool is made within a runtime.
+            Database::Url(url) => Err(store::url::connect_options(&url)?),
+        };
         let mut config = self.config;
         for (pattern, policy) in self.policies {
             config.policies.insert(pattern.parse()?, policy)?;
@@ -806,7 +825,7 @@ impl DurableBuilder {
             Runtime::find().map_err(|error| Error::config("runtime", error.to_string()))?;
         let store = {
             let _context = runtime.handle().enter();
-            Store::new(self.pool, self.store)
+            Store::new(pool.unwrap_or_else(store::url::pool), self.store)
         };
         let engine = Engine::start(runtime, store, config);
         let (mut plain_transport, mut wrapped_transport) = (false, false);

@@ -127,6 +127,61 @@ impl Durable {
         DurableBuilder::new(pool)
     }
 
+    /// Begins to configure a handle for the database at a URL, such as
+    /// `postgres://user:password@host:5432/database?sslmode=require`. The application needs no sqlx.
+    ///
+    /// The handle has a pool with sqlx's defaults instead of the application's, for
+    /// [`pool`](Self::pool) and for handlers of outcomes. It connects on first use. A URL that is
+    /// not valid is an error of [`build`](DurableBuilder::build), which names the field `url` and
+    /// shows nothing of the URL.
+    ///
+    /// What the URL leaves out comes from the environment (`PGHOST`, `PGUSER`, `PGPASSWORD` and so
+    /// on) and from `.pgpass`, as for `psql`.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(url: &str) -> Result<(), requeuest::Error> {
+    /// let durable = requeuest::Durable::builder_from_url(url).channel("billing").build()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn builder_from_url(url: impl Into<String>) -> DurableBuilder {
+        DurableBuilder::from_url(url.into())
+    }
+
+    /// A handle with the defaults of [`DurableBuilder`] for the database at a URL: see
+    /// [`builder_from_url`](Self::builder_from_url). Connects, and looks whether the schema is
+    /// there. Where a database that is away must not keep the application from starting, build the
+    /// handle with `builder_from_url`, which connects on first use.
+    ///
+    /// # Errors
+    ///
+    /// If the URL is not valid, with `url` as its [`Error::field`]; if the database can't be
+    /// reached; if the schema is not installed or doesn't fit
+    /// ([`Error::is_not_migrated`]): see [`migrate_url`](crate::migrate::migrate_url).
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// let url = "postgres://localhost/app";
+    /// requeuest::migrate_url(url).await?;
+    /// let durable = requeuest::Durable::connect(url).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn connect(url: impl Into<String>) -> Result<Self, Error> {
+        let durable = Self::builder_from_url(url).build()?;
+        durable
+            .engine()
+            .with_store(|store| async move { store.verify().await })
+            .await?;
+        Ok(durable)
+    }
+
     /// Persists a request and returns. The request is delivered in the background.
     ///
     /// # Errors
@@ -397,7 +452,7 @@ impl Durable {
         unread.read(self.max_request_body()).await
     }
 
-    /// The pool that the handle was built with.
+    /// The pool that the handle was built with, or that it has made for its URL.
     pub fn pool(&self) -> &PgPool {
         self.engine().store().caller_pool()
     }

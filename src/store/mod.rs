@@ -24,6 +24,7 @@ pub(crate) mod runners;
 mod schema;
 pub(crate) mod settle;
 pub(crate) mod sweep;
+pub(crate) mod url;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -4,6 +4,7 @@ mod bodies;
 mod database;
 mod refusals;
 mod settings;
+mod urls;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
