@@ -11,9 +11,24 @@ const MAX_NAME_LEN: usize = 63;
 
 /// Functions that a role which only enqueues may execute. Those that read or write a table are
 /// `SECURITY DEFINER`.
-const ENQUEUE: &[&str] = &["enqueue", "enqueue_many", "is_delivered", "known_formats"];
+const ENQUEUE: &[&str] = &[
+    "enqueue",
+    "enqueue_many",
+    "fire",
+    "is_delivered",
+    "known_formats",
+];
 /// Functions in the statements of calls that only read. None of them changes anything.
-const READ_ONLY: &[&str] = &["epoch_us", "is_delivered", "is_ordered", "known_formats"];
+const READ_ONLY: &[&str] = &[
+    "epoch_us",
+    "is_delivered",
+    "is_known",
+    "is_ordered",
+    "known_formats",
+    "refuse_id",
+    "response",
+    "status",
+];
 /// What tells a handle whether it fits the schema. It has numbers of versions only.
 const LEDGER: &[&str] = &["_sqlx_migrations", "compatible_from"];
 
@@ -65,7 +80,8 @@ pub enum DatabaseRole {
     /// [`fire_in`](crate::Durable::fire_in),
     /// [`fire_many`](crate::Durable::fire_many) and
     /// [`fire_many_in`](crate::Durable::fire_many_in), through a handle with
-    /// [`runner(false)`](crate::DurableBuilder::runner). It can't read a request, a response or a
+    /// [`runner(false)`](crate::DurableBuilder::runner), and with the SQL function `fire`. It
+    /// can't read a request, a response or a
     /// status, its own included, and can't cancel. Other calls fail with
     /// [`Error::is_forbidden`](crate::Error::is_forbidden).
     Enqueue,
@@ -216,7 +232,7 @@ mod tests {
                 "GRANT USAGE ON SCHEMA \"s\" TO \"web\";",
                 "GRANT SELECT ON \"s\"._sqlx_migrations, \"s\".compatible_from TO \"web\";",
                 "GRANT EXECUTE ON FUNCTION \"s\".enqueue, \"s\".enqueue_many, \
-                 \"s\".is_delivered, \"s\".known_formats TO \"web\";",
+                 \"s\".fire, \"s\".is_delivered, \"s\".known_formats TO \"web\";",
             ]
         );
     }

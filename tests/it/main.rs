@@ -46,6 +46,7 @@ mod runtimes;
 mod secrets;
 mod sessions;
 mod sockets;
+mod sql;
 mod stopping;
 mod support;
 mod testkit;

@@ -126,7 +126,7 @@ async fn a_role_that_enqueues_can_do_that_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_role_that_enqueues_has_four_functions_and_no_table_of_requests() {
+async fn a_role_that_enqueues_has_five_functions_and_no_table_of_requests() {
     let database = migrated().await;
     let role = Role::create(&database).await;
     role.plays(DatabaseRole::Enqueue).await;
@@ -147,7 +147,13 @@ async fn a_role_that_enqueues_has_four_functions_and_no_table_of_requests() {
     let functions = names(&mut connection, functions).await;
     assert_eq!(
         functions,
-        ["enqueue", "enqueue_many", "is_delivered", "known_formats"]
+        [
+            "enqueue",
+            "enqueue_many",
+            "fire",
+            "is_delivered",
+            "known_formats"
+        ]
     );
     let sequence = "SELECT has_sequence_privilege('requeuest.mq_seq', 'USAGE, SELECT, UPDATE')";
     let sequence: bool = sqlx::query_scalar(sequence)
@@ -288,7 +294,7 @@ async fn a_function_of_the_schema_is_safe_to_run_as_its_owner() {
     assert_eq!(count(&database, public).await, 0);
     let definers = "SELECT count(*) FROM pg_proc p
         WHERE p.pronamespace = 'requeuest'::regnamespace AND p.prosecdef";
-    assert_eq!(count(&database, definers).await, 3);
+    assert_eq!(count(&database, definers).await, 4);
 
     // A caller's temporary tables and functions aren't taken for the schema's.
     let role = Role::create(&database).await;
