@@ -1,7 +1,6 @@
 DROP FUNCTION response;
 DROP FUNCTION refuse_id;
 DROP FUNCTION cancel;
-DROP FUNCTION status;
 DROP FUNCTION default_retention;
 DROP FUNCTION fire;
 DROP FUNCTION check_options;

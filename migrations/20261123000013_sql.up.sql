@@ -1,4 +1,5 @@
--- Plain SQL for applications in any language: `fire`, `status`, `cancel` and `response`.
+-- Plain SQL for applications in any language: `fire`, `cancel` and `response`. `status` is beside
+-- the views.
 --
 -- `fire` stores what `Durable::fire_in` stores: the head of src/codec.rs, the destination and the
 -- group of src/destination, the fingerprint of src/fingerprint.rs. It refuses what that refuses,
@@ -796,37 +797,6 @@ CREATE FUNCTION default_retention() RETURNS interval
 LANGUAGE sql
 IMMUTABLE
 AS $$ SELECT '24 hours'::pg_catalog.interval $$;
-
--- The status of a request, or NULL if there is no such request or its outcome has expired. One
--- statement reads both tables, as in is_known.
-CREATE FUNCTION status(id uuid) RETURNS text
-LANGUAGE sql
-STABLE
-SET search_path FROM CURRENT
-SET enable_seqscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-AS $$
-    SELECT coalesce(o.status, CASE
-        WHEN m.id IS NULL THEN NULL
-        WHEN m.state = 'parked' THEN 'parked'
-        WHEN m.state = 'deferred' AND m.attempt_at <= clock_timestamp() THEN 'deferred'
-        -- A held row's due time includes a lease. Once the lease runs out, any runner may claim
-        -- the row.
-        WHEN m.state = 'held' AND m.attempt_at - coalesce(
-                nullif(current_setting('requeuest.lease', true), ''), '15 seconds'
-            )::interval > clock_timestamp()
-            THEN 'retryable'
-        WHEN m.state IN ('claimed', 'held', 'sending_once')
-            AND m.attempt_at > clock_timestamp() THEN 'running'
-        WHEN m.attempt_at <= clock_timestamp() THEN 'available'
-        WHEN m.attempts = 0 THEN 'scheduled'
-        ELSE 'retryable'
-    END)
-    FROM (SELECT $1 AS id) i
-    LEFT JOIN mq_msgs m ON m.id = i.id
-    LEFT JOIN outcomes o ON o.id = i.id
-$$;
 
 -- Cancels a request, as Durable::cancel does. Returns false if it has finished.
 CREATE FUNCTION cancel(id uuid) RETURNS boolean

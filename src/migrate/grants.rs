@@ -29,6 +29,8 @@ const READ_ONLY: &[&str] = &[
     "response",
     "status",
 ];
+/// What reports read. They show nothing of what is sent or answered.
+const VIEWS: &[&str] = &["attempts_view", "requests"];
 /// What tells a handle whether it fits the schema. It has numbers of versions only.
 const LEDGER: &[&str] = &["_sqlx_migrations", "compatible_from"];
 
@@ -91,6 +93,11 @@ pub enum DatabaseRole {
     /// Reads everything: statuses, outcomes with their responses, dead letters, runners,
     /// destinations, and with SQL the requests too. It changes nothing.
     ReadOnly,
+    /// Reads two views with SQL, `requests` and `attempts_view`: channels, destinations, statuses,
+    /// times, numbers, and texts of errors that are not encrypted. It sees no path or query of a
+    /// URL, no header, body, metadata or [`key`](crate::Options::key), and no table. For reports,
+    /// not for a handle.
+    Report,
 }
 
 /// A role that gets the rights of a part.
@@ -159,6 +166,7 @@ fn rights(part: DatabaseRole, schema: &str) -> Vec<String> {
         ],
         DatabaseRole::Runner => vec![
             format!("SELECT ON {}", within(LEDGER)),
+            format!("SELECT ON {}", within(VIEWS)),
             format!("SELECT, INSERT, UPDATE, DELETE ON {}", within(TABLES)),
             // Outcomes expire by the slot.
             format!(
@@ -172,6 +180,7 @@ fn rights(part: DatabaseRole, schema: &str) -> Vec<String> {
             format!("SELECT ON ALL TABLES IN SCHEMA {schema}"),
             format!("EXECUTE ON FUNCTION {}", within(READ_ONLY)),
         ],
+        DatabaseRole::Report => vec![format!("SELECT ON {}", within(VIEWS))],
     });
     rights
 }

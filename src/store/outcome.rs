@@ -294,32 +294,15 @@ pub(super) async fn notify_waiters(
     Ok(())
 }
 
+/// The view says what each status means, in plain SQL too.
 pub(super) async fn status(
     connection: &mut PgConnection,
     id: RequestId,
 ) -> Result<Option<Result<Status, Unreadable>>, sqlx::Error> {
-    let name: Option<String> = sqlx::query_scalar(
-        "SELECT coalesce(o.status, CASE
-             WHEN m.id IS NULL THEN NULL
-             WHEN m.state = 'parked' THEN 'parked'
-             WHEN m.state = 'deferred' AND m.attempt_at <= clock_timestamp() THEN 'deferred'
-             -- A held row's due time includes a lease. Once the lease runs out, any runner may
-             -- claim the row.
-             WHEN m.state = 'held'
-                 AND m.attempt_at - current_setting('requeuest.lease')::interval > clock_timestamp()
-                 THEN 'retryable'
-             WHEN m.state IN ('claimed', 'held', 'sending_once')
-                 AND m.attempt_at > clock_timestamp() THEN 'running'
-             WHEN m.attempt_at <= clock_timestamp() THEN 'available'
-             WHEN m.attempts = 0 THEN 'scheduled'
-             ELSE 'retryable'
-         END)
-         FROM (SELECT $1::uuid AS id) i
-         LEFT JOIN mq_msgs m ON m.id = i.id
-         LEFT JOIN outcomes o ON o.id = i.id",
-    )
-    .bind(Uuid::from(id))
-    .fetch_one(connection)
-    .await?;
+    let name: Option<String> =
+        sqlx::query_scalar("SELECT r.status FROM requests r WHERE r.id = $1")
+            .bind(Uuid::from(id))
+            .fetch_optional(connection)
+            .await?;
     Ok(name.as_deref().map(Status::stored))
 }

@@ -1,6 +1,7 @@
 //! Requests of plain SQL: `requeuest.fire` and its companions.
 
 mod same;
+mod views;
 
 use requeuest::migrate::DatabaseRole;
 use requeuest::testkit::TestDatabase;

@@ -1,0 +1,3 @@
+DROP FUNCTION status;
+DROP VIEW attempts_view;
+DROP VIEW requests;
