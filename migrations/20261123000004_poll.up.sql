@@ -1069,7 +1069,7 @@ BEGIN
         WHERE m.ctid = ANY (v.picked)
         RETURNING
             m.id, m.channel_name, m.claim_no, m.attempts, m.deadline,
-            coalesce(m.began_at, m.created_at) AS began_at,
+            coalesce(m.began_at, m.created_at) AS began_at, m.created_at,
             m.state = 'sending_once' AS once, m.lost
     )
     SELECT
@@ -1089,6 +1089,12 @@ BEGIN
             CASE
                 WHEN isfinite(c.began_at)
                     THEN (extract(epoch FROM v_now - c.began_at) * 1000)::bigint
+                ELSE 0
+            END,
+            ',"lived_ms":',
+            CASE
+                WHEN isfinite(c.created_at)
+                    THEN (extract(epoch FROM v_now - c.created_at) * 1000)::bigint
                 ELSE 0
             END,
             ',"deadline_ms":',

@@ -116,6 +116,7 @@ pub mod testkit;
 #[cfg(feature = "webhooks")]
 pub mod webhooks;
 
+mod activity;
 mod base64;
 mod body;
 mod codec;

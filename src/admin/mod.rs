@@ -3,12 +3,14 @@
 //! [`Durable::admin`](crate::Durable::admin) returns an [`Admin`]. It reads what all processes
 //! share, so it works from any of them.
 
+mod activity;
 mod hold;
 
 use crate::durable::Durable;
 use crate::error::Error;
 use crate::id::RequestId;
 
+pub use crate::activity::{Activity, ActivityPoint, ChannelActivity, ParseWindowError, Window};
 pub use crate::inspection::{FailedAttempt, Hold, RequestInfo};
 
 /// Looks into the queue. Cheap to clone. From [`Durable::admin`].

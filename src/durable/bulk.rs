@@ -109,19 +109,32 @@ impl Durable {
         I::Item: IntoRequest,
     {
         self.engine().ensure_not_closing()?;
-        let store = self.engine().store();
         let mut ids = Vec::new();
         let mut chunk = Chunk::default();
         for request in requests {
             if let Some(full) = chunk.push(self.row(request).await?) {
-                ids.append(&mut store.write_chunk_for_caller(connection, &full).await?);
-                self.engine().left_to_runners(full.channels());
+                ids.append(&mut self.write_chunk_in(connection, &full).await?);
             }
         }
         if !chunk.is_empty() {
-            ids.append(&mut store.write_chunk_for_caller(connection, &chunk).await?);
-            self.engine().left_to_runners(chunk.channels());
+            ids.append(&mut self.write_chunk_in(connection, &chunk).await?);
         }
+        Ok(ids)
+    }
+
+    async fn write_chunk_in(
+        &self,
+        connection: &mut PgConnection,
+        chunk: &Chunk,
+    ) -> Result<Vec<RequestId>, Error> {
+        let engine = self.engine();
+        let ids = engine
+            .store()
+            .write_chunk_for_caller(connection, chunk)
+            .await?;
+        engine.left_to_runners(chunk.channels());
+        let meter = &engine.driver().meter;
+        meter.enqueued_each(chunk.channels_of_new(&ids));
         Ok(ids)
     }
 

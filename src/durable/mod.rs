@@ -271,7 +271,11 @@ impl Durable {
         let store = self.engine().store();
         let inserted = store.insert_for_caller(executor, row).await?;
         self.engine().left_to_runners([&row.channel]);
-        inserted.persisted(row)
+        let id = inserted.persisted(row)?;
+        if id == row.id {
+            self.engine().driver().meter.enqueued(&row.channel, 1);
+        }
+        Ok(id)
     }
 
     /// Persists a request, delivers it and waits for its response: a final one, or the last one

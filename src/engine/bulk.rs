@@ -3,6 +3,7 @@
 //! The caller's iterator may be long. Its requests are written in chunks, in one transaction, while
 //! the next chunk is prepared.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -78,13 +79,21 @@ async fn write(
     let _permit = permits.acquire().await;
     let mut bulk = driver.store.begin_bulk().await?;
     let mut ids = Vec::new();
+    let mut written = HashMap::<Arc<str>, u64>::new();
     while let Some(chunk) = next {
         let Some(chunk) = chunk else {
             bulk.commit().await?;
+            for (channel, number) in written {
+                driver.meter.enqueued(&channel, number);
+            }
             return Ok(ids);
         };
-        ids.append(&mut bulk.write(&chunk).await?);
+        let mut of_chunk = bulk.write(&chunk).await?;
         driver.channels.note(chunk.channels());
+        for channel in chunk.channels_of_new(&of_chunk) {
+            *written.entry(Arc::clone(channel)).or_default() += 1;
+        }
+        ids.append(&mut of_chunk);
         next = incoming.recv().await;
     }
     // The caller was dropped before it asked for the commit.

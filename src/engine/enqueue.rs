@@ -25,6 +25,7 @@ use super::backoff::{BusyPause, RETRY_UNKNOWN_FOR};
 use super::budget::Share;
 use super::keys::BusyKeys;
 use super::lane;
+use super::meter::Meter;
 use super::supervise::Panics;
 use super::tasks::channels::UsedChannels;
 use crate::error::{Error, Kind};
@@ -51,6 +52,8 @@ pub(crate) struct Submission {
 /// Gets the id of the persisted request: the new one, or an earlier one with the same key.
 struct Done {
     sender: oneshot::Sender<Result<RequestId, Error>>,
+    /// When the request was handed in.
+    since: Instant,
     /// Given back once the request is persisted or refused.
     _share: Share,
 }
@@ -162,6 +165,7 @@ impl Engine {
         let (sender, enqueued) = oneshot::channel();
         let done = Done {
             sender,
+            since: Instant::now(),
             _share: share,
         };
         let submission = Submission { row, start, done };
@@ -181,8 +185,9 @@ impl Engine {
         if submission.row.needs_lock() {
             let (store, keys) = (self.store().clone(), Arc::clone(&self.busy_keys));
             let channels = Arc::clone(&self.driver().channels);
-            self.driver()
-                .spawn(insert_locked(store, channels, keys, submission, false));
+            let meter = Arc::clone(&self.driver().meter);
+            let inserting = insert_locked(store, channels, meter, keys, submission, false);
+            self.driver().spawn(inserting);
             return Ok(());
         }
         self.submissions
@@ -205,7 +210,8 @@ impl Engine {
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
             let channels = Arc::clone(&driver.channels);
-            insert_locked(driver.store.clone(), channels, keys, submission, true).await;
+            let (store, meter) = (driver.store.clone(), Arc::clone(&driver.meter));
+            insert_locked(store, channels, meter, keys, submission, true).await;
         });
         Ok(())
     }
@@ -279,21 +285,22 @@ impl lane::Item for Submission {
 pub(crate) async fn run(
     store: Store,
     channels: Arc<UsedChannels>,
+    meter: Arc<Meter>,
     incoming: mpsc::UnboundedReceiver<Submission>,
     panics: Arc<Panics>,
 ) {
     // After a panic while they are written, callers don't know whether their requests are
     // persisted, and are told so.
     lane::run(&panics, "enqueue", incoming, |batch| {
-        let (store, channels) = (store.clone(), Arc::clone(&channels));
-        async move { write(&store, &channels, batch).await }
+        let (store, channels, meter) = (store.clone(), Arc::clone(&channels), Arc::clone(&meter));
+        async move { write(&store, &channels, &meter, batch).await }
     })
     .await;
 }
 
 type Parts = (Option<Start>, Done);
 
-async fn write(store: &Store, channels: &UsedChannels, mut batch: Vec<Submission>) {
+async fn write(store: &Store, channels: &UsedChannels, meter: &Meter, mut batch: Vec<Submission>) {
     // Callers that left while their requests waited here don't expect them to be persisted.
     batch.retain(|submission| !submission.done.sender.is_closed());
     if batch.is_empty() {
@@ -320,6 +327,7 @@ async fn write(store: &Store, channels: &UsedChannels, mut batch: Vec<Submission
             .unzip();
         match insert(store, &rows).await {
             Ok(()) => {
+                meter.enqueued_each(rows.iter().map(|row| &row.channel));
                 let waiting = |row: &&NewRequest| row.initial.is_unclaimed();
                 channels.note(rows.iter().filter(waiting).map(|row| &row.channel));
                 let ready = rows.iter().filter(|row| row.needs_runner());
@@ -402,12 +410,20 @@ async fn insert(store: &Store, rows: &[NewRequest]) -> Result<(), StoreError> {
 
 /// The request is persisted, so its first attempt may begin.
 fn begin(id: RequestId, start: Option<Start>, done: Done) {
+    let enqueued = done.since;
     done.send(Ok(id));
     if let Some(start) = start {
-        let mut claim = Claim::inline(&start.driver, start.job, start.slot, start.room);
+        let Start {
+            driver,
+            slot,
+            room,
+            job,
+            ..
+        } = start;
+        let mut claim = Claim::inline(&driver, job, slot, room, enqueued);
         claim.set_span(start.span);
         if let Some((claim, transport)) = caller_client::assign(claim, start.client) {
-            start.driver.spawn(drive_by_engine(claim, transport));
+            driver.spawn(drive_by_engine(claim, transport));
         }
     }
 }
@@ -418,6 +434,7 @@ fn begin(id: RequestId, start: Option<Start>, done: Done) {
 async fn insert_locked(
     store: Store,
     channels: Arc<UsedChannels>,
+    meter: Arc<Meter>,
     keys: Arc<BusyKeys>,
     submission: Submission,
     again: bool,
@@ -429,6 +446,7 @@ async fn insert_locked(
     } = submission;
     match insert_when_free(&store, &keys, &row, &mut done, again).await {
         Ok(id) if id == row.id => {
+            meter.enqueued(&row.channel, 1);
             if row.initial.is_unclaimed() {
                 channels.note([&row.channel]);
             }

@@ -20,6 +20,7 @@ pub(crate) mod enqueue;
 mod keys;
 mod lane;
 mod lifecycle;
+pub(crate) mod meter;
 pub(crate) mod runner;
 mod settle;
 mod supervise;
@@ -30,6 +31,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
@@ -41,6 +43,7 @@ use self::budget::Budget;
 use self::bulk::BULK_INSERTS;
 use self::enqueue::Submission;
 use self::keys::BusyKeys;
+use self::meter::Meter;
 use self::settle::Settler;
 use self::supervise::{Panics, supervise};
 use crate::error::{Error, Kind};
@@ -48,6 +51,7 @@ use crate::health::SweepPart;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::runtime::Runtime;
+use crate::status::Status;
 use crate::store::Store;
 use crate::store::cancel::Cancelled;
 use crate::store::hand_over::OutcomeHandler;
@@ -61,6 +65,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 const TRANSPORT_PATIENCE: Duration = Duration::from_secs(10);
 /// A shutdown waits no longer than this to give back what is leased of destinations.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+/// A shutdown waits no longer than this to add what was counted.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a shutdown checks whether everything is settled.
 const DRAIN_POLL: Duration = Duration::from_millis(5);
 
@@ -87,6 +93,7 @@ impl Engine {
             Arc::default(),
         );
         let panics: Arc<Panics> = Arc::default();
+        let meter: Arc<Meter> = Arc::default();
         let settler = Arc::new(Settler::new(
             store.clone(),
             Arc::clone(&panics),
@@ -94,6 +101,7 @@ impl Engine {
             Arc::clone(&leases),
             Arc::clone(&waiters),
             Arc::clone(&polls),
+            Arc::clone(&meter),
         ));
         let sweep: Arc<tasks::sweep::Health> = Arc::default();
         let channels: Arc<tasks::channels::UsedChannels> = Arc::default();
@@ -104,6 +112,7 @@ impl Engine {
         let enqueuing = enqueue::run(
             store.clone(),
             Arc::clone(&channels),
+            Arc::clone(&meter),
             enqueued,
             Arc::clone(&panics),
         );
@@ -121,10 +130,6 @@ impl Engine {
                 tasks::watch::run(store, leases, Arc::clone(&waiters), instance)
             }
         };
-        let sweep_rows = {
-            let (store, sweep) = (store.clone(), Arc::clone(&sweep));
-            move || tasks::sweep::run(store.clone(), Arc::clone(&sweep))
-        };
         let gate = Gate::new(Rules::of(&config, store.config().lease));
         let look_at_destinations = {
             let (store, gate) = (store.clone(), Arc::clone(&gate));
@@ -138,10 +143,9 @@ impl Engine {
             let (store, channels) = (store.clone(), Arc::clone(&channels));
             move || tasks::channels::run(store.clone(), Arc::clone(&channels))
         };
-        let tasks = vec![
+        let mut tasks = vec![
             spawn.spawn(supervise(Arc::clone(&panics), "renew", renew)),
             spawn.spawn(supervise(Arc::clone(&panics), "watch", watch)),
-            spawn.spawn(supervise(Arc::clone(&panics), "sweep", sweep_rows)),
             spawn.spawn(supervise(Arc::clone(&panics), "channels", look_at_channels)),
             spawn.spawn(supervise(
                 Arc::clone(&panics),
@@ -149,6 +153,7 @@ impl Engine {
                 look_at_destinations,
             )),
         ];
+        tasks.extend(upkeep(spawn, &panics, &store, &sweep, &meter));
         let caller_connections = store.caller_pool().options().get_max_connections();
         let handler_places = tasks::hand_over::Places::new(caller_connections);
         let budget = Budget::new(config.max_queued_requests, config.max_queued_bytes);
@@ -161,6 +166,7 @@ impl Engine {
             gate,
             polls,
             channels,
+            meter,
             settler,
             settlements,
             tasks,
@@ -298,7 +304,8 @@ impl Engine {
             .with_store(|store| async move { store.cancel(id).await })
             .await?;
         match cancelled {
-            Cancelled::Now => {
+            Cancelled::Now(channel) => {
+                self.driver.meter.ended(&channel, Status::Cancelled, 1);
                 self.driver.leases.forget(id);
                 self.driver.waiters.fetch_soon(vec![id]);
                 Ok(true)
@@ -316,10 +323,12 @@ impl Engine {
             let (cancelled, more) = self
                 .with_store(|store| async move { store.cancel_channels(channels.as_deref()).await })
                 .await?;
-            for id in &cancelled {
+            for (id, channel) in &cancelled {
+                self.driver.meter.ended(channel, Status::Cancelled, 1);
                 self.driver.leases.forget(*id);
             }
             // Waiters of this process get the outcome from the database.
+            let cancelled = cancelled.into_iter().map(|(id, _)| id).collect();
             self.driver.waiters.fetch_soon(cancelled);
             if !more {
                 return Ok(());
@@ -367,6 +376,8 @@ impl Engine {
             let released = driver.store.release_destinations(driver.instance);
             let _ = tokio::time::timeout(RELEASE_TIMEOUT, released).await;
         }
+        let counted = tasks::activity::flush(&driver.store, &driver.meter);
+        let _ = tokio::time::timeout(FLUSH_TIMEOUT, counted).await;
         driver.store.close(CLOSE_TIMEOUT).await;
         tracing::info!("the engine has shut down");
         Ok(())
@@ -380,4 +391,26 @@ impl Engine {
         };
         tokio::time::timeout(within, drained).await.is_ok()
     }
+}
+
+/// Starts the tasks that need nothing of the driver: those that look after stored rows.
+fn upkeep(
+    spawn: &Handle,
+    panics: &Arc<Panics>,
+    store: &Store,
+    sweep: &Arc<tasks::sweep::Health>,
+    meter: &Arc<Meter>,
+) -> [JoinHandle<()>; 2] {
+    let sweep_rows = {
+        let (store, sweep, meter) = (store.clone(), Arc::clone(sweep), Arc::clone(meter));
+        move || tasks::sweep::run(store.clone(), Arc::clone(&sweep), Arc::clone(&meter))
+    };
+    let note_activity = {
+        let (store, meter) = (store.clone(), Arc::clone(meter));
+        move || tasks::activity::run(store.clone(), Arc::clone(&meter))
+    };
+    [
+        spawn.spawn(supervise(Arc::clone(panics), "sweep", sweep_rows)),
+        spawn.spawn(supervise(Arc::clone(panics), "activity", note_activity)),
+    ]
 }

@@ -17,6 +17,7 @@ const ENQUEUE: &[&str] = &[
     "fire",
     "is_delivered",
     "known_formats",
+    "note_activity",
 ];
 /// Functions in the statements of calls that only read. None of them changes anything.
 const READ_ONLY: &[&str] = &[
@@ -36,6 +37,7 @@ const LEDGER: &[&str] = &["_sqlx_migrations", "compatible_from"];
 
 /// What a runner reads and writes, by rows.
 const TABLES: &[&str] = &[
+    "activity",
     "attempts",
     "claimed_keys",
     "destination_leases",
@@ -241,7 +243,8 @@ mod tests {
                 "GRANT USAGE ON SCHEMA \"s\" TO \"web\";",
                 "GRANT SELECT ON \"s\"._sqlx_migrations, \"s\".compatible_from TO \"web\";",
                 "GRANT EXECUTE ON FUNCTION \"s\".enqueue, \"s\".enqueue_many, \
-                 \"s\".fire, \"s\".is_delivered, \"s\".known_formats TO \"web\";",
+                 \"s\".fire, \"s\".is_delivered, \"s\".known_formats, \
+                 \"s\".note_activity TO \"web\";",
             ]
         );
     }

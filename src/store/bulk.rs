@@ -47,6 +47,16 @@ impl Chunk {
         self.rows.iter().map(|row| &row.channel)
     }
 
+    /// The channels of the rows that were inserted, where `ids` is what writing the chunk returned.
+    pub(crate) fn channels_of_new<'a>(
+        &'a self,
+        ids: &'a [RequestId],
+    ) -> impl Iterator<Item = &'a Arc<str>> {
+        let rows = self.rows.iter().zip(ids);
+        rows.filter(|(row, id)| row.id == **id)
+            .map(|(row, _)| &row.channel)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }

@@ -12,9 +12,10 @@ use crate::id::RequestId;
 const BATCH: usize = 1000;
 
 /// What a cancellation found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Cancelled {
-    Now,
+    /// With the request's channel.
+    Now(String),
     /// The request had finished already.
     Finished,
     Unknown,
@@ -24,24 +25,25 @@ impl Store {
     /// Cancels a request unless it has finished.
     pub(crate) async fn cancel(&self, id: RequestId) -> Result<Cancelled, Error> {
         let retention = millis(self.config().retention);
-        let verdict = self
+        let (verdict, channel) = self
             .run_verified("cancel", async |connection| {
                 cancel(connection, id, retention).await
             })
             .await?;
         Ok(match verdict.as_deref() {
-            Some("cancelled") => Cancelled::Now,
+            Some("cancelled") => Cancelled::Now(channel.unwrap_or_default()),
             Some(_) => Cancelled::Finished,
             None => Cancelled::Unknown,
         })
     }
 
     /// Cancels a batch of unfinished requests of these channels, or of every channel for `None`.
-    /// Returns their ids, and whether the batch was full, so that there may be more.
+    /// Returns their ids with their channels, and whether the batch was full, so that there may be
+    /// more.
     pub(crate) async fn cancel_channels(
         &self,
         channels: Option<&[String]>,
-    ) -> Result<(Vec<RequestId>, bool), Error> {
+    ) -> Result<(Vec<(RequestId, String)>, bool), Error> {
         let retention = millis(self.config().retention);
         let cancelled = self
             .run_verified("cancel.channels", async |connection| {
@@ -49,31 +51,43 @@ impl Store {
             })
             .await?;
         let full = cancelled.len() == BATCH;
-        Ok((cancelled.into_iter().map(RequestId::from).collect(), full))
+        let cancelled = cancelled
+            .into_iter()
+            .map(|(id, channel)| (RequestId::from(id), channel.unwrap_or_default()));
+        Ok((cancelled.collect(), full))
     }
 }
 
+/// The channel is that of the row as it was before the statement.
 async fn cancel(
     connection: &mut PgConnection,
     id: RequestId,
     retention: i64,
-) -> Result<Option<String>, sqlx::Error> {
-    sqlx::query_scalar("SELECT cancel_request($1, $2 * interval '1 millisecond')")
+) -> Result<(Option<String>, Option<String>), sqlx::Error> {
+    let cancel = "
+        SELECT
+            cancel_request($1, $2 * interval '1 millisecond'),
+            (SELECT m.channel_name FROM mq_msgs m WHERE m.id = $1)";
+    sqlx::query_as(cancel)
         .bind(Uuid::from(id))
         .bind(retention)
         .fetch_one(connection)
         .await
 }
 
+/// As for [`cancel`].
 async fn cancel_channels(
     connection: &mut PgConnection,
     channels: Option<&[String]>,
     retention: i64,
-) -> Result<Vec<Uuid>, sqlx::Error> {
-    sqlx::query_scalar("SELECT cancel_channels($1, $2 * interval '1 millisecond', $3)")
+) -> Result<Vec<(Uuid, Option<String>)>, sqlx::Error> {
+    let cancel = "
+        SELECT c.id, (SELECT m.channel_name FROM mq_msgs m WHERE m.id = c.id)
+        FROM unnest(cancel_channels($1, $2 * interval '1 millisecond', $3)) AS c(id)";
+    sqlx::query_as(cancel)
         .bind(channels)
         .bind(retention)
         .bind(BATCH as i32)
-        .fetch_one(connection)
+        .fetch_all(connection)
         .await
 }

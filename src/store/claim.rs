@@ -27,6 +27,9 @@ pub(crate) struct PolledRow {
     pub(crate) attempts: u32,
     #[serde(rename = "age_ms")]
     age_ms: i64,
+    /// The time since the request was enqueued.
+    #[serde(default)]
+    lived_ms: i64,
     /// The time left until the deadline, if there is one.
     deadline_ms: Option<i64>,
     /// The process with the last claim died. The request may have been sent and must not be sent
@@ -96,6 +99,10 @@ impl PolledRow {
 
     pub(crate) fn age(&self) -> Duration {
         Duration::from_millis(self.age_ms.max(0) as u64)
+    }
+
+    pub(crate) fn lived(&self) -> Duration {
+        Duration::from_millis(self.lived_ms.max(0) as u64)
     }
 
     pub(crate) fn deadline(&self) -> Option<Duration> {

@@ -4,6 +4,7 @@
 //! 0` into an `EXISTS`. Without these, statistics made while the queue was empty could turn them
 //! into scans; the first migration explains how.
 
+mod activity;
 pub(crate) mod bulk;
 pub(crate) mod cancel;
 pub(crate) mod claim;
@@ -263,7 +264,8 @@ mod tests {
 
         let store = store();
         assert_eq!(store.status(id).await.unwrap(), Some(Status::Available));
-        assert_eq!(store.cancel(id).await.unwrap(), Cancelled::Now);
+        let now = Cancelled::Now("default".to_owned());
+        assert_eq!(store.cancel(id).await.unwrap(), now);
         assert_eq!(store.cancel(id).await.unwrap(), Cancelled::Finished);
         assert_eq!(store.status(id).await.unwrap(), Some(Status::Cancelled));
         let unknown = RequestId::generate();

@@ -30,6 +30,7 @@ mod layer;
 mod locks;
 mod logs;
 mod metadata;
+mod metrics;
 mod middleware;
 mod migrations;
 mod outcomes;

@@ -126,7 +126,7 @@ async fn a_role_that_enqueues_can_do_that_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_role_that_enqueues_has_five_functions_and_no_table_of_requests() {
+async fn a_role_that_enqueues_has_six_functions_and_no_table_of_requests() {
     let database = migrated().await;
     let role = Role::create(&database).await;
     role.plays(DatabaseRole::Enqueue).await;
@@ -152,7 +152,8 @@ async fn a_role_that_enqueues_has_five_functions_and_no_table_of_requests() {
             "enqueue_many",
             "fire",
             "is_delivered",
-            "known_formats"
+            "known_formats",
+            "note_activity"
         ]
     );
     let sequence = "SELECT has_sequence_privilege('requeuest.mq_seq', 'USAGE, SELECT, UPDATE')";

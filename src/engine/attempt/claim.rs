@@ -94,9 +94,15 @@ impl PolledClaim {
         Some(deadline.saturating_sub(self.since.elapsed()))
     }
 
+    /// When the request was enqueued, by this process's clock.
+    fn enqueued(&self) -> Instant {
+        let lived = self.head.lived();
+        self.since.checked_sub(lived).unwrap_or(self.since)
+    }
+
     /// The claim of the request, with what there is to send.
     pub(crate) fn open(self, job: Job) -> Claim {
-        let (head, deadline) = (&self.head, self.deadline());
+        let (head, deadline, enqueued) = (&self.head, self.deadline(), self.enqueued());
         // The claim may have waited here for a slot or its body, and been taken over meanwhile.
         let unconfirmed = job.delivery.guarantee == Guarantee::AtMostOnce;
         let mut claim = Claim::new(
@@ -108,6 +114,7 @@ impl PolledClaim {
             deadline,
         );
         claim.unconfirmed = unconfirmed;
+        claim.enqueued = enqueued;
         if let Some(lease) = &claim.lease {
             lease.take_current(self.current);
         }
@@ -118,7 +125,8 @@ impl PolledClaim {
     pub(crate) fn finish(self, outcome: Outcome) {
         let destination = self.destination();
         let metadata = self.head.metadata();
-        self.settle(finish(outcome.without_attempt(), metadata, || destination));
+        let (outcome, enqueued) = (outcome.without_attempt(), self.enqueued());
+        self.settle(finish(outcome, metadata, enqueued, || destination));
     }
 
     /// Puts the request back, without counting an attempt.
@@ -187,6 +195,8 @@ pub(crate) struct Claim {
     deadline: Option<Instant>,
     /// Since when the request's age counts, by this process's clock.
     began: Instant,
+    /// When the request was enqueued, by the same clock.
+    enqueued: Instant,
     /// When the attempt is due.
     due: Instant,
     /// When the attempt under way began to be sent.
@@ -194,8 +204,14 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// The claim of a request that was inserted claimed.
-    pub(crate) fn inline(driver: &Arc<Driver>, job: Job, slot: Slot, room: Option<Room>) -> Self {
+    /// The claim of a request that was inserted claimed, and handed in at this time.
+    pub(crate) fn inline(
+        driver: &Arc<Driver>,
+        job: Job,
+        slot: Slot,
+        room: Option<Room>,
+        enqueued: Instant,
+    ) -> Self {
         let fence = Fence {
             id: job.id,
             claim_no: 1,
@@ -204,7 +220,9 @@ impl Claim {
         // The hard deadline runs from here, because a caller may never come to make the attempt.
         lease.mark_sending(Instant::now() + hard_deadline(driver, &job));
         let deadline = job.request.options.deadline;
-        Self::new(driver, lease, job, 1, Duration::ZERO, deadline)
+        let mut claim = Self::new(driver, lease, job, 1, Duration::ZERO, deadline);
+        claim.enqueued = enqueued;
+        claim
     }
 
     fn new(
@@ -226,6 +244,7 @@ impl Claim {
             unconfirmed: false,
             deadline: deadline.and_then(|left| now.checked_add(left)),
             began: now.checked_sub(age).unwrap_or(now),
+            enqueued: now,
             due: now,
             sending: None,
         }
@@ -260,6 +279,11 @@ impl Claim {
             lease.mark_sending(Instant::now() + hard_deadline(&self.driver, &self.job));
         }
         self
+    }
+
+    /// Counts the attempt that has ended.
+    pub(super) fn count_attempt(&self, has_failed: bool) {
+        self.driver.meter.attempted(&self.job.channel, has_failed);
     }
 
     /// Whether a caller of this process waits for the outcome, and retries are made here.
@@ -448,7 +472,7 @@ impl Claim {
     fn finished(&self, outcome: Outcome) -> AttemptResult {
         let metadata = self.job.request.options.metadata.clone();
         let destination = || Some(self.job.destination().to_string());
-        finish(outcome, metadata, destination)
+        finish(outcome, metadata, self.enqueued, destination)
     }
 
     fn settle(&mut self, result: AttemptResult) {
@@ -465,6 +489,9 @@ impl Drop for Claim {
             return;
         }
         let (id, class) = (self.job.id, FailureClass::Abandoned);
+        if self.sending.is_some() {
+            self.count_attempt(true);
+        }
         let result = match self.sending {
             None => AttemptResult::PutBack {
                 delay: self.due.saturating_duration_since(Instant::now()),
@@ -525,6 +552,7 @@ fn refused(driver: &Driver, destination: &str, full: Full, counted: bool) -> Att
 fn finish(
     mut outcome: Outcome,
     metadata: Option<Metadata>,
+    enqueued: Instant,
     destination: impl FnOnce() -> Option<String>,
 ) -> AttemptResult {
     outcome.metadata = metadata;
@@ -533,6 +561,7 @@ fn finish(
     AttemptResult::Finish {
         destination: destination.map(Into::into),
         outcome: Arc::new(outcome),
+        enqueued,
     }
 }
 

@@ -64,7 +64,9 @@ pub(crate) fn drive(
                 Box::pin(exchange_with_hooks(&mut claim, sender, max_response_body)).await
             };
             let history = history(&exchange, &claim).await;
-            match judge(exchange, history, &claim) {
+            let judgement = judge(exchange, history, &claim);
+            claim.count_attempt(judgement.has_failed());
+            match judgement {
                 Judgement::Finish(outcome) => return claim.finish(outcome),
                 Judgement::Retry { delay, failure } => {
                     // Boxed, so that a task whose first attempt is answered doesn't take its room.

@@ -19,6 +19,16 @@ pub(super) enum Judgement {
     Retry { delay: Duration, failure: Failure },
 }
 
+impl Judgement {
+    /// Whether the attempt brought no final response.
+    pub(super) fn has_failed(&self) -> bool {
+        match self {
+            Self::Finish(outcome) => outcome.status != Status::Completed,
+            Self::Retry { .. } => true,
+        }
+    }
+}
+
 /// The attempt as a classifier sees it, without its history.
 fn attempt<'a>(exchange: &'a Exchange, claim: &'a Claim) -> Attempt<'a> {
     let job = claim.job();

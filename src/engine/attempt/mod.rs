@@ -36,6 +36,7 @@ use uuid::Uuid;
 
 use crate::engine::config::Config;
 use crate::engine::lifecycle::Lifecycle;
+use crate::engine::meter::Meter;
 use crate::engine::runner::polls::Polls;
 use crate::engine::settle::{Settlement, Settler};
 use crate::engine::supervise::Panics;
@@ -65,6 +66,7 @@ pub(crate) struct Driver {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) polls: Arc<Polls>,
     pub(crate) channels: Arc<UsedChannels>,
+    pub(crate) meter: Arc<Meter>,
     pub(crate) bodies: Bodies,
     /// Requests whose large body could not be fetched.
     pub(crate) unfetched: Failures,
@@ -91,6 +93,7 @@ pub(crate) struct Parts {
     pub(crate) gate: Arc<Gate>,
     pub(crate) polls: Arc<Polls>,
     pub(crate) channels: Arc<UsedChannels>,
+    pub(crate) meter: Arc<Meter>,
     pub(crate) settler: Arc<Settler>,
     pub(crate) settlements: mpsc::UnboundedSender<Settlement>,
     pub(crate) tasks: Vec<JoinHandle<()>>,
@@ -112,6 +115,7 @@ impl Driver {
             lifecycle: Lifecycle::new(),
             polls: parts.polls,
             channels: parts.channels,
+            meter: parts.meter,
             unfetched: Failures::default(),
             unusable: Failures::default(),
             policy_panics: LineLimit::default(),

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlxmq::CurrentJob;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -22,6 +22,7 @@ use crate::engine::attempt::leases::{Lease, Leases};
 use crate::engine::attempt::slots::Unsettled;
 use crate::engine::attempt::waiters::Waiters;
 use crate::engine::lane::{self, Item};
+use crate::engine::meter::Meter;
 use crate::engine::runner::polls::Polls;
 use crate::engine::supervise::{Panics, Restarts};
 use crate::engine::telemetry::{Condition, Failures, Lasting, LineLimit};
@@ -62,6 +63,8 @@ pub(crate) enum AttemptResult {
         outcome: Arc<Outcome>,
         /// The destination of a dead letter, for its log line.
         destination: Option<Box<str>>,
+        /// When the request was enqueued, by this process's clock.
+        enqueued: Instant,
     },
     PutBack {
         delay: Duration,
@@ -281,6 +284,7 @@ pub(crate) struct Settler {
     leases: Arc<Leases>,
     waiters: Arc<Waiters>,
     polls: Arc<Polls>,
+    meter: Arc<Meter>,
     /// Notified when requests have finished here.
     finished: Notify,
     /// Results that came too late to count.
@@ -300,6 +304,7 @@ impl Settler {
         leases: Arc<Leases>,
         waiters: Arc<Waiters>,
         polls: Arc<Polls>,
+        meter: Arc<Meter>,
     ) -> Self {
         Self {
             store,
@@ -308,6 +313,7 @@ impl Settler {
             leases,
             waiters,
             polls,
+            meter,
             finished: Notify::new(),
             stale_results: AtomicU64::new(0),
             failing: Condition::default(),
@@ -567,8 +573,12 @@ impl Settler {
             if let AttemptResult::Finish {
                 outcome,
                 destination,
+                enqueued,
             } = settlement.result
             {
+                let channel = &finished.row.channel;
+                self.meter
+                    .finished(channel, outcome.status, enqueued.elapsed());
                 self.log_dead_letter(&outcome, &finished.row, destination.as_deref());
                 self.waiters
                     .wake(fence.id, || completed(outcome, finished, destination));

@@ -1,5 +1,6 @@
 //! The engine's background tasks. Each runs until its owner aborts it, or until a shutdown.
 
+pub(crate) mod activity;
 pub(crate) mod channels;
 pub(crate) mod destinations;
 pub(crate) mod hand_over;

@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::engine::meter::Meter;
 use crate::engine::telemetry::OwnCondition;
 use crate::health::SweepPart;
+use crate::status::Status;
 use crate::store::sweep::{Emptied, ExpiredSlot, Old, Position};
 use crate::store::{Store, StoreError};
 
@@ -85,12 +87,12 @@ impl Progress {
 }
 
 /// Sweeps until the task is aborted.
-pub(crate) async fn run(store: Store, health: Arc<Health>) {
+pub(crate) async fn run(store: Store, health: Arc<Health>, meter: Arc<Meter>) {
     let config = store.config();
     let shortest = config.dead_letter_retention.unwrap_or(config.retention);
     let shortest = shortest.min(config.retention);
     let interval = (shortest / 24).clamp(Duration::from_secs(1), MAX_INTERVAL);
-    let mut sweep = Sweep::new(store, health);
+    let mut sweep = Sweep::new(store, health, meter);
     loop {
         // The jitter spreads the processes of a fleet, which may have started together.
         tokio::time::sleep(interval.mul_f64(0.5 + fastrand::f64())).await;
@@ -106,6 +108,7 @@ pub(crate) async fn run(store: Store, health: Arc<Health>) {
 struct Sweep {
     store: Store,
     health: Arc<Health>,
+    meter: Arc<Meter>,
     deadlines: Part,
     undelivered: Part,
     outcomes: Part,
@@ -116,6 +119,7 @@ struct Sweep {
     order: Part,
     handlers: Part,
     destinations: Part,
+    activity: Part,
     /// The last channel whose runners were looked for.
     channels_after: Option<String>,
     /// The last destination whose state was looked at.
@@ -137,10 +141,11 @@ struct Sweep {
 }
 
 impl Sweep {
-    fn new(store: Store, health: Arc<Health>) -> Self {
+    fn new(store: Store, health: Arc<Health>, meter: Arc<Meter>) -> Self {
         Self {
             store,
             health,
+            meter,
             deadlines: Part::new("deadlines"),
             undelivered: Part::new("undelivered channels"),
             outcomes: Part::new("outcomes"),
@@ -151,6 +156,7 @@ impl Sweep {
             order: Part::new("ordering keys"),
             handlers: Part::new("handlers"),
             destinations: Part::new("destinations"),
+            activity: Part::new("activity"),
             channels_after: None,
             destinations_after: String::new(),
             old_attempts: Cursor::new(Old::Attempts),
@@ -187,6 +193,17 @@ impl Sweep {
         let forgotten = self.forget_destinations().await;
         self.destinations
             .note(&self.store, &self.health, &forgotten);
+        let swept = self.delete_activity().await;
+        self.activity.note(&self.store, &self.health, &swept);
+    }
+
+    async fn delete_activity(&self) -> Result<Progress, StoreError> {
+        for _ in 0..MAX_STEPS {
+            if !self.store.sweep_activity().await? {
+                return Ok(Progress::Done);
+            }
+        }
+        Ok(Progress::Behind)
     }
 
     async fn forget_destinations(&mut self) -> Result<Progress, StoreError> {
@@ -303,6 +320,7 @@ impl Sweep {
                 }
             };
             if requests > 0 {
+                self.meter.ended(&channel.name, Status::Discarded, requests);
                 tracing::warn!(
                     channel = channel.name,
                     requests,

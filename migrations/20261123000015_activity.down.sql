@@ -1,0 +1,2 @@
+DROP FUNCTION note_activity;
+DROP TABLE activity;

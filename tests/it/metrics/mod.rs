@@ -1,0 +1,3 @@
+//! What is counted and measured: the activity of the fleet, and what a recorder is told.
+
+mod activity;
