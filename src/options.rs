@@ -14,7 +14,7 @@ use crate::retry::{MAX_DURATION, RetryPolicy};
 
 /// sqlxmq listens on `mq_` + channel, and Postgres truncates names over 63 bytes.
 pub(crate) const MAX_CHANNEL_LEN: usize = 55;
-const MAX_KEY_LEN: usize = 255;
+pub(crate) const MAX_KEY_LEN: usize = 255;
 /// The reason for refusing a time over [`MAX_DURATION`].
 pub(crate) const TOO_LONG: &str = "must be at most a hundred years";
 

@@ -31,9 +31,7 @@ impl Admin {
     /// # Ok(()) }
     /// ```
     pub async fn activity(&self, window: Window) -> Result<Activity, Error> {
-        let engine = self.durable.engine();
-        engine
-            .with_store(|store| async move { store.activity(window).await })
+        self.with_store(|store| async move { store.activity(window).await })
             .await
     }
 }

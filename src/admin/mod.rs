@@ -1,19 +1,36 @@
-//! For operators: why a request has not been sent.
+//! For operators: which requests there are, and why a request has not been sent.
 //!
-//! [`Durable::admin`](crate::Durable::admin) returns an [`Admin`]. It reads what all processes
-//! share, so it works from any of them.
+//! [`Durable::admin`](crate::Durable::admin) returns an [`Admin`], and [`Admin::connect`] makes one
+//! for a program that neither enqueues nor delivers. It reads what all processes share, so it works
+//! from any of them.
+//!
+//! Each read looks at a bounded number of rows, so it takes milliseconds however many requests
+//! there are.
 
 mod activity;
+mod builder;
 mod hold;
+mod reads;
 
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+
+use crate::destination::DestinationStatus;
 use crate::durable::Durable;
-use crate::error::Error;
-use crate::id::RequestId;
+use crate::error::{Error, Kind};
+use crate::runtime::Runtime;
+use crate::store::Store;
 
+pub use self::builder::{AdminBuilder, DEFAULT_ADMIN_CONNECTIONS};
 pub use crate::activity::{Activity, ActivityPoint, ChannelActivity, ParseWindowError, Window};
-pub use crate::inspection::{FailedAttempt, Hold, RequestInfo};
+pub use crate::inspection::{
+    Count, Counts, Cursor, DEFAULT_PAGE_LIMIT, FailedAttempt, Hold, MAX_COUNT, MAX_PAGE_LIMIT,
+    MAX_SEARCH_LEN, PageRequest, RequestFilter, RequestInfo, RequestPage, RequestState,
+    RequestSummary,
+};
 
-/// Looks into the queue. Cheap to clone. From [`Durable::admin`].
+/// Looks into the queue. Cheap to clone. From [`Durable::admin`] or [`Admin::connect`].
 ///
 /// # Examples
 ///
@@ -31,9 +48,20 @@ pub use crate::inspection::{FailedAttempt, Hold, RequestInfo};
 /// }
 /// # Ok(()) }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Admin {
-    durable: Durable,
+    access: Access,
+}
+
+/// How an [`Admin`] reaches the database.
+#[derive(Clone)]
+enum Access {
+    /// Through a handle, whose process learns of changes at once.
+    Handle(Durable),
+    Own {
+        store: Store,
+        runtime: Arc<Runtime>,
+    },
 }
 
 impl Durable {
@@ -49,22 +77,23 @@ impl Durable {
     /// ```
     pub fn admin(&self) -> Admin {
         Admin {
-            durable: self.clone(),
+            access: Access::Handle(self.clone()),
         }
     }
 }
 
 impl Admin {
-    /// One request, with its failed attempts and the reason why it is not being sent. `None` if
-    /// there is no such request, or its outcome has expired.
+    /// An [`Admin`] for the database at a URL, with the defaults of [`AdminBuilder`]. It has a
+    /// small pool of its own, and no runner or other background task. It connects and checks the
+    /// schema.
     ///
-    /// It takes a few look-ups by key, however many requests there are. They are not one snapshot:
-    /// of a request that moves on meanwhile, an attempt may be missing.
+    /// What only reads works with a role that has the rights of
+    /// [`ReadOnly`](crate::migrate::DatabaseRole::ReadOnly), and on a replica.
     ///
     /// # Errors
     ///
-    /// If the outcome has a status of a newer version ([`Error::is_unreadable`]), or if the
-    /// database fails.
+    /// If the URL is not valid, with `url` as its [`Error::field`]; if the database can't be
+    /// reached; if the schema is not installed or doesn't fit ([`Error::is_not_migrated`]).
     ///
     /// # Cancel safety
     ///
@@ -73,35 +102,66 @@ impl Admin {
     /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(
-    /// #     admin: requeuest::admin::Admin,
-    /// #     id: requeuest::RequestId,
-    /// # ) -> Result<(), requeuest::Error> {
-    /// let Some(request) = admin.request(id).await? else {
-    ///     println!("no such request, or its outcome has expired");
-    ///     return Ok(());
-    /// };
-    /// for attempt in &request.failed_attempts {
-    ///     println!("attempt {}: {}", attempt.number, attempt.error);
-    /// }
+    /// use requeuest::admin::{Admin, RequestFilter};
+    ///
+    /// # async fn example() -> Result<(), requeuest::Error> {
+    /// let admin = Admin::connect("postgres://localhost/app").await?;
+    /// println!("{} requests", admin.count(&RequestFilter::new()).await?);
     /// # Ok(()) }
     /// ```
-    pub async fn request(&self, id: RequestId) -> Result<Option<RequestInfo>, Error> {
-        let engine = self.durable.engine();
-        let found = engine
-            .with_store(|store| async move { store.inspect(id).await })
-            .await?;
-        let Some(found) = found else {
-            return Ok(None);
-        };
-        let mut info = found.info;
-        if let Some(place) = found.place {
-            let destination = match &info.destination {
-                Some(name) => Some(self.durable.destination(name)?.status().await?),
-                None => None,
-            };
-            info.hold = hold::of(&info, &place, destination);
+    pub async fn connect(url: impl Into<String>) -> Result<Self, Error> {
+        Self::builder(url).connect().await
+    }
+
+    /// Begins to configure an [`Admin`] for the database at a URL.
+    pub fn builder(url: impl Into<String>) -> AdminBuilder {
+        AdminBuilder::new(url.into())
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        match &self.access {
+            Access::Handle(durable) => durable.engine().store(),
+            Access::Own { store, .. } => store,
         }
-        Ok(Some(info))
+    }
+
+    /// Runs an operation of the store on a tokio runtime, from any executor.
+    pub(crate) async fn with_store<T, F>(
+        &self,
+        operation: impl FnOnce(Store) -> F,
+    ) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send + 'static,
+    {
+        match &self.access {
+            Access::Handle(durable) => durable.engine().with_store(operation).await,
+            Access::Own { store, runtime } => runtime
+                .run(operation(store.clone()))
+                .await
+                .unwrap_or_else(|| Err(Error::new(Kind::Closed))),
+        }
+    }
+
+    /// What all processes together know of a destination, whatever its name is.
+    async fn destination_status(&self, name: &str) -> Result<DestinationStatus, Error> {
+        let named = name.to_owned();
+        let row = self
+            .with_store(|store| async move { store.destination(&named).await })
+            .await?;
+        let coded = match &self.access {
+            Access::Handle(durable) => durable.engine().config().policies.of(name),
+            Access::Own { .. } => None,
+        };
+        let policy = row.policy.as_ref().or(coded);
+        Ok(row.state.status(name, policy, row.now))
+    }
+}
+
+impl fmt::Debug for Admin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admin")
+            .field("schema", &self.store().config().schema)
+            .finish_non_exhaustive()
     }
 }

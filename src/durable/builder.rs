@@ -31,7 +31,7 @@ use crate::repetition::FailedRequests;
 use crate::retry::{MAX_DURATION, RetryPolicy};
 use crate::runtime::Runtime;
 use crate::sealer::Sealer;
-use crate::store::{self, Store, StoreConfig};
+use crate::store::{self, STATEMENT_TIMEOUT, Store, StoreConfig};
 
 /// The channel of requests that name none: `default`.
 pub const DEFAULT_CHANNEL: &str = "default";
@@ -198,6 +198,7 @@ impl DurableBuilder {
             store: StoreConfig {
                 schema: DEFAULT_SCHEMA.to_owned(),
                 lease: DEFAULT_LEASE,
+                statement_timeout: STATEMENT_TIMEOUT,
                 retention: DEFAULT_RETENTION,
                 dead_letter_retention: Some(DEFAULT_DEAD_LETTER_RETENTION),
                 max_request_body: DEFAULT_MAX_REQUEST_BODY,

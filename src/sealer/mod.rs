@@ -68,6 +68,14 @@ impl Sealer {
         self.keys.as_deref()
     }
 
+    /// Whether anything that is encrypted can be read.
+    pub(crate) fn has_keys(&self) -> bool {
+        #[cfg(feature = "encryption")]
+        return self.keys.is_some();
+        #[cfg(not(feature = "encryption"))]
+        false
+    }
+
     /// Checks the keys, for the builder.
     pub(crate) fn validate(&self) -> Result<(), Error> {
         #[cfg(feature = "encryption")]

@@ -22,9 +22,9 @@ use crate::error::{Error, Kind, database_text, has_sqlstate, shared};
 
 /// A statement without an answer for this long loses its connection. sqlx sets no keepalive, so a
 /// black-holed socket would otherwise hang for minutes.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Postgres ends statements after this time, for those that no process waits for any more.
-const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Postgres ends statements after so many times that, for those that no process waits for any more.
+const SERVER_TIMEOUTS: u32 = 3;
 /// Large bodies get extra time; a slower network than this is of no use.
 const BYTES_PER_MILLISECOND: u64 = 4 * 1024;
 /// A connection used this recently is not pinged before reuse.
@@ -47,6 +47,7 @@ const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 pub(super) struct Session {
     pub(super) schema: String,
     pub(super) lease: Duration,
+    pub(super) statement_timeout: Duration,
     pub(super) dead_letter_retention: Option<Duration>,
     /// The largest body that a statement may move, in bytes.
     pub(super) max_body: usize,
@@ -308,7 +309,8 @@ impl Db {
         })?;
         // Boxed, so that callers' futures don't take the room of sqlx's.
         let statements = Box::pin(statements(&mut checkout.connection));
-        let result = within(bytes, statements).await;
+        let timeout = self.session.statement_timeout;
+        let result = within_time(timeout, bytes, statements).await;
         match result {
             Ok(result) => {
                 self.idle.keep(&self.pool, checkout);
@@ -333,7 +335,15 @@ pub(super) async fn within<T, E: From<sqlx::Error>>(
     bytes: usize,
     statement: impl Future<Output = Result<T, E>>,
 ) -> Result<T, E> {
-    tokio::time::timeout(STATEMENT_TIMEOUT + transfer_time(bytes), statement)
+    within_time(STATEMENT_TIMEOUT, bytes, statement).await
+}
+
+async fn within_time<T, E: From<sqlx::Error>>(
+    timeout: Duration,
+    bytes: usize,
+    statement: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    tokio::time::timeout(timeout + transfer_time(bytes), statement)
         .await
         .unwrap_or_else(|_elapsed| Err(timed_out().into()))
 }
@@ -454,7 +464,7 @@ fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
         .dead_letter_retention
         .map_or_else(String::new, |retention| millis(retention).to_string());
     let search_path = quoted(&session.schema);
-    let timeout = SERVER_TIMEOUT + transfer_time(session.max_body);
+    let timeout = session.statement_timeout * SERVER_TIMEOUTS + transfer_time(session.max_body);
     let timeout = timeout.as_millis().to_string();
     connect.clone().options(SETTINGS.iter().copied()).options([
         ("search_path", search_path.as_str()),

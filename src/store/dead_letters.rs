@@ -8,6 +8,7 @@ use sqlx::query::Query;
 use sqlx::{PgConnection, Postgres, Row};
 use uuid::Uuid;
 
+use super::columns::{METHOD, ordering_key as ordering_key_of};
 use super::{Store, StoreError, millis};
 use crate::codec::{OUTCOME_FORMAT, Unreadable};
 use crate::dead_letter::{DeadLetter, HaltedKey, Position, Resolution, Wanted};
@@ -174,14 +175,18 @@ async fn now(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
         .await
 }
 
-const COLUMNS: &str = r#"
-    o.id, o.channel_name, o.status, o.attempts, o.http_status, o.error_class, o.error,
-    CASE WHEN is_ordered(o.channel_args) THEN substr(o.channel_args, 8) END AS ordering_key,
+fn columns() -> String {
+    let ordering_key = ordering_key_of("o.channel_args");
+    format!(
+        "o.id, o.channel_name, o.status, o.attempts, o.http_status, o.error_class, o.error,
+    {ordering_key} AS ordering_key,
     epoch_us(o.created_at) AS created_at,
     epoch_us(o.finished_at) AS finished_at,
     o.destination,
-    substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method,
-    o.metadata::text AS metadata"#;
+    {METHOD} AS method,
+    o.metadata::text AS metadata"
+    )
+}
 
 /// The page of a filter, in the order in which the requests ended. Each combination of statuses,
 /// channel and destination is one range of an index, so a page reads what it shows, for each of the
@@ -272,11 +277,12 @@ async fn list(
 ) -> Result<Vec<DeadLetter>, sqlx::Error> {
     let statement = format!(
         "WITH page AS MATERIALIZED ({})
-         SELECT {COLUMNS}
+         SELECT {}
          FROM page JOIN outcomes_kept o ON o.id = ANY (ARRAY[page.id])
          LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[page.id])
          ORDER BY page.finished_at, page.id",
-        page_of(&page.wanted)
+        page_of(&page.wanted),
+        columns()
     );
     let rows = bound(&statement, page).fetch_all(connection).await?;
     rows.iter().map(|row| dead_letter(row, sealer)).collect()
@@ -548,8 +554,9 @@ async fn take_ambiguous(
             FROM due WHERE k.id = ANY (ARRAY[due.id])
             RETURNING k.*
         )
-        SELECT {COLUMNS}, o.reconciles, p.head, p.body
-        FROM o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])"
+        SELECT {}, o.reconciles, p.head, p.body
+        FROM o LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[o.id])",
+        columns()
     ))
     .bind(channels)
     .bind(millis(lease))

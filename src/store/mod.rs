@@ -8,6 +8,7 @@ mod activity;
 pub(crate) mod bulk;
 pub(crate) mod cancel;
 pub(crate) mod claim;
+mod columns;
 pub(crate) mod connect;
 mod db;
 pub(crate) mod dead_letters;
@@ -38,13 +39,15 @@ use self::db::{Db, Session};
 use crate::error::{Error, database_text};
 use crate::sealer::Sealer;
 
-pub(crate) use self::db::StoreError;
+pub(crate) use self::db::{STATEMENT_TIMEOUT, StoreError};
 
 /// What a handle's store was told by its builder.
 #[derive(Clone, Debug)]
 pub(crate) struct StoreConfig {
     pub(crate) schema: String,
     pub(crate) lease: Duration,
+    /// How long a statement may take, besides the time for what it moves.
+    pub(crate) statement_timeout: Duration,
     pub(crate) retention: Duration,
     /// `None` keeps dead letters until they are purged.
     pub(crate) dead_letter_retention: Option<Duration>,
@@ -87,6 +90,7 @@ impl Store {
         let session = Session {
             schema: config.schema.clone(),
             lease: config.lease,
+            statement_timeout: config.statement_timeout,
             dead_letter_retention: config.dead_letter_retention,
             max_body: config.max_request_body.max(config.max_response_body),
         };
@@ -237,6 +241,7 @@ mod tests {
         let config = StoreConfig {
             schema: "requeuest".to_owned(),
             lease: Duration::from_secs(15),
+            statement_timeout: STATEMENT_TIMEOUT,
             retention: Duration::from_secs(60),
             dead_letter_retention: None,
             max_request_body: 1024,

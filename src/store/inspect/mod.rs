@@ -1,6 +1,11 @@
-//! Reading one request for an operator.
+//! Reading requests for an operator.
 //!
-//! Each statement reads a few rows by their keys, however many requests there are.
+//! Each statement reads a bounded number of rows, however many requests there are.
+
+mod counts;
+mod list;
+mod source;
+mod summary;
 
 use std::time::{Duration, SystemTime};
 
@@ -9,6 +14,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::Store;
+use super::columns::{METHOD, named_by_group, ordering_key};
 use super::dead_letters::{answered, at};
 use super::outcome::status;
 use crate::codec::Unreadable;
@@ -16,6 +22,7 @@ use crate::error::Error;
 use crate::id::RequestId;
 use crate::inspection::{FailedAttempt, RequestInfo};
 use crate::sealer::Sealer;
+use crate::status::Status;
 
 /// A request, and what says why it is not being sent.
 #[derive(Debug)]
@@ -77,7 +84,7 @@ async fn inspect(
 ) -> Result<Found<Inspected>, sqlx::Error> {
     // In an order in which a request that ends meanwhile is read as ended, and never as unknown.
     let attempts = failed_attempts(connection, id, sealer).await?;
-    let row = sqlx::query(REQUEST)
+    let row = sqlx::query(&statement())
         .bind(Uuid::from(id))
         .fetch_optional(&mut *connection)
         .await?;
@@ -97,6 +104,7 @@ async fn inspect(
     let shown = |text| sealer.shown_error_text(id, class.as_deref().unwrap_or_default(), text);
     let error = error.map(shown);
     let begun: i32 = row.try_get("attempts")?;
+    let answered = || answered(http_status.filter(|_| status != Status::Completed)?);
     let place = if row.try_get("is_queued")? && !status.is_terminal() {
         Some(place(&row)?)
     } else {
@@ -119,7 +127,7 @@ async fn inspect(
             finished_at: time("finished_at")?,
             http_status,
             error_class: class,
-            error: error.or_else(|| answered(http_status?)),
+            error: error.or_else(answered),
             replayed_as: replayed_as.map(RequestId::from),
             failed_attempts: attempts,
             hold: None,
@@ -130,7 +138,10 @@ async fn inspect(
 
 /// A halted request is in the queue and among the outcomes. `first` is the first request of the
 /// ordering key, by the index that has that order.
-const REQUEST: &str = r#"
+fn statement() -> String {
+    let (ordering_key, named) = (ordering_key("g.name"), named_by_group("g.name"));
+    format!(
+        "
     SELECT
         m.id IS NOT NULL AS is_queued,
         coalesce(o.channel_name, m.channel_name) AS channel_name,
@@ -139,12 +150,13 @@ const REQUEST: &str = r#"
         epoch_us(o.finished_at) AS finished_at,
         o.http_status, o.error_class, o.error, o.replayed_as,
         epoch_us(m.deadline) AS deadline,
-        CASE WHEN is_ordered(g.name) THEN substr(g.name, 8) END AS ordering_key,
+        {ordering_key} AS ordering_key,
         coalesce(
             o.destination, m.destination,
-            CASE WHEN NOT is_ordered(g.name) THEN substr(g.name, 8) END
+            -- The older API's group of an ended request is not where it went.
+            CASE WHEN o.id IS NULL OR strpos({named}, '://') > 0 THEN {named} END
         ) AS destination,
-        substring(p.head FROM '^\{"method":"([^"\\]*)"') AS method,
+        {METHOD} AS method,
         m.state::text AS state,
         -- A held row's due time includes a lease.
         epoch_us(
@@ -169,7 +181,9 @@ const REQUEST: &str = r#"
             AND ahead.seq IS NOT NULL
         ORDER BY ahead.seq LIMIT 1
     ) first ON first.id <> m.id
-    WHERE m.id IS NOT NULL OR o.id IS NOT NULL"#;
+    WHERE m.id IS NOT NULL OR o.id IS NOT NULL"
+    )
+}
 
 fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
     let first: Option<Uuid> = row.try_get("first")?;

@@ -1,5 +1,4 @@
-//! What an operator sees of a request: where it stands, its failed attempts, and why it is not
-//! being sent.
+//! Where a request stands, its failed attempts, and why it is not being sent.
 
 use std::time::Duration;
 

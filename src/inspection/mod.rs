@@ -1,12 +1,25 @@
 //! What an operator is shown of one request: where it stands, which attempts failed, and why it has
 //! not been sent.
 
+mod cursor;
+mod filter;
+mod page;
+mod state;
+
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use crate::destination::{DestinationState, DestinationStatus};
 use crate::id::RequestId;
 use crate::status::Status;
+
+pub use self::cursor::Cursor;
+pub(crate) use self::filter::micros_of;
+pub use self::filter::{
+    DEFAULT_PAGE_LIMIT, MAX_PAGE_LIMIT, MAX_SEARCH_LEN, PageRequest, RequestFilter,
+};
+pub use self::page::{Count, Counts, MAX_COUNT, RequestPage, RequestSummary};
+pub use self::state::RequestState;
 
 /// One request with its failed attempts. [`Admin::request`](crate::admin::Admin::request) returns
 /// it.

@@ -1,0 +1,5 @@
+//! What an operator sees of requests.
+
+mod connect;
+mod lists;
+mod reasons;
