@@ -29,6 +29,7 @@ use crate::options::{Guarantee, Options, Priority, validate_timeout};
 use crate::request::{Request, Target, check_uri};
 use crate::response::Response;
 use crate::retry::{RetryPolicy, millis};
+use crate::trace_context::TraceContext;
 
 /// The newest form of outcomes that this version reads. Versions that only read earlier ones leave
 /// such outcomes alone.
@@ -165,6 +166,8 @@ struct StoredRequest<'a> {
     sensitive: Vec<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     trailers: Option<Headers<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    trace: Option<StoredTrace<'a>>,
     delivery: Cow<'a, Delivery>,
 }
 
@@ -206,8 +209,46 @@ struct HiddenRequest<'a> {
     sensitive: Vec<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     trailers: Option<Headers<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    trace: Option<StoredTrace<'a>>,
     /// Whether there is a body: a row whose body was removed must not be sent without one.
     body: bool,
+}
+
+/// What attempts carry of the trace that the request belongs to.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredTrace<'a> {
+    #[serde(borrow)]
+    traceparent: Text<'a>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tracestate: Option<Text<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    baggage: Option<Text<'a>>,
+}
+
+impl<'a> StoredTrace<'a> {
+    fn of(context: &'a TraceContext) -> Self {
+        Self {
+            traceparent: context.traceparent().into(),
+            tracestate: context.tracestate().map(Text::from),
+            baggage: context.baggage().map(Text::from),
+        }
+    }
+
+    fn into_context(self) -> Result<TraceContext, Unreadable> {
+        let context = TraceContext::new(&self.traceparent.0).and_then(|context| {
+            let context = match self.tracestate {
+                Some(tracestate) => context.with_tracestate(&tracestate.0)?,
+                None => context,
+            };
+            match self.baggage {
+                Some(baggage) => context.with_baggage(&baggage.0),
+                None => Ok(context),
+            }
+        });
+        context.map_err(|_| Unreadable::part("the trace context"))
+    }
 }
 
 type Pairs<'a> = Vec<(Text<'a>, Text<'a>)>;
@@ -309,6 +350,7 @@ pub(crate) fn encode_request(request: &Request, uri: &Uri, delivery: &Delivery) 
         headers,
         sensitive,
         trailers: request.trailers.as_ref().map(Headers::of),
+        trace: request.trace.as_deref().map(StoredTrace::of),
         delivery: Cow::Borrowed(delivery),
     };
     to_json(&head)
@@ -348,6 +390,7 @@ pub(crate) fn decode_request(head: &str) -> Result<(Request, Uri, Delivery), Unr
             headers: head.headers,
             sensitive: head.sensitive,
             trailers: head.trailers,
+            trace: head.trace,
         },
     );
     parts.into_request(&method.0, delivery)
@@ -360,6 +403,7 @@ struct RequestParts<'a> {
     headers: Pairs<'a>,
     sensitive: Vec<usize>,
     trailers: Option<Headers<'a>>,
+    trace: Option<StoredTrace<'a>>,
 }
 
 impl RequestParts<'_> {
@@ -388,6 +432,10 @@ impl RequestParts<'_> {
             headers: Headers { headers, sensitive }.into_map()?,
             body: None,
             trailers: self.trailers.map(Headers::into_map).transpose()?,
+            trace: match self.trace {
+                Some(trace) => Some(Box::new(trace.into_context()?)),
+                None => None,
+            },
             options: Options::default(),
         };
         Ok((request, uri, delivery))
@@ -405,6 +453,7 @@ pub(crate) fn encode_hidden(request: &Request, uri: &Uri, before: &[u8], after: 
         headers,
         sensitive,
         trailers: request.trailers.as_ref().map(Headers::of),
+        trace: request.trace.as_deref().map(StoredTrace::of),
         body: request.body.is_some(),
     };
     to_json_between(&hidden, before, after)
@@ -428,6 +477,7 @@ pub(crate) fn decode_hidden(
         headers: hidden.headers,
         sensitive: hidden.sensitive,
         trailers: hidden.trailers,
+        trace: hidden.trace,
     };
     Ok((parts.into_request(method, delivery)?, body))
 }
@@ -502,6 +552,13 @@ mod tests {
             limit_key: None,
             awaited: true,
         }
+    }
+
+    fn trace() -> TraceContext {
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let context = TraceContext::new(parent).unwrap();
+        let context = context.with_tracestate("a=1").unwrap();
+        context.with_baggage("b=2").unwrap()
     }
 
     fn header_value() -> impl Strategy<Value = HeaderValue> {
@@ -666,12 +723,13 @@ mod tests {
             http::header::ETAG,
             "x".parse().unwrap(),
         )]));
+        request.trace = Some(Box::new(trace()));
         let head = encode_request(&request, &request.uri().unwrap(), &delivery);
         assert!(decode_request(&head).is_ok());
         let changed = with_field(&serde_json::from_str(&head).unwrap());
-        // The head, its trailers, the delivery, its policy, the delays with their kind, and two
-        // accepted responses.
-        assert_eq!(changed.len(), 8, "{changed:#?}");
+        // The head, its trailers, its trace, the delivery, its policy, the delays with their kind,
+        // and two accepted responses.
+        assert_eq!(changed.len(), 9, "{changed:#?}");
         for head in changed {
             assert!(decode_request(&head.to_string()).is_err(), "{head}");
         }
@@ -690,6 +748,22 @@ mod tests {
         for head in changed {
             let decoded = decode_response(response.id, 200, &head.to_string(), Bytes::new());
             assert!(decoded.is_err(), "{head}");
+        }
+    }
+
+    #[test]
+    fn a_trace_context_survives_and_a_malformed_one_is_unreadable() {
+        let request = http::Request::get("http://a/").body("").unwrap();
+        let mut request = Request::try_from(request).unwrap();
+        let uri = request.uri().unwrap();
+        assert!(!encode_request(&request, &uri, &delivery()).contains("trace"));
+        request.trace = Some(Box::new(trace()));
+        let head = encode_request(&request, &uri, &delivery());
+        let (read, _, _) = decode_request(&head).unwrap();
+        assert_eq!(read.trace, request.trace);
+        for part in ["00-4b", "a=1", "b=2"] {
+            let error = decode_request(&head.replace(part, "?")).unwrap_err();
+            assert_eq!(error.as_str(), "the trace context is malformed");
         }
     }
 

@@ -80,6 +80,7 @@
 //! | `axum` | | converts between [`Body`] and axum's body |
 //! | `encryption` | | [`encryption`] encrypts what is stored, with your keys |
 //! | `webhooks` | | signs and verifies as Standard Webhooks asks: [`webhooks`] |
+//! | `otel` | | spans by OpenTelemetry's conventions: [`otel`] |
 //! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
 //! | `testkit-download` | | `testkit`, and downloads a Postgres where none is installed |
 //! | `http` | | does nothing; kept for dependents of the older crate |
@@ -96,6 +97,8 @@
 #![cfg_attr(not(feature = "ssrf-guard"), doc = "[`guard`]: #features")]
 #![cfg_attr(feature = "encryption", doc = "[`encryption`]: mod@encryption")]
 #![cfg_attr(not(feature = "encryption"), doc = "[`encryption`]: #features")]
+#![cfg_attr(feature = "otel", doc = "[`otel`]: mod@otel")]
+#![cfg_attr(not(feature = "otel"), doc = "[`otel`]: #features")]
 #![cfg_attr(feature = "webhooks", doc = "[`webhooks`]: mod@webhooks")]
 #![cfg_attr(not(feature = "webhooks"), doc = "[`webhooks`]: #features")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -110,6 +113,8 @@ pub mod error;
 pub mod guard;
 pub mod hooks;
 pub mod migrate;
+#[cfg(feature = "otel")]
+pub mod otel;
 pub mod retry;
 #[cfg(feature = "testkit")]
 pub mod testkit;
@@ -147,6 +152,7 @@ mod sealer;
 mod status;
 mod store;
 mod target;
+mod trace_context;
 
 pub use body::{Body, BodyError, IntoBody};
 pub use classify::{AcceptedResponse, Classify, FailureClass, Verdict};
@@ -193,6 +199,7 @@ pub use request::{MAX_HEADERS, MAX_HEADERS_LEN, MAX_URL_LEN, Request};
 pub use response::Response;
 pub use status::{ParkedRequest, Status};
 pub use store::hand_over::{OutcomeFn, OutcomeFnWith, OutcomeHandler, outcome_fn, outcome_fn_with};
+pub use trace_context::{TraceContext, TraceContextHook};
 
 pub use http::{self, HeaderMap, Method, StatusCode};
 pub use reqwest;

@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::options::Options;
 use crate::redact::Shown;
 use crate::target;
+use crate::trace_context::TraceContext;
 
 /// The longest URL that is accepted, in bytes. It exceeds the 8000 bytes that RFC 9110 section 4.1
 /// recommends every recipient to support.
@@ -59,6 +60,8 @@ pub struct Request {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Option<Bytes>,
     pub(crate) trailers: Option<HeaderMap>,
+    /// What attempts carry of the trace of the call. Set when the request is persisted.
+    pub(crate) trace: Option<Box<TraceContext>>,
     pub(crate) options: Options,
 }
 
@@ -78,6 +81,7 @@ impl Request {
             headers,
             body,
             trailers: None,
+            trace: None,
             options: Options::default(),
         }
     }
@@ -169,6 +173,7 @@ impl Request {
             headers: parts.headers,
             body,
             trailers,
+            trace: None,
             options: parts.extensions.get().cloned().unwrap_or_default(),
         };
         request.uri()?;
@@ -397,6 +402,7 @@ impl Request {
             headers: request.headers().clone(),
             body,
             trailers,
+            trace: None,
             options: Options {
                 attempt_timeout: request.timeout().copied().filter(|time| !time.is_zero()),
                 ..Options::default()

@@ -1,5 +1,6 @@
 //! The configuration of a handle. Every default is a constant; every field is checked in one place.
 
+use std::any::TypeId;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,7 +16,7 @@ use crate::classify::{Classifier, Classify, Webhooks};
 use crate::dead_letter::Reconcile;
 use crate::destination::{DestinationEvent, DestinationPolicy, Policies};
 use crate::engine::attempt::hooks::Hooks;
-use crate::engine::attempt::transport::{self, HttpClient, Transport, erase};
+use crate::engine::attempt::transport::{self, HttpClient, ReqwestTransport, Transport, erase};
 use crate::engine::runner::RunnerGuard;
 use crate::engine::tasks::reconcile::ReconcileGuard;
 use crate::engine::{Config, DestinationObserver, Engine};
@@ -32,6 +33,7 @@ use crate::retry::{MAX_DURATION, RetryPolicy};
 use crate::runtime::Runtime;
 use crate::sealer::Sealer;
 use crate::store::{self, STATEMENT_TIMEOUT, Store, StoreConfig};
+use crate::trace_context::{ForHook, TraceContextHook, Tracer, Tracing};
 
 /// The channel of requests that name none: `default`.
 pub const DEFAULT_CHANNEL: &str = "default";
@@ -135,7 +137,11 @@ enum Subscription {
 
 enum TransportChoice {
     Plain,
-    Given(Transport),
+    Given {
+        transport: Transport,
+        /// It makes no spans.
+        is_own: bool,
+    },
     /// The first service that the layer wraps.
     Wrapped,
 }
@@ -188,6 +194,7 @@ impl DurableBuilder {
                     hooks: Vec::new(),
                     timeout: DEFAULT_HOOK_TIMEOUT,
                 },
+                tracing: None,
                 strip_headers: Box::default(),
                 idempotency_header: IdempotencyHeader::default(),
                 redirects: Redirects::none(),
@@ -251,7 +258,10 @@ impl DurableBuilder {
     /// If a client follows redirects or retries
     /// by itself, those transmissions are neither counted nor recorded.
     pub fn transport<S: HttpClient>(mut self, service: S) -> Self {
-        self.transport = TransportChoice::Given(erase(service));
+        self.transport = TransportChoice::Given {
+            transport: erase(service),
+            is_own: TypeId::of::<S>() == TypeId::of::<ReqwestTransport>(),
+        };
         self
     }
 
@@ -463,6 +473,21 @@ impl DurableBuilder {
     /// ```
     pub fn on_attempt(mut self, hook: impl AttemptHook) -> Self {
         self.config.hooks.hooks.push(Arc::new(hook));
+        self
+    }
+
+    /// Carries the trace context of each call to the request's attempts, in every process that has
+    /// the hook. Defaults to none. With the feature `otel`, `OpenTelemetry` is one that makes spans
+    /// too, and the last one that is set counts.
+    ///
+    /// The context is stored with the request. An attempt whose request has a `traceparent` of its
+    /// own keeps it, unless the hook replaces it.
+    pub fn trace_context(self, hook: impl TraceContextHook) -> Self {
+        self.tracer(ForHook(Arc::new(hook)))
+    }
+
+    pub(crate) fn tracer(mut self, tracer: impl Tracer + 'static) -> Self {
+        self.config.tracing = Some(Tracing(Arc::new(tracer)));
         self
     }
 
@@ -831,8 +856,9 @@ impl DurableBuilder {
         let engine = Engine::start(runtime, store, config);
         let (mut plain_transport, mut wrapped_transport) = (false, false);
         match self.transport {
-            TransportChoice::Given(transport) => {
+            TransportChoice::Given { transport, is_own } => {
                 engine.offer_transport(|| transport);
+                engine.driver().transport.set_own(is_own);
             }
             TransportChoice::Wrapped => {
                 wrapped_transport = true;
@@ -844,6 +870,7 @@ impl DurableBuilder {
                 plain_transport = true;
                 let plain = transport::own(engine.config())?;
                 engine.offer_transport(|| plain);
+                engine.driver().transport.set_own(true);
             }
         }
         let driver = engine.driver();

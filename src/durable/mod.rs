@@ -269,9 +269,15 @@ impl Durable {
         self.engine().ensure_not_closing()?;
         let row = &prepared.row;
         let store = self.engine().store();
-        let inserted = store.insert_for_caller(executor, row).await?;
-        self.engine().left_to_runners([&row.channel]);
-        let id = inserted.persisted(row)?;
+        let inserted = store.insert_for_caller(executor, row).await;
+        let persisted = inserted.and_then(|inserted| {
+            self.engine().left_to_runners([&row.channel]);
+            inserted.persisted(row)
+        });
+        if let Some(span) = prepared.span {
+            span.end(persisted.as_ref().copied());
+        }
+        let id = persisted?;
         if id == row.id {
             self.engine().driver().meter.enqueued(&row.channel, 1);
         }

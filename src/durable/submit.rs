@@ -23,6 +23,7 @@ use crate::redact::mark_secrets;
 use crate::repetition::Marker;
 use crate::request::Request;
 use crate::store::enqueue::{Initial, Key, NewRequest};
+use crate::trace_context::{EnqueueSpan, Enqueuing, Tracing};
 
 impl Durable {
     /// Checks a request and encodes it.
@@ -94,6 +95,7 @@ impl Durable {
         if let Some(trailers) = &mut request.trailers {
             mark_secrets(trailers, &config.redact_headers);
         }
+        let span = self.begin_enqueue(id, &channel, &mut request);
         let (head, body) = sealer.request(id, &request, &uri, &delivery);
         let options = &request.options;
         let destination = destination::name_of(options.limit_key.as_deref(), &uri);
@@ -128,7 +130,27 @@ impl Durable {
             row,
             job,
             earlier: None,
+            span,
         })
+    }
+
+    /// Begins the span of an enqueue, and adds the context of its trace to the request.
+    fn begin_enqueue(
+        &self,
+        id: RequestId,
+        channel: &str,
+        request: &mut Request,
+    ) -> Option<EnqueueSpan> {
+        // A request that was read from a dead letter has the context of another call.
+        request.trace = None;
+        let Tracing(tracer) = self.engine().config().tracing.as_ref()?;
+        let (context, span) = tracer.enqueue(&Enqueuing {
+            id,
+            channel,
+            headers: &request.headers,
+        });
+        request.trace = context.map(Box::new);
+        span
     }
 
     /// Enqueues a request that no caller waits for. `client` is the one that the request came
@@ -138,8 +160,13 @@ impl Durable {
         prepared: Prepared,
         client: Option<CallerClient>,
     ) -> Result<Submitted, Error> {
-        let Prepared { row, job, earlier } = prepared;
-        self.engine().submit(row, job, client, earlier)
+        let Prepared {
+            row,
+            job,
+            earlier,
+            span,
+        } = prepared;
+        self.engine().submit(row, job, client, earlier, span)
     }
 
     /// Enqueues a request and waits for its outcome. While the caller waits, every attempt that
@@ -149,9 +176,15 @@ impl Durable {
         prepared: Prepared,
         client: Option<CallerClient>,
     ) -> Result<Awaiting, Error> {
-        let Prepared { row, job, earlier } = prepared;
+        let Prepared {
+            row,
+            job,
+            earlier,
+            span,
+        } = prepared;
+        let engine = self.engine();
         Ok(Awaiting {
-            outcome: self.engine().submit_awaited(row, job, client, earlier)?,
+            outcome: engine.submit_awaited(row, job, client, earlier, span)?,
             durable: self.clone(),
         })
     }
@@ -171,6 +204,8 @@ pub(crate) struct Prepared {
     job: Job,
     /// The call that made the same request before. It may have persisted it.
     pub(super) earlier: Option<Marker>,
+    /// The span of the enqueue.
+    pub(super) span: Option<EnqueueSpan>,
 }
 
 impl Prepared {

@@ -15,6 +15,7 @@ use crate::guard::Guard;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::redirects::Redirects;
 use crate::retry::RetryPolicy;
+use crate::trace_context::Tracing;
 
 /// Told of what happens to destinations.
 #[derive(Clone)]
@@ -61,6 +62,8 @@ pub(crate) struct Config {
     pub(crate) retry_fired: RetryPolicy,
     pub(crate) classifier: Classifier,
     pub(crate) hooks: Hooks,
+    /// `None` costs nothing.
+    pub(crate) tracing: Option<Tracing>,
     /// Headers that are not stored.
     pub(crate) strip_headers: Box<[HeaderName]>,
     pub(crate) idempotency_header: IdempotencyHeader,

@@ -36,6 +36,7 @@ use crate::repetition::Marker;
 use crate::runtime::BoxFuture;
 use crate::store::enqueue::{Initial, Inserted, NewRequest};
 use crate::store::{Store, StoreError};
+use crate::trace_context::EnqueueSpan;
 
 /// The first pause before an insert with an unknown outcome is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
@@ -54,6 +55,8 @@ struct Done {
     sender: oneshot::Sender<Result<RequestId, Error>>,
     /// When the request was handed in.
     since: Instant,
+    /// The span of the enqueue ends with it.
+    span: Option<EnqueueSpan>,
     /// Given back once the request is persisted or refused.
     _share: Share,
 }
@@ -61,6 +64,9 @@ struct Done {
 impl Done {
     /// A caller that is gone cancels nothing.
     fn send(self, persisted: Result<RequestId, Error>) {
+        if let Some(span) = self.span {
+            span.end(persisted.as_ref().copied());
+        }
         let _ = self.sender.send(persisted);
     }
 }
@@ -88,9 +94,10 @@ impl Engine {
         job: Job,
         client: Option<CallerClient>,
         earlier: Option<Marker>,
+        span: Option<EnqueueSpan>,
     ) -> Result<Submitted, Error> {
         let has_client = client.is_some();
-        self.hand_in(row, job, client, has_client, earlier)
+        self.hand_in(row, job, (client, has_client), earlier, span)
     }
 
     /// Enqueues a request and waits for its outcome. While the caller waits, every attempt that
@@ -102,6 +109,7 @@ impl Engine {
         job: Job,
         client: Option<CallerClient>,
         earlier: Option<Marker>,
+        span: Option<EnqueueSpan>,
     ) -> Result<AwaitOutcome, Error> {
         let has_client = client.is_some();
         let id = row.id;
@@ -109,7 +117,7 @@ impl Engine {
         let waiter = self.driver().waiters.subscribe(id, client, within);
         Ok(AwaitOutcome {
             id,
-            submitted: Some(self.hand_in(row, job, None, has_client, earlier)?),
+            submitted: Some(self.hand_in(row, job, (None, has_client), earlier, span)?),
             waiter,
             attached: None,
             engine: Arc::clone(self),
@@ -120,11 +128,22 @@ impl Engine {
         &self,
         mut row: NewRequest,
         job: Job,
-        client: Option<CallerClient>,
-        has_client: bool,
+        (client, has_client): (Option<CallerClient>, bool),
         earlier: Option<Marker>,
+        span: Option<EnqueueSpan>,
     ) -> Result<Submitted, Error> {
-        let share = self.budget.take(row.size())?;
+        let admitted = self
+            .ensure_open()
+            .and_then(|()| self.budget.take(row.size()));
+        let share = match admitted {
+            Ok(share) => share,
+            Err(error) => {
+                if let Some(span) = span {
+                    span.end(Err(&error));
+                }
+                return Err(error);
+            }
+        };
         // What an earlier call persisted may have a claim already.
         let may_start = earlier.is_none() && !row.ordered && row.delay.is_zero();
         let body = row.body.as_ref().map_or(0, Bytes::len);
@@ -166,11 +185,12 @@ impl Engine {
         let done = Done {
             sender,
             since: Instant::now(),
+            span,
             _share: share,
         };
         let submission = Submission { row, start, done };
         match earlier {
-            Some(earlier) => self.enqueue_again(submission, earlier)?,
+            Some(earlier) => self.enqueue_again(submission, earlier),
             None => self.enqueue(submission)?,
         }
         Ok(Submitted {
@@ -181,7 +201,6 @@ impl Engine {
     }
 
     fn enqueue(&self, submission: Submission) -> Result<(), Error> {
-        self.ensure_open()?;
         if submission.row.needs_lock() {
             let (store, keys) = (self.store().clone(), Arc::clone(&self.busy_keys));
             let channels = Arc::clone(&self.driver().channels);
@@ -196,8 +215,7 @@ impl Engine {
     }
 
     /// Enqueues a request unless an earlier call has.
-    fn enqueue_again(&self, submission: Submission, earlier: Marker) -> Result<(), Error> {
-        self.ensure_open()?;
+    fn enqueue_again(&self, submission: Submission, earlier: Marker) {
         let (driver, keys) = (Arc::clone(self.driver()), Arc::clone(&self.busy_keys));
         self.driver().spawn(async move {
             // If its caller was dropped, the first insert may still be under way, to begin an
@@ -213,7 +231,6 @@ impl Engine {
             let (store, meter) = (driver.store.clone(), Arc::clone(&driver.meter));
             insert_locked(store, channels, meter, keys, submission, true).await;
         });
-        Ok(())
     }
 }
 

@@ -51,6 +51,7 @@ mod sql;
 mod stopping;
 mod support;
 mod testkit;
+mod traces;
 mod transparency;
 mod versions;
 mod waiters;

@@ -85,7 +85,7 @@ pub(crate) fn assign(mut claim: Claim, client: Option<CallerClient>) -> Option<(
             // The caller is gone, or isn't polled any more.
             Err(unclaimed) => {
                 claim = unclaimed.into_inner();
-                claim.driver().transport.get()
+                claim.use_default_client()
             }
         },
         Some(CallerClient::Service(service)) => {
@@ -93,7 +93,7 @@ pub(crate) fn assign(mut claim: Claim, client: Option<CallerClient>) -> Option<(
             let transport = service.transport.lock();
             Some(transport.unwrap_or_else(PoisonError::into_inner).clone())
         }
-        None => claim.driver().transport.get(),
+        None => claim.use_default_client(),
     };
     // There always is one: no request is claimed before a transport is known.
     transport.map(|transport| (claim, transport))

@@ -19,6 +19,7 @@ use super::gate::{Full, Seen, Turn};
 use super::job::Job;
 use super::leases::Lease;
 use super::slots::Slot;
+use super::transport::Transport;
 use crate::classify::FailureClass;
 use crate::codec::{Delivery, Unreadable};
 use crate::destination::Destination;
@@ -185,6 +186,8 @@ pub(crate) struct Claim {
     job: Job,
     /// The span of the call that the engine's attempts belong to.
     span: Span,
+    /// The engine sends with the crate's own client.
+    by_own_client: bool,
     /// Attempts begun, including this claim's if it is counted.
     attempts: u32,
     /// The database has counted this claim's attempt already.
@@ -239,6 +242,7 @@ impl Claim {
             lease: Some(lease),
             job,
             span: Span::none(),
+            by_own_client: false,
             attempts,
             counted: true,
             unconfirmed: false,
@@ -267,6 +271,17 @@ impl Claim {
     /// Has the engine's attempts made in this span.
     pub(crate) fn set_span(&mut self, span: Span) {
         self.span = span;
+    }
+
+    /// The client of attempts that don't run through a caller's.
+    pub(super) fn use_default_client(&mut self) -> Option<Transport> {
+        let transport = &self.driver.transport;
+        self.by_own_client = transport.is_own();
+        transport.get()
+    }
+
+    pub(super) fn is_by_own_client(&self) -> bool {
+        self.by_own_client
     }
 
     pub(super) fn take_span(&mut self) -> Span {

@@ -11,9 +11,10 @@ use tracing::Instrument as _;
 use super::claim::Claim;
 use super::hooks::exchange_with_hooks;
 use super::judge::{Judgement, history, judge};
-use super::send::{ByEngine, Sender, exchange};
+use super::send::{ByEngine, Exchange, Sender, exchange};
 use super::transport::Transport;
 use crate::store::settle::Failure;
+use crate::trace_context::{AttemptSpan, Attempted, Tracing, in_scope};
 
 /// A retry after a longer delay than this goes back to the queue instead of being held.
 const MAX_HOLD: Duration = Duration::from_secs(60);
@@ -28,7 +29,7 @@ pub(crate) fn drive_by_engine(
     async move {
         let driver = Arc::clone(claim.driver());
         let span = claim.take_span();
-        let mut sender = ByEngine::new(transport);
+        let mut sender = ByEngine::new(transport, claim.is_by_own_client());
         // Pinned here, or the future would take its room twice.
         let mut driven = pin!(drive(claim, &mut sender).instrument(span));
         tokio::select! {
@@ -52,20 +53,27 @@ pub(crate) fn drive(
             if !claim.begin().await {
                 return;
             }
-            let driver = claim.driver();
-            let max_response_body = driver.store.config().max_response_body;
-            let exchange = if driver.config.hooks.is_empty() {
+            let config = &claim.driver().config;
+            let (exchange, span) = if config.hooks.is_empty() && config.tracing.is_none() {
                 claim.begin_sending();
                 let (job, number) = (claim.job(), claim.attempts());
-                let config = &claim.driver().config;
-                exchange(job, number, None, sender, config, max_response_body).await
+                (
+                    exchange(job, number, None, None, sender, claim.driver()).await,
+                    None,
+                )
             } else {
-                // Boxed, so that attempts without hooks don't take its room.
-                Box::pin(exchange_with_hooks(&mut claim, sender, max_response_body)).await
+                // Boxed, so that attempts without hooks and spans don't take its room.
+                Box::pin(exchange_with_span(&mut claim, sender)).await
             };
             let history = history(&exchange, &claim).await;
+            let seen = span
+                .is_some()
+                .then(|| exchange.seen().map(|(status, _)| status));
             let judgement = judge(exchange, history, &claim);
             claim.count_attempt(judgement.has_failed());
+            if let Some(span) = span {
+                span.end(seen.filter(|_| judgement.has_failed()));
+            }
             match judgement {
                 Judgement::Finish(outcome) => return claim.finish(outcome),
                 Judgement::Retry { delay, failure } => {
@@ -78,6 +86,42 @@ pub(crate) fn drive(
             }
         }
     }
+}
+
+/// Makes the claim's attempt in a span, if it gets one, and with the handle's hooks.
+async fn exchange_with_span(
+    claim: &mut Claim,
+    sender: &mut dyn Sender,
+) -> (Exchange, Option<Box<dyn AttemptSpan>>) {
+    let Some(span) = span_of(claim) else {
+        return (exchange_in_span(claim, None, sender).await, None);
+    };
+    let exchange = in_scope(&*span, exchange_in_span(claim, Some(&*span), sender)).await;
+    (exchange, Some(span))
+}
+
+fn span_of(claim: &Claim) -> Option<Box<dyn AttemptSpan>> {
+    let Tracing(tracer) = claim.driver().config.tracing.as_ref()?;
+    let job = claim.job();
+    tracer.attempt(&Attempted {
+        id: job.id,
+        channel: &job.channel,
+        number: claim.attempts(),
+        context: job.request.trace.as_deref(),
+    })
+}
+
+async fn exchange_in_span(
+    claim: &mut Claim,
+    span: Option<&dyn AttemptSpan>,
+    sender: &mut dyn Sender,
+) -> Exchange {
+    if !claim.driver().config.hooks.is_empty() {
+        return exchange_with_hooks(claim, span, sender).await;
+    }
+    claim.begin_sending();
+    let (job, number) = (claim.job(), claim.attempts());
+    exchange(job, number, None, span, sender, claim.driver()).await
 }
 
 /// Returns the claim when the next attempt is due, if this process makes it.

@@ -16,6 +16,7 @@ use crate::hooks::{AttemptHook, OutgoingAttempt, Refusal, Then};
 use crate::redact::{panic_text, redact_urls};
 use crate::retry::MAX_DURATION;
 use crate::runtime::caught;
+use crate::trace_context::AttemptSpan;
 
 /// The hooks of a handle, in the order in which they run.
 #[derive(Clone)]
@@ -110,8 +111,8 @@ impl fmt::Debug for Hooks {
 /// Makes the claim's attempt with the handle's hooks around it.
 pub(super) async fn exchange_with_hooks(
     claim: &mut Claim,
+    span: Option<&dyn AttemptSpan>,
     sender: &mut dyn Sender,
-    max_response_body: usize,
 ) -> Exchange {
     let driver = Arc::clone(claim.driver());
     let hooks = &driver.config.hooks;
@@ -122,14 +123,16 @@ pub(super) async fn exchange_with_hooks(
         return Exchange::failed(began.elapsed(), failed);
     }
     claim.begin_sending();
-    let mut chosen = attempt.take_transport().map(ByEngine::new);
+    let mut chosen = attempt
+        .take_transport()
+        .map(|transport| ByEngine::new(transport, false));
     let sender = match &mut chosen {
         Some(chosen) => chosen,
         None => sender,
     };
     let headers = Some(attempt.headers());
-    let (job, config) = (claim.job(), &driver.config);
-    let mut exchange = exchange(job, number, headers, sender, config, max_response_body).await;
+    let job = claim.job();
+    let mut exchange = exchange(job, number, headers, span, sender, &driver).await;
     exchange.decided = hooks.after(&attempt, &exchange);
     exchange
 }

@@ -14,6 +14,7 @@ use http::{HeaderMap, HeaderName, StatusCode, Uri};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Service, ServiceExt};
 
+use super::Driver;
 use super::fault::{class_of, is_after_redirect, is_of_proxy};
 use super::job::Job;
 use super::transport::{ResponseUrl, Transport};
@@ -29,6 +30,7 @@ use crate::response::Response;
 use crate::retry::retry_after;
 use crate::runtime::{BoxFuture, caught};
 use crate::status::Status;
+use crate::trace_context::{AttemptSpan, Received, Sending};
 
 /// A client that can send a request.
 pub(crate) trait Sender: Send {
@@ -51,6 +53,11 @@ pub(crate) trait Sender: Send {
         error
     }
 
+    /// Whether it is the crate's own client, which makes no spans.
+    fn is_own(&self) -> bool {
+        false
+    }
+
     /// How long after the attempt's timeout the client reports its own, if it has one.
     fn timeout_margin(&self) -> Duration {
         Duration::ZERO
@@ -63,13 +70,15 @@ pub(super) struct ByEngine {
     /// A service may only be called on the instance that was ready, so each attempt polls and calls
     /// one clone.
     ready: Option<Transport>,
+    is_own: bool,
 }
 
 impl ByEngine {
-    pub(super) fn new(transport: Transport) -> Self {
+    pub(super) fn new(transport: Transport, is_own: bool) -> Self {
         Self {
             transport,
             ready: None,
+            is_own,
         }
     }
 }
@@ -93,6 +102,10 @@ impl Sender for ByEngine {
             Some(mut ready) => ready.call(request),
             None => Box::pin(self.transport.clone().oneshot(request)),
         }
+    }
+
+    fn is_own(&self) -> bool {
+        self.is_own
     }
 }
 
@@ -294,27 +307,32 @@ impl Exchange {
 }
 
 /// Makes the attempt with this number: sends the request and reads its response, within the
-/// attempt's timeout. `headers` are sent instead of the stored ones.
+/// attempt's timeout. `headers` are sent instead of the stored ones. The `span` adds its own.
 pub(super) async fn exchange(
     job: &Job,
     number: u32,
     headers: Option<&HeaderMap>,
+    span: Option<&dyn AttemptSpan>,
     sender: &mut dyn Sender,
-    config: &Config,
-    max_response_body: usize,
+    driver: &Driver,
 ) -> Exchange {
+    let config = &driver.config;
+    let max_response_body = driver.store.config().max_response_body;
     let began = Instant::now();
     let mut called = false;
     let margin = sender.timeout_margin();
     let timeout = job.delivery.attempt_timeout;
     let mut result = {
         let exchange = pin!(async {
-            let request = to_http(job, number, headers);
+            let mut request = to_http(job, number, headers);
             admit(config, request.uri())?;
             poll_fn(|cx| sender.poll_ready(cx))
                 .await
                 .map_err(Failed::with)?;
             called = true;
+            if let Some(span) = span {
+                begin_sending(span, &mut request, sender.is_own());
+            }
             let response = sender.send(request).await.map_err(Failed::with)?;
             let answer = read(job, response, &config.redact_headers, max_response_body).await;
             answer.map_err(|error| Failed::with(sender.keep(unwrapped(error))).after_head())
@@ -338,11 +356,35 @@ pub(super) async fn exchange(
             failed.class = FailureClass::NotReady;
         }
     }
+    if let (true, Some(span)) = (called, span) {
+        end_sending(span, &result);
+    }
     Exchange {
         duration: began.elapsed(),
         result,
         decided: None,
     }
+}
+
+fn begin_sending(span: &dyn AttemptSpan, request: &mut http::Request<Body>, by_own_client: bool) {
+    let mut headers = std::mem::take(request.headers_mut());
+    span.begin_sending(Sending {
+        method: request.method(),
+        uri: request.uri(),
+        headers: &mut headers,
+        by_own_client,
+    });
+    *request.headers_mut() = headers;
+}
+
+fn end_sending(span: &dyn AttemptSpan, result: &Result<Answer, Failed>) {
+    span.end_sending(match result {
+        Ok(answer) => {
+            let response = answer.response();
+            Received::Response(response.status, response.version)
+        }
+        Err(failed) => Received::Failure(failed.class, &failed.text),
+    });
 }
 
 /// Fails the attempt if the guard denies where it goes.

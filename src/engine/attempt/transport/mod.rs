@@ -9,6 +9,7 @@ mod plain;
 mod redirect;
 mod reqwest;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use http_body::Body as HttpBody;
@@ -123,6 +124,8 @@ where
 pub(crate) struct DefaultTransport {
     // `BoxCloneService` isn't `Sync`.
     transport: Mutex<Option<Transport>>,
+    /// It is the crate's own, which makes no spans.
+    is_own: AtomicBool,
     known: tokio::sync::Notify,
 }
 
@@ -139,6 +142,14 @@ impl DefaultTransport {
         *current = Some(transport());
         self.known.notify_waiters();
         true
+    }
+
+    pub(crate) fn set_own(&self, is_own: bool) {
+        self.is_own.store(is_own, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_own(&self) -> bool {
+        self.is_own.load(Ordering::Relaxed)
     }
 
     pub(crate) fn is_known(&self) -> bool {
