@@ -142,7 +142,7 @@ async fn a_reporting_role_sees_each_request_once_and_nothing_of_its_content() {
     assert_eq!(rights, 0);
     for refused in [
         "SELECT FROM requeuest.outcomes".to_owned(),
-        "UPDATE requeuest.attempts_view SET error = ''".to_owned(),
+        "DELETE FROM requeuest.attempts_view".to_owned(),
         format!("SELECT requeuest.status('{done}')"),
         format!("SELECT requeuest.response('{done}')"),
     ] {
