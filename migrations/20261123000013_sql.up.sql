@@ -631,6 +631,45 @@ BEGIN
 END;
 $$;
 
+-- Fails if enqueue has refused a request.
+CREATE FUNCTION check_verdict(
+    p_verdict text,
+    p_id uuid,
+    p_elsewhere text,
+    p_channel text,
+    p_key text,
+    p_ordered text
+) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF p_verdict = 'conflict' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'unique_violation',
+            MESSAGE = format(
+                'request %s: invalid request: key: %s of channel %s already belongs to this '
+                'request, which has a different method, URL, body or owner; use another key, or '
+                'name the owner with Options::key_owner if only credentials changed',
+                p_id, to_json(p_key), to_json(p_channel)
+            ),
+            HINT = 'Name the owner with the option key_owner. A request that a handle with '
+                'other encryption keys has persisted can''t be compared in SQL.',
+            COLUMN = 'key';
+    ELSIF p_verdict = 'elsewhere' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_in_use',
+            MESSAGE = format(
+                'ordered: unfinished requests of channel %s have the ordering key %s; retry once '
+                'they have finished, or use a different key in each channel',
+                to_json(p_elsewhere), to_json(p_ordered)
+            ),
+            HINT = 'An ordering key belongs to one channel at a time.',
+            COLUMN = 'ordered';
+    END IF;
+END;
+$$;
+
 -- Persists a request in the caller's transaction, as Durable::fire_in does: a commit sends it, a
 -- rollback never does. Returns its id, or that of the earlier request with the same key.
 CREATE FUNCTION fire(
@@ -765,29 +804,41 @@ BEGIN
         CASE WHEN v_ordered IS NOT NULL THEN coalesce(v_limit_key, v_to.destination) END,
         coalesce(v_options ->> 'priority', 'normal')::mq_priority
     ) e;
-    IF v_found.verdict = 'conflict' THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'unique_violation',
-            MESSAGE = format(
-                'request %s: invalid request: key: %s of channel %s already belongs to this '
-                'request, which has a different method, URL, body or owner; use another key, or '
-                'name the owner with Options::key_owner if only credentials changed',
-                v_found.request_id, to_json(v_key), to_json(v_channel)
-            ),
-            HINT = 'Name the owner with the option key_owner. A request that a handle with '
-                'encryption keys has persisted can''t be compared in SQL.',
-            COLUMN = 'key';
-    ELSIF v_found.verdict = 'elsewhere' THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'object_in_use',
-            MESSAGE = format(
-                'ordered: unfinished requests of channel %s have the ordering key %s; retry once '
-                'they have finished, or use a different key in each channel',
-                to_json(v_found.elsewhere), to_json(v_ordered)
-            ),
-            HINT = 'An ordering key belongs to one channel at a time.',
-            COLUMN = 'ordered';
-    END IF;
+    PERFORM check_verdict(
+        v_found.verdict, v_found.request_id, v_found.elsewhere, v_channel, v_key, v_ordered
+    );
+    RETURN v_found.request_id;
+END;
+$$;
+
+-- Persists a request that Durable::statement has checked and encoded, and perhaps encrypted.
+-- Returns its id, or that of the earlier request with the same key.
+CREATE FUNCTION fire_prepared(p_request text, p_body bytea) RETURNS uuid
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_new record;
+    v_found record;
+BEGIN
+    SELECT r.* INTO v_new FROM json_to_record(p_request::json) AS r(
+        id uuid, channel text, "group" text, ordered boolean, halts boolean, delay_ms bigint,
+        deadline_ms bigint, head text, key text, fingerprint text, supersede text,
+        retention_ms bigint, notify boolean, metadata text, destination text, priority text
+    );
+    SELECT e.* INTO v_found FROM enqueue(
+        v_new.id, v_new.channel, v_new."group", v_new.ordered, v_new.halts,
+        v_new.delay_ms * interval '1 millisecond', v_new.deadline_ms * interval '1 millisecond',
+        'requeuest', v_new.head, p_body, NULL, 'waiting', NULL, v_new.key,
+        decode(v_new.fingerprint, 'hex'), v_new.supersede,
+        v_new.retention_ms * interval '1 millisecond', v_new.notify, true, false,
+        v_new.metadata::json, v_new.destination, v_new.priority::mq_priority
+    ) e;
+    PERFORM check_verdict(
+        v_found.verdict, v_found.request_id, v_found.elsewhere, v_new.channel, v_new.key,
+        substr(v_new."group", 8)
+    );
     RETURN v_found.request_id;
 END;
 $$;

@@ -42,6 +42,7 @@
 //!   process with [`Durable::new`] or [`Durable::builder`], or from a URL with
 //!   [`Durable::connect`].
 //! - [`Durable::fire_in`], in your transaction: a commit sends the request, a rollback never does.
+//!   [`Durable::statement`] does the same for any other driver.
 //!   In the other direction, [`Durable::on_outcome`] hands each outcome to your code in a
 //!   transaction.
 //! - [`DurableLayer`], a tower layer over any [`HttpClient`]: hyper's client, [`ReqwestTransport`],
@@ -63,9 +64,9 @@
 //! # sqlx 0.8
 //!
 //! Pools, transactions and handlers take types of sqlx 0.8, which is re-exported as [`sqlx`]. An
-//! application with another version or driver makes a pool by `requeuest::sqlx::PgPool::connect`.
-//! It can't enqueue in its own transactions yet. [`http`] 1, [`reqwest`] 0.13, reqwest-middleware
-//! 0.5 and tower 0.5 are part of the API too.
+//! application with another version or driver gives a URL to [`Durable::connect`], and persists
+//! requests in its own transactions by [`Durable::statement`]. [`http`] 1, [`reqwest`] 0.13,
+//! reqwest-middleware 0.5 and tower 0.5 are part of the API too.
 //!
 //! # Features
 //!
@@ -141,6 +142,7 @@ mod metadata;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
 mod options;
+mod outbox;
 mod outcome;
 mod redact;
 mod redirects;
@@ -193,6 +195,7 @@ pub use layer::{DurableLayer, DurableService, REQUEST_ID_HEADER, ResponseFuture}
 pub use metadata::MAX_METADATA_LEN;
 pub use migrate::{migrate, migrate_url};
 pub use options::{Guarantee, Options, Priority};
+pub use outbox::OutboxStatement;
 pub use outcome::Outcome;
 pub use redirects::{MAX_REDIRECTS, Redirects};
 pub use request::{MAX_HEADERS, MAX_HEADERS_LEN, MAX_URL_LEN, Request};

@@ -12,6 +12,7 @@ mod outcomes;
 mod parked;
 mod pass_through;
 mod runners;
+mod statement;
 mod submit;
 
 use std::fmt;

@@ -15,6 +15,7 @@ const ENQUEUE: &[&str] = &[
     "enqueue",
     "enqueue_many",
     "fire",
+    "fire_prepared",
     "is_delivered",
     "known_formats",
     "note_activity",
@@ -84,9 +85,9 @@ pub enum DatabaseRole {
     /// [`fire_in`](crate::Durable::fire_in),
     /// [`fire_many`](crate::Durable::fire_many) and
     /// [`fire_many_in`](crate::Durable::fire_many_in), through a handle with
-    /// [`runner(false)`](crate::DurableBuilder::runner), and with the SQL function `fire`. It
-    /// can't read a request, a response or a
-    /// status, its own included, and can't cancel. Other calls fail with
+    /// [`runner(false)`](crate::DurableBuilder::runner), with
+    /// [`statement`](crate::Durable::statement), and with the SQL function `fire`. It can't read a
+    /// request, a response or a status, its own included, and can't cancel. Other calls fail with
     /// [`Error::is_forbidden`](crate::Error::is_forbidden).
     Enqueue,
     /// Does everything that a handle does, and can't change the schema. It reads and writes all
@@ -243,7 +244,7 @@ mod tests {
                 "GRANT USAGE ON SCHEMA \"s\" TO \"web\";",
                 "GRANT SELECT ON \"s\"._sqlx_migrations, \"s\".compatible_from TO \"web\";",
                 "GRANT EXECUTE ON FUNCTION \"s\".enqueue, \"s\".enqueue_many, \
-                 \"s\".fire, \"s\".is_delivered, \"s\".known_formats, \
+                 \"s\".fire, \"s\".fire_prepared, \"s\".is_delivered, \"s\".known_formats, \
                  \"s\".note_activity TO \"web\";",
             ]
         );

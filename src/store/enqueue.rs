@@ -210,7 +210,7 @@ impl NewRequest {
         sealer.is_fingerprint(&self.channel, &key.text, &key.fingerprint, stored)
     }
 
-    fn metadata(&self) -> Option<&str> {
+    pub(super) fn metadata(&self) -> Option<&str> {
         self.metadata.as_ref().map(Metadata::json)
     }
 }

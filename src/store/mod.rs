@@ -25,6 +25,7 @@ pub(crate) mod runner_pool;
 pub(crate) mod runners;
 mod schema;
 pub(crate) mod settle;
+mod statement;
 pub(crate) mod sweep;
 pub(crate) mod url;
 

@@ -126,7 +126,7 @@ async fn a_role_that_enqueues_can_do_that_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_role_that_enqueues_has_six_functions_and_no_table_of_requests() {
+async fn a_role_that_enqueues_has_seven_functions_and_no_table_of_requests() {
     let database = migrated().await;
     let role = Role::create(&database).await;
     role.plays(DatabaseRole::Enqueue).await;
@@ -151,6 +151,7 @@ async fn a_role_that_enqueues_has_six_functions_and_no_table_of_requests() {
             "enqueue",
             "enqueue_many",
             "fire",
+            "fire_prepared",
             "is_delivered",
             "known_formats",
             "note_activity"
@@ -295,7 +296,7 @@ async fn a_function_of_the_schema_is_safe_to_run_as_its_owner() {
     assert_eq!(count(&database, public).await, 0);
     let definers = "SELECT count(*) FROM pg_proc p
         WHERE p.pronamespace = 'requeuest'::regnamespace AND p.prosecdef";
-    assert_eq!(count(&database, definers).await, 4);
+    assert_eq!(count(&database, definers).await, 6);
 
     // A caller's temporary tables and functions aren't taken for the schema's.
     let role = Role::create(&database).await;

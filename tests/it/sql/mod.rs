@@ -1,6 +1,8 @@
 //! Requests of plain SQL: `requeuest.fire` and its companions.
 
+mod encrypted;
 mod same;
+mod statement;
 mod views;
 
 use requeuest::migrate::DatabaseRole;

@@ -1,4 +1,5 @@
-//! `requeuest.fire` and `Durable::fire_in` store the same rows and refuse the same requests.
+//! `requeuest.fire`, `Durable::fire_in` and `Durable::statement` store the same rows and refuse the
+//! same requests.
 
 use std::time::Duration;
 
@@ -116,6 +117,31 @@ async fn by_rust(
     stored
 }
 
+/// As for another driver.
+async fn by_statement(
+    durable: &Durable,
+    request: Result<Request, requeuest::Error>,
+    options: &Options,
+) -> Stored {
+    let stated = request.and_then(|request| durable.statement(&request.with(options.clone())));
+    let statement = match stated {
+        Ok(statement) => statement,
+        Err(error) => return Err((error.to_string(), error.field().map(Into::into))),
+    };
+    let mut transaction = durable.pool().begin().await.unwrap();
+    let (request, body) = statement.parameters();
+    let id: Uuid = sqlx::query_scalar(statement.sql())
+        .bind(request)
+        .bind(body)
+        .fetch_one(&mut *transaction)
+        .await
+        .unwrap();
+    assert_eq!(statement.id(), id.into());
+    let stored = stored(&mut transaction, id).await;
+    transaction.rollback().await.unwrap();
+    Ok(stored)
+}
+
 async fn by_sql(durable: &Durable, case: &Case) -> Stored {
     let mut transaction = durable.pool().begin().await.unwrap();
     let fired: Result<Uuid, _> =
@@ -148,6 +174,9 @@ async fn assert_same(durable: &Durable, case: &Case) -> bool {
     if let Some(request) = case.request() {
         let rust = by_rust(durable, request, &case.rust).await;
         assert_eq!(sql, rust, "left: SQL, right: Rust, {case:?}");
+        let request = case.request().unwrap();
+        let stated = by_statement(durable, request, &case.rust).await;
+        assert_eq!(stated, rust, "left: a statement, {case:?}");
         rust.is_ok()
     } else {
         let (text, field) = sql.expect_err(&format!("{case:?}"));
