@@ -10,6 +10,7 @@ DROP TABLE handled_channels;
 DROP TABLE outcomes;
 DROP TABLE destination_leases;
 DROP TABLE destinations;
+DROP TABLE paused_channels;
 DROP TABLE mq_payloads;
 DROP TABLE mq_freed_keys;
 DROP SEQUENCE mq_seq;

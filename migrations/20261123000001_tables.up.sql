@@ -175,6 +175,18 @@ CREATE INDEX mq_freed_keys_channel ON mq_freed_keys (channel_name);
 -- A publication of all tables refuses deletes from a table without an identity of its rows.
 ALTER TABLE mq_freed_keys REPLICA IDENTITY FULL;
 
+-- Channels of which no process begins an attempt, until an operator resumes them. Empty most of the
+-- time.
+CREATE TABLE paused_channels (
+    channel_name text COLLATE "C" PRIMARY KEY,
+    since timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Who paused it, and why.
+    actor text NOT NULL,
+    reason text,
+    -- NULL: it is paused. Kept for a while afterwards: what was due before waited for this.
+    resumed_at timestamptz
+);
+
 -- Destinations that are limited, closed, or watched because of failures. Healthy ones have no row.
 CREATE TABLE destinations (
     -- Scheme, host and port, or the caller's limit key.

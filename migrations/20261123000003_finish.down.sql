@@ -3,6 +3,7 @@ DROP FUNCTION take_unhandled;
 DROP FUNCTION cancel_channels;
 DROP FUNCTION cancel_request;
 DROP FUNCTION give_up_deferred;
+DROP FUNCTION is_paused;
 DROP FUNCTION expire_requests;
 DROP FUNCTION end_requests;
 DROP FUNCTION finish_requests;

@@ -273,25 +273,49 @@ BEGIN
 END;
 $$;
 
--- Gives up those of these requests that are deferred: their callers' time is over, and no attempt
--- would find that out. Left alone are requests that another transaction has locked, and those that
--- this session's process might not be able to read.
+-- Whether no process begins an attempt of this channel.
+CREATE FUNCTION is_paused(p_channel text) RETURNS boolean
+LANGUAGE plpgsql
+STABLE
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM paused_channels c WHERE c.channel_name = p_channel AND c.resumed_at IS NULL
+    );
+END;
+$$;
+
+-- Gives up those of these requests that are deferred, or in the queue of a paused channel: their
+-- callers' time is over, and no attempt would find that out. Left alone are requests that another
+-- transaction has locked, and those that this session's process might not be able to read.
 CREATE FUNCTION give_up_deferred(p_ids uuid[]) RETURNS void
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_ids uuid[];
+    v_deferred uuid[];
 BEGIN
-    SELECT array_agg(found.id) INTO v_ids FROM (
-        SELECT m.id FROM mq_msgs m
-        WHERE m.id = ANY (p_ids) AND m.state = 'deferred' AND m.format = ANY (known_formats())
+    SELECT array_agg(found.id), array_agg(found.id) FILTER (WHERE found.state = 'deferred')
+    INTO v_ids, v_deferred FROM (
+        SELECT m.id, m.state FROM mq_msgs m
+        WHERE m.id = ANY (p_ids) AND m.format = ANY (known_formats()) AND (
+            m.state = 'deferred'
+            OR m.state IN ('waiting', 'behind') AND is_paused(m.channel_name)
+        )
         FOR UPDATE SKIP LOCKED
     ) found;
-    IF v_ids IS NOT NULL THEN
+    IF v_deferred IS NOT NULL THEN
         PERFORM end_requests(
-            v_ids, 'discarded', 'deferred',
+            v_deferred, 'discarded', 'deferred',
             'its destination took no more requests until the caller''s time was over', NULL
+        );
+    END IF;
+    IF v_ids IS DISTINCT FROM v_deferred THEN
+        PERFORM end_requests(
+            ARRAY(SELECT unnest(v_ids) EXCEPT SELECT unnest(v_deferred)), 'discarded', 'deferred',
+            'its channel was paused until the caller''s time was over', NULL
         );
     END IF;
 END;

@@ -22,6 +22,7 @@ DROP FUNCTION latest_due;
 DROP FUNCTION oldest_due;
 DROP FUNCTION by_priority;
 DROP FUNCTION take_turns;
+DROP FUNCTION not_paused;
 DROP FUNCTION leased_channels;
 DROP FUNCTION waiting_channels;
 DROP FUNCTION begin_poll;

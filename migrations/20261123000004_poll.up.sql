@@ -17,6 +17,8 @@
 CREATE TYPE poll_t AS (
     now timestamptz,
     channels text[],
+    -- Channels that are paused. The poll looks at none of their requests.
+    paused text[],
     formats smallint[],
     batch int,
     -- How many rows are in view, and how many of them at most of one priority from one channel and
@@ -86,6 +88,9 @@ DECLARE
     v poll_t;
 BEGIN
     v.now := clock_timestamp();
+    v.paused := ARRAY(
+        SELECT c.channel_name FROM paused_channels c WHERE c.resumed_at IS NULL
+    );
     v.formats := known_formats();
     v.batch := p_batch;
     v.width := 4 * p_batch;
@@ -183,6 +188,22 @@ BEGIN
         )
         SELECT coalesce(array_agg(l.channel), '{}') FROM leased l
         WHERE l.channel <> ''
+    );
+END;
+$$;
+
+-- These channels without those that are paused.
+CREATE FUNCTION not_paused(p poll_t, p_channels text[]) RETURNS text[]
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF p.paused = '{}' OR p_channels IS NULL THEN
+        RETURN p_channels;
+    END IF;
+    RETURN ARRAY(
+        SELECT c.name FROM unnest(p_channels) WITH ORDINALITY AS c(name, place)
+        WHERE c.name <> ALL (p.paused) ORDER BY c.place
     );
 END;
 $$;
@@ -397,19 +418,21 @@ DECLARE
     v_cursor text := v_start;
     v_until text;
     v_more text[];
+    v_open text[];
     v_met tid[];
 BEGIN
     p.channels := '{}';
     LOOP
         v_more := waiting_channels(v_cursor, v_until, c_channels);
-        p.width_each := ceil(p.width::float8 / greatest(cardinality(v_more), 1));
+        v_open := not_paused(p, v_more);
+        p.width_each := ceil(p.width::float8 / greatest(cardinality(v_open), 1));
         LOOP
-            v_met := oldest_due(p, v_more);
+            v_met := oldest_due(p, v_open);
             EXIT WHEN cardinality(p.view) + cardinality(v_met) >= p.width
                 OR cardinality(v_met) < p.width_each OR p.width_each >= p.width;
             p.width_each := least(4 * p.width_each, p.width);
         END LOOP;
-        p.channels := p.channels || v_more;
+        p.channels := p.channels || v_open;
         p.view := p.view || v_met;
         EXIT WHEN cardinality(p.view) >= p.width;
         IF cardinality(v_more) = c_channels THEN
@@ -488,6 +511,7 @@ BEGIN
             WHERE s.lost > 0 AND s.state IN ('claimed', 'sending_once') AND s.attempt_at <= p.now
                 AND s.format = ANY (p.formats) AND s.channel_name <> ALL (v_busy)
                 AND (p_channels IS NULL OR s.channel_name = ANY (p_channels))
+                AND s.channel_name <> ALL (p.paused)
             ORDER BY s.channel_name, s.attempt_at
         ) oldest JOIN mq_msgs m ON m.id = ANY (ARRAY[oldest.id])
         WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once') AND m.attempt_at <= p.now
@@ -514,7 +538,7 @@ BEGIN
         RETURN p;
     END IF;
     PERFORM set_config('requeuest.looked', extract(epoch FROM p.now)::text, false);
-    v_channels := coalesce(p_channels, leased_channels());
+    v_channels := coalesce(p_channels, not_paused(p, leased_channels()));
     SELECT coalesce(array_agg(locked.ctid), '{}') INTO p.picked FROM (
         SELECT m.ctid
         FROM unnest(v_channels) AS wanted(channel), unnest(p.formats) AS known(format), LATERAL (
@@ -541,6 +565,7 @@ BEGIN
         WHERE m.lost > 0 AND m.state IN ('claimed', 'sending_once') AND m.attempt_at <= p.now
             AND m.format = ANY (p.formats)
             AND (p_channels IS NULL OR m.channel_name = ANY (p_channels))
+            AND m.channel_name <> ALL (p.paused)
     ) THEN
         p.picked := (lock_suspects(p, p_channels) || p.picked)[1:p.batch];
         -- There may be many, and the next one follows soon.
@@ -856,7 +881,9 @@ BEGIN
         v_left := least(v_rooms[i], greatest(v_share, 1));
         FOR v_channel, v_format IN
             SELECT wanted.channel, known.format
-            FROM unnest(coalesce(p_channels, deferred_channels(v_names[i]))) AS wanted(channel),
+            FROM unnest(
+                    coalesce(p_channels, not_paused(p, deferred_channels(v_names[i])))
+                ) AS wanted(channel),
                 unnest(p.formats) AS known(format)
             ORDER BY random()
         LOOP
@@ -966,6 +993,7 @@ AS $$
 DECLARE
     p poll_t := begin_poll(p_channels, p_batch);
 BEGIN
+    p_channels := not_paused(p, p_channels);
     p := CASE WHEN p_channels IS NULL
         THEN view_all_channels(p) ELSE view_channels(p, p_channels) END;
     p := pick_lapsed(p, p_channels);

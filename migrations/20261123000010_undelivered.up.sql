@@ -3,7 +3,8 @@
 -- The time that a request may take counts although no process delivers it. That time is in its
 -- head, and no index has it: a sweep finds the channels without a runner, reads each of their due
 -- requests once, and notes when to give it up. Channels that have a runner cost one look at the
--- queue's index each.
+-- queue's index each. A channel that is paused counts as one with a runner: a runner wouldn't send
+-- its requests either.
 
 -- Whether a runner delivers the requests of a channel that have this format. With the rights of the
 -- schema's owner, so that a role which only enqueues can warn of a channel that is misspelt.
@@ -88,7 +89,8 @@ $$;
 -- oldest first. Up to p_limit of them, and all that are due at the same time as the last. The time
 -- without a runner counts from `since`: as in mq_poll, that of a retry counts from when it was due,
 -- unless a caller waits. That of requests that could not be sent although there was a runner counts
--- from when the runner was lost: their destination took no more, or they were behind another.
+-- from when the runner was lost: their destination took no more, or they were behind another. Time
+-- for which the channel was paused doesn't count.
 CREATE FUNCTION due_requests(
     p_channel text, p_format smallint, p_after timestamptz, p_until timestamptz, p_limit int
 ) RETURNS TABLE (id uuid, due timestamptz, since timestamptz)
@@ -106,6 +108,9 @@ DECLARE
         SELECT u.since FROM undelivered_channels u
         WHERE u.channel_name = p_channel AND u.format = p_format
     );
+    v_resumed timestamptz := (
+        SELECT c.resumed_at FROM paused_channels c WHERE c.channel_name = p_channel
+    );
 BEGIN
     RETURN QUERY
     SELECT
@@ -113,7 +118,7 @@ BEGIN
         CASE
             WHEN first.attempts > 0 AND first.waiter IS NOT NULL THEN first.began_at
             WHEN first.is_held_back THEN greatest(first.attempt_at, v_lost)
-            ELSE first.attempt_at
+            ELSE greatest(first.attempt_at, v_resumed)
         END
     FROM (
         SELECT due.*
@@ -224,7 +229,7 @@ BEGIN
     INSERT INTO undelivered_channels (channel_name, format)
     SELECT c.name, known.format
     FROM unnest(v_channels) AS c(name), unnest(known_formats()) AS known(format)
-    WHERE NOT is_delivered(c.name, known.format)
+    WHERE NOT is_delivered(c.name, known.format) AND NOT is_paused(c.name)
         AND has_due(c.name, known.format, v_now)
     ON CONFLICT DO NOTHING;
     RETURN CASE WHEN cardinality(v_channels) >= p_limit THEN v_channels[p_limit] END;
@@ -303,7 +308,7 @@ BEGIN
         RETURN NEXT;
         RETURN;
     END IF;
-    IF is_delivered(p_channel, p_format) THEN
+    IF is_delivered(p_channel, p_format) OR is_paused(p_channel) THEN
         UPDATE undelivered_channels u SET since = NULL
         WHERE u.channel_name = p_channel AND u.format = p_format AND u.since IS NOT NULL;
         v_ids := ARRAY(

@@ -125,6 +125,7 @@ pub mod webhooks;
 mod activity;
 mod base64;
 mod body;
+mod change;
 mod codec;
 mod context;
 mod dead_letter;
@@ -141,6 +142,7 @@ mod layer;
 mod metadata;
 #[cfg(feature = "reqwest-middleware")]
 mod middleware;
+mod operation;
 mod options;
 mod outbox;
 mod outcome;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Access, Admin};
+use crate::change::Author;
 use crate::durable::{
     DEFAULT_DEAD_LETTER_RETENTION, DEFAULT_LEASE, DEFAULT_MAX_REQUEST_BODY,
     DEFAULT_MAX_RESPONSE_BODY, DEFAULT_RETENTION,
@@ -126,6 +127,7 @@ impl AdminBuilder {
                 store,
                 runtime: Arc::new(runtime),
             },
+            author: Author::default(),
         };
         admin
             .with_store(|store| async move { store.verify().await })

@@ -31,6 +31,9 @@ pub(super) fn of(info: &RequestInfo, place: &Place) -> Known {
         let (since, reason) = (*since, reason.clone());
         return Known::Hold(Some(Hold::Parked { since, reason, at }));
     }
+    if let Some(paused) = &place.paused {
+        return Known::Hold(Some(Hold::ChannelPaused(paused.clone())));
+    }
     // A deferred request's time is that of the next look at its destination.
     if !is_due && place.state != State::Deferred {
         return Known::Hold(Some(Hold::NotDue {

@@ -9,25 +9,34 @@
 
 mod activity;
 mod builder;
+mod change;
 mod hold;
+mod pause;
 mod reads;
 
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 
-use crate::destination::DestinationStatus;
+use crate::change::Author;
+use crate::destination::{DestinationStatus, validate_name};
 use crate::durable::Durable;
+use crate::engine::destination_change::DestinationChange;
 use crate::error::{Error, Kind};
+use crate::id::RequestId;
 use crate::runtime::Runtime;
 use crate::store::Store;
 
 pub use self::builder::{AdminBuilder, DEFAULT_ADMIN_CONNECTIONS};
 pub use crate::activity::{Activity, ActivityPoint, ChannelActivity, ParseWindowError, Window};
+pub use crate::change::{
+    CHANGES_RETENTION, Change, ChangeFilter, DEFAULT_CHANGES, MAX_ACTOR_LEN, MAX_CHANGES,
+    MAX_REASON_LEN,
+};
 pub use crate::inspection::{
     Count, Counts, Cursor, DEFAULT_PAGE_LIMIT, FailedAttempt, Hold, MAX_COUNT, MAX_PAGE_LIMIT,
-    MAX_SEARCH_LEN, PageRequest, RequestFilter, RequestInfo, RequestPage, RequestState,
-    RequestSummary,
+    MAX_SEARCH_LEN, PageRequest, PausedChannel, RequestFilter, RequestInfo, RequestPage,
+    RequestState, RequestSummary,
 };
 
 /// Looks into the queue. Cheap to clone. From [`Durable::admin`] or [`Admin::connect`].
@@ -51,6 +60,8 @@ pub use crate::inspection::{
 #[derive(Clone)]
 pub struct Admin {
     access: Access,
+    /// Who makes changes through this value, and why.
+    author: Author,
 }
 
 /// How an [`Admin`] reaches the database.
@@ -78,6 +89,7 @@ impl Durable {
     pub fn admin(&self) -> Admin {
         Admin {
             access: Access::Handle(self.clone()),
+            author: Author::default(),
         }
     }
 }
@@ -155,6 +167,34 @@ impl Admin {
         };
         let policy = row.policy.as_ref().or(coded);
         Ok(row.state.status(name, policy, row.now))
+    }
+
+    /// Changes a destination, on the record.
+    async fn change_destination(&self, name: &str, change: DestinationChange) -> Result<(), Error> {
+        let author = self.signed()?;
+        match &self.access {
+            Access::Handle(durable) => durable.destination(name)?.make(change, Some(author)).await,
+            Access::Own { .. } => {
+                let name = validate_name(name)?;
+                let make = |store| async move { change.make(&store, &name, Some(&author)).await };
+                self.with_store(make).await.map(drop)
+            }
+        }
+    }
+
+    /// Notes that a request of this channel was cancelled.
+    fn note_cancelled(&self, id: RequestId, channel: String) {
+        if let Access::Handle(durable) = &self.access {
+            let driver = durable.engine().driver();
+            driver.note_cancelled(vec![(id, channel)]);
+        }
+    }
+
+    /// Notes that a channel was paused or resumed.
+    fn note_paused(&self, channel: &str, paused: bool) {
+        if let Access::Handle(durable) = &self.access {
+            durable.engine().driver().paused.set(channel, paused);
+        }
     }
 }
 

@@ -1,15 +1,14 @@
 //! One destination as an operator sees it, and opening, closing and limiting it for all processes.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::Durable;
-use crate::destination::{
-    DestinationEventKind, DestinationPolicy, DestinationStatus, Report, millis, validate_name,
-};
+use crate::change::Signed;
+use crate::destination::{DestinationPolicy, DestinationStatus, validate_name};
+use crate::engine::destination_change::DestinationChange;
 use crate::engine::tasks::destinations::tell;
-use crate::error::{Error, Kind};
-use crate::store::destinations::StoredDestination;
+use crate::error::Error;
 
 impl Durable {
     /// A handle for one destination: the scheme, host and port of a URL, such as
@@ -56,14 +55,6 @@ impl Durable {
 pub struct DestinationHandle {
     name: String,
     durable: Durable,
-}
-
-/// What an operation needs to find in the database.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Needs {
-    Nothing,
-    /// The row of a destination that was closed, limited or watched.
-    Row,
 }
 
 impl DestinationHandle {
@@ -128,16 +119,8 @@ impl DestinationHandle {
     /// # Ok(()) }
     /// ```
     pub async fn pause(&self, until: impl Into<Option<SystemTime>>) -> Result<(), Error> {
-        let length = until.into().map(|until| {
-            until
-                .duration_since(SystemTime::now())
-                .unwrap_or(Duration::ZERO)
-        });
-        self.change(Needs::Nothing, move |row| {
-            let until = length.map(|length| row.now.saturating_add(millis(length)));
-            row.state.pause(until, row.now)
-        })
-        .await
+        self.make(DestinationChange::pause(until.into()), None)
+            .await
     }
 
     /// Ends a pause. The requests that waited are sent.
@@ -161,8 +144,7 @@ impl DestinationHandle {
     /// # Ok(()) }
     /// ```
     pub async fn resume(&self) -> Result<(), Error> {
-        self.change(Needs::Row, |row| row.state.resume(row.now))
-            .await
+        self.make(DestinationChange::Resume, None).await
     }
 
     /// Sends no request until [`enable`](Self::enable). Requests are kept as during a
@@ -184,11 +166,8 @@ impl DestinationHandle {
     /// # Ok(()) }
     /// ```
     pub async fn disable(&self, reason: &str) -> Result<(), Error> {
-        let reason = reason.to_owned();
-        self.change(Needs::Nothing, move |row| {
-            row.state.disable(&reason, row.now)
-        })
-        .await
+        let change = DestinationChange::Disable(reason.to_owned());
+        self.make(change, None).await
     }
 
     /// Enables a disabled destination. The requests that waited are sent, and the failures that
@@ -212,8 +191,7 @@ impl DestinationHandle {
     /// # Ok(()) }
     /// ```
     pub async fn enable(&self) -> Result<(), Error> {
-        self.change(Needs::Row, |row| row.state.enable(row.now))
-            .await
+        self.make(DestinationChange::Enable, None).await
     }
 
     /// Sets the policy for all processes, in place of the policy that their code sets. `None`
@@ -243,21 +221,8 @@ impl DestinationHandle {
         &self,
         policy: impl Into<Option<DestinationPolicy>>,
     ) -> Result<(), Error> {
-        let policy = policy.into();
-        if let Some(policy) = &policy {
-            policy.validate(self.durable.engine().config().attempt_timeout)?;
-        }
-        let coded = self.durable.engine().config().policies.of(&self.name);
-        let rules = policy
-            .clone()
-            .or_else(|| coded.cloned())
-            .unwrap_or_default();
-        self.change(Needs::Nothing, move |row| {
-            row.policy.clone_from(&policy);
-            // A breaker that the policy no longer has must not stay open.
-            row.state.apply(&rules, &Report::default(), row.now)
-        })
-        .await
+        let change = self.policy_change(policy.into())?;
+        self.make(change, None).await
     }
 
     /// Forgets what attempts have shown: failures, an open breaker, and a pause that `Retry-After`
@@ -282,35 +247,21 @@ impl DestinationHandle {
     /// # Ok(()) }
     /// ```
     pub async fn reset(&self) -> Result<(), Error> {
-        self.change(Needs::Row, |row| row.state.reset(row.now))
-            .await
+        self.make(DestinationChange::Reset, None).await
     }
 
-    async fn change<F>(&self, needs: Needs, mut change: F) -> Result<(), Error>
-    where
-        F: FnMut(&mut StoredDestination) -> Vec<DestinationEventKind> + Send + 'static,
-    {
+    /// Makes a change, with a record if there is an author.
+    pub(crate) async fn make(
+        &self,
+        change: DestinationChange,
+        author: Option<Signed>,
+    ) -> Result<(), Error> {
         let name = self.name.clone();
         let engine = self.durable.engine();
         let gate = Arc::clone(&engine.driver().slots.gate);
         let changed = engine
             .with_store(|store| async move {
-                store.verify().await?;
-                let mut events = Vec::new();
-                let mut found = true;
-                let rows = store
-                    .change_destinations(&[&name], |row| {
-                        found = needs == Needs::Nothing || row.is_noted();
-                        if found {
-                            events = change(row);
-                        }
-                        found
-                    })
-                    .await
-                    .map_err(Error::from)?;
-                if !found {
-                    return Err(Error::new(Kind::UnknownDestination(name.into())));
-                }
+                let (rows, events) = change.make(&store, &name, author.as_ref()).await?;
                 // This process knows at once, the others when they next ask the database.
                 gate.learn(rows);
                 Ok(events)
@@ -324,5 +275,22 @@ impl DestinationHandle {
             );
         }
         Ok(())
+    }
+
+    /// The change to this policy, if its values are valid.
+    pub(crate) fn policy_change(
+        &self,
+        policy: Option<DestinationPolicy>,
+    ) -> Result<DestinationChange, Error> {
+        let config = self.durable.engine().config();
+        if let Some(policy) = &policy {
+            policy.validate(config.attempt_timeout)?;
+        }
+        let coded = config.policies.of(&self.name);
+        let rules = policy.clone().or_else(|| coded.cloned());
+        Ok(DestinationChange::SetPolicy {
+            policy: policy.map(Box::new),
+            rules: Box::new(rules.unwrap_or_default()),
+        })
     }
 }

@@ -188,7 +188,7 @@ pub(crate) async fn resolve(
     }
 }
 
-fn not_changed(operation: Operation, id: RequestId, result: ChangeResult) -> Error {
+pub(super) fn not_changed(operation: Operation, id: RequestId, result: ChangeResult) -> Error {
     let kind = match result {
         ChangeResult::WrongState(state) => match state.status {
             None => Kind::UnknownId,

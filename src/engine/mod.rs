@@ -14,8 +14,10 @@ pub(crate) mod attempt;
 mod backoff;
 mod budget;
 mod bulk;
+pub(crate) mod changes;
 mod config;
 pub(crate) mod dead_letters;
+pub(crate) mod destination_change;
 pub(crate) mod enqueue;
 mod keys;
 mod lane;
@@ -37,6 +39,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use self::attempt::gate::{Gate, Rules};
+use self::attempt::paused::PausedChannels;
 use self::attempt::transport::Transport;
 use self::attempt::{Driver, Parts};
 use self::budget::Budget;
@@ -51,7 +54,6 @@ use crate::health::SweepPart;
 use crate::id::RequestId;
 use crate::outcome::Outcome;
 use crate::runtime::Runtime;
-use crate::status::Status;
 use crate::store::Store;
 use crate::store::cancel::Cancelled;
 use crate::store::hand_over::OutcomeHandler;
@@ -131,12 +133,14 @@ impl Engine {
             }
         };
         let gate = Gate::new(Rules::of(&config, store.config().lease));
+        let paused: Arc<PausedChannels> = Arc::default();
         let look_at_destinations = {
             let (store, gate) = (store.clone(), Arc::clone(&gate));
+            let paused = Arc::clone(&paused);
             let tell = config.on_destination_event.clone();
             move || {
                 let (store, gate) = (store.clone(), Arc::clone(&gate));
-                tasks::destinations::run(store, gate, instance, tell.clone())
+                tasks::destinations::run(store, gate, Arc::clone(&paused), instance, tell.clone())
             }
         };
         let look_at_channels = {
@@ -162,6 +166,7 @@ impl Engine {
             store,
             instance,
             leases,
+            paused,
             waiters,
             gate,
             polls,
@@ -305,9 +310,7 @@ impl Engine {
             .await?;
         match cancelled {
             Cancelled::Now(channel) => {
-                self.driver.meter.ended(&channel, Status::Cancelled, 1);
-                self.driver.leases.forget(id);
-                self.driver.waiters.fetch_soon(vec![id]);
+                self.driver.note_cancelled(vec![(id, channel)]);
                 Ok(true)
             }
             Cancelled::Finished => Ok(false),
@@ -323,13 +326,7 @@ impl Engine {
             let (cancelled, more) = self
                 .with_store(|store| async move { store.cancel_channels(channels.as_deref()).await })
                 .await?;
-            for (id, channel) in &cancelled {
-                self.driver.meter.ended(channel, Status::Cancelled, 1);
-                self.driver.leases.forget(*id);
-            }
-            // Waiters of this process get the outcome from the database.
-            let cancelled = cancelled.into_iter().map(|(id, _)| id).collect();
-            self.driver.waiters.fetch_soon(cancelled);
+            self.driver.note_cancelled(cancelled);
             if !more {
                 return Ok(());
             }

@@ -66,6 +66,20 @@ pub struct RequestInfo {
     pub hold: Option<Hold>,
 }
 
+/// A channel of which no process begins an attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PausedChannel {
+    /// The channel.
+    pub channel: String,
+    /// Since when, by the database's clock.
+    pub since: SystemTime,
+    /// Who paused it.
+    pub by: String,
+    /// Why, if the operator said so.
+    pub reason: Option<String>,
+}
+
 /// An attempt that failed, or got a response that asked for a retry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -128,6 +142,8 @@ pub enum Hold {
         /// When a process looks at it again.
         at: SystemTime,
     },
+    /// Its channel is paused: see [`Admin::pause_channel`](crate::admin::Admin::pause_channel).
+    ChannelPaused(PausedChannel),
     /// No runner that is alive delivers its channel.
     NoRunner {
         /// The channel.
@@ -170,6 +186,13 @@ impl fmt::Display for Hold {
             ),
             Self::Parked { reason, .. } => {
                 write!(f, "no process could read it so far: {reason}")
+            }
+            Self::ChannelPaused(paused) => {
+                write!(f, "{} paused the channel `{}`", paused.by, paused.channel)?;
+                match &paused.reason {
+                    Some(reason) => write!(f, ": {reason}"),
+                    None => Ok(()),
+                }
             }
             Self::NoRunner { channel } => {
                 write!(f, "no runner delivers the channel `{channel}`")

@@ -48,15 +48,20 @@ const TABLES: &[&str] = &[
     "mq_freed_keys",
     "mq_msgs",
     "mq_payloads",
+    "operations",
     "outcomes",
     "outcomes_kept",
     "outcomes_late",
+    "paused_channels",
     "request_keys",
     "runners",
     "undelivered",
     "undelivered_channels",
     "unhandled",
 ];
+/// The record of changes, which no role changes afterwards. A function with the rights of the
+/// schema's owner deletes what is old.
+const RECORD: &[&str] = &["changes"];
 /// The partitions of outcomes that are emptied whole.
 const SLOTS: &[&str] = &[
     "outcomes_0",
@@ -171,6 +176,7 @@ fn rights(part: DatabaseRole, schema: &str) -> Vec<String> {
             format!("SELECT ON {}", within(LEDGER)),
             format!("SELECT ON {}", within(VIEWS)),
             format!("SELECT, INSERT, UPDATE, DELETE ON {}", within(TABLES)),
+            format!("SELECT, INSERT ON {}", within(RECORD)),
             // Outcomes expire by the slot.
             format!(
                 "SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON {}",

@@ -4,6 +4,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Store, millis};
+use crate::change::{Entry, Signed};
 use crate::error::Error;
 use crate::id::RequestId;
 
@@ -30,11 +31,26 @@ impl Store {
                 cancel(connection, id, retention).await
             })
             .await?;
-        Ok(match verdict.as_deref() {
-            Some("cancelled") => Cancelled::Now(channel.unwrap_or_default()),
-            Some(_) => Cancelled::Finished,
-            None => Cancelled::Unknown,
+        Ok(cancelled(verdict.as_deref(), channel))
+    }
+
+    /// As [`cancel`](Self::cancel), on the record.
+    pub(crate) async fn cancel_recorded(
+        &self,
+        id: RequestId,
+        author: &Signed,
+    ) -> Result<Cancelled, Error> {
+        let retention = millis(self.config().retention);
+        self.recorded_verified("cancel.recorded", author, async |connection| {
+            let (verdict, channel) = cancel(connection, id, retention).await?;
+            let verdict = cancelled(verdict.as_deref(), channel);
+            let is_now = matches!(verdict, Cancelled::Now(_));
+            Ok((
+                verdict,
+                is_now.then(|| Entry::new("cancel", id.to_string())),
+            ))
         })
+        .await
     }
 
     /// Cancels a batch of unfinished requests of these channels, or of every channel for `None`.
@@ -55,6 +71,14 @@ impl Store {
             .into_iter()
             .map(|(id, channel)| (RequestId::from(id), channel.unwrap_or_default()));
         Ok((cancelled.collect(), full))
+    }
+}
+
+fn cancelled(verdict: Option<&str>, channel: Option<String>) -> Cancelled {
+    match verdict {
+        Some("cancelled") => Cancelled::Now(channel.unwrap_or_default()),
+        Some(_) => Cancelled::Finished,
+        None => Cancelled::Unknown,
     }
 }
 

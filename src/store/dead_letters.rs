@@ -386,12 +386,12 @@ async fn current_state(
 }
 
 /// Pairs of old and new ids of requests that are encrypted.
-type Sealed = Vec<(RequestId, RequestId)>;
+pub(super) type Sealed = Vec<(RequestId, RequestId)>;
 
 /// The old id, the new id, and what the replay did.
 pub(crate) type Replayed = (RequestId, RequestId, ChangeResult);
 
-async fn replay(
+pub(super) async fn replay(
     connection: &mut PgConnection,
     pairs: &[(RequestId, RequestId)],
     retention: Duration,
@@ -425,7 +425,7 @@ async fn replay(
 /// The verdict about an encrypted request, whose content has to be encrypted for the new id.
 const SEALED: &str = "sealed";
 
-async fn replay_sealed(
+pub(super) async fn replay_sealed(
     connection: &mut PgConnection,
     old: RequestId,
     new: RequestId,
@@ -456,7 +456,7 @@ async fn replay_sealed(
     change_result(connection, verdict.as_deref(), old).await
 }
 
-async fn resolve(
+pub(super) async fn resolve(
     connection: &mut PgConnection,
     id: RequestId,
     resolution: Resolution,
@@ -478,7 +478,10 @@ async fn resolve(
     change_result(connection, verdict.as_deref(), id).await
 }
 
-async fn purge(connection: &mut PgConnection, ids: &[RequestId]) -> Result<u64, sqlx::Error> {
+pub(super) async fn purge(
+    connection: &mut PgConnection,
+    ids: &[RequestId],
+) -> Result<u64, sqlx::Error> {
     let purged: i64 = sqlx::query_scalar("SELECT purge_requests($1)")
         .bind(ids.iter().copied().map(Uuid::from).collect::<Vec<_>>())
         .fetch_one(connection)
@@ -508,7 +511,7 @@ async fn halted(connection: &mut PgConnection) -> Result<Vec<HaltedKey>, sqlx::E
         .collect()
 }
 
-async fn resume(
+pub(super) async fn resume(
     connection: &mut PgConnection,
     channel: &str,
     group: &str,

@@ -8,7 +8,9 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
+use super::changes::record;
 use super::{Store, StoreError, millis};
+use crate::change::{Entry, Signed};
 use crate::destination::{DestinationPolicy, Millis, State, Until, millis as to_millis};
 use crate::error::Error;
 use crate::id::RequestId;
@@ -132,7 +134,21 @@ impl Store {
         mut change: impl FnMut(&mut StoredDestination) -> bool + Send,
     ) -> Result<Vec<StoredDestination>, StoreError> {
         self.run("destinations.change", async |connection| {
-            change_all(connection, names, &mut change).await
+            change_all(connection, names, &mut change, None).await
+        })
+        .await
+    }
+
+    /// Changes a destination as [`change_destinations`](Self::change_destinations), on the record.
+    pub(crate) async fn change_destination_recorded(
+        &self,
+        name: &str,
+        mut change: impl FnMut(&mut StoredDestination) -> bool + Send,
+        author: &Signed,
+        entry: &Entry,
+    ) -> Result<Vec<StoredDestination>, StoreError> {
+        self.run("destinations.recorded", async |connection| {
+            change_all(connection, &[name], &mut change, Some((author, entry))).await
         })
         .await
     }
@@ -199,7 +215,7 @@ impl Store {
                 .map(|row| &*row.name)
                 .collect();
             if !settled.is_empty() {
-                change_all(connection, &settled, &mut |row| forget(row)).await?;
+                change_all(connection, &settled, &mut |row| forget(row), None).await?;
             }
             let is_fruitful = settled.len() * 2 > rows.len();
             let last = rows.last().filter(|_| rows.len() == LIMIT);
@@ -298,6 +314,7 @@ async fn change_all(
     connection: &mut PgConnection,
     names: &[&str],
     change: &mut (impl FnMut(&mut StoredDestination) -> bool + Send),
+    on_record: Option<(&Signed, &Entry)>,
 ) -> Result<Vec<StoredDestination>, sqlx::Error> {
     let mut transaction = connection.begin().await?;
     sqlx::query(
@@ -361,6 +378,9 @@ async fn change_all(
     .bind(closed)
     .execute(&mut *transaction)
     .await?;
+    if let Some((author, entry)) = on_record {
+        record(&mut transaction, author, entry, None).await?;
+    }
     transaction.commit().await?;
     Ok(all)
 }

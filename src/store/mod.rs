@@ -7,6 +7,7 @@
 mod activity;
 pub(crate) mod bulk;
 pub(crate) mod cancel;
+pub(crate) mod changes;
 pub(crate) mod claim;
 mod columns;
 pub(crate) mod connect;
@@ -19,6 +20,8 @@ mod idle;
 pub(crate) mod inspect;
 pub(crate) mod listen;
 pub(crate) mod outcome;
+pub(crate) mod paused_channels;
+mod recorded;
 #[cfg(feature = "encryption")]
 pub(crate) mod reencrypt;
 pub(crate) mod runner_pool;

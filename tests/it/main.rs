@@ -33,6 +33,7 @@ mod metadata;
 mod metrics;
 mod middleware;
 mod migrations;
+mod operations;
 mod outcomes;
 mod plans;
 mod poll;

@@ -296,7 +296,7 @@ async fn a_function_of_the_schema_is_safe_to_run_as_its_owner() {
     assert_eq!(count(&database, public).await, 0);
     let definers = "SELECT count(*) FROM pg_proc p
         WHERE p.pronamespace = 'requeuest'::regnamespace AND p.prosecdef";
-    assert_eq!(count(&database, definers).await, 6);
+    assert_eq!(count(&database, definers).await, 7);
 
     // A caller's temporary tables and functions aren't taken for the schema's.
     let role = Role::create(&database).await;

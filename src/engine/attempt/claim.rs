@@ -35,6 +35,10 @@ use crate::store::settle::{Failure, Fence, WaitsFor};
 /// An attempt's hard deadline is this long after its timeout, so that its result can be judged.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 
+/// When a request of a paused channel may be claimed again, if its channel has been resumed and
+/// this process doesn't know yet.
+const PAUSED_DELAY: Duration = Duration::from_millis(250);
+
 const ABANDONED: &str = "the caller or task that made the attempt went away";
 
 /// How long an attempt keeps its slot and its lease at most.
@@ -316,7 +320,8 @@ impl Claim {
             self.lease = None;
             return false;
         };
-        if !lease.keeps_slot() {
+        let is_paused = |claim: &Self| claim.driver.paused.contains(&claim.job.channel);
+        if !lease.keeps_slot() && !is_paused(self) {
             lease.mark_waiting();
             let destination = self.job.limit_name();
             match self.driver.slots.acquire(&destination, self.turn()).await {
@@ -328,12 +333,30 @@ impl Claim {
                 }
             }
         }
+        // After the wait for a slot, which may have been the wait for the first look at this too.
+        if is_paused(self) {
+            self.leave_to_paused_channel();
+            return false;
+        }
         let now = Instant::now();
         lease.mark_sending(now + hard_deadline(&self.driver, &self.job));
         if self.unconfirmed && !Box::pin(self.confirm()).await {
             return false;
         }
         true
+    }
+
+    /// Puts the request back into its paused channel.
+    fn leave_to_paused_channel(&mut self) {
+        // If a poll has just brought it, the channel may have been resumed.
+        self.driver.slots.gate.urgent.notify_one();
+        self.settle(AttemptResult::PutBack {
+            delay: PAUSED_DELAY,
+            hold: None,
+            waits_for: WaitsFor::Delay,
+            uncounted: self.counted,
+            failure: None,
+        });
     }
 
     /// From here on, a part of the request may have been sent.

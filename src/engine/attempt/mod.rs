@@ -21,6 +21,7 @@ pub(crate) mod hooks;
 pub(crate) mod job;
 mod judge;
 pub(crate) mod leases;
+pub(crate) mod paused;
 pub(crate) mod send;
 pub(crate) mod slots;
 pub(crate) mod transport;
@@ -43,12 +44,15 @@ use crate::engine::supervise::Panics;
 use crate::engine::tasks::channels::UsedChannels;
 use crate::engine::telemetry::{Failures, LineLimit};
 use crate::error::{Error, Kind};
+use crate::id::RequestId;
 use crate::runtime::Runtime;
+use crate::status::Status;
 use crate::store::Store;
 
 use bodies::{Bodies, Room};
 use gate::Gate;
 use leases::Leases;
+use paused::PausedChannels;
 use slots::{NoSlot, Slot, Slots};
 use transport::DefaultTransport;
 use waiters::Waiters;
@@ -60,6 +64,7 @@ pub(crate) struct Driver {
     /// Identifies this engine to other processes, which notify it of outcomes.
     pub(crate) instance: Uuid,
     pub(crate) leases: Arc<Leases>,
+    pub(crate) paused: Arc<PausedChannels>,
     pub(crate) waiters: Arc<Waiters>,
     pub(crate) slots: Slots,
     pub(crate) transport: DefaultTransport,
@@ -89,6 +94,7 @@ pub(crate) struct Parts {
     pub(crate) store: Store,
     pub(crate) instance: Uuid,
     pub(crate) leases: Arc<Leases>,
+    pub(crate) paused: Arc<PausedChannels>,
     pub(crate) waiters: Arc<Waiters>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) polls: Arc<Polls>,
@@ -110,6 +116,7 @@ impl Driver {
             store: parts.store,
             instance: parts.instance,
             leases: parts.leases,
+            paused: parts.paused,
             waiters: parts.waiters,
             transport: DefaultTransport::default(),
             lifecycle: Lifecycle::new(),
@@ -171,6 +178,17 @@ impl Driver {
         }
     }
 
+    /// Notes that these requests of these channels were cancelled.
+    pub(crate) fn note_cancelled(&self, cancelled: Vec<(RequestId, String)>) {
+        for (id, channel) in &cancelled {
+            self.meter.ended(channel, Status::Cancelled, 1);
+            self.leases.forget(*id);
+        }
+        // Waiters of this process get the outcome from the database.
+        let ids = cancelled.into_iter().map(|(id, _)| id).collect();
+        self.waiters.fetch_soon(ids);
+    }
+
     /// A slot for a first attempt by this process, with room for a large body, if it may make one
     /// on this channel now and a client is known: the caller's, or the default transport.
     pub(crate) fn try_inline(
@@ -182,6 +200,9 @@ impl Driver {
     ) -> Result<(Slot, Option<Room>), NoSlot> {
         let has_client = has_client || self.transport.is_known();
         if !(self.config.delivers(channel) && self.lifecycle.is_claiming() && has_client) {
+            return Err(NoSlot::Busy);
+        }
+        if self.paused.contains(channel) {
             return Err(NoSlot::Busy);
         }
         let slot = self.slots.try_inline(destination)?;

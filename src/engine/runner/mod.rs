@@ -9,7 +9,7 @@
 
 mod dispatch;
 pub(crate) mod polls;
-mod presence;
+pub(crate) mod presence;
 
 use std::future::Future;
 use std::pin::Pin;

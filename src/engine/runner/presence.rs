@@ -81,7 +81,7 @@ impl Drop for Presence {
 }
 
 /// The name of this machine, where it can be had without a call to the system.
-fn host() -> Option<String> {
+pub(crate) fn host() -> Option<String> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
     let host = host.or_else(|| std::env::var("HOSTNAME").ok());
     let host = host.or_else(|| std::env::var("COMPUTERNAME").ok())?;

@@ -2,8 +2,8 @@
 //!
 //! Once a second, and at once if other processes should know soon, the task reports what attempts
 //! have shown. The report changes the destination's state under a row lock. The task then reads
-//! what other processes have changed. A second loop leases permits and tokens whenever attempts are
-//! short of them.
+//! what other processes have changed, and which channels are paused. A second loop leases permits
+//! and tokens whenever attempts are short of them.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use crate::destination::{DestinationEvent, DestinationEventKind, Millis};
 use crate::engine::attempt::gate::Gate;
+use crate::engine::attempt::paused::PausedChannels;
 use crate::engine::config::DestinationObserver;
 use crate::redact::panic_text;
 use crate::store::destinations::StoredDestination;
@@ -37,16 +38,22 @@ const STEP: usize = 256;
 pub(crate) async fn run(
     store: Store,
     gate: Arc<Gate>,
+    paused: Arc<PausedChannels>,
     instance: Uuid,
     observer: Option<DestinationObserver>,
 ) {
     tokio::join!(
-        sync(&store, &gate, observer.as_ref()),
+        sync(&store, &gate, &paused, observer.as_ref()),
         lease(&store, &gate, instance)
     );
 }
 
-async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>) {
+async fn sync(
+    store: &Store,
+    gate: &Gate,
+    paused: &PausedChannels,
+    observer: Option<&DestinationObserver>,
+) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut after = String::new();
@@ -67,7 +74,11 @@ async fn sync(store: &Store, gate: &Gate, observer: Option<&DestinationObserver>
             continue;
         }
         report(store, gate, observer).await;
+        let began = Instant::now();
         // The store logs failures.
+        if let Ok(names) = store.paused_names().await {
+            paused.learn(began, names);
+        }
         if let Ok(changed) = store.changed_destinations(since).await {
             since = changed.first().map(|row| row.now).or(since);
             let known = changed.into_iter().filter(|row| !row.name.is_empty());

@@ -120,6 +120,7 @@ struct Sweep {
     handlers: Part,
     destinations: Part,
     activity: Part,
+    operations: Part,
     /// The last channel whose runners were looked for.
     channels_after: Option<String>,
     /// The last destination whose state was looked at.
@@ -157,6 +158,7 @@ impl Sweep {
             handlers: Part::new("handlers"),
             destinations: Part::new("destinations"),
             activity: Part::new("activity"),
+            operations: Part::new("operations"),
             channels_after: None,
             destinations_after: String::new(),
             old_attempts: Cursor::new(Old::Attempts),
@@ -195,6 +197,18 @@ impl Sweep {
             .note(&self.store, &self.health, &forgotten);
         let swept = self.delete_activity().await;
         self.activity.note(&self.store, &self.health, &swept);
+        let pruned = self.prune_operations().await;
+        self.operations.note(&self.store, &self.health, &pruned);
+    }
+
+    /// Deletes old records of changes, and operations that finished long ago.
+    async fn prune_operations(&self) -> Result<Progress, StoreError> {
+        for _ in 0..MAX_STEPS {
+            if !self.store.prune_operations().await? {
+                return Ok(Progress::Done);
+            }
+        }
+        Ok(Progress::Behind)
     }
 
     async fn delete_activity(&self) -> Result<Progress, StoreError> {

@@ -20,7 +20,7 @@ use super::outcome::status;
 use crate::codec::Unreadable;
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::inspection::{FailedAttempt, RequestInfo};
+use crate::inspection::{FailedAttempt, PausedChannel, RequestInfo};
 use crate::sealer::Sealer;
 use crate::status::Status;
 
@@ -43,6 +43,8 @@ pub(crate) struct Place {
     pub(crate) first: Option<RequestId>,
     /// The first request has ended and halts the key.
     pub(crate) is_halted: bool,
+    /// Its channel is paused.
+    pub(crate) paused: Option<PausedChannel>,
     /// A runner that is alive claims its channel and its format.
     pub(crate) is_delivered: bool,
     /// Since when it is parked, and why.
@@ -167,12 +169,14 @@ fn statement() -> String {
         first.id AS first,
         first.state = 'halted' AS is_halted,
         m.id IS NOT NULL AND is_delivered(m.channel_name, m.format) AS is_delivered,
+        epoch_us(c.since) AS paused_since, c.actor AS paused_by, c.reason AS paused_because,
         epoch_us(p.parked_since) AS parked_since,
         p.parked_reason
     FROM (SELECT $1::uuid AS id) i
     LEFT JOIN mq_msgs m ON m.id = ANY (ARRAY[i.id])
     LEFT JOIN outcomes o ON o.id = ANY (ARRAY[i.id])
     LEFT JOIN mq_payloads p ON p.id = ANY (ARRAY[i.id])
+    LEFT JOIN paused_channels c ON c.channel_name = m.channel_name AND c.resumed_at IS NULL
     CROSS JOIN LATERAL (SELECT coalesce(o.channel_args, m.channel_args) AS name) g
     LEFT JOIN LATERAL (
         SELECT ahead.id, ahead.state FROM mq_msgs ahead
@@ -188,6 +192,16 @@ fn statement() -> String {
 fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
     let first: Option<Uuid> = row.try_get("first")?;
     let is_halted: Option<bool> = row.try_get("is_halted")?;
+    let paused_since: Option<i64> = row.try_get("paused_since")?;
+    let paused = match paused_since {
+        Some(since) => Some(PausedChannel {
+            channel: row.try_get("channel_name")?,
+            since: at(since),
+            by: row.try_get("paused_by")?,
+            reason: row.try_get("paused_because")?,
+        }),
+        None => None,
+    };
     let since: Option<i64> = row.try_get("parked_since")?;
     let reason: Option<String> = row.try_get("parked_reason")?;
     Ok(Place {
@@ -201,6 +215,7 @@ fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
         },
         first: first.map(RequestId::from),
         is_halted: is_halted.unwrap_or_default(),
+        paused,
         is_delivered: row.try_get("is_delivered")?,
         parked: since.map(|since| (at(since), reason.unwrap_or_default())),
     })
