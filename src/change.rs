@@ -33,8 +33,9 @@ pub struct Change {
     pub actor: String,
     /// Why, if the operator said so.
     pub reason: Option<String>,
-    /// What was done, such as `replay` or `pause_channel`. See
-    /// [`Admin`](crate::admin::Admin#the-record-of-changes) for all of them.
+    /// What was done: the name of the method of [`Admin`](crate::admin::Admin), `start_operation`
+    /// for [`start`](crate::admin::Admin::start), or the name of an
+    /// [`Action`](crate::admin::Action) for a part of an operation. Later versions may add others.
     pub action: String,
     /// To what: the id of a request or of an operation, or the name of a channel or a destination.
     pub target: String,

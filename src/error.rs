@@ -15,6 +15,7 @@ use http::{HeaderMap, StatusCode};
 
 use crate::classify::FailureClass;
 use crate::id::RequestId;
+use crate::operation::OperationId;
 use crate::outcome::{Cause, Fault};
 use crate::redact::error_text;
 use crate::status::Status;
@@ -154,6 +155,8 @@ pub(crate) enum Kind {
     UnknownId,
     /// Nothing is known of a destination of this name.
     UnknownDestination(Box<str>),
+    /// There is no operation on many requests of this id.
+    UnknownOperation(OperationId),
     /// The pool was closed or the handle shut down.
     Closed,
     /// Too much waits in this process to be persisted: so many requests and bytes.
@@ -495,7 +498,7 @@ impl Error {
     /// Whether there is no request with this id: it never existed, or its outcome expired after the
     /// [`retention`](crate::DurableBuilder::retention).
     pub fn is_unknown_id(&self) -> bool {
-        matches!(self.0.kind, Kind::UnknownId)
+        matches!(self.0.kind, Kind::UnknownId | Kind::UnknownOperation(_))
     }
 
     /// Whether an operation on a [destination](crate::Durable::destination) found nothing to work
@@ -704,6 +707,16 @@ fn only_enqueues(f: &mut fmt::Formatter<'_>, what: &str) -> fmt::Result {
     )
 }
 
+const RESPONSE_UNKNOWN: &str =
+    "the request was resolved as sent, so it was delivered but its response is unknown";
+
+fn unknown_operation(f: &mut fmt::Formatter<'_>, id: OperationId) -> fmt::Result {
+    write!(
+        f,
+        "there is no operation {id}, or it ended more than 90 days ago"
+    )
+}
+
 fn unreadable(f: &mut fmt::Formatter<'_>, reason: &str) -> fmt::Result {
     write!(
         f,
@@ -826,15 +839,14 @@ impl fmt::Display for Kind {
                 status,
                 replayed_as,
             } => wrong_state(f, *operation, *status, *replayed_as),
-            Self::ResponseUnknown => f.write_str(
-                "the request was resolved as sent, so it was delivered but its response is unknown",
-            ),
+            Self::ResponseUnknown => f.write_str(RESPONSE_UNKNOWN),
             Self::UnknownDestination(name) => write!(
                 f,
                 "nothing is known of the destination {name:?}: it is not paused, disabled, limited \
                  or failing; check the name, which has the scheme and host of its URLs, such as \
                  https://api.example.com, or is a limit key"
             ),
+            Self::UnknownOperation(id) => unknown_operation(f, *id),
             Self::UnknownId => f.write_str(
                 "there is no such request, or its outcome has expired; see \
                  DurableBuilder::retention",
@@ -1037,6 +1049,7 @@ mod tests {
             Kind::ResponseUnknown => &["resolved as sent", "response is unknown"],
             Kind::UnknownId => &["no such request", "DurableBuilder::retention"],
             Kind::UnknownDestination(_) => &["destination", "check the name", "limit key"],
+            Kind::UnknownOperation(_) => &["no operation", "90 days"],
             Kind::Closed => &["shut down", "pool was closed", "build a new handle"],
             Kind::Overloaded { .. } => &["5 requests", "70 bytes", "retry later"],
             Kind::Unreadable(_) => &["can't read", "format 2", "of the version that wrote it"],
@@ -1100,6 +1113,7 @@ mod tests {
             Kind::ResponseUnknown,
             Kind::UnknownId,
             Kind::UnknownDestination("https://a.example:443".into()),
+            Kind::UnknownOperation(OperationId::from(uuid::Uuid::nil())),
             Kind::Closed,
             Kind::Overloaded {
                 requests: 5,

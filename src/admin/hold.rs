@@ -16,8 +16,10 @@ pub(super) fn of(info: &RequestInfo, place: &Place) -> Known {
     let at = place.due_at;
     let until_due = at.duration_since(place.now).unwrap_or_default();
     let is_due = until_due.is_zero();
+    let paused = || place.paused.clone().map(Hold::ChannelPaused);
     if place.state == State::Sending {
-        return Known::Hold(is_due.then_some(Hold::LeaseEnded { at }));
+        let ended = || paused().unwrap_or(Hold::LeaseEnded { at });
+        return Known::Hold(is_due.then(ended));
     }
     if let Some(first) = place.first {
         let key = info.ordering_key.clone().unwrap_or_default();
@@ -31,8 +33,8 @@ pub(super) fn of(info: &RequestInfo, place: &Place) -> Known {
         let (since, reason) = (*since, reason.clone());
         return Known::Hold(Some(Hold::Parked { since, reason, at }));
     }
-    if let Some(paused) = &place.paused {
-        return Known::Hold(Some(Hold::ChannelPaused(paused.clone())));
+    if let Some(paused) = paused() {
+        return Known::Hold(Some(paused));
     }
     // A deferred request's time is that of the next look at its destination.
     if !is_due && place.state != State::Deferred {

@@ -11,6 +11,7 @@ mod activity;
 mod builder;
 mod change;
 mod hold;
+mod operation;
 mod pause;
 mod reads;
 
@@ -37,6 +38,10 @@ pub use crate::inspection::{
     Count, Counts, Cursor, DEFAULT_PAGE_LIMIT, FailedAttempt, Hold, MAX_COUNT, MAX_PAGE_LIMIT,
     MAX_SEARCH_LEN, PageRequest, PausedChannel, RequestFilter, RequestInfo, RequestPage,
     RequestState, RequestSummary,
+};
+pub use crate::operation::{
+    Action, MAX_PREVIEWED, MAX_RATE, MIN_RATE, NewOperation, Operation, OperationFilter,
+    OperationId, OperationState, Preview,
 };
 
 /// Looks into the queue. Cheap to clone. From [`Durable::admin`] or [`Admin::connect`].
@@ -187,6 +192,13 @@ impl Admin {
         if let Access::Handle(durable) = &self.access {
             let driver = durable.engine().driver();
             driver.note_cancelled(vec![(id, channel)]);
+        }
+    }
+
+    /// Notes that an operation was started, which this process may drive.
+    fn note_started(&self) {
+        if let Access::Handle(durable) = &self.access {
+            durable.engine().driver().operation_started.notify_one();
         }
     }
 

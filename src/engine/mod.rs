@@ -178,8 +178,10 @@ impl Engine {
             panics,
             runtime,
         };
+        let driver = Arc::new(Driver::new(config, parts));
+        drive_operations(&driver);
         Arc::new(Self {
-            driver: Arc::new(Driver::new(config, parts)),
+            driver,
             submissions,
             budget: Arc::new(budget),
             busy_keys: Arc::new(busy_keys),
@@ -410,4 +412,14 @@ fn upkeep(
         spawn.spawn(supervise(Arc::clone(panics), "sweep", sweep_rows)),
         spawn.spawn(supervise(Arc::clone(panics), "activity", note_activity)),
     ]
+}
+
+/// Drives operations on many requests while this process has a runner. The task ends by itself.
+fn drive_operations(driver: &Arc<Driver>) {
+    let (weak, started) = (
+        Arc::downgrade(driver),
+        Arc::clone(&driver.operation_started),
+    );
+    let run = move || tasks::operations::run(weak.clone(), Arc::clone(&started));
+    driver.spawn(supervise(Arc::clone(&driver.panics), "operations", run));
 }

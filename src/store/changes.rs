@@ -97,7 +97,7 @@ pub(super) async fn record(
     sqlx::query(
         "INSERT INTO changes (actor, reason, action, target, detail, operation)
          SELECT $1, $2, $3, $4, $5::json, $6
-         WHERE $5 IS NULL OR NOT EXISTS (
+         WHERE $5 IS NULL OR $6 IS NOT NULL OR NOT EXISTS (
             SELECT FROM changes c
             WHERE c.target = $4 AND c.action = $3 AND c.detail::text = $5
                 AND c.at > clock_timestamp() - interval '1 minute'

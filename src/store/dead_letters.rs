@@ -288,7 +288,10 @@ async fn list(
     rows.iter().map(|row| dead_letter(row, sealer)).collect()
 }
 
-async fn ids(connection: &mut PgConnection, page: &Page) -> Result<Vec<Position>, sqlx::Error> {
+pub(super) async fn ids(
+    connection: &mut PgConnection,
+    page: &Page,
+) -> Result<Vec<Position>, sqlx::Error> {
     let statement = format!(
         "SELECT m.id, (extract(epoch FROM m.finished_at) * 1000000)::bigint AS finished_at
          FROM ({}) m ORDER BY m.finished_at, m.id",

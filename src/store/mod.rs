@@ -19,6 +19,7 @@ pub(crate) mod hand_over;
 mod idle;
 pub(crate) mod inspect;
 pub(crate) mod listen;
+pub(crate) mod operations;
 pub(crate) mod outcome;
 pub(crate) mod paused_channels;
 mod recorded;

@@ -362,6 +362,40 @@ async fn no_statement_scans_a_table_that_was_empty_when_planned() {
     assert_eq!(read, []);
 }
 
+#[tokio::test]
+async fn no_poll_reads_the_backlog_of_a_paused_channel() {
+    let database = migrated().await;
+    let server = Server::always(200).await;
+    let enqueuing = Durable::builder(database.pool().clone()).runner(false);
+    let enqueuing = enqueuing.build().unwrap();
+    let hour = Options::default().delay(Duration::from_secs(3600));
+    let like = post(server.url("/"), "x").with(hour);
+    let like = enqueuing.fire(like).await.unwrap();
+    backlog(database.pool(), like, "paused", "interval '-1 hour'").await;
+    enqueuing.admin().pause_channel("paused").await.unwrap();
+    for delivers_all in [false, true] {
+        let before = read(&database).await;
+        let options = database.options().application_name(SESSIONS);
+        let pool = PgPoolOptions::new().connect_lazy_with(options);
+        let mut builder = Durable::builder(pool.clone());
+        if delivers_all {
+            builder = builder.deliver_all();
+        }
+        let durable = builder.build().unwrap();
+        // Polls claim these.
+        let requests = (0..REQUESTS).map(|_| post(server.url("/"), "x"));
+        let ids = enqueuing.fire_many(requests).await.unwrap();
+        for id in ids {
+            in_time(durable.response(id)).await.unwrap();
+        }
+        durable.shutdown(Duration::from_secs(5)).await.unwrap();
+        pool.close().await;
+        let read = read(&database).await - before;
+        assert!(read < BACKLOG, "{read} rows and index entries were read");
+    }
+    assert_eq!(server.count(), 2 * REQUESTS);
+}
+
 /// The quick form has enough dead letters for a scan to be seen. The long form measures.
 fn letters() -> i64 {
     let long = std::env::var("REQUEUEST_LONG_FAULTS").is_ok_and(|value| value == "1");

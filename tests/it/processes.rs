@@ -106,14 +106,14 @@ impl Arrivals {
 }
 
 /// A running copy of this binary. Dropping it kills the process.
-struct Member {
+pub(crate) struct Member {
     child: Child,
     lines: watch::Receiver<Vec<String>>,
 }
 
 impl Member {
     /// Starts a process of this name that plays the part.
-    fn start(
+    pub(crate) fn start(
         module: &str,
         part_name: &str,
         name: &str,
@@ -155,7 +155,7 @@ impl Member {
     }
 
     /// Waits until the process has printed this line.
-    async fn says(&mut self, wanted: &str) {
+    pub(crate) async fn says(&mut self, wanted: &str) {
         let said = self
             .lines
             .wait_for(|lines| lines.iter().any(|line| line == wanted));
@@ -173,7 +173,7 @@ impl Member {
         self.lines.borrow().clone()
     }
 
-    async fn kill(&mut self) -> Instant {
+    pub(crate) async fn kill(&mut self) -> Instant {
         self.child.kill().await.unwrap();
         Instant::now()
     }
@@ -188,14 +188,14 @@ impl Member {
 }
 
 /// The settings of the process that plays a part.
-struct Me {
+pub(crate) struct Me {
     name: String,
     url: String,
     pool: PgPool,
 }
 
 impl Me {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let pool = sqlx::postgres::PgPoolOptions::new()
             .max_connections(4)
             .connect_lazy(&std::env::var(DATABASE).unwrap())
@@ -207,13 +207,13 @@ impl Me {
         }
     }
 
-    fn handle(&self) -> DurableBuilder {
+    pub(crate) fn handle(&self) -> DurableBuilder {
         named_builder(&self.pool, &self.name).max_connections(2)
     }
 }
 
 /// Tells the test. Begins a new line, because the harness may have printed half a line.
-fn say(what: &str) {
+pub(crate) fn say(what: &str) {
     println!("\n@{what}");
 }
 

@@ -31,7 +31,7 @@ use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -80,6 +80,8 @@ pub(crate) struct Driver {
     /// Bounds the lines about panics in the application's code.
     pub(crate) policy_panics: LineLimit,
     pub(crate) settler: Arc<Settler>,
+    /// Notified when this process has started an operation on many requests.
+    pub(crate) operation_started: Arc<Notify>,
     /// The settle lane ends once the driver, and with it this sender, is gone.
     settlements: mpsc::UnboundedSender<Settlement>,
     /// Tasks without an end of their own: the driver's end aborts them.
@@ -127,6 +129,7 @@ impl Driver {
             unusable: Failures::default(),
             policy_panics: LineLimit::default(),
             settler: parts.settler,
+            operation_started: Arc::default(),
             settlements: parts.settlements,
             tasks: parts.tasks,
             panics: parts.panics,

@@ -167,7 +167,7 @@ async fn a_pause_outlives_its_process_and_no_request_is_given_up_without_a_runne
         .retention(Duration::from_secs(60))
         .build()
         .unwrap();
-    let noted = post(server.url("/"), "x").with(Options::default().channel("nobody's"));
+    let noted = post(server.url("/"), "x").with(Options::default().channel("unknown"));
     other.fire(noted).await.unwrap();
     eventually_rows(&database, "undelivered_channels", 1).await;
     let noted = format!("undelivered_channels WHERE channel_name = '{CHANNEL}'");

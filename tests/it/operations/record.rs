@@ -4,7 +4,9 @@ use std::time::{Duration, SystemTime};
 
 use requeuest::admin::{Admin, Change, ChangeFilter};
 use requeuest::migrate::DatabaseRole;
-use requeuest::{DestinationPolicy, Durable, Error, Options, RequestId, Resolution, Status};
+use requeuest::{
+    DeadLetterFilter, DestinationPolicy, Durable, Error, Options, RequestId, Resolution, Status,
+};
 use sqlx::Executor;
 
 use crate::support::{
@@ -41,7 +43,10 @@ async fn letters(durable: &Durable, server: &Server) -> Vec<RequestId> {
     let path = format!("/{SECRET}?token={SECRET}");
     let once = || Options::default().retry(quick().max_attempts(1));
     end_three(durable, &server.url(&path), 1, once).await;
-    let letters = durable.dead_letters(&Default::default()).await.unwrap();
+    let letters = durable
+        .dead_letters(&DeadLetterFilter::default())
+        .await
+        .unwrap();
     letters.iter().map(|letter| letter.id).collect()
 }
 
