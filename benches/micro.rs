@@ -14,9 +14,11 @@ use bytes::Bytes;
 use divan::counter::ItemsCount;
 use divan::{AllocProfiler, Bencher, black_box};
 use futures_util::future::join_all;
+use opentelemetry_sdk::trace::SdkTracerProvider;
 use requeuest::encryption::{Key, Keyring, measured};
+use requeuest::otel::OpenTelemetry;
 use requeuest::testkit::{Postgres, TestDatabase};
-use requeuest::{Body, Durable, Request};
+use requeuest::{Body, Durable, Request, TraceContext, TraceContextHook};
 use tokio::runtime::Runtime;
 use tower::{Layer, Service, ServiceExt, service_fn};
 
@@ -87,7 +89,24 @@ struct Fixture {
     _database: TestDatabase,
 }
 
-fn fixture() -> Fixture {
+/// Whether requests carry a trace context, and attempts have spans.
+#[derive(Clone, Copy, Debug)]
+enum Traces {
+    Without,
+    Hook,
+    OpenTelemetry,
+}
+
+/// The same context for each call.
+struct Fixed(TraceContext);
+
+impl TraceContextHook for Fixed {
+    fn extract(&self) -> Option<TraceContext> {
+        Some(self.0.clone())
+    }
+}
+
+fn fixture(traces: Traces) -> Fixture {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -96,7 +115,21 @@ fn fixture() -> Fixture {
         let postgres = Postgres::shared().await.expect("a Postgres");
         let database = postgres.database().await.expect("a database");
         requeuest::migrate(database.pool()).await.expect("a schema");
-        let durable = Durable::builder(database.pool().clone())
+        let builder = Durable::builder(database.pool().clone());
+        let builder = match traces {
+            Traces::Without => builder,
+            Traces::Hook => {
+                let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+                let context = TraceContext::new(parent).expect("a trace context");
+                builder.trace_context(Fixed(context))
+            }
+            // Spans are recorded, and dropped instead of exported.
+            Traces::OpenTelemetry => {
+                let provider = SdkTracerProvider::builder().build();
+                builder.open_telemetry(OpenTelemetry::new(&provider))
+            }
+        };
+        let durable = builder
             .transport(service_fn(answer::<Body>))
             .build()
             .expect("a handle");
@@ -116,7 +149,7 @@ fn fixture() -> Fixture {
 /// One call after another: no call shares its statements.
 #[divan::bench(sample_count = 200)]
 fn await_response_alone(bencher: Bencher<'_, '_>) {
-    let fixture = fixture();
+    let fixture = fixture(Traces::Without);
     bencher.with_inputs(request).bench_local_values(|request| {
         let awaited = fixture.durable.await_response(request);
         fixture.runtime.block_on(awaited).expect("an answer");
@@ -126,9 +159,12 @@ fn await_response_alone(bencher: Bencher<'_, '_>) {
 const TOGETHER: usize = 64;
 
 /// Many concurrent calls, which share statements. The counts are totals of all calls.
-#[divan::bench(sample_count = 200)]
-fn await_response_64_together(bencher: Bencher<'_, '_>) {
-    let fixture = fixture();
+#[divan::bench(
+    sample_count = 200,
+    args = [Traces::Without, Traces::Hook, Traces::OpenTelemetry],
+)]
+fn await_response_64_together(bencher: Bencher<'_, '_>, traces: Traces) {
+    let fixture = fixture(traces);
     bencher
         .with_inputs(|| (0..TOGETHER).map(|_| request()).collect::<Vec<_>>())
         .input_counter(|requests| ItemsCount::new(requests.len()))

@@ -1,8 +1,11 @@
 //! Traces: the context of a call reaches each attempt, and spans follow OpenTelemetry's
 //! conventions.
 
+mod carried;
 mod continued;
+mod exporter;
 mod spans;
+mod wrapped;
 
 use bytes::Bytes;
 use http::HeaderMap;

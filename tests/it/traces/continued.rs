@@ -75,7 +75,7 @@ async fn call() {
     let variable = |name| std::env::var(name).unwrap();
     let pool = PgPool::connect(&variable(DATABASE)).await.unwrap();
     let durable = traced(&pool).build().unwrap();
-    let remote = super::spans::caller_with([("vendor", "a")]);
+    let remote = super::exporter::caller_with([("vendor", "a")]);
     let tracer = SdkTracerProvider::builder().build().tracer("test");
     let span = tracer.start_with_context("caller", &remote);
     let mut request = http::Request::post(variable(SERVER)).body("x").unwrap();
