@@ -29,8 +29,9 @@
 //! and other transports may make their own: the `process` span is current while they send, as
 //! [`Context::current`] and as the parent in the headers.
 //!
-//! The caller's span is the one of [`Context::current`]. With the crate `tracing-opentelemetry` and
-//! its context activation, that is the current span of `tracing`. A call outside any span, whose
+//! The caller's span is the one of [`Context::current`]. With the crate `tracing-opentelemetry`,
+//! whose context activation is on by default, that is the current span of `tracing`, and spans of
+//! `tracing` that a wrapped client makes are below `process`. A call outside any span, whose
 //! request has a `traceparent`, is a child of the span that it names.
 //!
 //! # Headers

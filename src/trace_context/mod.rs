@@ -192,7 +192,9 @@ impl TraceContext {
             set(TRACESTATE, tracestate);
         }
         if let (Some(baggage), false) = (&self.baggage, headers.contains_key(BAGGAGE)) {
-            if let Ok(value) = HeaderValue::from_str(baggage) {
+            if let Ok(mut value) = HeaderValue::from_str(baggage) {
+                // So that it isn't sent on to where a redirect leads.
+                value.set_sensitive(true);
                 headers.insert(BAGGAGE, value);
             }
         }

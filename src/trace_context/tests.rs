@@ -151,6 +151,7 @@ fn a_traceparent_of_the_request_stays_with_its_tracestate() {
         ("baggage", "b=2"),
     ];
     assert_eq!(kept, headers(&all));
+    assert!(kept["baggage"].is_sensitive());
     let mut lone = headers(&[("tracestate", "of=nothing"), ("baggage", "own=1")]);
     context.insert_into(&mut lone);
     let all = [

@@ -5,7 +5,11 @@ use requeuest::otel::OpenTelemetry;
 use requeuest::otel::opentelemetry::KeyValue;
 use requeuest::otel::opentelemetry::baggage::BaggageExt as _;
 use requeuest::otel::opentelemetry::trace::FutureExt as _;
+use requeuest::otel::opentelemetry::trace::TracerProvider as _;
 use requeuest::otel::opentelemetry::trace::noop::NoopTracerProvider;
+use tracing::Instrument as _;
+use tracing::instrument::WithSubscriber as _;
+use tracing_subscriber::layer::SubscriberExt as _;
 
 use super::exporter::{Traced, caller, parents, send};
 use super::{header, seen};
@@ -76,4 +80,27 @@ async fn a_trace_that_is_not_recorded_travels_on() {
     let client = with_middleware(reqwest::Client::new(), &durable);
     in_time(client.get(server.url("/")).send()).await.unwrap();
     assert_eq!(seen(&server).pop().unwrap(), None);
+}
+
+#[tokio::test]
+async fn the_current_span_of_tracing_is_the_parent() {
+    let (database, traced) = (migrated().await, Traced::new());
+    let server = Server::always(200).await;
+    let durable = traced.builder(&database).build().unwrap();
+    let exporter = Traced::new();
+    let layer = tracing_opentelemetry::layer().with_tracer(exporter.provider.tracer("test"));
+    let subscriber = tracing_subscriber::registry().with(layer);
+    let id = async {
+        let span = tracing::info_span!("order");
+        let fired = durable.fire(post(server.url("/"), "x"));
+        fired.instrument(span).await.unwrap()
+    };
+    let id = id.with_subscriber(subscriber).await;
+    outcome_of(&durable, id).await;
+    let order = exporter.exporter.get_finished_spans().unwrap().remove(0);
+    let (send, _, client) = traced.take();
+    assert_eq!(order.name, "order");
+    assert_eq!(send.parent_span_id, order.span_context.span_id());
+    let trace_id = order.span_context.trace_id();
+    assert_eq!(client.unwrap().span_context.trace_id(), trace_id);
 }
