@@ -1060,6 +1060,9 @@ DECLARE
         coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
     v_wait interval := poll_wait(v);
     v_more boolean := cardinality(v.picked) >= batch_size OR v.unfinished;
+    -- For an application that measures how long requests wait.
+    v_measured boolean :=
+        coalesce(nullif(current_setting('requeuest.measured', true), ''), 'off')::boolean;
 BEGIN
     IF v.picked = '{}' THEN
         RETURN QUERY SELECT
@@ -1125,6 +1128,19 @@ BEGIN
                     THEN (extract(epoch FROM v_now - c.created_at) * 1000)::bigint
                 ELSE 0
             END,
+            -- The row as it was before the update.
+            CASE WHEN v_measured THEN (
+                SELECT concat(
+                    ',"waited_ms":',
+                    CASE
+                        WHEN isfinite(o.attempt_at)
+                            THEN (extract(epoch FROM v_now - o.attempt_at) * 1000)::bigint
+                        ELSE 0
+                    END,
+                    ',"taken_over":', (o.state IN ('claimed', 'held', 'sending_once'))::text
+                )
+                FROM mq_msgs o WHERE o.id = ANY (ARRAY[c.id])
+            ) END,
             ',"deadline_ms":',
             CASE
                 WHEN isfinite(c.deadline)

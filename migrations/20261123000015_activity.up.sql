@@ -132,3 +132,96 @@ BEGIN
         );
 END;
 $$;
+
+-- The handle that measures the queue for the metrics of all processes.
+CREATE TABLE queue_observer (
+    one_row boolean PRIMARY KEY DEFAULT true CHECK (one_row),
+    instance uuid NOT NULL,
+    expires_at timestamptz NOT NULL
+);
+
+-- How many requests there are in which state: exact up to 10,000, and no more than a few times as
+-- many index entries are read. Kinds are the states of mq_state, except that waiting requests are
+-- `due`, with a row for each channel, format and priority, or `scheduled`. `dead_letters` are
+-- counted too, and `expired` has the age of the oldest outcome that has outlived its retention.
+--
+-- Statistics of an empty queue would let the planner read whole tables, or a whole index for its
+-- first rows. So each count is ordered as the index that it must read, and nothing is sorted.
+CREATE FUNCTION queue_depth()
+RETURNS TABLE (kind text, channel text, number bigint, oldest_ms bigint)
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET enable_sort = off
+AS $$
+DECLARE
+    c_most CONSTANT bigint := 10001;
+    -- Channels with requests beyond the bound are still looked at: so many of their requests.
+    c_least CONSTANT bigint := 101;
+    c_combinations CONSTANT int := 300;
+    v_now timestamptz := clock_timestamp();
+    v_due bigint := 0;
+    v_scheduled bigint := 0;
+    v_number bigint;
+    v_state mq_state;
+    v record;
+BEGIN
+    SELECT '' AS channel_name, '-32768'::smallint AS format, 'high'::mq_priority AS priority,
+        v_now AS attempt_at INTO v;
+    FOR v_step IN 1..c_combinations LOOP
+        SELECT m.channel_name, m.format, m.priority, m.attempt_at INTO v
+        FROM mq_msgs m
+        WHERE m.state = 'waiting'
+            AND (m.channel_name, m.format, m.priority) > (v.channel_name, v.format, v.priority)
+        ORDER BY m.channel_name, m.format, m.priority, m.attempt_at LIMIT 1;
+        EXIT WHEN NOT FOUND;
+        SELECT count(*) INTO v_number FROM (
+            SELECT FROM mq_msgs m
+            WHERE m.state = 'waiting' AND m.channel_name = v.channel_name
+                AND m.format = v.format AND m.priority = v.priority AND m.attempt_at <= v_now
+            ORDER BY m.attempt_at LIMIT greatest(c_most - v_due, c_least)
+        ) due;
+        IF v_number > 0 THEN
+            v_due := v_due + v_number;
+            RETURN QUERY SELECT 'due', v.channel_name::text, v_number, CASE
+                WHEN isfinite(v.attempt_at)
+                THEN (extract(epoch FROM v_now - v.attempt_at) * 1000)::bigint
+            END;
+        END IF;
+        SELECT count(*) INTO v_number FROM (
+            SELECT FROM mq_msgs m
+            WHERE m.state = 'waiting' AND m.channel_name = v.channel_name
+                AND m.format = v.format AND m.priority = v.priority AND m.attempt_at > v_now
+            ORDER BY m.attempt_at LIMIT greatest(c_most - v_scheduled, 0)
+        ) scheduled;
+        v_scheduled := v_scheduled + v_number;
+    END LOOP;
+    RETURN QUERY SELECT 'scheduled', NULL::text, v_scheduled, NULL::bigint;
+    RETURN QUERY
+    SELECT o.state::text, NULL::text, count(*), NULL::bigint FROM (
+        SELECT m.state FROM mq_msgs m WHERE m.state IN ('claimed', 'held', 'sending_once')
+        ORDER BY m.channel_name, m.format, m.attempt_at LIMIT c_most
+    ) o GROUP BY o.state;
+    FOREACH v_state IN ARRAY ARRAY['behind', 'deferred', 'parked', 'halted']::mq_state[] LOOP
+        SELECT count(*) INTO v_number FROM (
+            SELECT FROM mq_msgs m
+            WHERE m.state = v_state AND m.state IN ('behind', 'deferred', 'parked', 'halted')
+            ORDER BY m.channel_name, m.format, m.attempt_at LIMIT c_most
+        ) aside;
+        RETURN QUERY SELECT v_state::text, NULL::text, v_number, NULL::bigint;
+    END LOOP;
+    SELECT count(*) INTO v_number FROM (
+        SELECT FROM outcomes_kept o ORDER BY o.status, o.format, o.finished_at, o.id LIMIT c_most
+    ) dead_letters;
+    RETURN QUERY SELECT 'dead_letters', NULL::text, v_number, NULL::bigint;
+    RETURN QUERY
+    SELECT 'expired', NULL::text, 1::bigint,
+        (extract(epoch FROM v_now - e.expires_at) * 1000)::bigint
+    FROM (
+        SELECT o.expires_at FROM outcomes o WHERE o.expires_at IS NOT NULL
+        ORDER BY o.expires_at LIMIT 1
+    ) e
+    WHERE e.expires_at < v_now AND isfinite(e.expires_at);
+END;
+$$;

@@ -82,6 +82,7 @@
 //! | `encryption` | | [`encryption`] encrypts what is stored, with your keys |
 //! | `webhooks` | | signs and verifies as Standard Webhooks asks: [`webhooks`] |
 //! | `otel` | | spans by OpenTelemetry's conventions: [`otel`] |
+//! | `metrics` | | a [`recorder`] for the facade of that name: [`metrics`] |
 //! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
 //! | `testkit-download` | | `testkit`, and downloads a Postgres where none is installed |
 //! | `http` | | does nothing; kept for dependents of the older crate |
@@ -102,6 +103,8 @@
 #![cfg_attr(not(feature = "otel"), doc = "[`otel`]: #features")]
 #![cfg_attr(feature = "webhooks", doc = "[`webhooks`]: mod@webhooks")]
 #![cfg_attr(not(feature = "webhooks"), doc = "[`webhooks`]: #features")]
+#![cfg_attr(feature = "metrics", doc = "[`metrics`]: mod@metrics")]
+#![cfg_attr(not(feature = "metrics"), doc = "[`metrics`]: #features")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod admin;
@@ -113,9 +116,12 @@ pub mod error;
 #[cfg(feature = "ssrf-guard")]
 pub mod guard;
 pub mod hooks;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 pub mod migrate;
 #[cfg(feature = "otel")]
 pub mod otel;
+pub mod recorder;
 pub mod retry;
 #[cfg(feature = "testkit")]
 pub mod testkit;
@@ -220,3 +226,7 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/guide.md")]
 struct Guide;
+
+#[cfg(all(doctest, feature = "metrics"))]
+#[doc = include_str!("../docs/metrics.md")]
+struct MetricsPage;

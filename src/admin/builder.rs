@@ -59,6 +59,7 @@ impl AdminBuilder {
                 max_connections: DEFAULT_ADMIN_CONNECTIONS,
                 notify_in_transactions: true,
                 connect_options: None,
+                measured: false,
                 sealer: Sealer::default(),
             },
         }

@@ -27,6 +27,7 @@ use crate::hooks::AttemptHook;
 use crate::idempotency_header::IdempotencyHeader;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::options::{TOO_LONG, validate_channel, validate_timeout};
+use crate::recorder::{Recorder, SharedRecorder};
 use crate::redirects::Redirects;
 use crate::repetition::FailedRequests;
 use crate::retry::{MAX_DURATION, RetryPolicy};
@@ -177,6 +178,7 @@ impl DurableBuilder {
                 policies: Policies::default(),
                 destination_policy: DestinationPolicy::default(),
                 on_destination_event: None,
+                recorder: None,
                 max_queued_requests: DEFAULT_MAX_QUEUED_REQUESTS,
                 max_queued_bytes: DEFAULT_MAX_QUEUED_BYTES,
                 max_key_wait: DEFAULT_MAX_KEY_WAIT,
@@ -213,6 +215,7 @@ impl DurableBuilder {
                 max_connections: DEFAULT_MAX_CONNECTIONS,
                 notify_in_transactions: true,
                 connect_options: None,
+                measured: false,
                 sealer: Sealer::default(),
             },
         }
@@ -385,6 +388,39 @@ impl DurableBuilder {
         observer: impl Fn(&DestinationEvent) + Send + Sync + 'static,
     ) -> Self {
         self.config.on_destination_event = Some(DestinationObserver(Arc::new(observer)));
+        self
+    }
+
+    /// Tells a recorder what the handle counts and measures, for the application's metrics. Without
+    /// one, nothing is measured. The feature `metrics` has a recorder.
+    ///
+    /// A handle with a runner also tells how deep the queue of all processes is: every 15 seconds
+    /// one of those that have a recorder looks.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # async fn example(pool: sqlx::PgPool) -> Result<(), requeuest::Error> {
+    /// use std::sync::Arc;
+    ///
+    /// use requeuest::recorder::{Finished, Recorder};
+    ///
+    /// struct DeadLetters;
+    ///
+    /// impl Recorder for DeadLetters {
+    ///     fn finished(&self, finished: &Finished<'_>) {
+    ///         if finished.is_dead_letter() {
+    ///             println!("a dead letter for {}", finished.destination);
+    ///         }
+    ///     }
+    /// }
+    ///
+    /// let durable = requeuest::Durable::builder(pool).recorder(Arc::new(DeadLetters)).build()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn recorder(mut self, recorder: Arc<dyn Recorder>) -> Self {
+        self.store.measured = true;
+        self.config.recorder = Some(SharedRecorder(recorder));
         self
     }
 

@@ -134,7 +134,7 @@ impl Durable {
             .await?;
         engine.left_to_runners(chunk.channels());
         let meter = &engine.driver().meter;
-        meter.enqueued_each(chunk.channels_of_new(&ids));
+        meter.enqueued(chunk.new_rows(&ids).map(|row| (row, None)));
         Ok(ids)
     }
 

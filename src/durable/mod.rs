@@ -280,7 +280,7 @@ impl Durable {
         }
         let id = persisted?;
         if id == row.id {
-            self.engine().driver().meter.enqueued(&row.channel, 1);
+            self.engine().driver().meter.enqueued([(row, None)]);
         }
         Ok(id)
     }

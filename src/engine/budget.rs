@@ -40,6 +40,11 @@ impl Budget {
     /// # Errors
     ///
     /// If too much waits already.
+    /// How many requests wait.
+    pub(super) fn requests(&self) -> usize {
+        self.requests.load(Ordering::Relaxed)
+    }
+
     pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Result<Share, Error> {
         // Counted first and checked afterwards, so that no lock is needed. A share that is refused
         // is given back at once.

@@ -3,13 +3,13 @@
 //! The caller's iterator may be long. Its requests are written in chunks, in one transaction, while
 //! the next chunk is prepared.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::Engine;
 use super::attempt::Driver;
+use super::meter::Tally;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::store::bulk::Chunk;
@@ -79,20 +79,16 @@ async fn write(
     let _permit = permits.acquire().await;
     let mut bulk = driver.store.begin_bulk().await?;
     let mut ids = Vec::new();
-    let mut written = HashMap::<Arc<str>, u64>::new();
+    let mut written = Tally::default();
     while let Some(chunk) = next {
         let Some(chunk) = chunk else {
             bulk.commit().await?;
-            for (channel, number) in written {
-                driver.meter.enqueued(&channel, number);
-            }
+            driver.meter.enqueued_tally(written);
             return Ok(ids);
         };
         let mut of_chunk = bulk.write(&chunk).await?;
         driver.channels.note(chunk.channels());
-        for channel in chunk.channels_of_new(&of_chunk) {
-            *written.entry(Arc::clone(channel)).or_default() += 1;
-        }
+        driver.meter.tally(&mut written, chunk.new_rows(&of_chunk));
         ids.append(&mut of_chunk);
         next = incoming.recv().await;
     }

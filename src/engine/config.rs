@@ -13,6 +13,7 @@ use crate::error::Error;
 #[cfg(feature = "ssrf-guard")]
 use crate::guard::Guard;
 use crate::idempotency_header::IdempotencyHeader;
+use crate::recorder::SharedRecorder;
 use crate::redirects::Redirects;
 use crate::retry::RetryPolicy;
 use crate::trace_context::Tracing;
@@ -40,6 +41,7 @@ pub(crate) struct Config {
     /// The policy of destinations without another one.
     pub(crate) destination_policy: DestinationPolicy,
     pub(crate) on_destination_event: Option<DestinationObserver>,
+    pub(crate) recorder: Option<SharedRecorder>,
     /// How many requests, and bytes of them, may wait to be persisted.
     pub(crate) max_queued_requests: usize,
     pub(crate) max_queued_bytes: usize,

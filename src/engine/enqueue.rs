@@ -32,6 +32,7 @@ use crate::error::{Error, Kind};
 use crate::id::RequestId;
 use crate::options::Guarantee;
 use crate::outcome::Outcome;
+use crate::recorder::{BatchKind, LimitedHow};
 use crate::repetition::Marker;
 use crate::runtime::BoxFuture;
 use crate::store::enqueue::{Initial, Inserted, NewRequest};
@@ -158,11 +159,17 @@ impl Engine {
                     Some(slot)
                 }
                 Err(NoSlot::Full) => {
+                    driver
+                        .meter
+                        .limited(row.destination(), LimitedHow::Deferred);
                     let first = driver.slots.gate.note_deferred(row.destination());
                     row.defer(first);
                     None
                 }
                 Err(NoSlot::Short) => {
+                    driver
+                        .meter
+                        .limited(row.destination(), LimitedHow::Deferred);
                     let tell = driver.slots.gate.note_short(row.destination());
                     row.defer(tell);
                     None
@@ -342,9 +349,13 @@ async fn write(store: &Store, channels: &UsedChannels, meter: &Meter, mut batch:
             .into_iter()
             .map(|submission| (submission.row, (submission.start, submission.done)))
             .unzip();
-        match insert(store, &rows).await {
+        let began = Instant::now();
+        let inserted = insert(store, &rows).await;
+        meter.batch_written(BatchKind::Enqueue, rows.len(), began, inserted.is_ok());
+        match inserted {
             Ok(()) => {
-                meter.enqueued_each(rows.iter().map(|row| &row.channel));
+                let since = parts.iter().map(|(_, done)| Some(done.since));
+                meter.enqueued(rows.iter().zip(since));
                 let waiting = |row: &&NewRequest| row.initial.is_unclaimed();
                 channels.note(rows.iter().filter(waiting).map(|row| &row.channel));
                 let ready = rows.iter().filter(|row| row.needs_runner());
@@ -463,7 +474,7 @@ async fn insert_locked(
     } = submission;
     match insert_when_free(&store, &keys, &row, &mut done, again).await {
         Ok(id) if id == row.id => {
-            meter.enqueued(&row.channel, 1);
+            meter.enqueued([(&row, Some(done.since))]);
             if row.initial.is_unclaimed() {
                 channels.note([&row.channel]);
             }

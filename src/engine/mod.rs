@@ -39,6 +39,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use self::attempt::gate::{Gate, Rules};
+use self::attempt::leases::Leases;
 use self::attempt::paused::PausedChannels;
 use self::attempt::transport::Transport;
 use self::attempt::{Driver, Parts};
@@ -87,7 +88,7 @@ pub(crate) struct Engine {
 
 impl Engine {
     /// Starts the lanes, and the tasks that look after leases, waiters and old rows.
-    pub(crate) fn start(runtime: Runtime, store: Store, config: Config) -> Arc<Self> {
+    pub(crate) fn start(runtime: Runtime, store: Store, mut config: Config) -> Arc<Self> {
         let (instance, leases, waiters, polls) = (
             Uuid::now_v7(),
             Arc::default(),
@@ -95,7 +96,8 @@ impl Engine {
             Arc::default(),
         );
         let panics: Arc<Panics> = Arc::default();
-        let meter: Arc<Meter> = Arc::default();
+        let meter = Arc::new(Meter::new(config.recorder.as_ref()));
+        config.on_destination_event = meter.observing(config.on_destination_event.take());
         let settler = Arc::new(Settler::new(
             store.clone(),
             Arc::clone(&panics),
@@ -120,10 +122,6 @@ impl Engine {
         );
         spawn.spawn(enqueuing);
         spawn.spawn(Arc::clone(&settler).run(settled));
-        let renew = {
-            let (store, leases) = (store.clone(), Arc::clone(&leases));
-            move || tasks::renew::run(store.clone(), Arc::clone(&leases))
-        };
         let watch = {
             let (store, leases) = (store.clone(), Arc::clone(&leases));
             let waiters = Arc::clone(&waiters);
@@ -148,7 +146,6 @@ impl Engine {
             move || tasks::channels::run(store.clone(), Arc::clone(&channels))
         };
         let mut tasks = vec![
-            spawn.spawn(supervise(Arc::clone(&panics), "renew", renew)),
             spawn.spawn(supervise(Arc::clone(&panics), "watch", watch)),
             spawn.spawn(supervise(Arc::clone(&panics), "channels", look_at_channels)),
             spawn.spawn(supervise(
@@ -157,7 +154,7 @@ impl Engine {
                 look_at_destinations,
             )),
         ];
-        tasks.extend(upkeep(spawn, &panics, &store, &sweep, &meter));
+        tasks.extend(upkeep(spawn, &panics, &store, &leases, &sweep, &meter));
         let caller_connections = store.caller_pool().options().get_max_connections();
         let handler_places = tasks::hand_over::Places::new(caller_connections);
         let budget = Budget::new(config.max_queued_requests, config.max_queued_bytes);
@@ -180,7 +177,7 @@ impl Engine {
         };
         let driver = Arc::new(Driver::new(config, parts));
         drive_operations(&driver);
-        Arc::new(Self {
+        let engine = Arc::new(Self {
             driver,
             submissions,
             budget: Arc::new(budget),
@@ -188,7 +185,17 @@ impl Engine {
             bulk_permits: Arc::new(Semaphore::new(BULK_INSERTS)),
             sweep,
             handler_places: Arc::new(handler_places),
-        })
+        });
+        engine.measure();
+        engine
+    }
+
+    /// Starts what measures for the application's recorder, if there is one.
+    fn measure(self: &Arc<Self>) {
+        if self.driver.meter.is_told() {
+            let measuring = tasks::measure::run(Arc::downgrade(self));
+            self.driver.spawn(measuring);
+        }
     }
 
     pub(crate) fn driver(&self) -> &Arc<Driver> {
@@ -375,7 +382,13 @@ impl Engine {
             let released = driver.store.release_destinations(driver.instance);
             let _ = tokio::time::timeout(RELEASE_TIMEOUT, released).await;
         }
-        let counted = tasks::activity::flush(&driver.store, &driver.meter);
+        let counted = async {
+            tasks::activity::flush(&driver.store, &driver.meter).await;
+            if driver.meter.is_told() {
+                // Another process looks at the queue from now on.
+                let _ = driver.store.leave_queue(driver.instance).await;
+            }
+        };
         let _ = tokio::time::timeout(FLUSH_TIMEOUT, counted).await;
         driver.store.close(CLOSE_TIMEOUT).await;
         tracing::info!("the engine has shut down");
@@ -392,14 +405,19 @@ impl Engine {
     }
 }
 
-/// Starts the tasks that need nothing of the driver: those that look after stored rows.
+/// Starts the tasks that look after stored rows, which need little of the driver.
 fn upkeep(
     spawn: &Handle,
     panics: &Arc<Panics>,
     store: &Store,
+    leases: &Arc<Leases>,
     sweep: &Arc<tasks::sweep::Health>,
     meter: &Arc<Meter>,
-) -> [JoinHandle<()>; 2] {
+) -> [JoinHandle<()>; 3] {
+    let renew = {
+        let (store, leases) = (store.clone(), Arc::clone(leases));
+        move || tasks::renew::run(store.clone(), Arc::clone(&leases))
+    };
     let sweep_rows = {
         let (store, sweep, meter) = (store.clone(), Arc::clone(sweep), Arc::clone(meter));
         move || tasks::sweep::run(store.clone(), Arc::clone(&sweep), Arc::clone(&meter))
@@ -409,6 +427,7 @@ fn upkeep(
         move || tasks::activity::run(store.clone(), Arc::clone(&meter))
     };
     [
+        spawn.spawn(supervise(Arc::clone(panics), "renew", renew)),
         spawn.spawn(supervise(Arc::clone(panics), "sweep", sweep_rows)),
         spawn.spawn(supervise(Arc::clone(panics), "activity", note_activity)),
     ]

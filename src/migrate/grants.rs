@@ -53,6 +53,7 @@ const TABLES: &[&str] = &[
     "outcomes_kept",
     "outcomes_late",
     "paused_channels",
+    "queue_observer",
     "request_keys",
     "runners",
     "undelivered",

@@ -47,14 +47,13 @@ impl Chunk {
         self.rows.iter().map(|row| &row.channel)
     }
 
-    /// The channels of the rows that were inserted, where `ids` is what writing the chunk returned.
-    pub(crate) fn channels_of_new<'a>(
+    /// The rows that were inserted, where `ids` is what writing the chunk returned.
+    pub(crate) fn new_rows<'a>(
         &'a self,
         ids: &'a [RequestId],
-    ) -> impl Iterator<Item = &'a Arc<str>> {
+    ) -> impl Iterator<Item = &'a NewRequest> {
         let rows = self.rows.iter().zip(ids);
-        rows.filter(|(row, id)| row.id == **id)
-            .map(|(row, _)| &row.channel)
+        rows.filter(|(row, id)| row.id == **id).map(|(row, _)| row)
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -22,6 +22,10 @@ use crate::metadata::Metadata;
 
 /// What `mq_poll` returns for a claimed request.
 #[derive(Debug, Deserialize)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "they are what `mq_poll` returns"
+)]
 pub(crate) struct PolledRow {
     pub(crate) claim_no: i32,
     pub(crate) attempts: u32,
@@ -30,6 +34,12 @@ pub(crate) struct PolledRow {
     /// The time since the request was enqueued.
     #[serde(default)]
     lived_ms: i64,
+    /// The time since the request was due, where that is measured.
+    #[serde(default)]
+    waited_ms: i64,
+    /// Another claim has lapsed, where that is measured.
+    #[serde(default)]
+    pub(crate) taken_over: bool,
     /// The time left until the deadline, if there is one.
     deadline_ms: Option<i64>,
     /// The process with the last claim died. The request may have been sent and must not be sent
@@ -103,6 +113,10 @@ impl PolledRow {
 
     pub(crate) fn lived(&self) -> Duration {
         Duration::from_millis(self.lived_ms.max(0) as u64)
+    }
+
+    pub(crate) fn waited(&self) -> Duration {
+        Duration::from_millis(self.waited_ms.max(0) as u64)
     }
 
     pub(crate) fn deadline(&self) -> Option<Duration> {

@@ -49,6 +49,8 @@ pub(super) struct Session {
     pub(super) lease: Duration,
     pub(super) statement_timeout: Duration,
     pub(super) dead_letter_retention: Option<Duration>,
+    /// Whether polls say how long requests have waited.
+    pub(super) measured: bool,
     /// The largest body that a statement may move, in bytes.
     pub(super) max_body: usize,
 }
@@ -471,6 +473,10 @@ fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
         ("requeuest.lease", &lease),
         ("requeuest.formats", FORMATS),
         ("requeuest.dead_letter_retention", &dead_letter_retention),
+        (
+            "requeuest.measured",
+            if session.measured { "on" } else { "off" },
+        ),
         ("statement_timeout", &timeout),
     ])
 }

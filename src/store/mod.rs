@@ -13,6 +13,7 @@ mod columns;
 pub(crate) mod connect;
 mod db;
 pub(crate) mod dead_letters;
+mod depth;
 pub(crate) mod destinations;
 pub(crate) mod enqueue;
 pub(crate) mod hand_over;
@@ -63,6 +64,8 @@ pub(crate) struct StoreConfig {
     pub(crate) notify_in_transactions: bool,
     /// For the crate's own connections. `None` uses the options of the caller's pool.
     pub(crate) connect_options: Option<PgConnectOptions>,
+    /// Whether polls say how long requests have waited.
+    pub(crate) measured: bool,
     /// How requests and responses are stored.
     pub(crate) sealer: Sealer,
 }
@@ -97,6 +100,7 @@ impl Store {
             lease: config.lease,
             statement_timeout: config.statement_timeout,
             dead_letter_retention: config.dead_letter_retention,
+            measured: config.measured,
             max_body: config.max_request_body.max(config.max_response_body),
         };
         let connect = config.connect_options.as_ref();
@@ -254,6 +258,7 @@ mod tests {
             max_connections: 2,
             notify_in_transactions: true,
             connect_options: None,
+            measured: false,
             sealer: Sealer::default(),
         };
         Store::new(database.pool().clone(), config)

@@ -5,10 +5,11 @@
 //!
 //! Every result leaves through [`settle`], the only sender to the settle lane.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{Extensions, Uri};
+use http::{Extensions, StatusCode, Uri};
 use sqlxmq::CurrentJob;
 use tokio::sync::oneshot;
 use tracing::Span;
@@ -22,11 +23,13 @@ use super::slots::Slot;
 use super::transport::Transport;
 use crate::classify::FailureClass;
 use crate::codec::{Delivery, Unreadable};
-use crate::destination::Destination;
-use crate::engine::settle::{AttemptResult, Held, Settlement};
+use crate::destination::{Destination, name_of};
+use crate::engine::meter::Ended;
+use crate::engine::settle::{AttemptResult, Ends, Held, Settlement};
 use crate::metadata::Metadata;
 use crate::options::Guarantee;
 use crate::outcome::{Fault, Outcome};
+use crate::recorder::LimitedHow;
 use crate::retry::Retry;
 use crate::status::Status;
 use crate::store::claim::{Confirm, PolledRow};
@@ -109,6 +112,8 @@ impl PolledClaim {
     pub(crate) fn open(self, job: Job) -> Claim {
         let (head, deadline, enqueued) = (&self.head, self.deadline(), self.enqueued());
         // The claim may have waited here for a slot or its body, and been taken over meanwhile.
+        let waited = head.waited();
+        let due = self.since.checked_sub(waited).unwrap_or(self.since);
         let unconfirmed = job.delivery.guarantee == Guarantee::AtMostOnce;
         let mut claim = Claim::new(
             &self.driver,
@@ -120,6 +125,7 @@ impl PolledClaim {
         );
         claim.unconfirmed = unconfirmed;
         claim.enqueued = enqueued;
+        claim.due = due;
         if let Some(lease) = &claim.lease {
             lease.take_current(self.current);
         }
@@ -130,8 +136,19 @@ impl PolledClaim {
     pub(crate) fn finish(self, outcome: Outcome) {
         let destination = self.destination();
         let metadata = self.head.metadata();
-        let (outcome, enqueued) = (outcome.without_attempt(), self.enqueued());
-        self.settle(finish(outcome, metadata, enqueued, || destination));
+        let label = self.driver.meter.destination_label(|| {
+            let request = self.request();
+            Cow::from(request.map_or_else(String::new, |(uri, delivery)| {
+                name_of(delivery.limit_key.as_deref(), &uri).into_owned()
+            }))
+        });
+        let ends = Ends {
+            enqueued: self.enqueued(),
+            label,
+        };
+        self.settle(finish(outcome.without_attempt(), metadata, ends, || {
+            destination
+        }));
     }
 
     /// Puts the request back, without counting an attempt.
@@ -301,8 +318,24 @@ impl Claim {
     }
 
     /// Counts the attempt that has ended.
-    pub(super) fn count_attempt(&self, has_failed: bool) {
-        self.driver.meter.attempted(&self.job.channel, has_failed);
+    pub(super) fn count_attempt(
+        &self,
+        has_failed: bool,
+        result: Result<StatusCode, FailureClass>,
+        duration: Duration,
+    ) {
+        let job = &self.job;
+        self.driver
+            .meter
+            .attempted(&job.channel, has_failed, || Ended {
+                channel: &job.channel,
+                destination: job.limit_name(),
+                number: self.attempts,
+                failure: has_failed.then(|| result.err().unwrap_or(FailureClass::Status)),
+                status: result.ok(),
+                due: self.due,
+                duration,
+            });
     }
 
     /// Whether a caller of this process waits for the outcome, and retries are made here.
@@ -510,7 +543,14 @@ impl Claim {
     fn finished(&self, outcome: Outcome) -> AttemptResult {
         let metadata = self.job.request.options.metadata.clone();
         let destination = || Some(self.job.destination().to_string());
-        finish(outcome, metadata, self.enqueued, destination)
+        let ends = Ends {
+            enqueued: self.enqueued,
+            label: self
+                .driver
+                .meter
+                .destination_label(|| self.job.limit_name()),
+        };
+        finish(outcome, metadata, ends, destination)
     }
 
     fn settle(&mut self, result: AttemptResult) {
@@ -527,8 +567,8 @@ impl Drop for Claim {
             return;
         }
         let (id, class) = (self.job.id, FailureClass::Abandoned);
-        if self.sending.is_some() {
-            self.count_attempt(true);
+        if let Some(began) = self.sending {
+            self.count_attempt(true, Err(class), began.elapsed());
         }
         let result = match self.sending {
             None => AttemptResult::PutBack {
@@ -579,6 +619,15 @@ fn turn_after(attempts: u32) -> Turn {
 /// What becomes of a request whose destination takes no attempt now. `counted` says whether the
 /// database has counted one.
 fn refused(driver: &Driver, destination: &str, full: Full, counted: bool) -> AttemptResult {
+    let over_budget = matches!(full, Full::Later(_));
+    driver.meter.limited(
+        destination,
+        if over_budget {
+            LimitedHow::OverRetryBudget
+        } else {
+            LimitedHow::Deferred
+        },
+    );
     if let Full::Later(delay) = full {
         return AttemptResult::over_budget(delay, counted);
     }
@@ -590,7 +639,7 @@ fn refused(driver: &Driver, destination: &str, full: Full, counted: bool) -> Att
 fn finish(
     mut outcome: Outcome,
     metadata: Option<Metadata>,
-    enqueued: Instant,
+    ends: Ends,
     destination: impl FnOnce() -> Option<String>,
 ) -> AttemptResult {
     outcome.metadata = metadata;
@@ -599,7 +648,7 @@ fn finish(
     AttemptResult::Finish {
         destination: destination.map(Into::into),
         outcome: Arc::new(outcome),
-        enqueued,
+        ends,
     }
 }
 

@@ -66,13 +66,11 @@ pub(crate) fn drive(
                 Box::pin(exchange_with_span(&mut claim, sender)).await
             };
             let history = history(&exchange, &claim).await;
-            let seen = span
-                .is_some()
-                .then(|| exchange.seen().map(|(status, _)| status));
+            let (seen, duration) = (exchange.seen_status(), exchange.duration);
             let judgement = judge(exchange, history, &claim);
-            claim.count_attempt(judgement.has_failed());
+            claim.count_attempt(judgement.has_failed(), seen, duration);
             if let Some(span) = span {
-                span.end(seen.filter(|_| judgement.has_failed()));
+                span.end(judgement.has_failed().then_some(seen));
             }
             match judgement {
                 Judgement::Finish(outcome) => return claim.finish(outcome),

@@ -112,7 +112,12 @@ pub(crate) struct Parts {
 impl Driver {
     pub(super) fn new(config: Config, parts: Parts) -> Self {
         Self {
-            slots: Slots::new(config.concurrency, parts.gate, config.max_unsettled_bytes),
+            slots: Slots::new(
+                config.concurrency,
+                parts.gate,
+                Arc::clone(&parts.meter),
+                config.max_unsettled_bytes,
+            ),
             bodies: Bodies::new(config.max_sending_bytes),
             config,
             store: parts.store,

@@ -291,6 +291,11 @@ impl Exchange {
         }
     }
 
+    /// What a classifier sees, without the headers.
+    pub(super) fn seen_status(&self) -> Result<StatusCode, FailureClass> {
+        self.seen().map(|(status, _)| status)
+    }
+
     /// The delay that a hook asked for.
     pub(super) fn delay_of_hook(&self) -> Option<Duration> {
         match self.result.as_ref().err()?.then {

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::gate::{Full, Gate, Pass, Seen, Turn};
+use crate::engine::meter::Meter;
+use crate::recorder::LimitedHow;
 
 /// How many results may wait for their commit before new requests are left to the queue, or the
 /// concurrency if that is more.
@@ -20,6 +23,7 @@ pub(crate) struct Slots {
     concurrency: usize,
     /// Which destinations may take one.
     pub(crate) gate: Arc<Gate>,
+    meter: Arc<Meter>,
     attempts: Arc<Semaphore>,
     /// Half of the slots. During a backlog, new requests may only use these, so that they can't
     /// starve the requests in the queue.
@@ -116,10 +120,16 @@ impl Results {
 }
 
 impl Slots {
-    pub(super) fn new(concurrency: usize, gate: Arc<Gate>, max_unsettled_bytes: usize) -> Self {
+    pub(super) fn new(
+        concurrency: usize,
+        gate: Arc<Gate>,
+        meter: Arc<Meter>,
+        max_unsettled_bytes: usize,
+    ) -> Self {
         Self {
             concurrency,
             gate,
+            meter,
             attempts: Arc::new(Semaphore::new(concurrency)),
             inline: Arc::new(Semaphore::new(concurrency.div_ceil(2))),
             backlog: AtomicBool::new(false),
@@ -139,7 +149,7 @@ impl Slots {
         }
         // The pass first: no slot waits for a destination.
         let mut pass = match self.gate.try_enter(destination, turn) {
-            Err(Full::Soon | Full::Short) => Box::pin(self.gate.enter(destination, turn)).await?,
+            Err(Full::Soon | Full::Short) => Box::pin(self.enter(destination, turn)).await?,
             entered => entered?,
         };
         let attempt = Arc::clone(&self.attempts).acquire_owned().await;
@@ -155,6 +165,21 @@ impl Slots {
             _inline: None,
             pass,
         })
+    }
+
+    /// Waits for a pass.
+    async fn enter(&self, destination: &str, turn: Turn) -> Result<Pass, Full> {
+        let began = Instant::now();
+        let pass = self.gate.enter(destination, turn).await?;
+        let how = LimitedHow::Waited(began.elapsed());
+        self.meter.limited(destination, how);
+        Ok(pass)
+    }
+
+    /// How many attempts are under way.
+    pub(crate) fn in_use(&self) -> usize {
+        let free = self.attempts.available_permits();
+        self.concurrency.saturating_sub(free)
     }
 
     /// A slot for the first attempt of a new request, if one is free and results don't pile up.
@@ -215,7 +240,8 @@ impl Slots {
         self.unsettled() > MAX_UNSETTLED.max(self.concurrency) || self.results.are_too_large()
     }
 
-    fn unsettled(&self) -> usize {
+    /// How many results wait for their commit.
+    pub(crate) fn unsettled(&self) -> usize {
         Arc::strong_count(&self.results) - 1
     }
 }
@@ -242,6 +268,7 @@ mod tests {
                 policy: DestinationPolicy::default(),
                 lease: Duration::from_secs(15),
             }),
+            Arc::default(),
             100,
         );
         slots.gate.note_look();

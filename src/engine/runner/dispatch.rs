@@ -56,6 +56,9 @@ pub(super) fn take(driver: &Arc<Driver>, current: CurrentJob) {
         Registered::New(lease) => lease,
         Registered::Adopted => return,
     };
+    if head.taken_over {
+        driver.meter.taken_over(&head.channel, head.waited());
+    }
     let claim = PolledClaim::new(Arc::clone(driver), lease, current, head);
     driver.spawn(run(claim, id));
 }

@@ -28,6 +28,7 @@ use crate::engine::supervise::{Panics, Restarts};
 use crate::engine::telemetry::{Condition, Failures, Lasting, LineLimit};
 use crate::id::RequestId;
 use crate::outcome::Outcome;
+use crate::recorder::BatchKind;
 use crate::response::Response;
 use crate::status::Status;
 use crate::store::enqueue::RUNNER_WAIT;
@@ -63,8 +64,7 @@ pub(crate) enum AttemptResult {
         outcome: Arc<Outcome>,
         /// The destination of a dead letter, for its log line.
         destination: Option<Box<str>>,
-        /// When the request was enqueued, by this process's clock.
-        enqueued: Instant,
+        ends: Ends,
     },
     PutBack {
         delay: Duration,
@@ -79,6 +79,15 @@ pub(crate) enum AttemptResult {
         reason: Unreadable,
         channel: Arc<str>,
     },
+}
+
+/// What a finished request is measured by.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    /// When the request was enqueued, by this process's clock.
+    pub(crate) enqueued: Instant,
+    /// Its destination, as the recorder is told it.
+    pub(crate) label: Option<Arc<str>>,
 }
 
 impl AttemptResult {
@@ -506,7 +515,12 @@ impl Settler {
             .filter(|settlement| settlement.refusals > 0)
             .map(|settlement| settlement.lease.id)
             .collect();
-        match self.panics.catch("settle", self.write_once(batch)).await {
+        let (size, began) = (batch.len(), Instant::now());
+        let written = self.panics.catch("settle", self.write_once(batch)).await;
+        let is_written = matches!(written, Some(Ok(()))) || batch.is_empty();
+        self.meter
+            .batch_written(BatchKind::Settle, size, began, is_written);
+        match written {
             Some(Ok(())) => {
                 for id in &refused {
                     self.refused.recovers(*id);
@@ -573,12 +587,17 @@ impl Settler {
             if let AttemptResult::Finish {
                 outcome,
                 destination,
-                enqueued,
+                ends,
             } = settlement.result
             {
-                let channel = &finished.row.channel;
-                self.meter
-                    .finished(channel, outcome.status, enqueued.elapsed());
+                let row = &finished.row;
+                self.meter.finished(
+                    &row.channel,
+                    ends.label.as_deref(),
+                    outcome.status,
+                    row.attempts,
+                    ends.enqueued,
+                );
                 self.log_dead_letter(&outcome, &finished.row, destination.as_deref());
                 self.waiters
                     .wake(fence.id, || completed(outcome, finished, destination));
@@ -759,6 +778,7 @@ impl Settler {
         }
         self.stale_results
             .fetch_add(ids.len() as u64, Ordering::Relaxed);
+        self.meter.results_stale(ids.len());
         tracing::debug!(
             count = ids.len(),
             "discarded stale results: their requests were taken over or had finished"

@@ -4,6 +4,7 @@ pub(crate) mod activity;
 pub(crate) mod channels;
 pub(crate) mod destinations;
 pub(crate) mod hand_over;
+pub(crate) mod measure;
 pub(crate) mod operations;
 pub(crate) mod reconcile;
 pub(crate) mod renew;

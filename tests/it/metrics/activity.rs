@@ -139,14 +139,15 @@ async fn processes_add_up_and_only_so_many_channels_are_apart() {
     assert!(others >= 40, "{others}");
 }
 
-/// A day of a hundred channels, and some of the day before it.
+/// A day of a hundred channels, some of the day before it, and the step that may have begun when it
+/// is read.
 const FILL: &str = "
     INSERT INTO requeuest.activity
     SELECT
         s.minutes, date_bin(s.minutes * interval '1 minute', now(), '2000-01-01 UTC')
             - n * s.minutes * interval '1 minute', 'channel ' || c,
         1, 1, 0, 1, 0, 0, 0, array_fill(1::bigint, ARRAY[28])
-    FROM (VALUES (1, 150), (10, 160)) AS s(minutes, number), generate_series(0, s.number) AS n,
+    FROM (VALUES (1, 150), (10, 160)) AS s(minutes, number), generate_series(-1, s.number) AS n,
         generate_series(1, 100) AS c";
 
 #[tokio::test]
