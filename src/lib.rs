@@ -83,6 +83,7 @@
 //! | `webhooks` | | signs and verifies as Standard Webhooks asks: [`webhooks`] |
 //! | `otel` | | spans by OpenTelemetry's conventions: [`otel`] |
 //! | `metrics` | | a [`recorder`] for the facade of that name: [`metrics`] |
+//! | `cli` | | the program `requeuest` for operators: `cargo install requeuest --features cli` |
 //! | `testkit` | | [`testkit`] finds or starts a Postgres for your tests |
 //! | `testkit-download` | | `testkit`, and downloads a Postgres where none is installed |
 //! | `http` | | does nothing; kept for dependents of the older crate |

@@ -7,6 +7,7 @@
 mod change;
 mod grants;
 mod ledger;
+mod script;
 
 use std::fmt;
 use std::time::Duration;
@@ -231,6 +232,57 @@ impl Migrator {
         Ok(grants::statements(&quoted(&self.schema), &self.grants))
     }
 
+    /// The migrations after a version, or all of them after 0, as a script of one transaction for a
+    /// tool such as `psql`. It enters them in the ledger as [`run`](Self::run) does, and gives the
+    /// roles of [`grants`](Self::grants) their rights. It creates the schema if there is none.
+    ///
+    /// # Errors
+    ///
+    /// If the name of the schema or of a role is not valid.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use requeuest::migrate::Migrator;
+    ///
+    /// # fn example() -> Result<(), sqlx::migrate::MigrateError> {
+    /// println!("{}", Migrator::new().sql(0)?);
+    /// # Ok(()) }
+    /// ```
+    pub fn sql(&self, after: i64) -> Result<String, MigrateError> {
+        self.validate()?;
+        let schema = quoted(&self.schema);
+        Ok(script::of(&schema, &MIGRATIONS, after, &self.grants))
+    }
+
+    /// Which migrations the schema in the database at a URL has. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// If the schema's name or the URL is not valid, the database can't be reached, or the schema
+    /// belongs to a role that could have put code of its own there.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use requeuest::migrate::Migrator;
+    ///
+    /// # async fn example(url: &str) -> Result<(), sqlx::migrate::MigrateError> {
+    /// let status = Migrator::new().status_url(url).await?;
+    /// println!("{} migrations to apply", status.pending.len());
+    /// # Ok(()) }
+    /// ```
+    pub async fn status_url(&self, url: &str) -> Result<MigrationStatus, MigrateError> {
+        let target = self.target(&options_of(url)?)?;
+        runtime::once(move || async move { target.status().await })
+            .await
+            .map_err(sqlx::Error::Io)?
+    }
+
     /// Installs or upgrades the schema. See [`migrate`].
     ///
     /// # Errors
@@ -323,6 +375,18 @@ impl Migrator {
             grants: self.grants.clone(),
         })
     }
+}
+
+/// Which migrations a schema has, by their versions. [`Migrator::status_url`] returns it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MigrationStatus {
+    /// Those of this release that it has. None if there is no schema.
+    pub applied: Vec<i64>,
+    /// Those of this release that it doesn't have.
+    pub pending: Vec<i64>,
+    /// Those of a newer release.
+    pub newer: Vec<i64>,
 }
 
 /// Without the connect options, which have a password.

@@ -16,6 +16,7 @@ use sqlx::migrate::{MigrateError, Migration, Migrator};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Row, Transaction};
 
+use super::MigrationStatus;
 use super::grants::{self, Grant};
 use super::ledger::{self, Applied, Ledger, Tables};
 use crate::error::{Error, Kind, MigrationState, has_sqlstate};
@@ -106,6 +107,27 @@ impl Target {
         }
         connection.close().await?;
         Ok(())
+    }
+
+    /// Which migrations the schema has. Changes nothing.
+    pub(super) async fn status(&self) -> Result<MigrationStatus, MigrateError> {
+        let mut connection = self.connect().await?;
+        let mut transaction = self.begin(&mut connection, "").await?;
+        let found = self.find(&mut transaction, true).await?;
+        transaction.rollback().await?;
+        connection.close().await?;
+        let known = self.migrations.iter();
+        let known = known.filter(|migration| !migration.migration_type.is_down_migration());
+        let pending = known.filter(|migration| found.get(migration).is_none());
+        let pending = pending.map(|migration| migration.version).collect();
+        let applied = found.applied.iter().map(|applied| applied.version);
+        let (applied, newer) =
+            applied.partition(|version| self.migrations.version_exists(*version));
+        Ok(MigrationStatus {
+            applied,
+            pending,
+            newer,
+        })
     }
 
     /// Undoes all migrations and drops the schema.

@@ -10,6 +10,7 @@ mod bounds;
 mod bulk;
 mod channels;
 mod citizen;
+mod cli;
 mod client;
 mod damaged;
 mod day;

@@ -199,10 +199,15 @@ pub async fn closed_port() -> SocketAddr {
         .unwrap()
 }
 
+/// A new database for this test.
+pub async fn empty() -> TestDatabase {
+    Postgres::shared().await.unwrap().database().await.unwrap()
+}
+
 /// A new database for this test, with the schema in it.
 pub async fn migrated() -> TestDatabase {
     let _ = env_logger::builder().is_test(true).try_init();
-    let database = Postgres::shared().await.unwrap().database().await.unwrap();
+    let database = empty().await;
     requeuest::migrate(database.pool()).await.unwrap();
     database
 }

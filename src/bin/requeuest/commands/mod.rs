@@ -1,0 +1,40 @@
+//! A file for each command, or for a few that are alike.
+
+pub(crate) mod migrate;
+pub(crate) mod pages;
+pub(crate) mod send;
+pub(crate) mod show;
+
+use requeuest::{RequestId, Status};
+
+use crate::args::{Cli, Command};
+use crate::failure::Failure;
+use crate::out::{Out, Style};
+use crate::target::Target;
+
+pub(crate) async fn run(cli: &Cli, out: &mut Out) -> Result<(), Failure> {
+    let target = || Target::find(&cli.global);
+    match &cli.command {
+        Command::Migrate(migrate) => migrate.run(&cli.global, out).await,
+        Command::Send(send) => send.run(&target()?, out).await,
+        Command::Show(show) => show.run(&target()?, out).await,
+        Command::Completions(completions) => completions.run(out),
+        Command::Man => pages::man(out),
+    }
+}
+
+/// An id on the command line.
+fn request_id(text: &str) -> Result<RequestId, String> {
+    text.parse().map_err(|_| {
+        "must be the id of a request, such as 01890a5d-ac96-774b-bcce-b302099a8057".to_owned()
+    })
+}
+
+fn status_style(status: Status) -> Style {
+    match status {
+        Status::Completed => Style::Good,
+        Status::Discarded | Status::Ambiguous => Style::Bad,
+        Status::Retryable | Status::Parked | Status::Deferred => Style::Doubtful,
+        _ => Style::Plain,
+    }
+}

@@ -1,0 +1,72 @@
+//! The shapes of JSON output, which `docs/cli.md` documents.
+
+use std::time::{Duration, SystemTime};
+
+use requeuest::admin::{FailedAttempt, Hold, RequestInfo};
+use serde_json::{Value, json};
+
+use crate::when;
+
+pub(crate) fn time(time: SystemTime) -> Value {
+    when::rfc3339(time).into()
+}
+
+pub(crate) fn maybe_time(time: Option<SystemTime>) -> Value {
+    time.map_or(Value::Null, self::time)
+}
+
+/// In seconds.
+pub(crate) fn duration(duration: Duration) -> Value {
+    let millis = duration.as_secs_f64() * 1000.0;
+    (millis.round() / 1000.0).into()
+}
+
+pub(crate) fn request(request: &RequestInfo) -> Value {
+    let attempts = request.failed_attempts.iter().map(attempt);
+    json!({
+        "id": request.id.to_string(),
+        "channel": request.channel,
+        "status": request.status.as_str(),
+        "method": request.method,
+        "destination": request.destination,
+        "ordering_key": request.ordering_key,
+        "attempts": request.attempts,
+        "created_at": time(request.created_at),
+        "due_at": maybe_time(request.due_at),
+        "deadline": maybe_time(request.deadline),
+        "finished_at": maybe_time(request.finished_at),
+        "http_status": request.http_status,
+        "error_class": request.error_class,
+        "error": request.error,
+        "replayed_as": request.replayed_as.map(|id| id.to_string()),
+        "why_not_sent": request.hold.as_ref().map(hold),
+        "failed_attempts": attempts.collect::<Vec<_>>(),
+    })
+}
+
+fn attempt(attempt: &FailedAttempt) -> Value {
+    json!({
+        "number": attempt.number,
+        "ended_at": time(attempt.ended_at),
+        "seconds": duration(attempt.duration),
+        "http_status": attempt.http_status,
+        "error_class": attempt.error_class,
+        "error": attempt.error,
+    })
+}
+
+fn hold(hold: &Hold) -> Value {
+    let reason = match hold {
+        Hold::NotDue { .. } => "not_due",
+        Hold::Behind { .. } => "behind",
+        Hold::Halted { .. } => "halted",
+        Hold::Closed(_) => "destination_closed",
+        Hold::Limited { .. } => "destination_limited",
+        Hold::Parked { .. } => "parked",
+        Hold::NoRunner { .. } => "no_runner",
+        Hold::LeaseEnded { .. } => "lease_ended",
+        Hold::Queued { .. } => "queued",
+        _ => "other",
+    };
+    json!({ "reason": reason, "sentence": hold.to_string() })
+}
