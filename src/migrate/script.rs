@@ -47,7 +47,8 @@ pub(super) fn of(schema: &str, migrations: &Migrator, after: i64, grants: &[Gran
         let _ = writeln!(
             script,
             "\n-- {version} {description}\n{sql}\n\
-             INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)\n\
+             INSERT INTO _sqlx_migrations\n    \
+             (version, description, success, checksum, execution_time)\n\
              VALUES ({version}, '{quoted}', true, '\\x{checksum}', 0);",
             version = migration.version,
             description = migration.description,

@@ -19,7 +19,7 @@ pub(crate) struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not found, 4 refused or --yes is missing,
-5 the database can't be reached or used, 6 doctor found problems.";
+5 the database can't be reached or used.";
 
 /// What every command takes.
 #[derive(Args, Debug)]
@@ -79,8 +79,32 @@ pub(crate) enum Command {
     Migrate(commands::migrate::Migrate),
     /// Enqueues a request, with flags as curl has them
     Send(commands::send::Send),
+    /// Lists requests, the newest first
+    List(commands::list::List),
     /// Shows one request: its attempts, and why it has not been sent
     Show(commands::show::Show),
+    /// Follows requests as they change
+    Tail(commands::list::Tail),
+    /// Shows how many requests there are, which runners, and what happened lately
+    Stats(commands::stats::Stats),
+    /// Sends dead letters again: one, or those of a filter
+    Replay(commands::change::Change),
+    /// Cancels unfinished requests: one, or those of a filter
+    Cancel(commands::change::Change),
+    /// Says what became of ambiguous requests: one, or those of a filter
+    Resolve(commands::change::Resolve),
+    /// Deletes dead letters for good: one, or those of a filter
+    Purge(commands::change::Change),
+    /// Stops delivering a channel, or to a destination
+    Pause(commands::pause::Pause),
+    /// Delivers a channel again, or to a destination
+    Resume(commands::pause::Resume),
+    /// Shows, awaits and cancels changes of many requests
+    Ops(commands::ops::Ops),
+    /// Delivers requests until it is stopped
+    Work(commands::work::Work),
+    /// Measures how fast this database and machine enqueue and deliver
+    Bench(commands::bench::Bench),
     /// Prints a script for a shell's completion
     Completions(commands::pages::Completions),
     /// Prints the manual page

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use requeuest::admin::{FailedAttempt, Hold, RequestInfo};
+use requeuest::RunnerInfo;
+use requeuest::admin::{FailedAttempt, Hold, RequestInfo, RequestSummary};
 use serde_json::{Value, json};
 
 use crate::when;
@@ -41,6 +42,38 @@ pub(crate) fn request(request: &RequestInfo) -> Value {
         "replayed_as": request.replayed_as.map(|id| id.to_string()),
         "why_not_sent": request.hold.as_ref().map(hold),
         "failed_attempts": attempts.collect::<Vec<_>>(),
+    })
+}
+
+pub(crate) fn summary(request: &RequestSummary) -> Value {
+    json!({
+        "id": request.id.to_string(),
+        "channel": request.channel,
+        "status": request.status.map(requeuest::Status::as_str),
+        "state": request.state.map(requeuest::admin::RequestState::as_str),
+        "method": request.method,
+        "destination": request.destination,
+        "ordering_key": request.ordering_key,
+        "attempts": request.attempts,
+        "created_at": time(request.created_at),
+        "due_at": maybe_time(request.due_at),
+        "finished_at": maybe_time(request.finished_at),
+        "http_status": request.http_status,
+        "error_class": request.error_class,
+        "error": request.error,
+        "replayed_as": request.replayed_as.map(|id| id.to_string()),
+    })
+}
+
+pub(crate) fn runner(runner: &RunnerInfo) -> Value {
+    json!({
+        "id": runner.id.to_string(),
+        "host": runner.host,
+        "pid": runner.pid,
+        "version": runner.version,
+        "channels": runner.channels,
+        "started_at": time(runner.started_at),
+        "seen_at": time(runner.seen_at),
     })
 }
 

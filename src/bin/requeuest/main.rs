@@ -5,14 +5,14 @@
 
 // Doc comments of arguments are the help that a person reads, without any markup.
 #![allow(clippy::doc_markdown)]
-// Some of it is for commands that are still to come.
-#![allow(dead_code)]
 
 mod args;
 mod commands;
 mod config;
 mod confirm;
 mod failure;
+mod filter;
+mod health;
 mod json;
 mod out;
 mod table;

@@ -70,7 +70,7 @@ pub(crate) struct Out {
     /// Only JSON on standard output.
     pub(crate) json: bool,
     pub(crate) color: bool,
-    message_color: bool,
+    pub(crate) message_color: bool,
     /// A person reads standard output.
     pub(crate) is_terminal: bool,
 }

@@ -18,8 +18,8 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// The first of: `--url`, `--context`, `REQUEUEST_CONTEXT`, `REQUEUEST_URL`, `DATABASE_URL`, and
-    /// the default context of the configuration file.
+    /// The first of: `--url`, `--context`, `REQUEUEST_CONTEXT`, `REQUEUEST_URL`, `DATABASE_URL`,
+    /// and the default context of the configuration file.
     pub(crate) fn find(global: &Global) -> Result<Self, Failure> {
         let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let schema = || global.schema.clone().or_else(|| set("REQUEUEST_SCHEMA"));
@@ -73,7 +73,8 @@ impl Target {
     }
 
     pub(crate) async fn admin(&self) -> Result<Admin, Failure> {
-        Ok(self.durable().await?.admin())
+        let admin = Admin::builder(&*self.url).schema(&*self.schema);
+        Ok(admin.connect().await?)
     }
 
     /// The database for a person to recognise, without its password.

@@ -43,9 +43,13 @@ pub(crate) fn json(json: &str) -> String {
 
 /// Control characters, line separators, and marks that reorder or hide text.
 fn is_unsafe(char: char) -> bool {
-    char.is_control()
-        || matches!(char,
-            '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    let hides = ['\u{feff}'];
+    let ranges = [
+        '\u{200b}'..='\u{200f}',
+        '\u{2028}'..='\u{202e}',
+        '\u{2066}'..='\u{2069}',
+    ];
+    char.is_control() || hides.contains(&char) || ranges.iter().any(|range| range.contains(&char))
 }
 
 /// The beginning of a text that is too long for a cell.

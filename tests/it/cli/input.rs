@@ -18,6 +18,11 @@ async fn wrong_input_is_refused_before_anything_is_done() {
             &["send", "http://localhost", "--delay", "soon"],
             "30s or 2h",
         ),
+        (&["list", "--after", "x"], "first page"),
+        (&["list", "--status", "dead"], "discarded"),
+        (&["list", "--since", "soon"], "2h"),
+        (&["list", "--key", "k"], "--channel"),
+        (&["list", "-n", "0"], "limit"),
         (&["send", "http://localhost", "--channel", ""], "channel"),
         (
             &["send", "http://localhost", "--schema", "A b"],

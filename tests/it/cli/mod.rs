@@ -2,14 +2,18 @@
 
 mod changes;
 mod input;
+mod many;
+mod night;
 mod reads;
+mod terminal;
+mod work;
 
 use std::process::{Output, Stdio};
 
 use requeuest::testkit::TestDatabase;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 use crate::support::in_time;
 
@@ -93,6 +97,13 @@ pub async fn on(database: &TestDatabase, arguments: &[&str]) -> Ran {
     let mut command = program();
     command.env("DATABASE_URL", database.url()).args(arguments);
     in_time(command.output()).await.unwrap().into()
+}
+
+/// Starts the program on this database.
+pub fn start(database: &TestDatabase, arguments: &[&str]) -> Child {
+    let mut command = program();
+    command.env("DATABASE_URL", database.url()).args(arguments);
+    command.spawn().unwrap()
 }
 
 /// Runs the program on this database with something to read.

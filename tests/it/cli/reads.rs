@@ -108,3 +108,90 @@ async fn the_program_brings_its_completions_and_its_manual() {
         "{page}"
     );
 }
+
+#[tokio::test]
+async fn list_pages_through_what_its_flags_select() {
+    let database = migrated().await;
+    let there = other_process(&database).await;
+    let requests = (0..7).map(|_| post("http://localhost:1/", ""));
+    there.fire_many(requests).await.unwrap();
+    let other = post("http://localhost:2/", "").with(Options::default().channel("other"));
+    there.fire(other).await.unwrap();
+
+    let one = on(&database, &["list", "--channel", "other"]).await.ok();
+    assert_eq!(one.lines().count(), 2, "{one}");
+    assert!(
+        one.contains("available") && one.contains("POST http://localhost:2"),
+        "{one}"
+    );
+    let arguments = [
+        "list",
+        "--destination",
+        "http://localhost:1",
+        "-n",
+        "3",
+        "--json",
+    ];
+    let mut ids = std::collections::HashSet::new();
+    let mut token = String::new();
+    for expected in [3, 3, 1] {
+        let after = ["--after", &token];
+        let after = if token.is_empty() {
+            &[][..]
+        } else {
+            &after[..]
+        };
+        let page = on(&database, &[&arguments[..], after].concat())
+            .await
+            .json();
+        let requests = page["requests"].as_array().unwrap();
+        assert_eq!(requests.len(), expected, "{page}");
+        ids.extend(
+            requests
+                .iter()
+                .map(|it| it["id"].as_str().unwrap().to_owned()),
+        );
+        if let Some(next) = page["next"].as_str() {
+            token = next.to_owned();
+        }
+    }
+    assert_eq!(ids.len(), 7);
+    let all = on(&database, &["list", "-n", "2", "--all-pages", "--json"])
+        .await
+        .ok();
+    assert_eq!(all.lines().count(), 8, "{all}");
+    // A token belongs to its filter.
+    let refused = on(
+        &database,
+        &["list", "--channel", "other", "--after", &token],
+    )
+    .await;
+    assert!(refused.refused(2).contains("cursor"));
+    let none = on(&database, &["list", "--status", "discarded"]).await;
+    assert!(
+        none.err.contains("no such requests") && none.out.is_empty(),
+        "{none:?}"
+    );
+}
+
+#[tokio::test]
+async fn stats_counts_requests_and_names_runners() {
+    let database = migrated().await;
+    let empty = on(&database, &["stats"]).await.ok();
+    assert!(
+        empty.contains("no requests") && empty.contains("requeuest work"),
+        "{empty}"
+    );
+    let server = Server::always(200).await;
+    let durable = builder(&database).build().unwrap();
+    let id = durable.fire(post(server.url("/"), "")).await.unwrap();
+    outcome_of(&durable, id).await;
+    let stats = on(&database, &["stats", "--json"]).await.json();
+    assert_eq!(stats["by_status"]["completed"]["number"], 1, "{stats}");
+    assert_eq!(stats["runners"][0]["pid"], std::process::id(), "{stats}");
+    let shown = on(&database, &["stats", "--window", "day"]).await.ok();
+    assert!(
+        shown.contains("completed  1") && shown.contains("The last day"),
+        "{shown}"
+    );
+}

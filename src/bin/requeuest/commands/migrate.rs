@@ -25,7 +25,12 @@ pub(crate) struct Migrate {
     #[arg(long)]
     status: bool,
     /// Gives a role what its part needs: enqueue, runner, read-only or report
-    #[arg(long, value_name = "PART=ROLE", value_parser = grant, conflicts_with_all = ["down", "status"])]
+    #[arg(
+        long,
+        value_name = "PART=ROLE",
+        value_parser = grant,
+        conflicts_with_all = ["down", "status"]
+    )]
     grant: Vec<(DatabaseRole, String)>,
     #[command(flatten)]
     yes: Yes,
