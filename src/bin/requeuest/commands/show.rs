@@ -50,11 +50,12 @@ fn fields(request: &RequestInfo, out: &mut Out) -> Result<(), Failure> {
     out.field("status", &status)?;
     if let Some(hold) = &request.hold {
         let hold = out.paint(Style::Bold, &text::line(&hold.to_string()));
-        out.field("not sent as", &hold)?;
+        out.field("why not sent", &hold)?;
     }
     if let Some(error) = &request.error {
-        let class = request.error_class.as_deref().unwrap_or("error");
-        out.field("error", &text::line(&format!("{class}: {error}")))?;
+        let class = request.error_class.as_ref();
+        let class = class.map_or(String::new(), |class| format!("{class}: "));
+        out.field("error", &text::line(&format!("{class}{error}")))?;
     }
     if let Some(status) = request.http_status {
         out.field("HTTP status", &status.to_string())?;
