@@ -109,7 +109,10 @@ CREATE TABLE mq_msgs (
     -- unsent.
     supersede_key text COLLATE "C",
     -- If the request ends without success, it halts its ordering key.
-    halts boolean NOT NULL DEFAULT false
+    halts boolean NOT NULL DEFAULT false,
+    -- The handle that has, or last had, the claim. Only shown. NULL while a first attempt that was
+    -- inserted claimed is under way for less than a third of its lease.
+    owner uuid
 ) WITH (
     fillfactor = 70,
     -- The table is small and all of its rows change, so thresholds relative to its size mean
@@ -415,6 +418,8 @@ CREATE TABLE runners (
     version text NOT NULL,
     host text,
     pid bigint NOT NULL,
+    -- How many requests its process had claimed when it last renewed the row.
+    in_flight int NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     expires_at timestamptz NOT NULL

@@ -1058,6 +1058,7 @@ DECLARE
     v_now timestamptz := v.now;
     v_lease interval :=
         coalesce(nullif(current_setting('requeuest.lease', true), ''), '15 seconds')::interval;
+    v_owner uuid := nullif(current_setting('requeuest.instance', true), '')::uuid;
     v_wait interval := poll_wait(v);
     v_more boolean := cardinality(v.picked) >= batch_size OR v.unfinished;
     -- For an application that measures how long requests wait.
@@ -1077,7 +1078,7 @@ BEGIN
         -- outcome is recorded.
         --
         -- Whatever a damaged row has in its numbers and times, it must not fail the others.
-        SET attempt_at = v_now + v_lease, claim_no = next_claim_no(m.claim_no),
+        SET attempt_at = v_now + v_lease, claim_no = next_claim_no(m.claim_no), owner = v_owner,
             attempts = least(greatest(m.attempts, 0), 2147483646) + 1,
             -- Time for which no runner came doesn't count, except while a caller waits.
             began_at = CASE

@@ -99,6 +99,9 @@ pub struct RunnerInfo {
     pub host: Option<String>,
     /// The process on that machine.
     pub pid: u32,
+    /// How many requests its process had claimed when it last said that it is alive: those being
+    /// sent, and those whose retry it keeps.
+    pub in_flight: u32,
     /// When it registered, by the database's clock.
     pub started_at: SystemTime,
     /// When it last said that it is alive, by the database's clock.

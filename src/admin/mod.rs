@@ -36,8 +36,8 @@ pub use crate::change::{
 };
 pub use crate::inspection::{
     Count, Counts, Cursor, DEFAULT_PAGE_LIMIT, FailedAttempt, Hold, MAX_COUNT, MAX_PAGE_LIMIT,
-    MAX_SEARCH_LEN, PageRequest, PausedChannel, RequestFilter, RequestInfo, RequestPage,
-    RequestState, RequestSummary,
+    MAX_SEARCH_LEN, Owner, PageRequest, PausedChannel, RequestContent, RequestFilter, RequestInfo,
+    RequestPage, RequestState, RequestSummary,
 };
 pub use crate::operation::{
     Action, MAX_PREVIEWED, MAX_RATE, MIN_RATE, NewOperation, Operation, OperationFilter,

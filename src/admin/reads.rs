@@ -1,8 +1,13 @@
 //! Reading requests: one, a list, and counts.
 
 use super::hold::{self, Known};
-use super::{Admin, Count, Counts, Cursor, PageRequest, RequestFilter, RequestInfo, RequestPage};
+use super::{
+    Admin, Count, Counts, Cursor, PageRequest, RequestContent, RequestFilter, RequestInfo,
+    RequestPage,
+};
+use crate::destination::{DestinationStatus, validate_name};
 use crate::error::Error;
+use crate::health::RunnerInfo;
 use crate::id::RequestId;
 
 impl Admin {
@@ -58,6 +63,122 @@ impl Admin {
             };
         }
         Ok(Some(info))
+    }
+
+    /// The request of a caller's [key](crate::Options::key), as [`request`](Self::request) shows
+    /// it. `None` if no request of the channel has the key, or not any more.
+    ///
+    /// # Errors
+    ///
+    /// As for [`request`](Self::request). If the channel or the key is not valid, with its name as
+    /// [`Error::field`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(admin: requeuest::admin::Admin) -> Result<(), requeuest::Error> {
+    /// if let Some(request) = admin.request_by_key("billing", "invoice-42").await? {
+    ///     println!("{} is {}", request.id, request.status);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn request_by_key(
+        &self,
+        channel: &str,
+        key: &str,
+    ) -> Result<Option<RequestInfo>, Error> {
+        RequestFilter::new().channel(channel).key(key).validate()?;
+        let (channel, key) = (channel.to_owned(), key.to_owned());
+        let found = self
+            .with_store(|store| async move { store.request_of_key(&channel, &key).await })
+            .await?;
+        match found {
+            Some(id) => self.request(id).await,
+            None => Ok(None),
+        }
+    }
+
+    /// What a request sends and what it got, with headers and bodies. `None` if there is no such
+    /// request, or its outcome has expired. Values of headers that are marked sensitive are masked.
+    /// What is encrypted is read with the keys of this process.
+    ///
+    /// # Errors
+    ///
+    /// If it can't be read ([`Error::is_unreadable`]), or if the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(
+    /// #     admin: requeuest::admin::Admin,
+    /// #     id: requeuest::RequestId,
+    /// # ) -> Result<(), requeuest::Error> {
+    /// if let Some(content) = admin.content(id).await? {
+    ///     if let Some(response) = content.response {
+    ///         println!("{}: {:?}", response.status(), response.text());
+    ///     }
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn content(&self, id: RequestId) -> Result<Option<RequestContent>, Error> {
+        self.with_store(|store| async move { store.content(id).await })
+            .await
+    }
+
+    /// The runners that are alive, of all processes: see
+    /// [`Durable::runners`](crate::Durable::runners).
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(admin: requeuest::admin::Admin) -> Result<(), requeuest::Error> {
+    /// for runner in admin.runners().await? {
+    ///     println!("{:?} {}: {} in flight", runner.host, runner.pid, runner.in_flight);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn runners(&self) -> Result<Vec<RunnerInfo>, Error> {
+        self.with_store(|store| async move { store.runners().await })
+            .await
+    }
+
+    /// What all processes together know of a destination: as
+    /// [`DestinationHandle::status`](crate::DestinationHandle::status). Without a handle, policies
+    /// of the code are not known.
+    ///
+    /// # Errors
+    ///
+    /// If the name is not valid, with `destination` as [`Error::field`]; if the database fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(admin: requeuest::admin::Admin) -> Result<(), requeuest::Error> {
+    /// println!("{}", admin.destination("https://api.example.com").await?.state);
+    /// # Ok(()) }
+    /// ```
+    pub async fn destination(&self, name: &str) -> Result<DestinationStatus, Error> {
+        self.destination_status(&validate_name(name)?).await
     }
 
     /// The requests that match a filter, unfinished and ended, the newest ones first: by the time

@@ -36,7 +36,6 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
-use uuid::Uuid;
 
 use self::attempt::gate::{Gate, Rules};
 use self::attempt::leases::Leases;
@@ -90,7 +89,7 @@ impl Engine {
     /// Starts the lanes, and the tasks that look after leases, waiters and old rows.
     pub(crate) fn start(runtime: Runtime, store: Store, mut config: Config) -> Arc<Self> {
         let (instance, leases, waiters, polls) = (
-            Uuid::now_v7(),
+            store.instance(),
             Arc::default(),
             Arc::default(),
             Arc::default(),

@@ -1,6 +1,7 @@
 //! What an operator is shown of one request: where it stands, which attempts failed, and why it has
 //! not been sent.
 
+mod content;
 mod cursor;
 mod filter;
 mod page;
@@ -9,10 +10,13 @@ mod state;
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
+use uuid::Uuid;
+
 use crate::destination::{DestinationState, DestinationStatus};
 use crate::id::RequestId;
 use crate::status::Status;
 
+pub use self::content::RequestContent;
 pub use self::cursor::Cursor;
 pub(crate) use self::filter::micros_of;
 pub use self::filter::{
@@ -35,6 +39,9 @@ pub struct RequestInfo {
     pub channel: String,
     /// The status.
     pub status: Status,
+    /// How the queue has it. `None` if it has ended and halts no ordering key, or in a state that
+    /// this version doesn't know.
+    pub state: Option<RequestState>,
     /// The method. `None` if what is stored of the request can't be read, or is gone.
     pub method: Option<String>,
     /// Scheme, host and port, or the caller's limit key. `None` if it isn't known any more, as of
@@ -62,6 +69,13 @@ pub struct RequestInfo {
     pub replayed_as: Option<RequestId>,
     /// The attempts that failed, the first one first. Of many, the first 3 and the last 20.
     pub failed_attempts: Vec<FailedAttempt>,
+    /// The process that has claimed the request. `None` if none has, or if it began the first
+    /// attempt a few seconds ago.
+    pub owner: Option<Owner>,
+    /// Until when other processes leave the request to its owner, which renews that.
+    pub leased_until: Option<SystemTime>,
+    /// Whether the application attached metadata to the request.
+    pub has_metadata: bool,
     /// Why the request is not being sent. `None` while it is, and once it has ended.
     pub hold: Option<Hold>,
 }
@@ -78,6 +92,30 @@ pub struct PausedChannel {
     pub by: String,
     /// Why, if the operator said so.
     pub reason: Option<String>,
+}
+
+/// A process that has claimed a request. `Display` says it in a few words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Owner {
+    /// Its handle: the [`RunnerInfo::id`](crate::RunnerInfo::id) of its runner.
+    pub id: Uuid,
+    /// The machine. `None` if it isn't known, as for a handle without a runner.
+    pub host: Option<String>,
+    /// The process on that machine.
+    pub pid: Option<u32>,
+    /// The version of this crate in the process.
+    pub version: Option<String>,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.pid, &self.host) {
+            (Some(pid), Some(host)) => write!(f, "process {pid} on {host}"),
+            (Some(pid), None) => write!(f, "process {pid} of handle {}", self.id),
+            (None, _) => write!(f, "handle {}", self.id),
+        }
+    }
 }
 
 /// An attempt that failed, or got a response that asked for a retry.
@@ -211,19 +249,27 @@ impl fmt::Display for Hold {
 
 fn closed(destination: &DestinationStatus, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let name = &destination.name;
+    let until = |f: &mut fmt::Formatter<'_>| match destination.until {
+        Some(until) => write!(f, " until {}", httpdate::fmt_http_date(until)),
+        None => Ok(()),
+    };
     match (destination.state, &destination.reason) {
-        (DestinationState::Paused, _) => write!(f, "the destination {name} is paused"),
+        (DestinationState::Paused, _) => {
+            write!(f, "the destination {name} is paused")?;
+            until(f)
+        }
         (DestinationState::Disabled, Some(reason)) => {
             write!(f, "the destination {name} is disabled: {reason}")
         }
         (DestinationState::Disabled, None) => write!(f, "the destination {name} is disabled"),
         (DestinationState::CircuitOpen, _) => {
-            write!(f, "the circuit breaker of the destination {name} is open")
+            write!(f, "the circuit breaker of the destination {name} is open")?;
+            until(f)
         }
-        (DestinationState::Throttled, _) => write!(
-            f,
-            "the destination {name} asked to be left alone for a while"
-        ),
+        (DestinationState::Throttled, _) => {
+            write!(f, "the destination {name} asked to be left alone")?;
+            until(f)
+        }
         (state, _) => write!(f, "the destination {name} is {state}"),
     }
 }

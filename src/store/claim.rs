@@ -165,7 +165,7 @@ impl Store {
     pub(crate) async fn confirm(&self, fence: Fence, how: Confirm) -> Result<bool, Error> {
         let lease = self.config().lease;
         self.run_verified("claim.confirm", async |connection| {
-            confirm(connection, fence, lease, how).await
+            confirm(connection, fence, lease, how, self.instance()).await
         })
         .await
     }
@@ -174,7 +174,7 @@ impl Store {
     pub(crate) async fn renew(&self, fences: &[Fence]) -> Result<(), StoreError> {
         let lease = self.config().lease;
         self.run("claim.renew", async |connection| {
-            renew(connection, fences, lease).await
+            renew(connection, fences, lease, self.instance()).await
         })
         .await
     }
@@ -249,11 +249,13 @@ async fn confirm(
     fence: Fence,
     lease: Duration,
     how: Confirm,
+    owner: Uuid,
 ) -> Result<bool, sqlx::Error> {
     let confirmed = sqlx::query(
         "UPDATE mq_msgs m
          SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond',
-            attempts = least(m.attempts, 2147483646) + $4::int, state = $5::text::mq_state
+            attempts = least(m.attempts, 2147483646) + $4::int, state = $5::text::mq_state,
+            owner = $6
          WHERE m.id = $1 AND m.claim_no = $2",
     )
     .bind(Uuid::from(fence.id))
@@ -261,6 +263,7 @@ async fn confirm(
     .bind(millis(lease))
     .bind(i32::from(how.count))
     .bind(if how.once { SENDING_ONCE } else { CLAIMED })
+    .bind(owner)
     .execute(connection)
     .await?;
     Ok(confirmed.rows_affected() > 0)
@@ -272,6 +275,7 @@ async fn renew(
     connection: &mut PgConnection,
     fences: &[Fence],
     lease: Duration,
+    owner: Uuid,
 ) -> Result<(), sqlx::Error> {
     let (ids, claim_nos): (Vec<Uuid>, Vec<i32>) = fences
         .iter()
@@ -284,12 +288,14 @@ async fn renew(
                 ON m.id = ANY (ARRAY[i.id]) AND m.claim_no = i.claim_no
             ORDER BY i.id FOR UPDATE OF m SKIP LOCKED
         )
-        UPDATE mq_msgs m SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond'
+        UPDATE mq_msgs m
+        SET attempt_at = clock_timestamp() + $3 * interval '1 millisecond', owner = $4
         FROM locked WHERE m.id = ANY (ARRAY[locked.id])",
     )
     .bind(ids)
     .bind(claim_nos)
     .bind(millis(lease))
+    .bind(owner)
     .execute(connection)
     .await?;
     Ok(())

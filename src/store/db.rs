@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use sqlx::pool::PoolConnectionMetadata;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Executor, PgConnection, PgPool, Row};
+use uuid::Uuid;
 
 use super::connect::located;
 use super::idle::{Checkout, IdleConnections};
@@ -48,6 +49,8 @@ pub(super) struct Session {
     pub(super) schema: String,
     pub(super) lease: Duration,
     pub(super) statement_timeout: Duration,
+    /// The handle, which polls name as the owner of what they claim.
+    pub(super) instance: Uuid,
     pub(super) dead_letter_retention: Option<Duration>,
     /// Whether polls say how long requests have waited.
     pub(super) measured: bool,
@@ -207,6 +210,10 @@ impl Db {
             source: Arc::new(Mutex::new(source)),
             session,
         }
+    }
+
+    pub(super) fn instance(&self) -> Uuid {
+        self.session.instance
     }
 
     pub(super) fn pool(&self) -> &PgPool {
@@ -485,7 +492,10 @@ fn pinned(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
 /// doesn't: an abandoned poll must not claim.
 fn pinned_for_polls(connect: &PgConnectOptions, session: &Session) -> PgConnectOptions {
     let timeout = STATEMENT_TIMEOUT.as_millis().to_string();
-    pinned(connect, session).options([("statement_timeout", timeout)])
+    pinned(connect, session).options([
+        ("statement_timeout", timeout),
+        ("requeuest.instance", session.instance.to_string()),
+    ])
 }
 
 /// What the statements depend on, whatever the role, the database or the caller's options say. Each

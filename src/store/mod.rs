@@ -40,6 +40,7 @@ use std::time::Duration;
 
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
 
 use self::db::{Db, Session};
 use crate::error::{Error, database_text};
@@ -99,6 +100,7 @@ impl Store {
             schema: config.schema.clone(),
             lease: config.lease,
             statement_timeout: config.statement_timeout,
+            instance: Uuid::now_v7(),
             dead_letter_retention: config.dead_letter_retention,
             measured: config.measured,
             max_body: config.max_request_body.max(config.max_response_body),
@@ -115,6 +117,11 @@ impl Store {
                 may_read: AtomicBool::new(true),
             }),
         }
+    }
+
+    /// Identifies the handle among those of all processes.
+    pub(crate) fn instance(&self) -> Uuid {
+        self.db().instance()
     }
 
     pub(crate) fn config(&self) -> &StoreConfig {

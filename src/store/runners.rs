@@ -20,6 +20,8 @@ pub(crate) struct Announcement<'a> {
     /// `None` for all channels.
     pub(crate) channels: Option<&'a [Arc<str>]>,
     pub(crate) host: Option<&'a str>,
+    /// How many requests the process has claimed.
+    pub(crate) in_flight: usize,
     /// How long the runner counts as alive without another announcement.
     pub(crate) alive_for: Duration,
 }
@@ -82,13 +84,16 @@ async fn announce(
         .map(|channels| channels.iter().map(|channel| &**channel).collect());
     sqlx::query(
         "WITH announced AS (
-            INSERT INTO runners AS r (id, channels, formats, version, host, pid, expires_at)
+            INSERT INTO runners AS r (
+                id, channels, formats, version, host, pid, expires_at, in_flight
+            )
             VALUES (
                 $1, $2, known_formats(), $3, $4, $5,
-                clock_timestamp() + $6 * interval '1 millisecond'
+                clock_timestamp() + $6 * interval '1 millisecond', $7
             )
             ON CONFLICT (id) DO UPDATE
-            SET seen_at = clock_timestamp(), expires_at = excluded.expires_at
+            SET seen_at = clock_timestamp(), expires_at = excluded.expires_at,
+                in_flight = excluded.in_flight
         )
         UPDATE undelivered_channels u SET since = NULL
         WHERE u.since IS NOT NULL AND ($2 IS NULL OR u.channel_name = ANY ($2))
@@ -100,6 +105,7 @@ async fn announce(
     .bind(runner.host)
     .bind(i64::from(std::process::id()))
     .bind(millis(runner.alive_for))
+    .bind(i32::try_from(runner.in_flight).unwrap_or(i32::MAX))
     .execute(connection)
     .await?;
     Ok(())
@@ -108,7 +114,7 @@ async fn announce(
 async fn runners(connection: &mut PgConnection) -> Result<Vec<RunnerInfo>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT
-            r.id, r.channels, r.version, r.host, r.pid,
+            r.id, r.channels, r.version, r.host, r.pid, r.in_flight,
             (extract(epoch FROM r.started_at) * 1000000)::bigint AS started_at,
             (extract(epoch FROM r.seen_at) * 1000000)::bigint AS seen_at
          FROM runners r WHERE r.expires_at > clock_timestamp()
@@ -121,12 +127,14 @@ async fn runners(connection: &mut PgConnection) -> Result<Vec<RunnerInfo>, sqlx:
 
 fn runner(row: &PgRow) -> Result<RunnerInfo, sqlx::Error> {
     let pid: i64 = row.try_get("pid")?;
+    let in_flight: i32 = row.try_get("in_flight")?;
     Ok(RunnerInfo {
         id: row.try_get("id")?,
         channels: row.try_get("channels")?,
         version: row.try_get("version")?,
         host: row.try_get("host")?,
         pid: u32::try_from(pid).unwrap_or_default(),
+        in_flight: in_flight.unsigned_abs(),
         started_at: at(row.try_get("started_at")?),
         seen_at: at(row.try_get("seen_at")?),
     })

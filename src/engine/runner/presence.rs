@@ -42,6 +42,7 @@ impl Presence {
             instance: self.driver.instance,
             channels: self.driver.config.deliver.as_deref(),
             host: self.host.as_deref(),
+            in_flight: self.driver.leases.all().len(),
             alive_for: ALIVE_FOR,
         };
         match self.driver.store.announce(&announcement).await {

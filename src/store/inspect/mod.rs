@@ -2,6 +2,7 @@
 //!
 //! Each statement reads a bounded number of rows, however many requests there are.
 
+mod content;
 mod counts;
 mod list;
 mod source;
@@ -20,7 +21,7 @@ use super::outcome::status;
 use crate::codec::Unreadable;
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::inspection::{FailedAttempt, PausedChannel, RequestInfo};
+use crate::inspection::{FailedAttempt, Owner, PausedChannel, RequestInfo, RequestState};
 use crate::sealer::Sealer;
 use crate::status::Status;
 
@@ -113,12 +114,16 @@ async fn inspect(
         None
     };
     let replayed_as: Option<Uuid> = row.try_get("replayed_as")?;
+    let state: Option<String> = row.try_get("state")?;
+    let is_leased =
+        place.is_some() && matches!(state.as_deref(), Some("claimed" | "held" | "sending_once"));
     let waits = place.as_ref().filter(|place| place.state != State::Sending);
     Ok(Some(Ok(Inspected {
         info: RequestInfo {
             id,
             channel: row.try_get("channel_name")?,
             status,
+            state: state.as_deref().and_then(RequestState::from_name),
             method: row.try_get("method")?,
             destination: row.try_get("destination")?,
             ordering_key: row.try_get("ordering_key")?,
@@ -132,6 +137,13 @@ async fn inspect(
             error: error.or_else(answered),
             replayed_as: replayed_as.map(RequestId::from),
             failed_attempts: attempts,
+            owner: if is_leased { owner(&row)? } else { None },
+            leased_until: if is_leased {
+                time("leased_until")?
+            } else {
+                None
+            },
+            has_metadata: row.try_get("has_metadata")?,
             hold: None,
         },
         place,
@@ -166,6 +178,9 @@ fn statement() -> String {
                 THEN current_setting('requeuest.lease')::interval ELSE interval '0' END
         ) AS due_at,
         epoch_us(clock_timestamp()) AS now,
+        epoch_us(m.attempt_at) AS leased_until,
+        m.owner, r.host AS owner_host, r.pid AS owner_pid, r.version AS owner_version,
+        o.metadata IS NOT NULL OR p.metadata IS NOT NULL AS has_metadata,
         first.id AS first,
         first.state = 'halted' AS is_halted,
         m.id IS NOT NULL AND is_delivered(m.channel_name, m.format) AS is_delivered,
@@ -185,8 +200,22 @@ fn statement() -> String {
             AND ahead.seq IS NOT NULL
         ORDER BY ahead.seq LIMIT 1
     ) first ON first.id <> m.id
+    LEFT JOIN runners r ON r.id = m.owner
     WHERE m.id IS NOT NULL OR o.id IS NOT NULL"
     )
+}
+
+fn owner(row: &PgRow) -> Result<Option<Owner>, sqlx::Error> {
+    let Some(id) = row.try_get("owner")? else {
+        return Ok(None);
+    };
+    let pid: Option<i64> = row.try_get("owner_pid")?;
+    Ok(Some(Owner {
+        id,
+        host: row.try_get("owner_host")?,
+        pid: pid.and_then(|pid| u32::try_from(pid).ok()),
+        version: row.try_get("owner_version")?,
+    }))
 }
 
 fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
