@@ -1,6 +1,6 @@
 //! How many requests there are of each status and state.
 
-use sqlx::{Connection, PgConnection, Row};
+use sqlx::{Connection, PgConnection};
 
 use super::list::SNAPSHOT;
 use super::source::WINDOW;
@@ -48,7 +48,6 @@ fn index_of(state: RequestState) -> &'static str {
 }
 
 async fn counts(connection: &mut PgConnection) -> Result<Counts, sqlx::Error> {
-    let mut by_state = Vec::new();
     let mut by_status: Vec<_> = STATUSES.map(|status| (status, Count::new(0, true))).into();
     let mut add = |status: Status, count: Count| {
         for (known, sum) in &mut by_status {
@@ -57,64 +56,53 @@ async fn counts(connection: &mut PgConnection) -> Result<Counts, sqlx::Error> {
             }
         }
     };
+    let mut by_state = Vec::new();
     for state in RequestState::ALL {
-        let rows = sqlx::query(&format!(
-            "SELECT {QUEUED_STATUS} AS status, count(*) FROM (
-                SELECT m.state, m.attempt_at, m.attempts FROM mq_msgs m
-                WHERE {} AND m.state = '{state}' LIMIT {}
-             ) m GROUP BY 1",
-            index_of(state),
-            WINDOW + 1
-        ))
-        .persistent(false)
-        .fetch_all(&mut *connection)
-        .await?;
-        let mut found = Vec::with_capacity(rows.len());
-        for row in rows {
-            let number: i64 = row.try_get(1)?;
-            found.push((row.try_get::<String, _>(0)?, number.unsigned_abs()));
+        let rows = format!(
+            "FROM mq_msgs m WHERE {} AND m.state = '{state}'",
+            index_of(state)
+        );
+        by_state.push((state, limited(connection, &rows).await?));
+    }
+    // A halted request is counted among the outcomes.
+    let queued = by_state
+        .iter()
+        .filter(|(state, count)| *state != RequestState::Halted && count.number > 0);
+    let (few, many): (Vec<_>, Vec<_>) = queued.partition(|(_, count)| count.is_exact);
+    for (state, _) in few {
+        let rows = format!("WHERE {} AND m.state = '{state}'", index_of(state));
+        for (status, number) in statuses(connection, &rows).await? {
+            add(status, Count::new(number, true));
         }
-        let looked_at: u64 = found.iter().map(|(_, number)| number).sum();
-        let is_exact = looked_at <= WINDOW as u64;
-        by_state.push((state, Count::new(looked_at, is_exact)));
-        // The outcomes have it too.
-        if state == RequestState::Halted {
-            continue;
-        }
-        for status in STATUSES.into_iter().filter(|status| !status.is_terminal()) {
-            let number = found.iter().find(|(name, _)| name == status.as_str());
-            let number = number.map_or(0, |(_, number)| *number);
-            if number > 0 || !is_exact && may_be(state, status) {
-                add(status, Count::new(number, is_exact));
+    }
+    if !many.is_empty() {
+        // In the order of the ids, in which neighbours are stored side by side.
+        let names: Vec<_> = many.iter().map(|(state, _)| format!("'{state}'")).collect();
+        let rows = format!("WHERE m.state IN ({}) ORDER BY m.id DESC", names.join(", "));
+        let found = statuses(connection, &rows).await?;
+        for status in STATUSES {
+            let number = found.iter().find(|(name, _)| *name == status);
+            if many.iter().any(|(state, _)| may_be(*state, status)) {
+                add(
+                    status,
+                    Count::new(number.map_or(0, |(_, number)| *number), false),
+                );
             }
         }
     }
     for status in [Status::Discarded, Status::Ambiguous] {
-        let number: i64 = sqlx::query_scalar(&format!(
-            "SELECT count(*) FROM (
-                SELECT FROM outcomes_kept k WHERE k.status = '{status}' LIMIT {}
-             ) k",
-            WINDOW + 1
-        ))
-        .persistent(false)
-        .fetch_one(&mut *connection)
-        .await?;
-        add(status, Count::new(number.unsigned_abs(), true));
+        let rows = format!("FROM outcomes_kept k WHERE k.status = '{status}'");
+        add(status, limited(connection, &rows).await?);
     }
-    let rows = sqlx::query(&format!(
-        "SELECT o.status, count(*) FROM (
-            SELECT o.status FROM outcomes o WHERE o.slot <> -1 ORDER BY o.id DESC LIMIT {}
-         ) o GROUP BY 1",
-        WINDOW + 1
-    ))
-    .persistent(false)
-    .fetch_all(&mut *connection)
+    // The condition on the id, which all fulfil, has each partition read by its index.
+    let found = grouped(
+        connection,
+        "o.status",
+        "SELECT o.status FROM outcomes o
+         WHERE o.slot <> -1 AND o.id > '00000000-0000-0000-0000-000000000000'",
+        "o",
+    )
     .await?;
-    let mut found = Vec::with_capacity(rows.len());
-    for row in rows {
-        let number: i64 = row.try_get(1)?;
-        found.push((row.try_get::<String, _>(0)?, number.unsigned_abs()));
-    }
     let looked_at: u64 = found.iter().map(|(_, number)| number).sum();
     for status in [Status::Completed, Status::Cancelled] {
         let number = found.iter().find(|(name, _)| name == status.as_str());
@@ -125,6 +113,49 @@ async fn counts(connection: &mut PgConnection) -> Result<Counts, sqlx::Error> {
         by_status,
         by_state,
     })
+}
+
+/// Counts rows as far as [`WINDOW`].
+async fn limited(connection: &mut PgConnection, rows: &str) -> Result<Count, sqlx::Error> {
+    let limit = WINDOW + 1;
+    let number: i64 = sqlx::query_scalar(&format!(
+        "SELECT count(*) FROM (SELECT {rows} LIMIT {limit}) k"
+    ))
+    .persistent(false)
+    .fetch_one(connection)
+    .await?;
+    Ok(Count::new(number.unsigned_abs(), true))
+}
+
+/// How many of the rows in the queue have each status.
+async fn statuses(
+    connection: &mut PgConnection,
+    rows: &str,
+) -> Result<Vec<(Status, u64)>, sqlx::Error> {
+    let rows = format!("SELECT m.state, m.attempt_at, m.attempts FROM mq_msgs m {rows}");
+    let found = grouped(connection, QUEUED_STATUS, &rows, "m").await?;
+    let known = |(name, number): (String, u64)| Some((Status::from_name(&name)?, number));
+    Ok(found.into_iter().filter_map(known).collect())
+}
+
+/// Counts rows by a text, as far as [`WINDOW`].
+async fn grouped(
+    connection: &mut PgConnection,
+    by: &str,
+    rows: &str,
+    alias: &str,
+) -> Result<Vec<(String, u64)>, sqlx::Error> {
+    let limit = WINDOW + 1;
+    let counted: Vec<(String, i64)> = sqlx::query_as(&format!(
+        "SELECT {by}, count(*) FROM ({rows} LIMIT {limit}) {alias} GROUP BY 1"
+    ))
+    .persistent(false)
+    .fetch_all(connection)
+    .await?;
+    let counted = counted.into_iter();
+    Ok(counted
+        .map(|(name, number)| (name, number.unsigned_abs()))
+        .collect())
 }
 
 /// Whether a request in this state can have this status.

@@ -7,7 +7,7 @@ use super::source::{Search, Source, WINDOW};
 use super::summary::summaries;
 use crate::error::Error;
 use crate::id::RequestId;
-use crate::inspection::{Count, RequestFilter, RequestSummary};
+use crate::inspection::{Count, MAX_COUNT, RequestFilter, RequestSummary};
 use crate::sealer::Sealer;
 use crate::store::Store;
 
@@ -45,6 +45,10 @@ impl Store {
                 for source in search.sources() {
                     let found = count_in(&mut snapshot, &search, source, self.sealer()).await?;
                     count = count.and(found);
+                    // Whatever the others have, it is at least so many.
+                    if count.number == MAX_COUNT && !count.is_exact {
+                        break;
+                    }
                 }
             }
             snapshot.commit().await?;
@@ -171,21 +175,33 @@ async fn count_in(
     source: Source,
     sealer: &Sealer,
 ) -> Result<Count, sqlx::Error> {
-    let limit = WINDOW + 1;
-    let (statement, is_complete) = if let Some(probe) = search.probe(source) {
-        let rows = rows_of(connection, probe).await?;
-        (search.narrowed(source, limit), rows <= WINDOW as i64)
+    let narrow = match search.probe(source) {
+        Some(probe) => Some(rows_of(connection, probe).await?),
+        None => None,
+    };
+    let is_complete = if let Some(rows) = narrow {
+        rows <= WINDOW as i64
     } else {
         let mut end = search.end_of_walk(source);
         let end = end.build_query_scalar::<Uuid>().persistent(false);
-        let end = end.fetch_optional(&mut *connection).await?;
-        (search.walked(source, limit), end.is_none())
+        end.fetch_optional(&mut *connection).await?.is_none()
     };
-    let Some(statement) = statement else {
-        return Ok(Count::new(0, true));
+    let number = if search.has_keys && search.filter.error_contains.is_some() {
+        let limit = WINDOW + 1;
+        let statement = match narrow {
+            Some(_) => search.narrowed(source, limit),
+            None => search.walked(source, limit),
+        };
+        let Some(statement) = statement else {
+            return Ok(Count::new(0, true));
+        };
+        let found = matching(connection, statement, search, limit, sealer).await?;
+        found.len() as u64
+    } else {
+        let counted = rows_of(connection, search.counted(source)).await?;
+        counted.unsigned_abs()
     };
-    let found = matching(connection, statement, search, limit, sealer).await?;
-    Ok(Count::new(found.len() as u64, is_complete))
+    Ok(Count::new(number, is_complete))
 }
 
 async fn rows_of(

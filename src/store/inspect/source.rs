@@ -108,6 +108,21 @@ impl Search<'_> {
         statement
     }
 
+    /// Counts the matches among the rows that fulfil the condition with an index, or among the next
+    /// rows if there is no such condition.
+    pub(super) fn counted(&self, source: Source) -> Statement {
+        let mut statement = QueryBuilder::new("SELECT count(*) FROM (");
+        let rows = |statement: &mut Statement| {
+            if self.narrow(source, statement).is_none() {
+                self.walk(source, statement);
+            }
+            Some(())
+        };
+        self.push_matches(source, "m.id", &mut statement, rows);
+        statement.push(") k");
+        statement
+    }
+
     fn matches(
         &self,
         source: Source,
@@ -120,10 +135,32 @@ impl Search<'_> {
         } else {
             "NULL, NULL"
         };
-        let mut statement = QueryBuilder::new(format!("SELECT m.id, {texts} FROM ("));
-        rows(&mut statement)?;
+        let mut statement = QueryBuilder::new("");
+        self.push_matches(source, &format!("m.id, {texts}"), &mut statement, rows)?;
+        // All that may match are decrypted, and then fewer do.
+        let limit = if error && self.has_keys {
+            WINDOW
+        } else {
+            limit
+        };
+        write_to(
+            &mut statement,
+            format_args!(" ORDER BY m.id DESC LIMIT {limit}"),
+        );
+        Some(statement)
+    }
+
+    fn push_matches(
+        &self,
+        source: Source,
+        columns: &str,
+        statement: &mut Statement,
+        rows: impl FnOnce(&mut Statement) -> Option<()>,
+    ) -> Option<()> {
+        write_to(statement, format_args!("SELECT {columns} FROM ("));
+        rows(statement)?;
         statement.push(") m");
-        if error {
+        if self.filter.error_contains.is_some() {
             statement.push(match source {
                 Source::Queue => {
                     " CROSS JOIN LATERAL (
@@ -138,18 +175,8 @@ impl Search<'_> {
             });
         }
         statement.push(" WHERE true");
-        self.push_conditions(source, &mut statement);
-        // All that may match are decrypted, and then fewer do.
-        let limit = if error && self.has_keys {
-            WINDOW
-        } else {
-            limit
-        };
-        write_to(
-            &mut statement,
-            format_args!(" ORDER BY m.id DESC LIMIT {limit}"),
-        );
-        Some(statement)
+        self.push_conditions(source, statement);
+        Some(())
     }
 
     fn push_conditions(&self, source: Source, statement: &mut Statement) {

@@ -75,13 +75,7 @@ async fn content_that_can_not_be_read_is_an_error_for_its_id() {
     let there = other_process(&database).await;
     let request = secretive("http://localhost:1/", Options::default());
     let id = there.fire(request).await.unwrap();
-    damage(
-        &database,
-        id,
-        "mq_payloads",
-        "head = '{\"hunter2\":' || head",
-    )
-    .await;
+    damage(&database, id, "mq_payloads", "head = 'hunter2' || head").await;
     let error = there.admin().content(id).await.unwrap_err();
     assert!(error.is_unreadable(), "{error}");
     assert_eq!(error.request_id(), Some(id));
