@@ -136,11 +136,17 @@ async fn a_recorder_is_told_of_each_request_attempt_outcome_and_batch() {
     durable.fire(post(server.url("/a?b"), "x")).await.unwrap();
     let place = ("default".to_owned(), format!("http://{}", server.addr));
     once(&told, "an outcome", |told| told.finished.first().cloned()).await;
+    let batches = |told: &Everything, kind| {
+        let of_kind = told.batches.iter().filter(|batch| batch.kind == kind);
+        of_kind.count()
+    };
+    let settled = |told: &Everything| (batches(told, BatchKind::Settle) == 2).then_some(());
+    once(&told, "two writes of results", settled).await;
     {
         let told = told.told();
         let (channel, destination, requests, latency) = &told.enqueued[0];
         assert_eq!((channel.clone(), destination.clone()), place);
-        let latency = latency.unwrap();
+        assert!(!latency.unwrap().is_zero());
         assert_eq!((told.enqueued.len(), *requests), (1, 1));
         let [first, second] = &*told.attempts else {
             panic!("{:?}", told.attempts);
@@ -155,18 +161,11 @@ async fn a_recorder_is_told_of_each_request_attempt_outcome_and_batch() {
         assert!(!first.duration.is_zero() && first.queue_wait < LONG);
         let (_, _, status, attempts, took) = &told.finished[0];
         assert_eq!((*status, *attempts), (Status::Completed, 2));
-        assert!(
-            *took >= latency + first.duration + second.duration,
-            "{took:?}"
-        );
+        // From the insert, where a runner has claimed it. Claims tell its age in milliseconds.
+        let attempts = first.duration + second.duration;
+        assert!(*took + Duration::from_millis(2) >= attempts, "{took:?}");
         assert!(told.batches.iter().all(|it| it.is_written && it.size == 1));
-        let of = |kind| {
-            told.batches
-                .iter()
-                .filter(move |it| it.kind == kind)
-                .count()
-        };
-        assert_eq!((of(BatchKind::Enqueue), of(BatchKind::Settle)), (1, 2));
+        assert_eq!(batches(&told, BatchKind::Enqueue), 1);
     }
 
     let once_only = Options::default()
