@@ -18,7 +18,7 @@ use crate::store::cancel::Cancelled;
 /// changes nothing leaves no record.
 impl Admin {
     /// Who makes the changes through this value: a name, an address, a ticket system. One line, of
-    /// up to [`MAX_ACTOR_LEN`](crate::admin::MAX_ACTOR_LEN) bytes. Defaults to the user and the
+    /// up to [`MAX_ACTOR_LEN`] bytes. Defaults to the user and the
     /// host of this process, as `user@host`.
     ///
     /// # Examples
