@@ -139,6 +139,7 @@ mod dead_letter;
 mod destination;
 mod durable;
 mod engine;
+mod finding;
 mod fingerprint;
 mod health;
 mod id;

@@ -19,6 +19,7 @@ use sqlx::postgres::PgConnectOptions;
 use self::change::Target;
 pub use self::grants::DatabaseRole;
 use self::grants::Grant;
+pub(crate) use self::grants::Right;
 pub(crate) use self::ledger::{Ledger, Tables};
 use crate::runtime;
 use crate::store::{self, quoted};
@@ -407,6 +408,28 @@ fn options_of(url: &str) -> Result<PgConnectOptions, MigrateError> {
 /// The newest migration that this crate knows, which names its release.
 pub(crate) fn wanted_version() -> i64 {
     newest_of(&MIGRATIONS)
+}
+
+/// The names of the indexes that the migrations make, except those of constraints and partitions.
+pub(crate) fn expected_indexes() -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for migration in MIGRATIONS
+        .iter()
+        .filter(|one| !one.migration_type.is_down_migration())
+    {
+        for line in migration.sql.lines() {
+            let of = |prefix: &str| {
+                let rest = line.strip_prefix(prefix)?;
+                rest.split([' ', ';']).next().map(str::to_owned)
+            };
+            if let Some(name) = of("CREATE INDEX ").or_else(|| of("CREATE UNIQUE INDEX ")) {
+                names.push(name);
+            } else if let Some(gone) = of("DROP INDEX ") {
+                names.retain(|name| *name != gone);
+            }
+        }
+    }
+    names
 }
 
 fn newest_of(migrations: &sqlx::migrate::Migrator) -> i64 {

@@ -11,6 +11,7 @@ use crate::durable::{
     DEFAULT_MAX_RESPONSE_BODY, DEFAULT_RETENTION,
 };
 use crate::error::Error;
+use crate::finding::Finding;
 use crate::migrate::{DEFAULT_SCHEMA, validate_schema};
 use crate::runtime::Runtime;
 use crate::sealer::Sealer;
@@ -105,6 +106,29 @@ impl AdminBuilder {
     ///
     /// Cancel safe.
     pub async fn connect(self) -> Result<Admin, Error> {
+        let admin = self.open()?;
+        admin
+            .with_store(|store| async move { store.verify().await })
+            .await?;
+        Ok(admin)
+    }
+
+    /// As [`Admin::doctor`], also where the schema is not installed or doesn't fit.
+    ///
+    /// # Errors
+    ///
+    /// If a setting is not valid, or if the database can't be reached. A check that fails is a
+    /// finding.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub async fn doctor(self) -> Result<Vec<Finding>, Error> {
+        self.open()?.doctor().await
+    }
+
+    /// An [`Admin`] that has not looked at the schema yet.
+    fn open(self) -> Result<Admin, Error> {
         let Self { url, store: config } = self;
         let refused = |field, reason: &'static str| Err(Error::config(field, reason));
         validate_schema(&config.schema).map_err(|reason| Error::config("schema", reason))?;
@@ -123,17 +147,13 @@ impl AdminBuilder {
             let _context = runtime.handle().enter();
             Store::new(store::url::pool(options), config)
         };
-        let admin = Admin {
+        Ok(Admin {
             access: Access::Own {
                 store,
                 runtime: Arc::new(runtime),
             },
             author: Author::default(),
-        };
-        admin
-            .with_store(|store| async move { store.verify().await })
-            .await?;
-        Ok(admin)
+        })
     }
 }
 

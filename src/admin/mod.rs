@@ -10,6 +10,7 @@
 mod activity;
 mod builder;
 mod change;
+mod doctor;
 mod hold;
 mod operation;
 mod pause;
@@ -34,6 +35,7 @@ pub use crate::change::{
     CHANGES_RETENTION, Change, ChangeFilter, DEFAULT_CHANGES, MAX_ACTOR_LEN, MAX_CHANGES,
     MAX_REASON_LEN,
 };
+pub use crate::finding::{Check, Finding, Severity};
 pub use crate::inspection::{
     Count, Counts, Cursor, DEFAULT_PAGE_LIMIT, FailedAttempt, Hold, MAX_COUNT, MAX_PAGE_LIMIT,
     MAX_SEARCH_LEN, Owner, PageRequest, PausedChannel, RequestContent, RequestFilter, RequestInfo,

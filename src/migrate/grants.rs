@@ -109,6 +109,49 @@ pub enum DatabaseRole {
     Report,
 }
 
+/// A right that a part needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Right {
+    /// `table` or `function`.
+    pub(crate) kind: &'static str,
+    /// Its name, or `*` for all of the kind.
+    pub(crate) object: &'static str,
+    pub(crate) verb: &'static str,
+}
+
+impl DatabaseRole {
+    /// The rights of a part on tables, views and functions, one by one.
+    pub(crate) fn needs(self) -> Vec<Right> {
+        let mut needs = Vec::new();
+        let mut add = |kind, objects: &[&'static str], verbs: &[&'static str]| {
+            for &object in objects {
+                needs.extend(verbs.iter().map(|&verb| Right { kind, object, verb }));
+            }
+        };
+        match self {
+            Self::Enqueue => {
+                add("table", LEDGER, &["SELECT"]);
+                add("function", ENQUEUE, &["EXECUTE"]);
+            }
+            Self::Runner => {
+                let change = ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"];
+                add("table", LEDGER, &change[..1]);
+                add("table", VIEWS, &change[..1]);
+                add("table", TABLES, &change[..4]);
+                add("table", RECORD, &change[..2]);
+                add("table", SLOTS, &change);
+                add("function", &["*"], &["EXECUTE"]);
+            }
+            Self::ReadOnly => {
+                add("table", &["*"], &["SELECT"]);
+                add("function", READ_ONLY, &["EXECUTE"]);
+            }
+            Self::Report => add("table", VIEWS, &["SELECT"]),
+        }
+        needs
+    }
+}
+
 /// A role that gets the rights of a part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Grant {

@@ -78,6 +78,11 @@ impl Ledger {
         }))
     }
 
+    /// The newest migration.
+    pub(crate) fn newest(self) -> i64 {
+        self.newest
+    }
+
     /// Whether a release whose newest migration is `wanted` can work with the schema.
     pub(crate) fn check(self, wanted: i64) -> Result<(), MigrationState> {
         if let Some(version) = self.failed {

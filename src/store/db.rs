@@ -38,7 +38,7 @@ const LISTENERS: u32 = 1;
 const RUNNER_CONNECTIONS: u32 = 2;
 /// The formats of requests that this version can read, as an array of Postgres. A poll claims no
 /// others.
-const FORMATS: &str = "{1}";
+pub(super) const FORMATS: &str = "{1}";
 const CLOSE_POLL: Duration = Duration::from_millis(5);
 /// The first version of Postgres that has `transaction_timeout`.
 const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
@@ -266,6 +266,12 @@ impl Db {
         if let Some(options) = options.filter(|now| !Arc::ptr_eq(now, &source.options)) {
             self.connect_with(&mut source, options);
         }
+    }
+
+    /// The options of new connections, before they are pinned.
+    pub(super) fn options(&self) -> Arc<PgConnectOptions> {
+        self.follow();
+        Arc::clone(&self.source().options)
     }
 
     /// New connections use these options, and no longer those of the caller's pool.

@@ -272,6 +272,15 @@ const KNOWN: &str = columns!(
     ) i JOIN destinations d ON d.name = ANY (ARRAY[i.name]) ORDER BY i.name"
 );
 
+/// Those that are closed now.
+const CLOSED: &str = columns!(
+    "FROM (
+        SELECT c.name FROM destinations c
+        WHERE c.closed_until IS NOT NULL AND c.closed_until > clock_timestamp()
+        ORDER BY c.name LIMIT $1
+    ) i JOIN destinations d ON d.name = ANY (ARRAY[i.name]) ORDER BY i.name"
+);
+
 /// Those of which something is stored that may have ended.
 const UNCHANGED: &str = columns!(
     "FROM (
@@ -288,6 +297,19 @@ const LOCKED: &str = columns!(
      JOIN destinations d ON d.name = ANY (ARRAY[i.name])
      ORDER BY i.number FOR NO KEY UPDATE OF d"
 );
+
+/// Destinations that are closed now, up to this many.
+pub(super) async fn closed_destinations(
+    connection: &mut PgConnection,
+    limit: i64,
+) -> Result<Vec<StoredDestination>, sqlx::Error> {
+    let rows = sqlx::query(CLOSED)
+        .bind(limit)
+        .persistent(false)
+        .fetch_all(connection)
+        .await?;
+    rows.iter().map(stored).collect()
+}
 
 fn stored(row: &PgRow) -> Result<StoredDestination, sqlx::Error> {
     let name: String = row.try_get("name")?;

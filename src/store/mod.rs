@@ -15,6 +15,7 @@ mod db;
 pub(crate) mod dead_letters;
 mod depth;
 pub(crate) mod destinations;
+mod doctor;
 pub(crate) mod enqueue;
 pub(crate) mod hand_over;
 mod idle;

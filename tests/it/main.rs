@@ -17,6 +17,7 @@ mod day;
 mod dead_letters;
 mod delivery;
 mod destination;
+mod doctor;
 mod encryption;
 mod ending;
 mod faults;

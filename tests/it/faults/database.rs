@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use requeuest::migrate::Migrator;
 use requeuest::testkit::{self, TestDatabase};
 use requeuest::{Durable, Options, Status};
+use sqlx::postgres::PgConnectOptions;
 use tokio::task::JoinSet;
 
 use super::network::{Through, address, pool_through, through_a_proxy};
@@ -440,10 +441,8 @@ async fn behind_a_pooler_everything_works_with_direct_options() {
     works_behind_a_pooler(&database, &pool_through(&proxy, &database)).await;
 }
 
-#[tokio::test]
-#[ignore = "needs pgbouncer; run by .ci/run"]
-async fn behind_pgbouncer_everything_works_with_direct_options() {
-    let database = migrated().await;
+/// Starts pgbouncer in transaction mode, which needs the program. The options lead through it.
+pub async fn pgbouncer(database: &TestDatabase) -> (Pgbouncer, PgConnectOptions) {
     let port = closed_port().await.port();
     let options = database.options();
     let dir = tempfile::tempdir().unwrap();
@@ -469,24 +468,39 @@ async fn behind_pgbouncer_everything_works_with_direct_options() {
             command.args(["--user", "nobody"]);
         }
     }
-    let mut pgbouncer = command
+    let process = command
         .arg(&config)
         .kill_on_drop(true)
         .spawn()
         .expect("pgbouncer is not installed");
-    let options = options
-        .host("127.0.0.1")
-        .port(port)
-        .ssl_mode(sqlx::postgres::PgSslMode::Disable)
-        // sqlx needs this behind a pooler in transaction mode.
-        .statement_cache_capacity(0);
-    let application = sqlx::PgPool::connect_lazy_with(options);
     eventually("pgbouncer listens", || async {
         tokio::net::TcpStream::connect(("127.0.0.1", port))
             .await
             .is_ok()
     })
     .await;
+    let options = options
+        .host("127.0.0.1")
+        .port(port)
+        .ssl_mode(sqlx::postgres::PgSslMode::Disable)
+        // sqlx needs this behind a pooler in transaction mode.
+        .statement_cache_capacity(0);
+    let pgbouncer = Pgbouncer { process, _dir: dir };
+    (pgbouncer, options)
+}
+
+/// A pgbouncer that ends with it.
+pub struct Pgbouncer {
+    pub process: tokio::process::Child,
+    _dir: tempfile::TempDir,
+}
+
+#[tokio::test]
+#[ignore = "needs pgbouncer; run by .ci/run"]
+async fn behind_pgbouncer_everything_works_with_direct_options() {
+    let database = migrated().await;
+    let (mut pgbouncer, options) = pgbouncer(&database).await;
+    let application = sqlx::PgPool::connect_lazy_with(options);
     works_behind_a_pooler(&database, &application).await;
-    pgbouncer.kill().await.unwrap();
+    pgbouncer.process.kill().await.unwrap();
 }

@@ -2,7 +2,7 @@
 //! fault.
 
 mod crowds;
-mod database;
+pub mod database;
 pub(crate) mod network;
 mod receiver;
 mod refusals;
