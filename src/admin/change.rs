@@ -12,6 +12,7 @@ use crate::engine::destination_change::DestinationChange;
 use crate::engine::runner::presence::host;
 use crate::error::{Error, Kind};
 use crate::id::RequestId;
+use crate::inspection::RequestContent;
 use crate::store::cancel::Cancelled;
 
 /// Changes are recorded with who made them and why, in the transaction of the change. A call that
@@ -80,6 +81,37 @@ impl Admin {
             Cancelled::Finished => Ok(false),
             Cancelled::Unknown => Err(Error::new(Kind::UnknownId).with_id(id)),
         }
+    }
+
+    /// As [`content`](Self::content), with the values of headers that are marked sensitive and the
+    /// credentials of the URL. It changes nothing but the record, which names who asked and why.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`content`](Self::content), or if the author can't be recorded
+    /// ([`Error::is_request`]).
+    ///
+    /// # Cancel safety
+    ///
+    /// Once begun it continues, awaited or not.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(
+    /// #     admin: requeuest::admin::Admin,
+    /// #     id: requeuest::RequestId,
+    /// # ) -> Result<(), requeuest::Error> {
+    /// let admin = admin.by("ann").because("the partner says that the token is old");
+    /// if let Some(request) = admin.reveal(id).await?.and_then(|content| content.request) {
+    ///     println!("{:?}", request.headers().get("authorization").map(|it| it.as_bytes()));
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn reveal(&self, id: RequestId) -> Result<Option<RequestContent>, Error> {
+        let author = self.signed()?;
+        self.with_store(|store| async move { store.reveal(id, &author).await })
+            .await
     }
 
     /// Replays a dead letter, as [`Durable::replay`](crate::Durable::replay). Returns the id of the

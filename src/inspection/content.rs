@@ -12,8 +12,9 @@ const MASK: &str = "***";
 /// What a request sends and what it got. [`Admin::content`](crate::admin::Admin::content) returns
 /// it.
 ///
-/// Values of headers that are marked sensitive, and credentials in the URL, are replaced by `***`.
-/// Paths, queries and bodies are shown as they are, and may hold secrets.
+/// Values of headers that are marked sensitive, and credentials in the URL, are replaced by `***`,
+/// unless [`Admin::reveal`](crate::admin::Admin::reveal) returned it. Paths, queries and bodies are
+/// shown as they are, and may hold secrets.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct RequestContent {

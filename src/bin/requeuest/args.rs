@@ -19,7 +19,7 @@ pub(crate) struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not found, 4 refused or --yes is missing,
-5 the database can't be reached or used.";
+5 the database can't be reached or used, 6 doctor found problems.";
 
 /// What every command takes.
 #[derive(Args, Debug)]
@@ -101,6 +101,8 @@ pub(crate) enum Command {
     Resume(commands::pause::Resume),
     /// Shows, awaits and cancels changes of many requests
     Ops(commands::ops::Ops),
+    /// Examines the database, and says what to do
+    Doctor,
     /// Delivers requests until it is stopped
     Work(commands::work::Work),
     /// Measures how fast this database and machine enqueue and deliver

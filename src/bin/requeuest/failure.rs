@@ -23,6 +23,8 @@ pub(crate) enum Code {
     Refused = 4,
     /// The database can't be reached, or its schema can't be used.
     Database = 5,
+    /// `doctor` found a problem.
+    Problems = 6,
 }
 
 /// Why a command ended. From [`Failure::new`] or an error.

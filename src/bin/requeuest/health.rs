@@ -11,8 +11,10 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use requeuest::Durable;
 use requeuest::http::{Method, Request, Response, StatusCode};
+use requeuest::metrics::{BATCH_SIZE_BUCKETS, DURATION_BUCKETS};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -21,17 +23,38 @@ const MAX_CLIENTS: usize = 64;
 /// How long the database may take to answer.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How often the exporter folds what was measured, which it otherwise keeps until it is asked.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Installs the exporter of this process. A recorder that is made before it describes nothing.
+pub(crate) fn exporter() -> Result<PrometheusHandle, BuildError> {
+    let exporter = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &DURATION_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Suffix("_size".to_owned()), &BATCH_SIZE_BUCKETS)?
+        .install_recorder()?;
+    let upkeep = exporter.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(UPKEEP).await;
+            upkeep.run_upkeep();
+        }
+    });
+    Ok(exporter)
+}
+
 /// What is known of this process.
 #[derive(Clone)]
 pub(crate) struct Health {
     durable: Durable,
+    metrics: PrometheusHandle,
     is_stopping: Arc<AtomicBool>,
 }
 
 impl Health {
-    pub(crate) fn new(durable: Durable) -> Self {
+    pub(crate) fn new(durable: Durable, metrics: PrometheusHandle) -> Self {
         Self {
             durable,
+            metrics,
             is_stopping: Arc::default(),
         }
     }
@@ -52,9 +75,10 @@ impl Health {
                 Ok(()) => (StatusCode::OK, "ready\n".to_owned()),
                 Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
             },
+            "/metrics" => (StatusCode::OK, self.metrics.render()),
             _ => (
                 StatusCode::NOT_FOUND,
-                "see /healthz and /readyz\n".to_owned(),
+                "see /healthz, /readyz and /metrics\n".to_owned(),
             ),
         }
     }

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use requeuest::RunnerInfo;
-use requeuest::admin::{FailedAttempt, Hold, RequestInfo, RequestSummary};
+use requeuest::admin::{FailedAttempt, Hold, RequestContent, RequestInfo, RequestSummary};
+use requeuest::http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 
 use crate::when;
@@ -43,6 +45,35 @@ pub(crate) fn request(request: &RequestInfo) -> Value {
         "why_not_sent": request.hold.as_ref().map(hold),
         "failed_attempts": attempts.collect::<Vec<_>>(),
     })
+}
+
+pub(crate) fn content(content: &RequestContent) -> Value {
+    let request = content.request.as_ref().map(|request| {
+        json!({
+            "method": request.method().as_str(),
+            "url": request.url(),
+            "headers": headers(request.headers()),
+            "body": request.body().and_then(|body| std::str::from_utf8(body).ok()),
+            "body_bytes": request.body().map(Bytes::len),
+        })
+    });
+    let response = content.response.as_ref().map(|response| {
+        json!({
+            "http_status": response.status().as_u16(),
+            "headers": headers(response.headers()),
+            "body": std::str::from_utf8(response.body()).ok(),
+            "body_bytes": response.body().len(),
+        })
+    });
+    json!({ "request": request, "response": response })
+}
+
+/// In their order, because a name may be there twice.
+fn headers(headers: &HeaderMap) -> Value {
+    let pair = |(name, value): (&HeaderName, &HeaderValue)| {
+        json!([name.as_str(), String::from_utf8_lossy(value.as_bytes())])
+    };
+    headers.iter().map(pair).collect()
 }
 
 pub(crate) fn summary(request: &RequestSummary) -> Value {

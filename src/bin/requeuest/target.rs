@@ -1,6 +1,6 @@
 //! Which database a command means, and how to reach it.
 
-use requeuest::admin::Admin;
+use requeuest::admin::{Admin, AdminBuilder};
 use requeuest::migrate::DEFAULT_SCHEMA;
 use requeuest::{Durable, DurableBuilder, Url};
 
@@ -73,8 +73,11 @@ impl Target {
     }
 
     pub(crate) async fn admin(&self) -> Result<Admin, Failure> {
-        let admin = Admin::builder(&*self.url).schema(&*self.schema);
-        Ok(admin.connect().await?)
+        Ok(self.admin_builder().connect().await?)
+    }
+
+    pub(crate) fn admin_builder(&self) -> AdminBuilder {
+        Admin::builder(&*self.url).schema(&*self.schema)
     }
 
     /// The database for a person to recognise, without its password.

@@ -4,6 +4,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::list::request_of_key;
+use crate::change::{Entry, Signed};
 use crate::codec::{Unreadable, check_outcome_format};
 use crate::error::Error;
 use crate::id::RequestId;
@@ -29,6 +30,38 @@ impl Store {
                 request,
                 stored.response(id, self.sealer())?,
             ))
+        };
+        let content = stored.map(read).transpose();
+        content.map_err(|unreadable: Unreadable| Error::from(unreadable).with_id(id))
+    }
+
+    /// As [`content`](Self::content), with what is secret, on the record.
+    pub(crate) async fn reveal(
+        &self,
+        id: RequestId,
+        author: &Signed,
+    ) -> Result<Option<RequestContent>, Error> {
+        self.verify().await?;
+        let config = self.config();
+        let bytes = config.max_request_body + 2 * config.max_response_body;
+        let stored = self
+            .recorded_large("inspect.reveal", bytes, author, async |connection| {
+                let stored = stored(connection, id).await?;
+                let entry = stored
+                    .as_ref()
+                    .map(|_| Entry::new("reveal", id.to_string()));
+                Ok((stored, entry))
+            })
+            .await;
+        let stored = match stored {
+            Ok(stored) => stored,
+            Err(error) => return Err(self.refused(error).await),
+        };
+        let read = |stored: Stored| {
+            Ok(RequestContent {
+                request: stored.request(id, self.sealer())?,
+                response: stored.response(id, self.sealer())?,
+            })
         };
         let content = stored.map(read).transpose();
         content.map_err(|unreadable: Unreadable| Error::from(unreadable).with_id(id))

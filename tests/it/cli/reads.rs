@@ -2,6 +2,7 @@
 
 use std::process::Stdio;
 
+use requeuest::admin::{Change, ChangeFilter};
 use requeuest::retry::RetryPolicy;
 use requeuest::{Options, Uuid};
 use tokio::io::AsyncReadExt;
@@ -193,5 +194,84 @@ async fn stats_counts_requests_and_names_runners() {
     assert!(
         shown.contains("completed  1") && shown.contains("The last day"),
         "{shown}"
+    );
+}
+
+#[tokio::test]
+async fn show_has_bodies_and_secrets_only_where_they_are_asked_for() {
+    let database = migrated().await;
+    let there = other_process(&database).await;
+    let mut request = post("http://localhost:1/path", "a body");
+    let headers = request.headers_mut();
+    headers.insert("authorization", "Bearer hunter2".parse().unwrap());
+    headers.insert("x-plain", "seen".parse().unwrap());
+    let id = there.fire(request).await.unwrap().to_string();
+
+    let shown = on(&database, &["show", &id]).await.ok();
+    assert!(
+        !shown.contains("a body") && !shown.contains("hunter2"),
+        "{shown}"
+    );
+    let shown = on(&database, &["show", &id, "--bodies"]).await.ok();
+    assert!(shown.contains("POST http://localhost:1/path"), "{shown}");
+    assert!(
+        shown.contains("x-plain: seen") && shown.contains("a body"),
+        "{shown}"
+    );
+    assert!(shown.contains("authorization: ***"), "{shown}");
+    assert!(!shown.contains("hunter2"), "{shown}");
+    let changes = there.admin().changes(&ChangeFilter::new()).await.unwrap();
+    assert_eq!(changes, []);
+
+    let arguments = [
+        "show",
+        &id,
+        "--secrets",
+        "--json",
+        "--actor",
+        "ann",
+        "--reason",
+        "asked",
+    ];
+    let json = on(&database, &arguments).await.json();
+    let headers = &json["content"]["request"]["headers"];
+    let secret = serde_json::json!(["authorization", "Bearer hunter2"]);
+    assert!(headers.as_array().unwrap().contains(&secret), "{json}");
+    assert_eq!(json["content"]["request"]["body"], "a body");
+    let changes = there.admin().changes(&ChangeFilter::new()).await.unwrap();
+    let record = |change: &Change| (change.action.clone(), change.actor.clone());
+    assert_eq!(
+        changes.iter().map(record).collect::<Vec<_>>(),
+        [("reveal".to_owned(), "ann".to_owned())]
+    );
+}
+
+#[tokio::test]
+async fn doctor_says_what_to_do_and_ends_with_a_code_of_its_own() {
+    let database = migrated().await;
+    let there = other_process(&database).await;
+    there.fire(post("http://localhost:1/", "x")).await.unwrap();
+    let ran = on(&database, &["doctor"]).await;
+    assert_eq!(ran.code, Some(6), "{ran:?}");
+    assert!(
+        ran.out
+            .contains("no runner delivers due requests of `default`")
+            && ran
+                .out
+                .contains("start a process whose handle delivers the channel"),
+        "{}",
+        ran.out
+    );
+    let ran = on(&database, &["doctor", "--json"]).await;
+    let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    let findings = json["findings"].as_array().unwrap();
+    let is_of = |check: &str, severity: &str| {
+        findings
+            .iter()
+            .any(|it| it["check"] == check && it["severity"] == severity)
+    };
+    assert!(
+        is_of("runners", "problem") && is_of("schema", "ok"),
+        "{json}"
     );
 }

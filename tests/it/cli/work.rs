@@ -55,6 +55,12 @@ async fn work_delivers_and_tells_a_supervisor_until_it_is_asked_to_stop() {
     })
     .await;
     assert_eq!(status(&format!("{url}/other")).await, Some(404));
+    let metrics = reqwest::get(format!("{url}/metrics")).await.unwrap();
+    let metrics = metrics.text().await.unwrap();
+    assert!(
+        metrics.contains("# TYPE requeuest_attempts_in_flight gauge"),
+        "{metrics}"
+    );
 
     signal(&child, "-TERM").await;
     eventually("it is not ready any more", || async {

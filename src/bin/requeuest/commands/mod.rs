@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod change;
+pub(crate) mod doctor;
 pub(crate) mod list;
 pub(crate) mod migrate;
 pub(crate) mod ops;
@@ -35,6 +36,7 @@ pub(crate) async fn run(cli: &Cli, out: &mut Out) -> Result<(), Failure> {
         Command::Pause(pause) => pause.run(&target()?, out).await,
         Command::Resume(resume) => resume.run(&target()?, out).await,
         Command::Ops(ops) => ops.run(&target()?, out).await,
+        Command::Doctor => doctor::run(&target()?, out).await,
         Command::Work(work) => work.run(&target()?, out).await,
         Command::Bench(bench) => bench.run(&target()?, out).await,
         Command::Show(show) => show.run(&target()?, out).await,

@@ -2,8 +2,10 @@
 
 use clap::Args;
 use requeuest::RequestId;
-use requeuest::admin::RequestInfo;
+use requeuest::admin::{RequestContent, RequestInfo};
+use requeuest::http::HeaderMap;
 
+use super::change::Author;
 use super::status_style;
 use crate::failure::{Code, Failure};
 use crate::json;
@@ -18,6 +20,14 @@ pub(crate) struct Show {
     /// The id of the request
     #[arg(value_parser = super::request_id)]
     id: RequestId,
+    /// Shows headers and bodies too, without the values of secret headers
+    #[arg(long)]
+    bodies: bool,
+    /// The same with the values of secret headers, which is recorded under your name
+    #[arg(long)]
+    secrets: bool,
+    #[command(flatten)]
+    author: Author,
 }
 
 impl Show {
@@ -26,11 +36,27 @@ impl Show {
         let Some(request) = admin.request(self.id).await? else {
             return Err(unknown(self.id));
         };
+        let content = if self.secrets {
+            self.author.sign(admin).reveal(self.id).await?
+        } else if self.bodies {
+            admin.content(self.id).await?
+        } else {
+            None
+        };
         if out.json {
-            return out.document(&json::request(&request));
+            let mut shown = json::request(&request);
+            if let Some(content) = &content {
+                shown["content"] = json::content(content);
+            }
+            return out.document(&shown);
         }
         fields(&request, out)?;
-        attempts(&request, out)
+        attempts(&request, out)?;
+        if let Some(content) = &content {
+            sent(content, out)?;
+            received(content, out)?;
+        }
+        Ok(())
     }
 }
 
@@ -102,4 +128,48 @@ fn attempts(request: &RequestInfo, out: &mut Out) -> Result<(), Failure> {
     }
     out.heading("Failed attempts")?;
     out.table(&table)
+}
+
+fn sent(content: &RequestContent, out: &mut Out) -> Result<(), Failure> {
+    out.heading("Request")?;
+    let Some(request) = &content.request else {
+        return out.line("not kept, because the request has ended");
+    };
+    out.line(&text::line(&format!(
+        "{} {}",
+        request.method(),
+        request.url()
+    )))?;
+    headers(request.headers(), out)?;
+    body(request.body().map_or(&[], |body| body), out)
+}
+
+fn received(content: &RequestContent, out: &mut Out) -> Result<(), Failure> {
+    out.heading("Response")?;
+    let Some(response) = &content.response else {
+        return out.line("there is none");
+    };
+    out.line(&response.status().to_string())?;
+    headers(response.headers(), out)?;
+    body(response.body(), out)
+}
+
+fn headers(headers: &HeaderMap, out: &mut Out) -> Result<(), Failure> {
+    for (name, value) in headers {
+        let value = String::from_utf8_lossy(value.as_bytes());
+        out.line(&text::line(&format!("{name}: {value}")))?;
+    }
+    Ok(())
+}
+
+/// As text, or how long it is.
+fn body(body: &[u8], out: &mut Out) -> Result<(), Failure> {
+    if body.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    match std::str::from_utf8(body) {
+        Ok(body) => out.line(&text::lines(body)),
+        Err(_) => out.line(&format!("{} bytes that are not text", body.len())),
+    }
 }

@@ -1,16 +1,18 @@
 //! `requeuest work`: a runner of its own. Any application enqueues, and this process delivers.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use requeuest::{DEFAULT_CONCURRENCY, Durable};
+use requeuest::metrics::MetricsRecorder;
+use requeuest::{DEFAULT_CONCURRENCY, DurableBuilder};
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
 use crate::confirm::{self, Yes};
 use crate::failure::{Code, Failure};
-use crate::health::{Health, serve};
+use crate::health::{Health, exporter, serve};
 use crate::out::Out;
 use crate::target::Target;
 use crate::when;
@@ -26,7 +28,7 @@ pub(crate) struct Work {
     /// How many attempts are under way at once
     #[arg(long, value_name = "NUMBER", default_value_t = DEFAULT_CONCURRENCY)]
     concurrency: usize,
-    /// Serves /healthz and /readyz here, such as 127.0.0.1:9090
+    /// Serves /healthz, /readyz and /metrics here, such as 127.0.0.1:9090
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
     /// How long attempts may take to end after SIGTERM or SIGINT. A second signal ends them at once
@@ -54,15 +56,27 @@ impl Work {
         };
         // Before a runner starts, so that a database that can't be used ends the process.
         drop(target.admin().await?);
-        let durable = self.durable(target)?;
-        let health = Health::new(durable.clone());
-        if let Some(listener) = listener {
+        let mut builder = self.builder(target);
+        let exporter = match &listener {
+            Some(_) => Some(exporter().map_err(|error| {
+                Failure::new(Code::Failed, format!("metrics can't be collected: {error}"))
+            })?),
+            None => None,
+        };
+        if exporter.is_some() {
+            builder = builder.recorder(Arc::new(MetricsRecorder::new()));
+        }
+        let durable = builder.build()?;
+        let health = exporter.map(|metrics| Health::new(durable.clone(), metrics));
+        if let (Some(listener), Some(health)) = (listener, &health) {
             out.note(&format!("listening on http://{}", listener.local_addr()?));
             tokio::spawn(serve(listener, health.clone()));
         }
         out.note(&format!("delivering {}", self.shown_channels()));
         stop_signal().await?;
-        health.stop();
+        if let Some(health) = health {
+            health.stop();
+        }
         out.note(&format!(
             "stopping: waiting up to {} for attempts under way; a second signal ends them",
             when::rough(self.grace)
@@ -76,14 +90,13 @@ impl Work {
         Ok(())
     }
 
-    fn durable(&self, target: &Target) -> Result<Durable, Failure> {
+    fn builder(&self, target: &Target) -> DurableBuilder {
         let builder = target.builder().concurrency(self.concurrency);
-        let builder = if self.all_channels {
+        if self.all_channels {
             builder.deliver_all()
         } else {
             builder.deliver(&self.channel)
-        };
-        Ok(builder.build()?)
+        }
     }
 
     fn shown_channels(&self) -> String {
