@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use requeuest::RunnerInfo;
-use requeuest::admin::{FailedAttempt, Hold, RequestContent, RequestInfo, RequestSummary};
+use requeuest::admin::{FailedAttempt, Hold, Owner, RequestContent, RequestInfo, RequestSummary};
 use requeuest::http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 
@@ -42,8 +42,20 @@ pub(crate) fn request(request: &RequestInfo) -> Value {
         "error_class": request.error_class,
         "error": request.error,
         "replayed_as": request.replayed_as.map(|id| id.to_string()),
+        "owner": request.owner.as_ref().map(owner),
+        "leased_until": maybe_time(request.leased_until),
         "why_not_sent": request.hold.as_ref().map(hold),
         "failed_attempts": attempts.collect::<Vec<_>>(),
+    })
+}
+
+/// The process that has a request.
+fn owner(owner: &Owner) -> Value {
+    json!({
+        "id": owner.id.to_string(),
+        "host": owner.host,
+        "pid": owner.pid,
+        "version": owner.version,
     })
 }
 
@@ -103,6 +115,7 @@ pub(crate) fn runner(runner: &RunnerInfo) -> Value {
         "pid": runner.pid,
         "version": runner.version,
         "channels": runner.channels,
+        "in_flight": runner.in_flight,
         "started_at": time(runner.started_at),
         "seen_at": time(runner.seen_at),
     })

@@ -78,6 +78,10 @@ fn fields(request: &RequestInfo, out: &mut Out) -> Result<(), Failure> {
         let hold = out.paint(Style::Bold, &text::line(&hold.to_string()));
         out.field("why not sent", &hold)?;
     }
+    if let (Some(owner), Some(until)) = (&request.owner, request.leased_until) {
+        let has = format!("{owner} until {}", when::both(until));
+        out.field("being sent by", &text::line(&has))?;
+    }
     if let Some(error) = &request.error {
         let class = request.error_class.as_ref();
         let class = class.map_or(String::new(), |class| format!("{class}: "));

@@ -24,7 +24,7 @@ impl Stats {
     pub(crate) async fn run(&self, target: &Target, out: &mut Out) -> Result<(), Failure> {
         let admin = target.admin().await?;
         let counts = admin.counts().await?;
-        let runners = target.durable().await?.runners().await?;
+        let runners = admin.runners().await?;
         let activity = admin.activity(self.window).await?;
         if out.json {
             return out.document(&document(&counts, &runners, &activity));
@@ -95,7 +95,14 @@ fn print_runners(runners: &[RunnerInfo], out: &mut Out) -> Result<(), Failure> {
     if runners.is_empty() {
         return out.line("none: no request is delivered; start one: requeuest work --all-channels");
     }
-    let mut table = Table::new(["process", "channels", "version", "started", "seen"]);
+    let mut table = Table::new([
+        "process",
+        "channels",
+        "in flight",
+        "version",
+        "started",
+        "seen",
+    ]);
     for runner in runners {
         let host = runner.host.as_deref().unwrap_or("?");
         let channels = runner.channels.as_ref();
@@ -104,6 +111,7 @@ fn print_runners(runners: &[RunnerInfo], out: &mut Out) -> Result<(), Failure> {
             channels
                 .map_or("all".to_owned(), |channels| channels.join(" "))
                 .into(),
+            runner.in_flight.to_string().into(),
             runner.version.as_str().into(),
             when::relative(runner.started_at).into(),
             when::relative(runner.seen_at).into(),
