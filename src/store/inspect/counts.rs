@@ -36,14 +36,28 @@ const STATUSES: [Status; 10] = [
     Status::Ambiguous,
 ];
 
-/// The conditions of the indexes by state.
-fn index_of(state: RequestState) -> &'static str {
-    match state {
-        RequestState::Waiting => "m.state = 'waiting'",
-        RequestState::Claimed | RequestState::Held | RequestState::SendingOnce => {
-            "m.state IN ('claimed', 'held', 'sending_once')"
+/// The states whose rows an index finds without reading others.
+const INDEXED: [&[RequestState]; 6] = [
+    &[RequestState::Waiting],
+    &[
+        RequestState::Claimed,
+        RequestState::Held,
+        RequestState::SendingOnce,
+    ],
+    &[RequestState::Behind],
+    &[RequestState::Deferred],
+    &[RequestState::Parked],
+    &[RequestState::Halted],
+];
+
+/// The condition of such an index.
+fn condition(states: &[RequestState]) -> String {
+    match states {
+        [RequestState::Waiting] => "m.state = 'waiting'".to_owned(),
+        [state] => {
+            format!("m.state IN ('behind', 'deferred', 'parked', 'halted') AND m.state = '{state}'")
         }
-        _ => "m.state IN ('behind', 'deferred', 'parked', 'halted')",
+        _ => "m.state IN ('claimed', 'held', 'sending_once')".to_owned(),
     }
 }
 
@@ -57,32 +71,39 @@ async fn counts(connection: &mut PgConnection) -> Result<Counts, sqlx::Error> {
         }
     };
     let mut by_state = Vec::new();
-    for state in RequestState::ALL {
-        let rows = format!(
-            "FROM mq_msgs m WHERE {} AND m.state = '{state}'",
-            index_of(state)
-        );
-        by_state.push((state, limited(connection, &rows).await?));
+    // The conditions of states of which all rows, or not all, are looked at.
+    let (mut few, mut many) = (Vec::new(), Vec::new());
+    for states in INDEXED {
+        let condition = condition(states);
+        let rows = format!("SELECT m.state FROM mq_msgs m WHERE {condition}");
+        let found = grouped(connection, "m.state::text", &rows, "m").await?;
+        let looked_at: u64 = found.iter().map(|(_, number)| number).sum();
+        let is_exact = looked_at <= WINDOW as u64;
+        for state in states {
+            let number = found.iter().find(|(name, _)| name == state.as_str());
+            let number = number.map_or(0, |(_, number)| *number);
+            by_state.push((*state, Count::new(number, is_exact)));
+        }
+        // A halted request is counted among the outcomes.
+        if looked_at > 0 && states != [RequestState::Halted] {
+            if is_exact { &mut few } else { &mut many }.push(states);
+        }
     }
-    // A halted request is counted among the outcomes.
-    let queued = by_state
-        .iter()
-        .filter(|(state, count)| *state != RequestState::Halted && count.number > 0);
-    let (few, many): (Vec<_>, Vec<_>) = queued.partition(|(_, count)| count.is_exact);
-    for (state, _) in few {
-        let rows = format!("WHERE {} AND m.state = '{state}'", index_of(state));
+    for states in few {
+        let rows = format!("WHERE {}", condition(states));
         for (status, number) in statuses(connection, &rows).await? {
             add(status, Count::new(number, true));
         }
     }
+    let many = many.concat();
     if !many.is_empty() {
         // In the order of the ids, in which neighbours are stored side by side.
-        let names: Vec<_> = many.iter().map(|(state, _)| format!("'{state}'")).collect();
+        let names: Vec<_> = many.iter().map(|state| format!("'{state}'")).collect();
         let rows = format!("WHERE m.state IN ({}) ORDER BY m.id DESC", names.join(", "));
         let found = statuses(connection, &rows).await?;
         for status in STATUSES {
             let number = found.iter().find(|(name, _)| *name == status);
-            if many.iter().any(|(state, _)| may_be(*state, status)) {
+            if many.iter().any(|state| may_be(*state, status)) {
                 add(
                     status,
                     Count::new(number.map_or(0, |(_, number)| *number), false),
