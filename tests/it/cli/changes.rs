@@ -1,5 +1,6 @@
 //! What the program changes: the schema, and new requests.
 
+use requeuest::admin::Window;
 use requeuest::{RequestId, Status};
 
 use super::{fed, on};
@@ -52,6 +53,10 @@ async fn the_printed_script_installs_what_migrate_installs() {
     let id = on(&database, &["send", &server.url("/")]).await.ok();
     let id: RequestId = id.trim().parse().unwrap();
     assert_eq!(outcome_of(&durable, id).await.status(), Status::Completed);
+    // It is counted, although its process has ended.
+    let activity = durable.admin().activity(Window::Hour).await.unwrap();
+    let enqueued: u64 = activity.points.iter().map(|point| point.enqueued).sum();
+    assert_eq!(enqueued, 1);
 }
 
 #[tokio::test]

@@ -15,6 +15,9 @@ use crate::target::Target;
 use crate::text;
 use crate::when;
 
+/// How long the end of the program waits for its counts to be stored.
+const FLUSHED_WITHIN: Duration = Duration::from_secs(2);
+
 #[derive(Args, Debug)]
 pub(crate) struct Send {
     /// Where to send the request
@@ -75,6 +78,18 @@ impl Send {
         let request = self.request()?;
         confirm::change(out, target, &self.yes)?;
         let durable = target.durable().await?;
+        let sent = self.send(request, &durable, out).await;
+        // Adds it to what the fleet has done lately. The request is persisted without it.
+        let _ = durable.shutdown(FLUSHED_WITHIN).await;
+        sent
+    }
+
+    async fn send(
+        &self,
+        request: requeuest::Request,
+        durable: &Durable,
+        out: &mut Out,
+    ) -> Result<(), Failure> {
         let id = durable.fire(request).await?;
         let Some(patience) = self.wait else {
             if out.json {
@@ -83,7 +98,7 @@ impl Send {
             return out.line(&id.to_string());
         };
         out.note(&format!("request {id}"));
-        self.warn_without_runner(&durable, out).await?;
+        self.warn_without_runner(durable, out).await?;
         let outcome = match patience {
             None => durable.outcome(id).await?,
             Some(patience) => tokio::time::timeout(patience, durable.outcome(id))
