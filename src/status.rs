@@ -60,6 +60,19 @@ pub enum Status {
 }
 
 impl Status {
+    pub(crate) const ALL: [Self; 10] = [
+        Self::Scheduled,
+        Self::Available,
+        Self::Deferred,
+        Self::Running,
+        Self::Retryable,
+        Self::Parked,
+        Self::Completed,
+        Self::Discarded,
+        Self::Cancelled,
+        Self::Ambiguous,
+    ];
+
     /// Whether the request has finished: no further attempt will be made.
     pub fn is_terminal(self) -> bool {
         matches!(
@@ -141,18 +154,7 @@ mod tests {
 
     #[test]
     fn names_survive_text_and_serde() {
-        for status in [
-            Status::Scheduled,
-            Status::Available,
-            Status::Deferred,
-            Status::Running,
-            Status::Retryable,
-            Status::Parked,
-            Status::Completed,
-            Status::Discarded,
-            Status::Cancelled,
-            Status::Ambiguous,
-        ] {
+        for status in Status::ALL {
             assert_eq!(status.as_str().parse(), Ok(status));
             let json = serde_json::to_string(&status).unwrap();
             assert_eq!(json, format!("\"{status}\""));

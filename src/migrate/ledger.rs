@@ -124,20 +124,20 @@ pub(super) async fn applied(connection: &mut PgConnection) -> Result<Vec<Applied
     Ok(rows.into_iter().map(applied).collect())
 }
 
+/// The ledger, as sqlx has it.
+pub(super) const TABLE: &str = "\
+CREATE TABLE _sqlx_migrations (
+    version bigint PRIMARY KEY,
+    description text NOT NULL,
+    installed_on timestamptz NOT NULL DEFAULT now(),
+    success boolean NOT NULL,
+    checksum bytea NOT NULL,
+    execution_time bigint NOT NULL
+)";
+
 /// Creates the ledger in the session's schema.
 pub(super) async fn create(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    connection
-        .execute(
-            "CREATE TABLE _sqlx_migrations (
-                version bigint PRIMARY KEY,
-                description text NOT NULL,
-                installed_on timestamptz NOT NULL DEFAULT now(),
-                success boolean NOT NULL,
-                checksum bytea NOT NULL,
-                execution_time bigint NOT NULL
-            )",
-        )
-        .await?;
+    connection.execute(TABLE).await?;
     Ok(())
 }
 

@@ -5,17 +5,7 @@ use std::fmt::Write as _;
 use sqlx::migrate::Migrator;
 
 use super::grants::{self, Grant};
-
-/// The ledger, as [`ledger::create`](super::ledger::create) makes it.
-const LEDGER: &str = "\
-CREATE TABLE _sqlx_migrations (
-    version bigint PRIMARY KEY,
-    description text NOT NULL,
-    installed_on timestamptz NOT NULL DEFAULT now(),
-    success boolean NOT NULL,
-    checksum bytea NOT NULL,
-    execution_time bigint NOT NULL
-)";
+use super::ledger;
 
 /// One transaction that applies the migrations after a version, enters them in the ledger, and
 /// gives roles their rights.
@@ -31,7 +21,7 @@ pub(super) fn of(schema: &str, migrations: &Migrator, after: i64, grants: &[Gran
         schema.trim_matches('"'),
     );
     if after == 0 {
-        let _ = writeln!(script, "\n{LEDGER};");
+        let _ = writeln!(script, "\n{};", ledger::TABLE);
     }
     for migration in migrations.iter() {
         if migration.migration_type.is_down_migration() || migration.version <= after {

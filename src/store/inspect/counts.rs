@@ -23,19 +23,6 @@ impl Store {
     }
 }
 
-const STATUSES: [Status; 10] = [
-    Status::Scheduled,
-    Status::Available,
-    Status::Deferred,
-    Status::Running,
-    Status::Retryable,
-    Status::Parked,
-    Status::Completed,
-    Status::Discarded,
-    Status::Cancelled,
-    Status::Ambiguous,
-];
-
 /// The states whose rows an index finds without reading others.
 const INDEXED: [&[RequestState]; 6] = [
     &[RequestState::Waiting],
@@ -62,7 +49,9 @@ fn condition(states: &[RequestState]) -> String {
 }
 
 async fn counts(connection: &mut PgConnection) -> Result<Counts, sqlx::Error> {
-    let mut by_status: Vec<_> = STATUSES.map(|status| (status, Count::new(0, true))).into();
+    let mut by_status: Vec<_> = Status::ALL
+        .map(|status| (status, Count::new(0, true)))
+        .into();
     let mut add = |status: Status, count: Count| {
         for (known, sum) in &mut by_status {
             if *known == status {
@@ -101,7 +90,7 @@ async fn counts(connection: &mut PgConnection) -> Result<Counts, sqlx::Error> {
         let names: Vec<_> = many.iter().map(|state| format!("'{state}'")).collect();
         let rows = format!("WHERE m.state IN ({}) ORDER BY m.id DESC", names.join(", "));
         let found = statuses(connection, &rows).await?;
-        for status in STATUSES {
+        for status in Status::ALL {
             let number = found.iter().find(|(name, _)| *name == status);
             if many.iter().any(|state| may_be(*state, status)) {
                 add(
