@@ -11,7 +11,7 @@ use requeuest::testkit::{Postgres, StopMode, TestDatabase};
 use sqlx::{ConnectOptions, Executor, PgPool};
 
 use crate::faults::database::pgbouncer;
-use crate::support::{LONG, Role, Server, builder, count, migrated, outcome_of, post};
+use crate::support::{LONG, Role, Server, builder, count, eventually, migrated, outcome_of, post};
 
 /// An examination through this pool.
 async fn examined(pool: &PgPool) -> Vec<Finding> {
@@ -228,6 +228,16 @@ async fn what_keeps_dead_rows_and_how_the_server_is_set_are_named() {
     .await;
     execute(&database, "DELETE FROM requeuest.mq_freed_keys").await;
     execute(&database, "VACUUM requeuest.mq_freed_keys").await;
+    // The server counts in the background.
+    eventually("dead rows and the vacuum are counted", || async {
+        let counted = "SELECT n_dead_tup > 10000 AND vacuum_count > 0 FROM pg_stat_user_tables
+            WHERE relid = 'requeuest.mq_freed_keys'::regclass";
+        sqlx::query_scalar(counted)
+            .fetch_one(database.pool())
+            .await
+            .unwrap()
+    })
+    .await;
     execute(
         &database,
         "SELECT pg_create_physical_replication_slot('abandoned', true)",
